@@ -1,0 +1,38 @@
+# `make demo` and `make test` need python3 and make; they set up .venv on the first call.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint types clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## create .venv with everything that demo and test need
+
+# torch comes first and alone: by its pin it is a CPU build where one is offered locally, and packages
+# that want "any torch" must find it there rather than fetch another.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,dev]'
+	touch $@
+
+demo: $(INSTALLED) ## train a tiny model that describes videos in Italian
+	$(BIN)/python -m llava.demo
+
+test: $(INSTALLED) lint types ## lint, type checks and tests
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck train_italian_video.sh .ci/run
+
+types: $(INSTALLED) ## mypy
+	$(BIN)/mypy
+
+clean: ## remove .venv and what demo and tests left
+	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""llava: train small vision- and video-language models on any decoder-only Hugging Face language model.
+
+Importing the package loads nothing heavy; torch and transformers come in with the module that
+needs them, for example ``llava.model`` or ``llava.train.train``.
+"""
+
+__version__ = "0.1.0"

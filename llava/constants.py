@@ -1,0 +1,28 @@
+"""Strings and numbers that text, labels and model share."""
+
+IGNORE_INDEX = -100
+"""Label of a position that takes no part in the loss (the default of PyTorch's cross entropy)."""
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_VIDEO_TOKEN = "<video>"
+
+IMAGE_START = "<im_start>"
+IMAGE_PATCH = "<im_patch>"
+IMAGE_END = "<im_end>"
+VIDEO_START = "<vid_start>"
+VIDEO_PATCH = "<vid_patch>"
+VIDEO_END = "<vid_end>"
+SLOW_VIDEO_START = "<slow_vid_start>"
+SLOW_VIDEO_END = "<slow_vid_end>"
+
+VISUAL_TOKENS = (
+    IMAGE_START,
+    IMAGE_PATCH,
+    IMAGE_END,
+    VIDEO_START,
+    VIDEO_PATCH,
+    VIDEO_END,
+    SLOW_VIDEO_START,
+    SLOW_VIDEO_END,
+)
+"""The tokens that visual spans are made of, in the order in which they join a vocabulary."""

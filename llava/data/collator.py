@@ -1,0 +1,52 @@
+"""From examples to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llava.constants import IGNORE_INDEX
+from llava.types import Batch, Example
+
+
+@dataclass(frozen=True)
+class SupervisedCollator:
+    """Pads examples on the right to the longest of them.
+
+    The attention mask comes from lengths, not from ids: GPT-2 pads with its end-of-text token, and a
+    real one must stay visible and supervised. Two examples of 3 and 2 tokens, the second with an
+    image, with padding id 0, become::
+
+        input_ids       [[5, 6, 0], [7, 0, 0]]     the first 0 of each row is its own end of text
+        labels          [[5, 6, 0], [7, 0, -100]]
+        attention_mask  [[1, 1, 1], [1, 1, 0]]
+        images          [uint8 (1, 3, side, side)]
+        modalities      ["image"]
+        image_sizes     [(480, 640)]
+
+    Args:
+        pad_token_id: fills up ``input_ids``.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        longest = max(len(example.input_ids) for example in examples)
+        shape = (len(examples), longest)
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, IGNORE_INDEX)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            length = len(example.input_ids)
+            input_ids[row, :length] = torch.tensor(example.input_ids)
+            labels[row, :length] = torch.tensor(example.labels)
+            attention_mask[row, :length] = 1
+        batch = Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+        media = [medium for example in examples for medium in example.media]
+        if media:
+            batch["images"] = [medium.frames for medium in media]
+            batch["modalities"] = [medium.kind for medium in media]
+            batch["image_sizes"] = [medium.original_size for medium in media]
+        return batch

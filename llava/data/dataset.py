@@ -1,0 +1,168 @@
+"""From records to tokenised examples with decoded media."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llava.config import VisionConfig
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.collator import SupervisedCollator
+from llava.data.media import MediaError, load_media
+from llava.data.placeholders import expand_placeholders, placeholder_kinds
+from llava.data.preprocess.plain import join_turns, label_plain, tokenize_plain, truncate_segments
+from llava.data.records import read_records
+from llava.types import Example, Record, VisualInput
+
+
+class SupervisedDataset(Dataset[Example]):
+    """Records as examples; media are decoded when an example is asked for.
+
+    Args:
+        records: validated samples.
+        tokenizer: knows the visual tokens if there is vision.
+        vision: None for a model without vision.
+        max_length: most tokens of an example. Text is cut to it, visual spans never.
+        early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: PreTrainedTokenizerBase,
+        vision: VisionConfig | None,
+        max_length: int,
+        early_mix_text: bool = False,
+    ) -> None:
+        self.records = records
+        self.tokenizer = tokenizer
+        self.vision = vision
+        self.max_length = max_length
+        self.early_mix_text = early_mix_text
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        """Decode and tokenise one sample.
+
+        Raises:
+            ValueError: its media cannot be decoded or do not fit the context; names sample and file.
+        """
+        record = self.records[index]
+        media = self.load_media(record)
+        ids, labels = self.tokenize(record, [len(m.frames) for m in media if m.kind == "video"])
+        return Example(record.id, ids, labels, media)
+
+    def load_media(self, record: Record) -> list[VisualInput]:
+        """Decode the media of a record, in reading order; a text-only one has none."""
+        if not record.media:
+            return []
+        if self.vision is None:
+            raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
+        try:
+            loaded = [load_media(media, self.vision, record.split) for media in record.media]
+        except MediaError as error:
+            raise MediaError(f"{record}: {error}") from error
+        return in_reading_order(record, loaded)
+
+    def tokenize(self, record: Record, frame_counts: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """Ids and labels of a record, within ``max_length``.
+
+        Args:
+            frame_counts: frames of its videos; by default what the settings sample at most.
+        """
+        if frame_counts is None and self.vision is not None:
+            frame_counts = [self.vision.max_frames for media in record.media if media.kind == "video"]
+        try:
+            turns = expand_placeholders(record.turns, self.vision, frame_counts)
+            segments = tokenize_plain(join_turns([turn.text for turn in turns]), self.tokenizer)
+            return label_plain(truncate_segments(segments, self.max_length))
+        except ValueError as error:
+            hint = (
+                ""
+                if "limit" not in str(error)
+                else (
+                    "; raise --model_max_length (within the model's context) or lower --num_frames or --mm_perceiver_latents"
+                )
+            )
+            raise ValueError(f"{record}: {error}{hint}") from error
+
+    def visual_tokens(self, record: Record) -> int:
+        """Positions that the media of a record take; 0 for text alone."""
+        if self.vision is None:
+            return 0
+        return sum(
+            self.vision.num_tokens(m.kind, 1 if m.kind == "image" else self.vision.max_frames) for m in record.media
+        )
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example before truncation, its own media's positions included."""
+        texts = [text_without_media(record) for record in self.records]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [len(ids) + 1 + self.visual_tokens(r) for ids, r in zip(encoded, self.records, strict=True)]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
+        return [
+            length if record.media or self.early_mix_text else -length
+            for length, record in zip(self.lengths, self.records, strict=True)
+        ]
+
+
+def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[VisualInput]:
+    """Order a record's images and videos as their placeholders stand in its text."""
+    waiting = {kind: iter([m for m in loaded if m.kind == kind]) for kind in ("image", "video")}
+    return [next(waiting[kind]) for turn in record.turns for kind in placeholder_kinds(turn.text)]
+
+
+def text_without_media(record: Record) -> str:
+    """The text of a record as ``plain_lm`` joins it, placeholders left out."""
+    texts = [turn.text.replace(DEFAULT_IMAGE_TOKEN, "").replace(DEFAULT_VIDEO_TOKEN, "") for turn in record.turns]
+    return join_turns(texts)
+
+
+def find_unsupervised(records: Sequence[Record]) -> list[Record]:
+    """Records that nothing can be learned from: without media and without text."""
+    return [record for record in records if not record.media and not text_without_media(record)]
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase, data_args: Any, vision: VisionConfig | None, max_length: int
+) -> dict[str, Any]:
+    """Datasets and collator for the trainer.
+
+    Args:
+        tokenizer: of the model.
+        data_args: ``DataArguments`` (paths and folders).
+        vision: None for a model without vision.
+        max_length: most tokens of an example.
+
+    Returns:
+        ``{"train_dataset", "eval_dataset", "data_collator"}``, the second None without ``eval_data_path``.
+
+    Raises:
+        ValueError: a file is not as it should be, or samples have nothing to learn from.
+    """
+
+    def build(paths: Sequence[str] | None) -> SupervisedDataset | None:
+        if not paths:
+            return None
+        records = read_records(paths, data_args.image_folder, data_args.video_folder)
+        if empty := find_unsupervised(records):
+            raise ValueError(
+                f"{len(empty)} samples have no text to learn from, the first is {empty[0]}; give them text or take them out"
+            )
+        return SupervisedDataset(records, tokenizer, vision, max_length, data_args.early_mix_text)
+
+    return {
+        "train_dataset": build(data_args.data_path),
+        "eval_dataset": build(data_args.eval_data_path),
+        "data_collator": SupervisedCollator(tokenizer.pad_token_id),
+    }

@@ -1,0 +1,40 @@
+"""GPT-2 with vision."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaGPT2Config(GPT2Config):
+    """GPT-2's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_gpt2"
+
+
+class LlavaGPT2Model(LlavaMetaModel, GPT2Model):
+    config_class = LlavaGPT2Config
+
+    @property
+    def model(self) -> LlavaGPT2Model:
+        return self
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        return self.wte
+
+
+class LlavaGPT2ForCausalLM(LlavaMetaForCausalLM, GPT2LMHeadModel):
+    config_class = LlavaGPT2Config
+    decoder_class = LlavaGPT2Model
+    decoder_attribute = "transformer"
+
+    @property
+    def model(self) -> LlavaGPT2Model:
+        return self.transformer
+
+
+AutoConfig.register(LlavaGPT2Config.model_type, LlavaGPT2Config)
+AutoModelForCausalLM.register(LlavaGPT2Config, LlavaGPT2ForCausalLM)

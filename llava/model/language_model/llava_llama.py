@@ -1,0 +1,26 @@
+"""Llama with vision."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaLlamaConfig(LlamaConfig):
+    """Llama's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    config_class = LlavaLlamaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    config_class = LlavaLlamaConfig
+    decoder_class = LlavaLlamaModel
+
+
+AutoConfig.register(LlavaLlamaConfig.model_type, LlavaLlamaConfig)
+AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)

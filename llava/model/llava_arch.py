@@ -1,0 +1,306 @@
+"""The two mixins that give any decoder-only language model eyes.
+
+``LlavaMetaModel`` adds tower, projector and resampler to a decoder; ``LlavaMetaForCausalLM`` gives
+the model with its head one ``forward`` and one ``generate``, the same for every backbone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.config import VisionConfig
+from llava.model.loss import supervised_loss
+from llava.model.multimodal_encoder.base import VisionTower
+from llava.model.multimodal_encoder.builder import build_tower
+from llava.model.multimodal_projector.builder import build_projector
+from llava.model.multimodal_resampler.builder import build_resampler
+from llava.model.splice import splice
+from llava.model.visual import as_media, encode_nothing, encode_visual, infer_modalities
+from llava.types import MediaKind
+
+VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler")
+"""Attributes of a decoder that hold its vision modules; the first part of their parameters' names."""
+
+
+class LlavaMetaModel:
+    """Mixin for a decoder: holds the vision modules that its configuration describes.
+
+    Put it before the decoder's class. Without ``mm_`` entries in the configuration there are no
+    vision modules and the decoder is the plain one.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.vision = VisionConfig.from_model_config(config)
+        if self.vision is not None:
+            self.vision_tower = build_tower(self.vision)
+            self.vision_tower.requires_grad_(False)
+            self.mm_projector = build_projector(self.vision, config.hidden_size)
+            self.vision_resampler = build_resampler(self.vision, config.hidden_size)
+            self.post_init()  # type: ignore[attr-defined]
+
+    def get_vision_tower(self) -> VisionTower | None:
+        return getattr(self, "vision_tower", None)
+
+    def encode_media(self, images: list[Tensor] | Tensor, modalities: list[MediaKind] | None = None) -> list[Tensor]:
+        """One (tokens, width) tensor of features for each image or video, see ``encode_visual``."""
+        if self.vision is None:
+            raise ValueError(
+                "this model has no vision modules; load it with --vision_tower to give it images or videos"
+            )
+        media = [frames.to(self.device) for frames in as_media(images)]  # type: ignore[attr-defined]
+        kinds = modalities if modalities is not None else infer_modalities(images)
+        return encode_visual(self.vision_tower, self.mm_projector, self.vision_resampler, media, kinds)
+
+
+class LlavaMetaForCausalLM:
+    """Mixin for a language model with head: images and videos in, text out.
+
+    Put it before the language model's class and name, in the subclass, the decoder's class and the
+    attribute that holds the decoder.
+    """
+
+    decoder_class: ClassVar[type[PreTrainedModel]]
+    decoder_attribute: ClassVar[str] = "model"
+
+    config: Any
+    lm_head: nn.Module
+    training: bool
+
+    def __init__(self, config: Any) -> None:
+        # The parent builds its plain decoder, which is replaced at once: no time is spent to fill it.
+        with no_init_weights():
+            super().__init__(config)  # type: ignore[call-arg]
+        setattr(self, self.decoder_attribute, self.decoder_class(config))
+        self.post_init()  # type: ignore[attr-defined]
+        self.keep_tower_weights_out(self.vision is not None and not self.vision.save_vision_tower)
+
+    def get_model(self) -> Any:
+        """The decoder, with the vision modules."""
+        return getattr(self, self.decoder_attribute)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_model().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        # Through the decoder: transformers would take GPT-2's alias embed_tokens for a module of its own.
+        self.get_model().set_input_embeddings(value)
+
+    def get_vision_tower(self) -> VisionTower | None:
+        return self.get_model().get_vision_tower()
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        return self.get_model().vision
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        images: list[Tensor] | Tensor | None = None,
+        modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        variables: Any = None,
+        pixel_values: list[Tensor] | Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """One step of the language model over text, images and videos.
+
+        Args:
+            input_ids: int64 (batch, length), visual spans included.
+            attention_mask: (batch, length), one where a token is real.
+            position_ids: (batch, length); by default 0, 1, 2 ...
+            past_key_values: the cache while decoding.
+            inputs_embeds: (batch, length, width) in place of ``input_ids``; media are then in it already.
+            labels: int64 (batch, length), -100 where nothing is predicted.
+            use_cache: whether to return the cache.
+            images: one entry a medium over the batch in reading order, (3, side, side) for an image
+                or (frames, 3, side, side); uint8, or floats normalised already. ``pixel_values`` is
+                another name of it.
+            modalities: "image" or "video" for each entry; by default told from its axes.
+            image_sizes: original (height, width) of each entry; no part built so far depends on it.
+            variables: coordinates for grounding, which no model of this version has; an error if given.
+            logits_to_keep: as in transformers: how many last positions, or which, get logits.
+            num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
+            return_logits: whether to return logits beside a loss; by default only without labels.
+            return_dict: False returns a tuple.
+            **kwargs: handed to the decoder.
+
+        Returns:
+            Loss (with labels), logits (without labels, or when asked for) and cache.
+        """
+        if variables:
+            raise ValueError("variables (coordinates) were given, but this model has no coordinate tables")
+        images = pixel_values if images is None else images
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_multimodal(input_ids, images, modalities)
+            input_ids = input_ids if inputs_embeds is None else None
+        elif images is not None:
+            raise ValueError("pass either inputs_embeds or input_ids with images, not both")
+        outputs = self.get_model()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch)
+        if labels is None or return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def embed_multimodal(
+        self,
+        input_ids: Tensor,
+        images: list[Tensor] | Tensor | None,
+        modalities: list[MediaKind] | None = None,
+    ) -> Tensor | None:
+        """Embeddings of a batch with its media in place, or None for plain text.
+
+        Returns:
+            (batch, length, width). Plain text gives None, so that it takes the backbone's own way from
+            ids to logits; only a training rank among several gets its embeddings tied to the vision
+            modules, see ``encode_nothing``.
+        """
+        model = self.get_model()
+        if images is not None and len(images):
+            features = model.encode_media(images, modalities)
+        elif self.vision is not None and self._others_may_have_media():
+            features = [encode_nothing(model.mm_projector, model.vision_resampler, self.vision)]
+        else:
+            return None
+        embeddings = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        return splice(input_ids, embeddings, features, self.vision.visual_token_ids)
+
+    def _others_may_have_media(self) -> bool:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return distributed and torch.distributed.get_world_size() > 1 and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: list[Tensor] | Tensor | None = None,
+        modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        pixel_values: list[Tensor] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` for prompts with images and videos.
+
+        The media are encoded once, whatever the number of beams and with or without the cache.
+        Visual tokens are never produced.
+
+        Args:
+            inputs: int64 (batch, length) prompt, left-padded where lengths differ; also ``input_ids``.
+            images, modalities, image_sizes, pixel_values: as for ``forward``.
+            **kwargs: as for transformers' ``generate``.
+
+        Returns:
+            int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        images = pixel_values if images is None else images
+        if self.vision is not None and self.vision.token_ids:
+            visual = self.vision.visual_token_ids
+            if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
+                raise ValueError("the prompt has places for images or videos, but no images were given")
+            kwargs["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *visual]
+        if images is not None:
+            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities)
+        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, with ``prompt_embeds`` (batch, prompt, width) in place of the prompt's ids.
+
+        A step whose input still holds the prompt (the first one, or every one without the cache)
+        gets the prompt's embeddings followed by those of the tokens generated since.
+        """
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        step_ids = model_inputs.get("input_ids")
+        if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
+            generated = self.get_input_embeddings()(input_ids[:, prompt_embeds.shape[1] :])  # type: ignore[attr-defined]
+            model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
+            model_inputs["input_ids"] = None
+        return model_inputs
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, vision_tower: str | None = None, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained``; a frozen tower's weights come from their own source.
+
+        Args:
+            vision_tower: another place of the same tower, where it has moved; its weights must hash
+                to what the checkpoint says.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        vision = model.vision
+        if vision is not None and not vision.save_vision_tower:
+            source = vision_tower or vision.vision_tower
+            found = model.get_vision_tower().load_weights(source)
+            source = os.path.abspath(source) if os.path.isdir(source) else source
+            model.set_vision(replace(vision, vision_tower=source, vision_tower_hash=found))
+        return loaded
+
+    def set_vision(self, vision: VisionConfig) -> None:
+        """Record changed visual settings in the model and in its configuration."""
+        self.get_model().vision = vision
+        self.config.update(vision.to_model_config())
+        self.keep_tower_weights_out(not vision.save_vision_tower)
+
+    def keep_trained_tower(self) -> None:
+        """Let checkpoints hold the tower's weights: trained ones stand nowhere else."""
+        assert self.vision is not None
+        self.set_vision(replace(self.vision, save_vision_tower=True))
+
+    def keep_tower_weights_out(self, out: bool) -> None:
+        """Whether checkpoints leave the tower's weights to their source (its name and hash are in the config)."""
+        names = {name for name, _ in self.named_parameters() if ".vision_tower." in name}  # type: ignore[attr-defined]
+        names |= {name for name, _ in self.named_buffers() if ".vision_tower." in name}  # type: ignore[attr-defined]
+        pattern = r"\.vision_tower\."
+        if out:
+            self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | names
+            self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) | {pattern}
+        else:
+            self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) - names
+            self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) - {pattern}
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        # Random values for hundreds of millions of tower weights that load_weights is about to overwrite.
+        if self.vision is not None and not self.vision.save_vision_tower:
+            for parameter in self.get_vision_tower().parameters():
+                parameter._is_hf_initialized = True
+        super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,197 @@
+"""From a checkpoint, a tokenizer and a tower to a model that is ready to train or to generate."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+import llava.model as models
+from llava.config import VisionConfig
+from llava.constants import VISUAL_TOKENS
+from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
+from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.quiet import quiet_transformers
+from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_vocabulary
+
+logger = logging.getLogger(__name__)
+
+# Settings that decide which parameters exist: a trained checkpoint's cannot be changed.
+_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "resampler_width", "resampler_heads")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, its visual settings (None for text alone) and the names of its new parameters."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    vision: VisionConfig | None
+    new_parameters: list[str]
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    vision_tower: str | None = None,
+    save_vision_tower: bool = False,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> LoadedModel:
+    """Load a plain language model or a multimodal checkpoint, with its tokenizer.
+
+    Args:
+        model_name_or_path: folder or hub name of either; its ``config.model_type`` chooses the class.
+        vision_tower: folder or hub name of the vision model. A plain language model without one
+            stays a text model. For a multimodal checkpoint: where its tower lies now.
+        save_vision_tower: whether checkpoints of this model hold the tower's weights too.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
+        dtype: of the weights.
+        **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
+
+    Raises:
+        ValueError: an unknown model type, a tokenizer that is not the model's, a tower that cannot be
+            read or is another one, weights that are missing, or a setting that contradicts the checkpoint.
+    """
+    import llava.model.language_model  # noqa: F401  (registers the backbones)
+
+    config_dict = _read_config(model_name_or_path)
+    config_class, model_class = _choose_classes(config_dict, model_name_or_path)
+    tokenizer = load_tokenizer(model_name_or_path)
+    check_vocabulary(tokenizer, _vocab_size(config_dict, config_class), model_name_or_path)
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
+    if vision is not None:
+        add_visual_tokens(tokenizer)
+        vision = replace(
+            vision,
+            token_ids=dict(zip(VISUAL_TOKENS, tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)), strict=True)),
+        )
+        config_dict |= vision.to_model_config()
+    config = config_class.from_dict(config_dict)
+
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            model_name_or_path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            vision_tower=vision_tower,
+            **options,
+        )
+    new = _check_loaded(info, model_name_or_path)
+    if vision is not None:
+        grow_vocabulary(model, vision)
+        model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
+    _align_special_tokens(model, tokenizer)
+    return LoadedModel(model, tokenizer, model.vision, new)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end of text.
+
+    Attention never depends on padding ids here: masks are made from lengths.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be read from {name_or_path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_config(name_or_path: str) -> dict[str, Any]:
+    if os.sep in name_or_path and not os.path.isdir(name_or_path):
+        raise ValueError(f"--model_name_or_path {name_or_path!r} is no folder")
+    try:
+        config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {name_or_path!r} has no readable config.json: {error}") from error
+    return config_dict
+
+
+def _choose_classes(
+    config_dict: dict[str, Any], path: str
+) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
+    """Configuration and model class for a checkpoint, by its model type."""
+    model_type = config_dict.get("model_type")
+    if model_type is None:
+        name = os.path.basename(os.path.normpath(path)).lower()
+        if not any(hint in name for hint in ("gpt2", "bambi")):
+            raise ValueError(f"config.json of {path!r} has no model_type; add one of: {', '.join(_known_types())}")
+        logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", path)
+        model_type = "gpt2"
+    name = model_type if model_type in models.AVAILABLE_MODELS else f"llava_{model_type}"
+    if name not in models.AVAILABLE_MODELS:
+        raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
+    config_name, _, model_name = models.AVAILABLE_MODELS[name]
+    config_dict["model_type"] = name
+    return getattr(models, config_name), getattr(models, model_name)
+
+
+def _known_types() -> list[str]:
+    names = sorted(models.AVAILABLE_MODELS)
+    return [name.removeprefix("llava_") for name in names] + names
+
+
+def _vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:
+    return config_dict.get("vocab_size", config_class().vocab_size)
+
+
+def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:
+    """The visual settings of the checkpoint or, for a language model that gets a tower, new ones."""
+    vision = VisionConfig.from_model_config(config)
+    if vision is None and tower is None:
+        return None
+    if vision is None:
+        assert tower is not None
+        source = os.path.abspath(tower) if os.path.isdir(tower) else tower
+        return VisionConfig(vision_tower=source, **{**vars(describe_tower(tower)), **given})
+    for name in _STRUCTURE:
+        if name in given and given[name] != getattr(vision, name):
+            raise ValueError(
+                f"--mm_{name} {given[name]!r} was given, but the checkpoint was trained with "
+                f"{getattr(vision, name)!r}; leave the flag out"
+            )
+    changed = {name: value for name, value in given.items() if value != getattr(vision, name)}
+    for name, value in changed.items():
+        logger.info("%s: %r here, %r in the checkpoint", name, value, getattr(vision, name))
+    return replace(vision, **changed)
+
+
+def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
+    """Names of the new parameters; anything but vision modules missing or left over is an error."""
+    missing = sorted(info["missing_keys"])
+    foreign = [name for name in missing if not any(f".{module}." in name for module in VISION_MODULES)]
+    unexpected = sorted(info["unexpected_keys"])
+    if foreign or unexpected:
+        what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
+        raise ValueError(f"the checkpoint {path!r} does not fit its config.json: it {what}")
+    if missing:
+        logger.info(
+            "new parameters, not in %r: %d tensors of %s",
+            path,
+            len(missing),
+            ", ".join(module for module in VISION_MODULES if any(f".{module}." in name for name in missing)),
+        )
+    return missing
+
+
+def _align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the model's configuration speak of the tokenizer's special tokens."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id

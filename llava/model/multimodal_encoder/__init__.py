@@ -1,0 +1,1 @@
+"""Vision towers: from normalised frames to patch features."""

@@ -1,0 +1,71 @@
+"""The contract of a vision tower."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from llava.config import VisionConfig
+
+
+class VisionTower(nn.Module, ABC):
+    """A vision encoder that is frozen unless its parameters ask for gradients.
+
+    While frozen it stays in evaluation mode and runs without recording gradients, whatever mode the
+    model around it is in.
+
+    Args:
+        vision: side, statistics and layer that the tower is used with.
+    """
+
+    def __init__(self, vision: VisionConfig) -> None:
+        super().__init__()
+        self.vision = vision
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode normalised (frames, 3, side, side) pixels to (frames, patches, width)."""
+
+    @abstractmethod
+    def load_weights(self, source: str) -> str:
+        """Fill the tower with the weights of ``source`` and return their hash.
+
+        Raises:
+            ValueError: the source cannot be read, or holds other weights than ``vision`` expects.
+        """
+
+    def freeze_unused(self) -> None:
+        """Freeze parameters that ``encode`` never uses; they would wait in vain for a gradient."""
+
+    @property
+    def trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def train(self, mode: bool = True) -> VisionTower:
+        super().train(mode and self.trainable)
+        return self
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Encode frames.
+
+        Args:
+            frames: (frames, 3, side, side), uint8, or floats that are normalised already.
+
+        Returns:
+            (frames, patches, width), patches row by row, without class or register tokens.
+        """
+        pixels = self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return self.encode(pixels)
+
+    def normalize(self, frames: Tensor) -> Tensor:
+        """uint8 (frames, 3, side, side) to the tower's dtype, by its mean and standard deviation."""
+        scale = frames.new_tensor(self.vision.image_std, dtype=torch.float32).view(3, 1, 1) * 255
+        shift = frames.new_tensor(self.vision.image_mean, dtype=torch.float32).view(3, 1, 1) * 255
+        return ((frames.float() - shift) / scale).to(self.dtype)

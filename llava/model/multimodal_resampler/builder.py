@@ -1,0 +1,22 @@
+"""Chooses a resampler by name."""
+
+from __future__ import annotations
+
+from llava.config import VisionConfig
+from llava.model.multimodal_resampler import token_packer  # noqa: F401  (registers itself)
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
+
+
+def build_resampler(vision: VisionConfig, hidden_size: int) -> Resampler | None:
+    """Build the resampler that ``vision.resampler_type`` names, or None when it names none.
+
+    Args:
+        vision: type, latents, grid and inner width.
+        hidden_size: width of the features that come in and go out.
+    """
+    if vision.resampler_type is None:
+        return None
+    if vision.resampler_type not in RESAMPLERS:
+        known = ", ".join(RESAMPLERS.names())
+        raise ValueError(f"unknown --mm_resampler_type {vision.resampler_type!r}; known: {known}, none")
+    return RESAMPLERS.get(vision.resampler_type)(vision, hidden_size)

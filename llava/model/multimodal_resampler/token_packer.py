@@ -1,0 +1,140 @@
+"""The fast/slow TokenPacker.
+
+Three blocks of window attention. The main block pools each frame's patch grid to the slow grid; of
+its output the slow block pools the frames in time, cell by cell, and the fast block pools each
+frame's cells once more, to the fast grid. Windows are cut on the grid as it is: keys are never
+resized to make a division come out.
+
+Facts follow the resampler of LLaVA-ST (arXiv 2501.08282), itself built on TokenPacker (arXiv
+2407.02392): where a division is exact the result is theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.config import FAST_SLOW_RESAMPLER, VisionConfig
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
+from llava.model.multimodal_resampler.windows import axis_windows, grid_windows, window_index
+from llava.types import MediaKind
+
+
+def _gelu_mlp(input_size: int, output_size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size))
+
+
+class WindowAttention(nn.Module):
+    """Each query attends to the keys of its own window only.
+
+    Args:
+        width: width of the features.
+        inner_width: width of queries, keys and values over all heads.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, width: int, inner_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = _gelu_mlp(width, inner_width)
+        self.to_k = _gelu_mlp(width, inner_width)
+        self.to_v = _gelu_mlp(width, inner_width)
+        self.ln_q = nn.LayerNorm(inner_width)
+        self.ln_k = nn.LayerNorm(inner_width)
+        self.ln_v = nn.LayerNorm(inner_width)
+        self.q_proj = nn.Linear(inner_width, inner_width)
+        self.k_proj = nn.Linear(inner_width, inner_width)
+        self.v_proj = nn.Linear(inner_width, inner_width)
+        self.o_proj = nn.Linear(inner_width, inner_width)
+        self.to_out = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, queries: Tensor, keys: Tensor, windows: tuple[tuple[int, ...], ...]) -> Tensor:
+        """Attend from each query to its window of the keys.
+
+        Args:
+            queries: (rows, windows, width), one query a window.
+            keys: (rows, positions, width), the axis that the windows are cut from.
+            windows: the positions of each window.
+
+        Returns:
+            (rows, windows, width), the queries with what they gathered added to them.
+        """
+        index, mask = window_index(windows, keys.device)
+        num_windows, longest = index.shape
+        rows = queries.shape[0]
+
+        def split_heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1))
+
+        # Keys and values are computed once a position, then gathered: windows may overlap.
+        q = split_heads(self.q_proj(self.ln_q(self.to_q(queries))))
+        k = split_heads(self.k_proj(self.ln_k(self.to_k(keys))))
+        v = split_heads(self.v_proj(self.ln_v(self.to_v(keys))))
+        k = k[:, index.flatten()].unflatten(1, (num_windows, longest))
+        v = v[:, index.flatten()].unflatten(1, (num_windows, longest))
+
+        # One query against a handful of keys: two products and a softmax are cheaper here than a
+        # fused kernel, which is made for long sequences.
+        scores = (q.unsqueeze(2) * k).sum(-1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[None, :, :, None], float("-inf"))
+        weights = scores.float().softmax(dim=2).to(v.dtype)
+        gathered = (weights.unsqueeze(-1) * v).sum(2).reshape(rows, num_windows, -1)
+        return queries + self.to_out(self.o_proj(gathered))
+
+
+@RESAMPLERS.register(FAST_SLOW_RESAMPLER)
+class TokenPacker(Resampler):
+    """Compresses videos into a fast stream (many frames, few cells) and a slow one (few, many).
+
+    Args:
+        vision: grid, latents, slow length, inner width and heads.
+        hidden_size: width of the features.
+    """
+
+    def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.vision = vision
+        block = (hidden_size, vision.resampler_width, vision.resampler_heads)
+        self.main = WindowAttention(*block)
+        self.slow = WindowAttention(*block)
+        self.fast = WindowAttention(*block)
+
+    def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
+        """See ``Resampler.forward``; a video's tokens are its fast stream, then its slow stream."""
+        if kind == "image" and not self.vision.resample_images:
+            return features.flatten(1, 2)
+        frames = features.shape[1]
+        side, slow_side, fast_side = self.vision.patches_per_side, self.vision.slow_side, self.vision.fast_side
+        cells = pool_space(self.main, features.flatten(0, 1), side, slow_side).unflatten(0, (-1, frames))
+        slow = pool_time(self.slow, cells, self.vision.slow_length(frames)).flatten(1, 2)
+        if kind == "image":
+            return slow
+        fast = pool_space(self.fast, cells.flatten(0, 1), slow_side, fast_side)
+        return torch.cat([fast.unflatten(0, (-1, frames)).flatten(1, 2), slow], dim=1)
+
+
+def pool_space(attention: WindowAttention, grid: Tensor, side: int, new_side: int) -> Tensor:
+    """Pool (frames, side^2, width) to (frames, new_side^2, width), window by window."""
+    image = grid.transpose(1, 2).unflatten(2, (side, side))
+    queries = resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)
+    return attention(queries, grid, grid_windows(side, new_side))
+
+
+def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
+    """Pool (media, frames, cells, width) to (media, length, cells, width), cell by cell.
+
+    A single frame has no time to pool: its queries are the frame itself and the window holds it alone.
+    """
+    frames, num_cells = cells.shape[1:3]
+    keys = cells.transpose(1, 2).flatten(0, 1)
+    queries = keys if length == frames else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)
+    return attention(queries, keys, axis_windows(frames, length)).unflatten(0, (-1, num_cells)).transpose(1, 2)
+
+
+def resize(x: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
+    """Interpolate (batch, width, *axes) to (batch, width, *size), in fp32; an empty batch stays empty."""
+    if x.shape[0] == 0:
+        return x.new_zeros((0, x.shape[1], *size)) + x.sum() * 0
+    return F.interpolate(x.float(), size=size, mode=mode, align_corners=False).to(x.dtype)

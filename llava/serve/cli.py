@@ -1,0 +1,64 @@
+"""``python -m llava.serve.cli``: describe a video or an image, or continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.serve.cli",
+        description="Print what a trained model says about images and videos, or how it continues a text.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model_path", required=True, help="checkpoint folder")
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="a video; may be given several times"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text that the answer continues")
+    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
+    parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="above 0 samples, at this temperature (default 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one answer; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    if not (args.video or args.image or args.prompt):
+        print("error: nothing to describe or to continue; give --video, --image or --prompt", file=sys.stderr)
+        return 2
+
+    from transformers import logging, set_seed
+
+    from llava.serve.generate import Captioner, Request
+    from llava.types import Media
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(args.seed)
+    media = [Media("image", path) for path in args.image] + [Media("video", path) for path in args.video]
+    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    if args.temperature > 0:
+        options |= {"do_sample": True, "temperature": args.temperature}
+    try:
+        captioner = Captioner.from_checkpoint(args.model_path, args.vision_tower, args.device)
+        print(captioner.generate([Request(media, args.prompt)], **options)[0])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Captions and continuations from a trained checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava.config import VisionConfig
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.media import load_media
+from llava.data.placeholders import expand_text
+from llava.data.preprocess.plain import join_turns, tokenize_plain
+from llava.model.loading import LoadedModel, load_model
+from llava.types import Media, VisualInput
+
+_PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to describe or continue: media, in order, then the text so far."""
+
+    media: Sequence[Media | VisualInput] = ()
+    prompt: str = ""
+
+
+class Captioner:
+    """A model with its tokenizer, ready to generate text for requests.
+
+    Args:
+        loaded: what ``load_model`` returned.
+        device: where to run; by default a GPU if there is one.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = loaded.model.to(self.device).eval()
+        self.tokenizer = loaded.tokenizer
+        self.vision: VisionConfig | None = loaded.vision
+
+    @classmethod
+    def from_checkpoint(cls, path: str, vision_tower: str | None = None, device: str | None = None) -> Captioner:
+        """Load a checkpoint folder; ``vision_tower`` says where its tower lies if it has moved."""
+        return cls(load_model(path, vision_tower=vision_tower), device)
+
+    def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:
+        """Generate text for each request.
+
+        Args:
+            requests: any mix of images, videos and plain prompts.
+            batch_size: requests that are decoded together.
+            **options: for transformers' ``generate``, such as ``num_beams``; greedy and 64 new
+                tokens by default.
+
+        Returns:
+            The new text of each request, without the prompt.
+
+        Raises:
+            ValueError: a file cannot be read, or a request leaves no room in the context.
+        """
+        answers: list[str] = []
+        for start in range(0, len(requests), batch_size):
+            answers += self._generate_batch(requests[start : start + batch_size], options)
+        return answers
+
+    def _generate_batch(self, requests: Sequence[Request], options: dict[str, Any]) -> list[str]:
+        options = {"max_new_tokens": 64, "do_sample": False, **options}
+        media = [[self._load(m) for m in request.media] for request in requests]
+        prompts = [self._prompt_ids(request, loaded) for request, loaded in zip(requests, media, strict=True)]
+        longest = max(map(len, prompts))
+        room = self.model.config.max_position_embeddings - longest
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {longest} tokens, but the model's context is {longest + room}; shorten it or lower num_frames"
+            )
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, longest - len(ids) :] = 1
+        flat = [medium for loaded in media for medium in loaded]
+        visual = {"images": [m.frames for m in flat], "modalities": [m.kind for m in flat]} if flat else {}
+        output = self.model.generate(
+            input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **visual, **options
+        )
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _load(self, medium: Media | VisualInput) -> VisualInput:
+        if isinstance(medium, VisualInput):
+            return medium
+        if self.vision is None:
+            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at a {medium.kind}")
+        return load_media(medium, self.vision)
+
+    def _prompt_ids(self, request: Request, media: Sequence[VisualInput]) -> list[int]:
+        text = join_turns([_PLACEHOLDERS[medium.kind] for medium in media] + [request.prompt])
+        if self.vision is not None:
+            text = expand_text(text, self.vision, [len(m.frames) for m in media if m.kind == "video"])
+        ids = [i for segment in tokenize_plain(text, self.tokenizer, end=False) for i in segment.ids]
+        # A text model that is asked to begin on its own starts behind an end of text.
+        return ids or [self.tokenizer.eos_token_id]

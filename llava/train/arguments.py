@@ -1,0 +1,209 @@
+"""The three groups of arguments, and how a command line and a recipe become them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from llava.train.parts import PARTS
+
+DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
+_TRUE = ("1", "true", "yes", "on")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, which vision modules, what is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or hub name of a plain language model or of a multimodal checkpoint."}
+    )
+    vision_tower: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of the vision model. Without it a plain language model trains on text alone."
+        },
+    )
+    save_vision_tower: bool = field(
+        default=False,
+        metadata={"help": "Store the frozen tower's weights in checkpoints too, not only its source and hash."},
+    )
+    mm_vision_select_layer: int | None = field(
+        default=None,
+        metadata={"help": "Hidden state of the tower to use; -2 is the output of the last layer but one (default)."},
+    )
+    mm_projector_type: str | None = field(default=None, metadata={"help": "linear or mlpNx_gelu (default mlp2x_gelu)."})
+    mm_resampler_type: str | None = field(
+        default=None, metadata={"help": "fast_slow_resampler, or none (default): every patch becomes a token."}
+    )
+    mm_perceiver_latents: int | None = field(
+        default=None, metadata={"help": "Tokens a frame in the slow stream, a square (default 81)."}
+    )
+    mm_perceiver_latents_fast: int | None = field(
+        default=None, metadata={"help": "Tokens a frame in the fast stream, a square (default 9)."}
+    )
+    mm_perceiver_depth: int | None = field(
+        default=None, metadata={"help": "Layers of resamplers that have a depth; fast_slow_resampler has none."}
+    )
+    mm_resampler_width: int | None = field(
+        default=None, metadata={"help": "Inner width of the resampler's attention (default 1024)."}
+    )
+    mm_resampler_heads: int | None = field(
+        default=None, metadata={"help": "Heads of the resampler's attention (default 8)."}
+    )
+    mm_resample_images: bool | None = field(
+        default=None, metadata={"help": "Let images pass the resampler too (default false: one token a patch)."}
+    )
+    mm_slow_frames: int | None = field(
+        default=None, metadata={"help": "Temporal length of the slow stream; 0 (default) keeps every frame."}
+    )
+    mm_tunable_parts: str = field(
+        default=DEFAULT_PARTS,
+        metadata={
+            "help": f"Comma-separated parts to train, of {', '.join(PARTS)}. The language model includes its embeddings and head."
+        },
+    )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep token embeddings and head as they are while the rest of the language model trains."},
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint folder or file (.safetensors, .bin) to take projector and resampler weights from."
+        },
+    )
+    stage: str = field(
+        default="1", metadata={"help": "Training stage; 1 (content) is the only one so far, 2 and 3 need coordinates."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.mm_resampler_type == "none":
+            self.mm_resampler_type = None
+        if self.stage != "1":
+            raise ValueError(f"--stage is {self.stage!r}, but only stage 1 (content) exists; 2 and 3 need coordinates")
+        unknown = [part for part in self.tunable_parts if part not in PARTS]
+        if unknown:
+            raise ValueError(f"--mm_tunable_parts names {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        if not self.tunable_parts:
+            raise ValueError(f"--mm_tunable_parts is empty, nothing would be trained; known: {', '.join(PARTS)}")
+
+    @property
+    def tunable_parts(self) -> list[str]:
+        return [part.strip() for part in self.mm_tunable_parts.split(",") if part.strip()]
+
+    def vision_settings(self) -> dict[str, Any]:
+        """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
+        return {
+            "vision_select_layer": self.mm_vision_select_layer,
+            "projector_type": self.mm_projector_type,
+            "resampler_type": self.mm_resampler_type,
+            "perceiver_latents": self.mm_perceiver_latents,
+            "perceiver_latents_fast": self.mm_perceiver_latents_fast,
+            "perceiver_depth": self.mm_perceiver_depth,
+            "resampler_width": self.mm_resampler_width,
+            "resampler_heads": self.mm_resampler_heads,
+            "resample_images": self.mm_resample_images,
+            "slow_frames": self.mm_slow_frames,
+        }
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how media and text are read."""
+
+    data_path: list[str] = field(metadata={"help": "Data files to train on, .json or .jsonl; several are joined."})
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Data files to evaluate on, see --eval_strategy."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "What relative image paths start from (default: the data file's folder)."}
+    )
+    video_folder: str | None = field(
+        default=None, metadata={"help": "What relative video paths start from (default: the data file's folder)."}
+    )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "square (default: as the tower's processor does) or pad (the whole picture)."}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames sampled evenly from a video (default 4)."})
+    video_fps: float | None = field(
+        default=None, metadata={"help": "Sample so many frames a second instead of --num_frames; 0 (default) does not."}
+    )
+    frames_upbound: int | None = field(
+        default=None, metadata={"help": "Most frames that --video_fps samples (default 32)."}
+    )
+    plain_lm: bool = field(
+        default=True, metadata={"help": "Plain language modelling without chat templates, the only format so far."}
+    )
+    early_mix_text: bool = field(
+        default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
+    )
+
+    def __post_init__(self) -> None:
+        # Recipes of the family leave folders empty to say "none".
+        self.image_folder = self.image_folder or None
+        self.video_folder = self.video_folder or None
+        if os.environ.get("USE_PLAIN_LM", "").lower() in _TRUE:
+            transformers.logging.get_logger(__name__).warning("USE_PLAIN_LM is honoured; its name now is --plain_lm")
+            self.plain_lm = True
+        if not self.plain_lm:
+            raise ValueError("--plain_lm false asks for a chat format, and there is none yet; leave the flag out")
+
+    def vision_settings(self) -> dict[str, Any]:
+        """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
+        names = ("image_aspect_ratio", "num_frames", "video_fps", "frames_upbound")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' arguments, and those of the parts."""
+
+    model_max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a sample, visual ones included (default: the model's context)."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flash_attention_2 (default: what transformers picks)."}
+    )
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector (default: --learning_rate)."}
+    )
+    mm_vision_resampler_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the resampler (default: --learning_rate)."}
+    )
+    mm_vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower, if trained (default: --learning_rate)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Examples are dataclasses; a column filter has nothing to remove and would drop their media.
+        self.remove_unused_columns = False
+        if self.attn_implementation not in (None, "sdpa", "eager", "flash_attention_2"):
+            raise ValueError(
+                f"--attn_implementation is {self.attn_implementation!r}; known: sdpa, eager, flash_attention_2"
+            )
+        if self.attn_implementation == "flash_attention_2":
+            check_flash_attention()
+
+    def part_learning_rates(self) -> dict[str, float]:
+        """The learning rate of each part."""
+        own = {
+            "mm_mlp_adapter": self.mm_projector_lr,
+            "mm_vision_resampler": self.mm_vision_resampler_lr,
+            "mm_vision_tower": self.mm_vision_tower_lr,
+        }
+        return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in PARTS}
+
+
+def check_flash_attention() -> None:
+    """A ValueError that says how to get flash attention, where it is missing."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            "--attn_implementation flash_attention_2 needs the flash-attn package and a CUDA GPU: "
+            "pip install 'llava-babylm[flash-attn]', or use sdpa, which needs nothing"
+        )

@@ -1,0 +1,161 @@
+"""A command line and a recipe file, read into the argument groups."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+# Flags of the family's scripts that have another name now.
+_RENAMED = {
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+}
+# Flags that ask for what is always so, or for nothing.
+_RETIRED = {
+    "lazy_preprocess": "samples are always read when they are needed",
+    "overwrite_output_dir": "checkpoints are resumed only with --resume_from_checkpoint",
+    "save_safetensors": "checkpoints are always safetensors",
+    "is_multimodal": "a sample's own media decide",
+    "version": "it names a chat template, and plain_lm has none",
+}
+# Switches of the family's scripts that are accepted only as what happens anyway: off.
+_ALWAYS_OFF = (
+    "force_sample",
+    "use_downsample_image",
+    "add_time_instruction",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+)
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Read ``--config RECIPE`` (if given) and flags, which override it.
+
+    Args:
+        argv: the words of the command line; by default this process's.
+
+    Raises:
+        ValueError: an unknown flag or key (with the names that come near it), or a value that does not fit.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
+        prog="python -m llava.train.train",
+        description="Train a language model on text, images and videos.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", help="Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
+    )
+    recipe, words = _take_config(words)
+    words = _translate(words)
+    if recipe is not None:
+        words = _recipe_words(recipe, parser) + words
+    known, unknown = parser.parse_known_args(words) if not _asks_for_help(words) else parser.parse_args(words)
+    if unknown:
+        raise ValueError(_explain_unknown(unknown[0], parser))
+    values = vars(known)
+    values.pop("config")
+    return tuple(
+        group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})
+        for group in (ModelArguments, DataArguments, TrainingArguments)
+    )  # type: ignore[return-value]
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Split ``--config FILE`` off a command line."""
+    rest, recipe = [], None
+    iterator = iter(words)
+    for word in iterator:
+        name, _, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        recipe = value or next(iterator, "")
+    if recipe is None:
+        return None, rest
+    for path in (Path(recipe), RECIPES / recipe):
+        if path.is_file():
+            return path, rest
+    shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"--config {recipe!r}: no such file; recipes that come with llava: {shipped}")
+
+
+def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
+    """A recipe as words of a command line, so that both take one way."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: expected names and values, found {type(recipe).__name__}")
+    words: list[str] = []
+    for key, value in recipe.items():
+        if value is not None:
+            words += [f"--{key}", *(map(_as_word, value) if isinstance(value, list) else [_as_word(value)])]
+    words = _translate(words)
+    flags = [word[2:] for word in words if word.startswith("--")]
+    for flag in flags:
+        if f"--{flag}" not in parser._option_string_actions:
+            raise ValueError(f"{path}: {_explain_unknown('--' + flag, parser)}")
+    return words
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _translate(words: list[str]) -> list[str]:
+    """Map flags that the family's scripts still pass to today's, with a note for each."""
+    translated: list[str] = []
+    skipping = False
+    for i, word in enumerate(words):
+        if not word.startswith("--"):
+            translated += [] if skipping else [word]
+            continue
+        name, equals, value = word[2:].partition("=")
+        given = value if equals else (words[i + 1] if i + 1 < len(words) else "")
+        skipping = name in _RETIRED or name in _ALWAYS_OFF
+        if name in _RENAMED:
+            logger.warning("--%s is now --%s", name, _RENAMED[name])
+            translated.append(f"--{_RENAMED[name]}{equals}{value}")
+        elif name in _RETIRED:
+            logger.warning("--%s is not needed any more: %s", name, _RETIRED[name])
+        elif name in _ALWAYS_OFF:
+            if given.lower() not in ("false", "0", "no"):
+                raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
+            logger.warning("--%s is not needed any more: off is all there is", name)
+        else:
+            translated.append(word)
+    return translated
+
+
+def _explain_unknown(word: str, parser: HfArgumentParser) -> str:
+    if not word.startswith("--"):
+        return f"unexpected {word!r} on the command line; values follow a flag"
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, parser._option_string_actions, n=2)
+    return f"unknown flag {name}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help")

@@ -1,0 +1,95 @@
+"""The four parts of a model: which of them train, at what rate, and the table that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
+"""Names of the parts, as ``--mm_tunable_parts`` spells them."""
+
+_MODULE_PARTS = {
+    "vision_tower": "mm_vision_tower",
+    "mm_projector": "mm_mlp_adapter",
+    "vision_resampler": "mm_vision_resampler",
+}
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter belongs to: what is in no vision module is the language model."""
+    for component in parameter_name.split("."):
+        if component in _MODULE_PARTS:
+            return _MODULE_PARTS[component]
+    return "mm_language_model"
+
+
+def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddings: bool = False) -> None:
+    """Train the named parts and freeze the others.
+
+    Args:
+        model: a language model with head.
+        tunable_parts: names of ``PARTS``. The language model includes embeddings, head and the rows
+            of new tokens.
+        freeze_embeddings: keeps embeddings and head of the language model as they are.
+
+    A trained vision tower is no longer its source's: its weights join the checkpoints.
+    """
+    tower = model.get_vision_tower()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = part_of(name) in tunable_parts
+    if freeze_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+    if tower is not None and "mm_vision_tower" in tunable_parts:
+        tower.freeze_unused()
+        model.keep_trained_tower()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"--mm_tunable_parts {','.join(tunable_parts)} trains nothing: this model has only "
+            f"{', '.join(sorted({part_of(name) for name, _ in model.named_parameters()}))}"
+        )
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters, by part and by whether they decay.
+
+    Matrices decay; biases, norms and other vectors do not.
+
+    Args:
+        model: its ``requires_grad`` flags are set.
+        learning_rates: by part.
+        weight_decay: of the matrices.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rates[part],
+            "weight_decay": weight_decay if decays else 0.0,
+            "part": part,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+
+
+def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
+    """One line a part: its parameters, how many of them train, and at what learning rate."""
+    total: dict[str, int] = {}
+    trainable: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        total[part] = total.get(part, 0) + parameter.numel()
+        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
+    lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]
+    for part in (part for part in PARTS if part in total):
+        rate = f"{learning_rates[part]:g}" if trainable[part] else "frozen"
+        lines.append(f"{part:<22}{total[part]:>14,}{trainable[part]:>14,}  {rate}")
+    lines.append(f"{'all':<22}{sum(total.values()):>14,}{sum(trainable.values()):>14,}")
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""``python -m llava.train.train``: from a command line to a trained checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.config import VisionConfig
+from llava.data.dataset import make_supervised_data_module
+from llava.data.placeholders import preprocess_multimodal
+from llava.data.preprocess.plain import preprocess_plain_lm
+from llava.model.adapter import load_adapter
+from llava.model.loading import load_model
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.command_line import parse_arguments
+from llava.train.parts import parts_table, set_trainable_parts
+from llava.train.report import budget_table, supervision_table
+from llava.train.trainer import LlavaTrainer
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "TrainingArguments",
+    "main",
+    "make_supervised_data_module",
+    "preprocess_multimodal",
+    "preprocess_plain_lm",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
+    """Train as the command line says and leave a complete checkpoint in ``--output_dir``.
+
+    Args:
+        argv: words of a command line; by default this process's.
+
+    Returns:
+        The trainer, with the trained model and the log of its losses.
+
+    Raises:
+        ValueError: a flag, a file or a sample is wrong; the message names it and the remedy.
+    """
+    model_args, data_args, training_args = parse_arguments(argv)
+    check_devices(training_args)
+    set_seed(training_args.seed)
+
+    loaded = load_model(
+        model_args.model_name_or_path,
+        vision_tower=model_args.vision_tower,
+        save_vision_tower=model_args.save_vision_tower,
+        attn_implementation=training_args.attn_implementation,
+        **model_args.vision_settings(),
+        **data_args.vision_settings(),
+    )
+    model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
+    if model_args.pretrain_mm_mlp_adapter:
+        load_adapter(model, model_args.pretrain_mm_mlp_adapter)
+    set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
+    lower_frozen_precision(model, training_args)
+
+    max_length = choose_max_length(training_args.model_max_length, model, vision)
+    data = make_supervised_data_module(tokenizer, data_args, vision, max_length)
+    if training_args.process_index == 0:
+        print(parts_table(model, training_args.part_learning_rates()))
+        print(budget_table(vision, max_length, model.config.max_position_embeddings))
+        print(supervision_table(data["train_dataset"]), flush=True)
+
+    trainer = LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
+    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
+    trainer.save_state()
+    trainer.save_model()
+    return trainer
+
+
+def check_devices(training_args: TrainingArguments) -> None:
+    """A ValueError where one process would drive several GPUs: batches of media cannot be scattered."""
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {training_args.n_gpu} GPUs; start one for each with "
+            f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def lower_frozen_precision(model: Any, training_args: TrainingArguments) -> None:
+    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more."""
+    tower = model.get_vision_tower()
+    if tower is not None and not tower.trainable and (training_args.bf16 or training_args.fp16):
+        tower.to(torch.bfloat16 if training_args.bf16 else torch.float16)
+
+
+def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None) -> int:
+    """Most tokens of a sample: what was asked for, or the model's context.
+
+    Raises:
+        ValueError: more than the context was asked for, or one video alone would not fit.
+    """
+    context = model.config.max_position_embeddings
+    if asked is not None and asked > context:
+        raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
+    limit = asked or context
+    return limit
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one that was named, or with ``auto`` the last one, if any."""
+    asked = training_args.resume_from_checkpoint
+    if asked in (None, "", "false", "False"):
+        return None
+    if asked not in ("auto", "true", "True"):
+        return asked
+    last = get_last_checkpoint(training_args.output_dir)
+    logger.info("resuming from %s", last) if last else logger.info("no checkpoint in %s", training_args.output_dir)
+    return last
+
+
+def cli() -> int:
+    """``main`` for a shell: a mistake of the user is one line, not a traceback."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,49 @@
+"""The trainer: transformers' own, with groups for the parts and lengths that need no decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from llava.constants import IGNORE_INDEX
+from llava.train.parts import parameter_groups
+
+
+class LlavaTrainer(Trainer):
+    """Trains a multimodal model.
+
+    The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step
+    and over ranks alike.
+    """
+
+    args: Any
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, over groups with a learning rate for each part."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.args.part_learning_rates(), self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch, lengths=dataset.lengths)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # The first label of a row is predicted by nothing. transformers knows that only for the
+        # model classes it knows, and older releases for none.
+        counted = []
+        for batch in batch_samples:
+            labels = batch["labels"].clone()
+            labels[:, 0] = IGNORE_INDEX
+            counted.append({"labels": labels})
+        return super()._get_num_items_in_batch(counted, device)

@@ -1,0 +1,93 @@
+"""What travels from a line of a data file to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image or a video of a record: its kind and the resolved path of its file."""
+
+    kind: MediaKind
+    path: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. ``role`` is "user" or "assistant"."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One validated sample of a data file.
+
+    ``source`` names the file and the place in it ("captions.json, sample 12"), for error messages.
+    ``split`` is the first and last frame of the clip that the sample speaks of, or None.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    media: tuple[Media, ...] = ()
+    source: str = ""
+    split: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
+
+    @property
+    def num_words(self) -> int:
+        """Whitespace-separated words of all turns, placeholders not counted."""
+        words = " ".join(turn.text for turn in self.turns).split()
+        return sum(word not in ("<image>", "<video>") for word in words)
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    """Decoded media, ready for the tower.
+
+    ``frames`` is uint8, (frames, 3, side, side), one frame for an image. ``original_size`` is
+    (height, width) in pixels before resizing; ``times`` are the frames' times in seconds.
+    """
+
+    kind: MediaKind
+    frames: Tensor
+    original_size: tuple[int, int]
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sample: equal-length ids and labels, and its media in reading order."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    media: list[VisualInput] = field(default_factory=list)
+
+
+class Batch(TypedDict, total=False):
+    """What the collator returns and ``forward`` takes.
+
+    ``input_ids`` and ``labels`` are int64 (batch, length), ``attention_mask`` is int64 of the same
+    shape with ones exactly over each sample's own length. ``images`` holds one uint8
+    (frames, 3, side, side) tensor a medium, over the whole batch in reading order, ``modalities``
+    their kinds and ``image_sizes`` their original (height, width); the three are absent from a
+    batch without media.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    images: list[Tensor]
+    modalities: list[MediaKind]
+    image_sizes: list[tuple[int, int]]

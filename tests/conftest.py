@@ -1,0 +1,196 @@
+"""Tiny models, tokenizers and media, made offline from configurations and seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real media; tests that need it are skipped without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data not found at {SHARED_DATA}; set LLAVA_SHARED_DATA")
+    return SHARED_DATA
+
+
+ITALIAN = [
+    "Un uomo con una maglia nera muove le mani davanti al petto.",
+    "Una ragazza con un maglione giallo unisce le mani e le apre.",
+    "Un ragazzo in maglietta grigia porta una mano alla bocca.",
+    "una stella gialla si muove verso destra",
+    "Il gatto dorme sul divano e il cane guarda la strada.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of GPT-2's kind, with one special token: the end of text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(ITALIAN * 4, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path):
+    """A fresh copy of the tokenizer without visual tokens."""
+    from llava.model.loading import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_dir))
+
+
+def _save(model, folder: Path, tokenizer_dir: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A plain GPT-2 checkpoint, 2 x 32, with a context of 512."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
+    config = GPT2Config(
+        vocab_size=size, n_positions=512, n_embd=32, n_layer=2, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"), tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """A plain Llama checkpoint, 2 x 32, with untied embeddings and a context of 512."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"), tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def backbone_dirs(gpt2_dir: Path, llama_dir: Path) -> dict[str, Path]:
+    return {"llava_gpt2": gpt2_dir, "llava_llama": llama_dir}
+
+
+def make_tower(folder: Path, side: int = 56, patch: int = 14, width: int = 32, layers: int = 3) -> Path:
+    """A DINOv2 folder with random weights and a processor configuration."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(2)
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=patch,
+        mlp_ratio=2,
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    processor = {
+        "crop_size": {"height": side, "width": side}, "do_center_crop": True, "size": {"shortest_edge": side * 8 // 7},
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "image_processor_type": "BitImageProcessor",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tower_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 tower with a 4 x 4 grid and 3 layers."""
+    return make_tower(tmp_path_factory.mktemp("tower"))
+
+
+TINY_VISION = {
+    "resampler_type": "fast_slow_resampler", "perceiver_latents": 9, "perceiver_latents_fast": 4,
+    "resampler_width": 32, "resampler_heads": 4, "num_frames": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def load_tiny(backbone_dirs: dict[str, Path], tower_dir: Path):
+    """A function that loads a tiny backbone with the tiny tower and a TokenPacker."""
+    from llava.model.loading import load_model
+
+    def load(name: str = "llava_gpt2", **changes):
+        torch.manual_seed(3)
+        return load_model(str(backbone_dirs[name]), **{"vision_tower": str(tower_dir), **TINY_VISION, **changes})
+
+    return load
+
+
+def write_video(path: Path, num_frames: int = 12, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    """An H.264 clip of (width, height) whose frames are distinct flat colours with a moving bar."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    width, height = size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        colour = rng.integers(40, 200, 3)
+        for i in range(num_frames):
+            image = np.full((height, width, 3), colour, np.uint8)
+            image[:, i * width // num_frames : (i + 1) * width // num_frames] = 255 - colour
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def media_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips (a.mp4, b.mp4) and two pictures (a.png, b.jpg)."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("media")
+    for seed, name in enumerate("ab"):
+        write_video(folder / f"{name}.mp4", seed=seed)
+    rng = np.random.default_rng(5)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def turns(human: str, assistant: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": human}, {"from": "gpt", "value": assistant}]
+
+
+@pytest.fixture(scope="session")
+def mixed_data(media_dir: Path) -> Path:
+    """A data file with two videos, two images, one sample with both and two texts."""
+    samples = [
+        {"id": "video-a", "video": "a.mp4", "conversations": turns("<video>", ITALIAN[0])},
+        {"id": "video-b", "video": "b.mp4", "conversations": turns("<video>", ITALIAN[1])},
+        {"id": "image-a", "image": "a.png", "conversations": turns("<image>", ITALIAN[2])},
+        {"id": "image-b", "image": "b.jpg", "conversations": turns("<image>", ITALIAN[3])},
+        {"id": "both", "image": "a.png", "video": "a.mp4", "conversations": turns("<video> poi <image>", ITALIAN[4])},
+        {"id": "text-1", "conversations": turns("", ITALIAN[4])},
+        {"id": "text-2", "conversations": turns("", ITALIAN[0])},
+    ]
+    path = media_dir / "mixed.json"
+    path.write_text(json.dumps(samples, ensure_ascii=False))
+    return path
