@@ -75,6 +75,8 @@ class LlavaMetaForCausalLM:
     config: Any
     lm_head: nn.Module
     training: bool
+    _keys_to_ignore_on_save: Any
+    _keys_to_ignore_on_load_missing: Any
 
     def __init__(self, config: Any) -> None:
         # The parent builds its plain decoder, which is replaced at once: no time is spent to fill it.
@@ -151,6 +153,8 @@ class LlavaMetaForCausalLM:
             raise ValueError("variables (coordinates) were given, but this model has no coordinate tables")
         images = pixel_values if images is None else images
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("pass input_ids or inputs_embeds")
             inputs_embeds = self.embed_multimodal(input_ids, images, modalities)
             input_ids = input_ids if inputs_embeds is None else None
         elif images is not None:
@@ -193,17 +197,19 @@ class LlavaMetaForCausalLM:
             ids to logits; only a training rank among several gets its embeddings tied to the vision
             modules, see ``encode_nothing``.
         """
-        model = self.get_model()
+        model, vision = self.get_model(), self.vision
+        features: list[Tensor] = []
         if images is not None and len(images):
-            features = model.encode_media(images, modalities)
-        elif self.vision is not None and self._others_may_have_media():
-            features = [encode_nothing(model.mm_projector, model.vision_resampler, self.vision)]
-        else:
+            features += model.encode_media(images, modalities)
+        if vision is not None and self._shares_gradients():
+            # Even beside media: images alone may leave the resampler out.
+            features.append(encode_nothing(model.vision_tower, model.mm_projector, model.vision_resampler, vision))
+        if vision is None or not features:
             return None
-        embeddings = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        return splice(input_ids, embeddings, features, self.vision.visual_token_ids)
+        return splice(input_ids, self.get_input_embeddings()(input_ids), features, vision.visual_token_ids)
 
-    def _others_may_have_media(self) -> bool:
+    def _shares_gradients(self) -> bool:
+        """Whether this is a training step of one rank among several, which may hold other modalities."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return distributed and torch.distributed.get_world_size() > 1 and self.training and torch.is_grad_enabled()
 
@@ -268,7 +274,11 @@ class LlavaMetaForCausalLM:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         vision = model.vision
-        if vision is not None and not vision.save_vision_tower:
+        if vision is None:
+            return loaded
+        # Loading replaces parameters, and with them what the structure said about gradients.
+        model.get_vision_tower().requires_grad_(False)
+        if not vision.save_vision_tower:
             source = vision_tower or vision.vision_tower
             found = model.get_vision_tower().load_weights(source)
             source = os.path.abspath(source) if os.path.isdir(source) else source
@@ -301,6 +311,6 @@ class LlavaMetaForCausalLM:
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         # Random values for hundreds of millions of tower weights that load_weights is about to overwrite.
         if self.vision is not None and not self.vision.save_vision_tower:
-            for parameter in self.get_vision_tower().parameters():
+            for parameter in self.get_model().vision_tower.parameters():
                 parameter._is_hf_initialized = True
         super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 import llava.model as models
 from llava.config import VisionConfig
-from llava.constants import VISUAL_TOKENS
 from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.quiet import quiet_transformers
@@ -68,11 +67,7 @@ def load_model(
     given = {name: value for name, value in settings.items() if value is not None}
     vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
     if vision is not None:
-        add_visual_tokens(tokenizer)
-        vision = replace(
-            vision,
-            token_ids=dict(zip(VISUAL_TOKENS, tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)), strict=True)),
-        )
+        vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
         config_dict |= vision.to_model_config()
     config = config_class.from_dict(config_dict)
 
@@ -119,6 +114,8 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
         config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {name_or_path!r} has no readable config.json: {error}") from error
+    if not config_dict:
+        raise ValueError(f"--model_name_or_path {name_or_path!r} has no readable config.json")
     return config_dict
 
 

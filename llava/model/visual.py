@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
+from llava.model.multimodal_encoder.base import VisionTower
 from llava.types import MediaKind
 
 
@@ -23,7 +24,7 @@ def infer_modalities(images: list[Tensor] | Tensor) -> list[MediaKind]:
 
 
 def encode_visual(
-    tower: nn.Module,
+    tower: VisionTower,
     projector: nn.Module,
     resampler: nn.Module | None,
     media: list[Tensor],
@@ -55,7 +56,9 @@ def encode_visual(
     return [encoded[i] for i in range(len(media))]
 
 
-def encode_nothing(projector: nn.Module, resampler: nn.Module | None, vision: VisionConfig) -> Tensor:
+def encode_nothing(
+    tower: VisionTower, projector: nn.Module, resampler: nn.Module | None, vision: VisionConfig
+) -> Tensor:
     """Run zero media through the trainable vision modules.
 
     The (0, width) result joins no token, yet ties the modules into the graph with gradients of
@@ -63,6 +66,9 @@ def encode_nothing(projector: nn.Module, resampler: nn.Module | None, vision: Vi
     every parameter on every rank.
     """
     weight = next(projector.parameters())
-    empty = weight.new_zeros((0, vision.max_frames, vision.num_patches, vision.hidden_size))
-    features = projector(empty)
+    if tower.trainable:
+        patches = tower(weight.new_zeros((0, 3, vision.image_size, vision.image_size)))
+    else:
+        patches = weight.new_zeros((0, vision.num_patches, vision.hidden_size))
+    features = projector(patches).unflatten(0, (0, vision.max_frames))
     return (features.flatten(1, 2) if resampler is None else resampler(features, "video")).flatten(0, 1)

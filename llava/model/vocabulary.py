@@ -21,11 +21,17 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: 
         )
 
 
-def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add the visual tokens that the tokenizer does not know yet, each kept whole in any text."""
+def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Add the visual tokens that the tokenizer does not know yet, each kept whole in any text.
+
+    Returns:
+        The id of every visual token.
+    """
     vocabulary = tokenizer.get_vocab()
     new = [token for token in VISUAL_TOKENS if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in VISUAL_TOKENS}
 
 
 def grow_vocabulary(model: Any, vision: VisionConfig) -> None:

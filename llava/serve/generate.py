@@ -74,7 +74,8 @@ class Captioner:
         room = self.model.config.max_position_embeddings - longest
         if room < 1:
             raise ValueError(
-                f"the prompt has {longest} tokens, but the model's context is {longest + room}; shorten it or lower num_frames"
+                f"the prompt has {longest} tokens, but the model's context is {longest + room}; shorten it or "
+                "lower num_frames"
             )
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
         input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)

@@ -64,7 +64,8 @@ class ModelArguments:
     mm_tunable_parts: str = field(
         default=DEFAULT_PARTS,
         metadata={
-            "help": f"Comma-separated parts to train, of {', '.join(PARTS)}. The language model includes its embeddings and head."
+            "help": f"Comma-separated parts to train, of {', '.join(PARTS)}. The language model includes its "
+            "embeddings and head."
         },
     )
     freeze_embeddings: bool = field(

@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     words = _translate(words)
     if recipe is not None:
         words = _recipe_words(recipe, parser) + words
-    known, unknown = parser.parse_known_args(words) if not _asks_for_help(words) else parser.parse_args(words)
+    known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], parser))
     values = vars(known)
@@ -77,10 +77,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})
         for group in (ModelArguments, DataArguments, TrainingArguments)
     )  # type: ignore[return-value]
-
-
-def _asks_for_help(words: Sequence[str]) -> bool:
-    return "-h" in words or "--help" in words
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -106,6 +106,11 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
     if asked is not None and asked > context:
         raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
     limit = asked or context
+    if vision is not None and (video := vision.num_tokens("video", vision.max_frames)) + 1 >= limit:
+        raise ValueError(
+            f"a video of {vision.max_frames} frames takes {video} tokens, but a sample may have {limit}; raise "
+            "--model_max_length (within the model's context) or lower --num_frames or --mm_perceiver_latents"
+        )
     return limit
 
 

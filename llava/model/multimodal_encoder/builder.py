@@ -18,7 +18,8 @@ def build_tower(vision: VisionConfig) -> VisionTower:
     model_type = vision.vision_config["model_type"]
     if model_type not in TOWERS:
         raise ValueError(
-            f"the vision tower {vision.vision_tower!r} has model_type {model_type!r}; known: {', '.join(TOWERS.names())}"
+            f"the vision tower {vision.vision_tower!r} has model_type {model_type!r}; "
+            f"known: {', '.join(TOWERS.names())}"
         )
     return TOWERS.get(model_type)(vision)
 
@@ -69,8 +70,8 @@ def describe_tower(source: str) -> TowerDescription:
 
 def _read_processor(source: str, config: Any) -> tuple[int, int | None, tuple[float, ...], tuple[float, ...]]:
     """Side of the tower's input, shorter side before cropping (or None), mean and deviation."""
-    defaults = VisionConfig.__dataclass_fields__
-    mean, std = defaults["image_mean"].default, defaults["image_std"].default
+    mean: tuple[float, ...] = VisionConfig.image_mean
+    std: tuple[float, ...] = VisionConfig.image_std
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except (OSError, ValueError):
