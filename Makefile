@@ -24,7 +24,7 @@ demo: $(INSTALLED) ## train a tiny model that describes videos in Italian
 	$(BIN)/python -m llava.demo
 
 test: $(INSTALLED) lint types ## lint, type checks and tests
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## ruff and shellcheck
 	$(BIN)/ruff check .

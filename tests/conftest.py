@@ -12,7 +12,8 @@ import torch
 
 SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-torch.set_num_threads(2)
+# Tiny tensors gain nothing from threads, and tests run side by side.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def load_model(
 
     given = {name: value for name, value in settings.items() if value is not None}
     vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
+    known = set(tokenizer.get_vocab())
     if vision is not None:
         vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
         config_dict |= vision.to_model_config()
@@ -83,7 +84,7 @@ def load_model(
         )
     new = _check_loaded(info, model_name_or_path)
     if vision is not None:
-        grow_vocabulary(model, vision)
+        grow_vocabulary(model, [i for token, i in vision.token_ids.items() if token not in known])
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
     _align_special_tokens(model, tokenizer)
     return LoadedModel(model, tokenizer, model.vision, new)

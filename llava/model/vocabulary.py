@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from llava.config import VisionConfig
 from llava.constants import VISUAL_TOKENS
 
 
@@ -34,27 +34,24 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: vocabulary[token] for token in VISUAL_TOKENS}
 
 
-def grow_vocabulary(model: Any, vision: VisionConfig) -> None:
-    """Give the visual tokens rows in the embeddings and the head.
+def grow_vocabulary(model: Any, new_ids: Sequence[int]) -> None:
+    """Give new tokens rows in the embeddings and the head.
 
     A new row is the mean of the old ones, so that it starts as an unremarkable token; logits of old
-    tokens stay as they were, and tied heads stay tied. Rows are only touched in a model that did not
-    have the tokens yet.
+    tokens stay as they were, and tied heads stay tied. Where a model came with spare rows behind its
+    tokenizer, the new tokens take those.
 
     Args:
         model: a language model with head.
-        vision: gives the ids of the visual tokens.
+        new_ids: ids that the tokenizer has just gained, all above its old ones.
     """
-    old_size = model.get_input_embeddings().weight.shape[0]
-    ids = vision.visual_token_ids
-    first_new = min(ids)
-    if getattr(model.config, "mm_vocabulary_grown", False):
+    if not new_ids:
         return
-    if max(ids) >= old_size:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    # Where a model came with spare rows behind its tokenizer, the new tokens take those.
+    old_size = model.get_input_embeddings().weight.shape[0]
+    if max(new_ids) >= old_size:
+        model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
         for weight in tables.values():
-            weight[ids] = weight[: min(first_new, old_size)].mean(0, dtype=torch.float32).to(weight.dtype)
-    model.config.mm_vocabulary_grown = True
+            old_rows = weight[: min(*new_ids, old_size)]
+            weight[list(new_ids)] = old_rows.mean(0, dtype=torch.float32).to(weight.dtype)

@@ -184,6 +184,9 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         # Examples are dataclasses; a column filter has nothing to remove and would drop their media.
         self.remove_unused_columns = False
+        # Every trainable parameter takes part in every step, on every rank: nothing to look for.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         if self.attn_implementation not in (None, "sdpa", "eager", "flash_attention_2"):
             raise ValueError(
                 f"--attn_implementation is {self.attn_implementation!r}; known: sdpa, eager, flash_attention_2"

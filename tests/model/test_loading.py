@@ -75,7 +75,7 @@ def test_missing_weights_are_an_error(gpt2_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "value"), [("projector_type", "mlp9_gelu"), ("resampler_type", "sampler")])
 def test_unknown_parts_list_the_known_ones(load_tiny, setting: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown --mm_{setting} '{value}'; known: "):
+    with pytest.raises(ValueError, match=rf"unknown --mm_{setting} '{value}'; known: "):
         load_tiny(**{setting: value})
 
 

@@ -1,0 +1,90 @@
+"""What the documents say holds: their commands parse, their samples read, their files exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llava.data.records import read_records
+from llava.serve.cli import build_parser
+from llava.train.command_line import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.S)
+
+
+def commands() -> list[str]:
+    """Every command line of the documents, continuation lines joined and comments cut off."""
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, "bash"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return found
+
+
+def words_after(command: str, module: str) -> list[str]:
+    words = shlex.split(command, comments=True)
+    return [word for word in words[words.index(module) + 1 :] if word != "..."]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.train.train" in c])
+def test_training_commands_parse(command: str) -> None:
+    words = words_after(command, "llava.train.train")
+    # Precision and engine depend on the machine, which this one may not be.
+    for flag, arguments in (("--bf16", 0), ("--deepspeed", 1)):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 1 + arguments]
+    for flag, value in (("--model_name_or_path", "m"), ("--data_path", "d"), ("--output_dir", "o")):
+        words += [] if flag in words else [flag, value]
+    parse_arguments([*words, "--use_cpu"])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.serve.cli" in c])
+def test_captioning_commands_parse(command: str) -> None:
+    build_parser().parse_args(words_after(command, "llava.serve.cli"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if re.match(r"\s*make ", c)])
+def test_make_targets_exist(command: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert shlex.split(command, comments=True)[1] in targets
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "scripts_italian/" in c or ".sh" in c])
+def test_scripts_exist(command: str) -> None:
+    for path in re.findall(r"(?:scripts_italian/\w+\.py|\w+\.sh)\b", command):
+        assert (ROOT / path).is_file(), path
+
+
+def test_readme_sample_reads(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(blocks(ROOT / "README.md", "json")[0])
+    records = read_records(str(path))
+    assert [bool(record.media) for record in records] == [True, False]
+    assert json.loads(path.read_text())[0]["video"] == "clips/1.mp4"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document: Path) -> None:
+    folders = "docs|llava|tests|benchmarks|scripts_italian"
+    named = re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:md|py|json|yaml))`", document.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_readme_lists_what_is_registered() -> None:
+    from llava.model import AVAILABLE_MODELS
+    from llava.model.multimodal_encoder.hf_tower import TOWERS
+    from llava.model.multimodal_resampler.builder import RESAMPLERS
+
+    table = (ROOT / "README.md").read_text().lower().replace("-", "")
+    for name in [*AVAILABLE_MODELS, *TOWERS.names(), *RESAMPLERS.names()]:
+        assert name.removeprefix("llava_").lower() in table, name

@@ -1,0 +1,105 @@
+"""Command lines and recipes: what they become, and what they are refused for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from llava.train import arguments
+from llava.train.command_line import RECIPES, parse_arguments
+
+REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
+
+
+def test_defaults() -> None:
+    model, data, training = parse_arguments(REQUIRED)
+    assert model.tunable_parts == ["mm_mlp_adapter", "mm_vision_resampler", "mm_language_model"]
+    assert (data.data_path, data.plain_lm, data.image_folder) == (["d.json"], True, None)
+    assert training.remove_unused_columns is False
+    assert all(value is None for value in {**model.vision_settings(), **data.vision_settings()}.values())
+
+
+def test_flags_override_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "num_frames: 8\nlearning_rate: 5.0e-4\nbf16: false\ndata_path: [a.json, b.json]\nsave_steps: null\n"
+    )
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--use_cpu", "--config", str(recipe), "--num_frames", "2"]
+    _, data, training = parse_arguments(argv)
+    assert (data.num_frames, data.data_path, training.learning_rate) == (2, ["a.json", "b.json"], 5e-4)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_shipped_recipe_parses_by_its_name(recipe: str) -> None:
+    parse_arguments([*REQUIRED, "--config", recipe])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mm_projector_typ", "linear"], "unknown flag --mm_projector_typ; did you mean --mm_projector_type"),
+        (["--mm_proj", "linear"], "unknown flag --mm_proj"),
+        (["--learning_rate", "1e-4", "stray"], "unexpected 'stray'"),
+        (["--config", "nothing.yaml"], "no such file; recipes that come with llava"),
+        (["--stage", "2"], "--stage is '2'"),
+        (["--mm_tunable_parts", "mm_everything"], "--mm_tunable_parts names mm_everything; known: mm_vision_tower"),
+        (["--mm_tunable_parts", ","], "--mm_tunable_parts is empty"),
+        (["--attn_implementation", "fast"], "--attn_implementation is 'fast'"),
+        (["--plain_lm", "false"], "--plain_lm false"),
+        (["--add_time_instruction", "True"], "--add_time_instruction True: not available"),
+    ],
+)
+def test_mistakes_are_one_clear_error(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*REQUIRED, *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_framez: 8", "unknown flag --num_framez; did you mean --num_frames"),
+        ("- a\n- b", "expected names and values, found list"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_broken_recipe_names_its_file(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=rf"broken\.yaml.*{message}"):
+        parse_arguments([*REQUIRED, "--config", str(recipe)])
+
+
+def test_flags_of_older_scripts_are_mapped_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    old = ["--warmup_ratio", "0.1", "--evaluation_strategy", "no", "--lazy_preprocess", "True", "--force_sample=False"]
+    with caplog.at_level(logging.WARNING):
+        _, _, training = parse_arguments([*REQUIRED, *old, "--video_folder", "", "--num_frames", "4"])
+    assert (training.warmup_steps, training.eval_strategy.value) == (0.1, "no")
+    assert "--warmup_ratio is now --warmup_steps" in caplog.text
+    assert "--lazy_preprocess is not needed any more" in caplog.text
+
+
+def test_older_flags_are_mapped_in_recipes_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("warmup_ratio: 0.2\nlazy_preprocess: true\n")
+    assert parse_arguments([*REQUIRED, "--config", str(recipe)])[2].warmup_steps == 0.2
+
+
+def test_flash_attention_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'llava-babylm\[flash-attn\]'"):
+        arguments.check_flash_attention()
+
+
+def test_use_plain_lm_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_PLAIN_LM", "1")
+    assert parse_arguments([*REQUIRED, "--plain_lm", "false"])[1].plain_lm
+
+
+def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--config", "--vision_tower", "--num_frames", "--mm_projector_lr", "--bf16"))

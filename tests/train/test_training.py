@@ -1,0 +1,193 @@
+"""Training runs through main(): they learn, they resume exactly, and mistakes end them clearly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.serve.cli import main as serve
+from llava.train.train import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags(model: Path, tower: Path | None, data: Path, output: Path, **changes) -> list[str]:
+    """A command line for a tiny run, with some flags changed (None takes one out)."""
+    values = {
+        "model_name_or_path": model, "vision_tower": tower, "data_path": data, "output_dir": output,
+        "mm_resampler_type": "fast_slow_resampler" if tower else None, "mm_perceiver_latents": 9,
+        "mm_perceiver_latents_fast": 4, "mm_resampler_width": 32, "num_frames": 3, "max_steps": 10,
+        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1, "report_to": "none",
+        "save_strategy": "no", "use_cpu": "true", "disable_tqdm": "true", **changes,
+    }  # fmt: skip
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def write_json(path: Path, samples: list) -> Path:
+    path.write_text(json.dumps(samples, ensure_ascii=False))
+    return path
+
+
+@pytest.fixture
+def two_clips(mixed_data: Path) -> Path:
+    return write_json(mixed_data.parent / "two.json", json.loads(mixed_data.read_text())[:2])
+
+
+def test_overfits_two_clips_and_captions_them(gpt2_dir, tower_dir, two_clips: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out"
+    main(flags(gpt2_dir, tower_dir, two_clips, output, max_steps=150, per_device_train_batch_size=2, learning_rate=5e-3,
+               mm_vision_select_layer=1))  # fmt: skip
+    assert losses(output)[-1] < 0.05
+    printed = capsys.readouterr().out
+    assert "mm_vision_resampler" in printed
+    assert "video of 3 frames: 39 tokens" in printed
+    assert "supervised tokens of the first samples" in printed
+    for sample in json.loads(two_clips.read_text()):
+        assert serve(["--model_path", str(output), "--video", str(two_clips.parent / sample["video"])]) == 0
+        assert capsys.readouterr().out.strip() == sample["conversations"][1]["value"]
+
+
+def test_text_alone_needs_no_tower(llama_dir: Path, tmp_path: Path, capsys) -> None:
+    text = [{"id": i, "conversations": [{"from": "gpt", "value": "Il gatto dorme sul divano."}]} for i in range(4)]
+    data = write_json(tmp_path / "text.json", text)
+    output = tmp_path / "out"
+    main(flags(llama_dir, None, data, output, max_steps=60, learning_rate=1e-2))
+    assert losses(output)[-1] < 0.1
+    capsys.readouterr()
+    assert serve(["--model_path", str(output), "--prompt", "Il gatto"]) == 0
+    assert capsys.readouterr().out.strip() == "dorme sul divano."
+    assert serve(["--model_path", str(output), "--image", "a.png"]) == 2
+    assert "trained on text alone" in capsys.readouterr().err
+
+
+def test_resumed_run_equals_an_uninterrupted_one(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    steps = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    main(flags(gpt2_dir, tower_dir, mixed_data, whole, **steps))
+    main(flags(gpt2_dir, tower_dir, mixed_data, parted, **steps))
+    for folder in ("checkpoint-6", "checkpoint-8"):
+        for file in (parted / folder).iterdir():
+            file.unlink()
+        (parted / folder).rmdir()
+    main(flags(gpt2_dir, tower_dir, mixed_data, parted, **steps, resume_from_checkpoint="auto"))
+    assert losses(parted) == losses(whole)
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parted))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_micro_batches_give_the_same_step(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    step = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "train_sampling_strategy": "sequential"}
+    main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "one", **step, per_device_train_batch_size=6))
+    main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "many", **step, per_device_train_batch_size=1,
+               gradient_accumulation_steps=6))  # fmt: skip
+    assert_same_step(gpt2_dir, tmp_path / "one", tmp_path / "many")
+
+
+def assert_same_step(start: Path, one: Path, other: Path) -> None:
+    """Loss and gradients of a single step agree within 1e-6; a huge learning rate keeps gradients exact."""
+    assert losses(one) == pytest.approx(losses(other), rel=1e-6)
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    before = load_file(start / "model.safetensors")
+    difference = total = 0.0
+    for name in first:
+        shift = first[name] - before[name] if name in before and before[name].shape == first[name].shape else None
+        if shift is not None:
+            difference += float((first[name].double() - second[name].double()).square().sum())
+            total += float(shift.double().square().sum())
+    assert total > 0
+    assert (difference / total) ** 0.5 < 1e-6
+
+
+def launch(processes: int, argv: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    """Run the trainer under torchrun, as a user does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone",
+               "-m", "llava.train.train", *argv]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_ranks_of_different_modality_give_the_same_step(
+    engine: str, gpt2_dir, tower_dir, mixed_data: Path, tmp_path: Path
+) -> None:
+    samples = json.loads(mixed_data.read_text())
+    # Rank 0 sees two videos, rank 1 two texts; then an image on rank 0 and text on rank 1.
+    order = [samples[i] for i in (0, 1, 5, 6)]
+    data = write_json(mixed_data.parent / f"ranks-{engine}.json", order)
+    step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1000, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+            "train_sampling_strategy": "sequential"}  # fmt: skip
+    main(flags(gpt2_dir, tower_dir, data, tmp_path / "single", **step, per_device_train_batch_size=4))
+    extra = {} if engine == "ddp" else {"deepspeed": ROOT / "llava/train/deepspeed/zero2.json"}
+    if engine == "zero2":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    argv = flags(gpt2_dir, tower_dir, data, tmp_path / engine, **step, per_device_train_batch_size=2, **extra)
+    ended = launch(2, argv)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_same_step(gpt2_dir, tmp_path / "single", tmp_path / engine)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precisions_train(gpt2_dir, tower_dir, mixed_data, tmp_path: Path, precision: str) -> None:
+    changes = {"bf16": "true"} if precision == "bf16" else {}
+    trainer = main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "out", **changes))
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert trainer.model.get_vision_tower().dtype == expected
+    assert next(trainer.model.get_model().mm_projector.parameters()).dtype == torch.float32
+
+
+def test_evaluation_and_grouping_by_length(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    trainer = main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "out", max_steps=4, eval_data_path=mixed_data,
+                         eval_strategy="steps", eval_steps=2, train_sampling_strategy="group_by_length",
+                         per_device_train_batch_size=2))  # fmt: skip
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_path": "nothing.json"}, r"--data_path nothing\.json: no such file"),
+        ({"model_max_length": 40}, "a video of 3 frames takes 39 tokens, but a sample may have 40"),
+        ({"model_max_length": 600}, "--model_max_length is 600, but the model's context is 512"),
+        ({"mm_perceiver_latents": 10}, "--mm_perceiver_latents is 10, which is not a square; .* 9 and 16"),
+        ({"vision_tower": "./nowhere"}, "--vision_tower './nowhere'"),
+        ({"model_name_or_path": "./nowhere"}, "--model_name_or_path './nowhere'"),
+    ],
+)
+def test_mistakes_end_the_run_before_training(
+    gpt2_dir, tower_dir, mixed_data, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "out", **changes))
+
+
+def test_a_broken_clip_stops_the_run_and_is_named(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    (mixed_data.parent / "broken.mp4").write_bytes(b"not a video at all")
+    samples = json.loads(mixed_data.read_text())
+    samples[0]["video"] = "broken.mp4"
+    data = write_json(mixed_data.parent / "with-broken.json", samples)
+    with pytest.raises(ValueError, match=r"sample 'video-a' \(with-broken\.json, sample 1\).*broken\.mp4"):
+        main(flags(gpt2_dir, tower_dir, data, tmp_path / "out"))
+
+
+def test_shell_sees_one_line_and_status_2(gpt2_dir, tmp_path: Path) -> None:
+    argv = flags(gpt2_dir, None, tmp_path / "nothing.json", tmp_path / "out")
+    command = [sys.executable, "-m", "llava.train.train", *argv]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert "nothing.json: no such file" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
