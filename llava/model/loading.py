@@ -109,7 +109,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _read_config(name_or_path: str) -> dict[str, Any]:
-    if os.sep in name_or_path and not os.path.isdir(name_or_path):
+    # A hub name has at most one slash and does not begin with one, or with a dot.
+    looks_local = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
+    if looks_local and not os.path.isdir(name_or_path):
         raise ValueError(f"--model_name_or_path {name_or_path!r} is no folder")
     try:
         config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)

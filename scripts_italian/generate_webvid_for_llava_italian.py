@@ -1,0 +1,260 @@
+"""WebVid rows with Italian captions -> data files for both phases of the Italian pipeline.
+
+Written to ``--out``:
+
+``webvid_t_it.json``   captions alone, for ``EXP_ID=1``
+``webvid_vi_it.json``  the same samples, ids and captions with their clips, for ``EXP_ID=2``
+``left_out.jsonl``     what was left out: id, file, reason and, where the row has it, contentUrl
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ID, CAPTION, FOLDER, URL = "videoid", "name_it", "page_dir", "contentUrl"
+REQUIRED = (ID, CAPTION)
+
+
+@dataclass
+class Outcome:
+    """Samples of both files, in step, and the rows of ``left_out.jsonl``."""
+
+    text: list[dict[str, Any]] = field(default_factory=list)
+    video: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def num_clips(self) -> int:
+        return sum("video" in sample for sample in self.video)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Turn WebVid rows with Italian captions into webvid_t_it.json (text alone) and webvid_vi_it.json "
+        "(the same samples with their clips). Clips that are missing or unreadable are listed in left_out.jsonl. "
+        "The same rows and clips give the same bytes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rows",
+        required=True,
+        metavar="FILE",
+        help=f"CSV (with a header) or JSONL with {ID} and {CAPTION}; {FOLDER} and {URL} are used where present",
+    )
+    parser.add_argument(
+        "--video-dir",
+        required=True,
+        metavar="DIR",
+        help=f"folder of the clips, as <{ID}>.mp4 or <{FOLDER}>/<{ID}>.mp4; paths in webvid_vi_it.json start here",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if it is not there")
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N", help="stop after the first N samples (default: take all rows)"
+    )
+    parser.add_argument(
+        "--require-video",
+        action="store_true",
+        help="leave samples without a readable clip out of both files (default: keep them in both, as text)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.max_samples is not None and args.max_samples < 1:
+            raise ValueError(f"--max-samples is {args.max_samples}; it must be at least 1")
+        if not os.path.isdir(args.video_dir):
+            raise ValueError(f"--video-dir {args.video_dir}: no such folder")
+        rows = read_rows(args.rows)
+        outcome = build_samples(rows, args.video_dir, args.max_samples, args.require_video)
+        if not outcome.text:
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in count_reasons(outcome.left_out))
+            raise ValueError(f"no sample is left of the {len(rows)} rows in {args.rows} ({reasons})")
+        write_files(outcome, args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out {args.out}: cannot be written: {error}", file=sys.stderr)
+        return 2
+    print(summarise(outcome, len(rows), args.out, args.video_dir))
+    return 0
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a CSV or JSONL file.
+
+    Raises:
+        ValueError: no such file, another kind of file, a broken line, a missing column, or no rows.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--rows {path}: no such file")
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if file.suffix not in readers:
+        raise ValueError(f"--rows {path}: unknown kind of file {file.suffix!r}; known: {', '.join(readers)}")
+    try:
+        rows = list(readers[file.suffix](file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--rows {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"--rows {path}: not CSV: {error}") from error
+    if not rows:
+        raise ValueError(f"--rows {path}: has no rows")
+    return rows
+
+
+def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        _check_columns(reader.fieldnames or (), f"--rows {file}")
+        for row in reader:
+            if None in row or None in row.values():
+                expected = len(reader.fieldnames or ())
+                raise ValueError(f"--rows {file}, line {reader.line_num}: expected {expected} fields, as in the header")
+            yield row
+
+
+def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"--rows {file}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+            _check_columns(row, where)
+            yield row
+
+
+def _check_columns(found: Any, where: str) -> None:
+    missing = [column for column in REQUIRED if column not in found]
+    if missing:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}; found {', '.join(map(str, found)) or 'nothing'}")
+
+
+def build_samples(
+    rows: Sequence[dict[str, Any]], video_dir: str, max_samples: int | None, require_video: bool
+) -> Outcome:
+    """Samples of both files, in the order of the rows.
+
+    A row without a caption, with an id that an earlier sample has, or with a caption that cannot be
+    trained on is left out. One whose clip cannot be read is left out with ``require_video``, and
+    otherwise stays as text in both files; either way its clip is listed.
+    """
+    from tqdm import tqdm
+
+    outcome = Outcome()
+    used: set[str] = set()
+    for row in tqdm(rows, desc="reading clips", unit="clip", disable=None):
+        if max_samples is not None and len(outcome.text) >= max_samples:
+            break
+        identity = str(row[ID]).strip()
+        caption = " ".join(str(row[CAPTION] or "").split())
+        clip, problem = find_clip(row, identity, video_dir)
+        unusable = _explain_unusable(identity, caption, used)
+        if unusable or problem:
+            listed = {"id": identity, "file": clip, "reason": unusable or problem}
+            outcome.left_out.append(listed | ({URL: str(row[URL])} if row.get(URL) else {}))
+        if unusable or (problem and require_video):
+            continue
+        used.add(identity)
+        outcome.text.append(_sample(identity, caption, None))
+        outcome.video.append(_sample(identity, caption, None if problem else clip))
+    return outcome
+
+
+def find_clip(row: dict[str, Any], identity: str, video_dir: str) -> tuple[str, str]:
+    """The path of a row's clip below the folder, and why it cannot be used ("" if it can)."""
+    from llava.data.media import MediaError, sample_video
+
+    names = [f"{identity}.mp4"]
+    if row.get(FOLDER):
+        names.append(os.path.join(str(row[FOLDER]), names[0]))
+    clip = next((name for name in names if Path(video_dir, name).exists()), None)
+    if clip is None:
+        return names[-1], "no such file"
+    path = os.path.join(video_dir, clip)
+    try:
+        sample_video(path, num_frames=4)
+    except MediaError as error:
+        return clip, " ".join(str(error).removeprefix(f"{path}: ").split())
+    return clip, ""
+
+
+def _explain_unusable(identity: str, caption: str, used: set[str]) -> str:
+    """Why a row can be no sample at all, or ""."""
+    from llava.data.records import parse_record
+
+    if not identity:
+        return "no id"
+    if identity in used:
+        return "an earlier row has the same id"
+    if not caption:
+        return "no caption"
+    try:
+        parse_record(_sample(identity, caption, None), "caption", "", "")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _sample(identity: str, caption: str, clip: str | None) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<video>" if clip else ""}, {"from": "gpt", "value": caption}]
+    return {"id": identity, **({"video": clip} if clip else {}), "conversations": turns}
+
+
+def write_files(outcome: Outcome, folder: str) -> None:
+    """Write the three files, each beside its place first, so that none is ever half written."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    texts = {
+        "webvid_t_it.json": json.dumps(outcome.text, ensure_ascii=False, indent=1) + "\n",
+        "webvid_vi_it.json": json.dumps(outcome.video, ensure_ascii=False, indent=1) + "\n",
+        "left_out.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.left_out),
+    }
+    for name, text in texts.items():
+        unfinished = Path(folder, name + ".part")
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.replace(Path(folder, name))
+
+
+def count_reasons(left_out: Sequence[dict[str, str]]) -> list[tuple[str, int]]:
+    """Reasons and how often each stands in the list, without what is particular to one clip."""
+    return Counter(row["reason"].partition(":")[0] for row in left_out).most_common()
+
+
+def summarise(outcome: Outcome, num_rows: int, folder: str, video_dir: str) -> str:
+    num_samples = len(outcome.text)
+    lines = [
+        f"{num_samples} samples of {num_rows} rows, {outcome.num_clips} of them with a clip, in",
+        f"  {os.path.join(folder, 'webvid_t_it.json')}",
+        f"  {os.path.join(folder, 'webvid_vi_it.json')} (train with --video_folder {video_dir})",
+    ]
+    if num_samples > outcome.num_clips:
+        lines.append(
+            f"{num_samples - outcome.num_clips} samples without a readable clip are text in both; "
+            "--require-video leaves them out"
+        )
+    if outcome.left_out:
+        lines.append(f"{len(outcome.left_out)} listed in {os.path.join(folder, 'left_out.jsonl')}:")
+        lines += [f"  {count} x {reason}" for reason, count in count_reasons(outcome.left_out)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
