@@ -195,3 +195,36 @@ def mixed_data(media_dir: Path) -> Path:
     path = media_dir / "mixed.json"
     path.write_text(json.dumps(samples, ensure_ascii=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def visual_tokenizer(tokenizer_dir: Path):
+    """The tokenizer with the visual tokens: ids 383 to 390, behind a vocabulary of 383."""
+    from llava.model.loading import load_tokenizer
+    from llava.model.vocabulary import add_visual_tokens
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    add_visual_tokens(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_vision():
+    """The visual side of the tiny models: 56 pixels, a 4 x 4 grid, 3 frames, 12 fast and 27 slow tokens."""
+    from llava.config import VisionConfig
+
+    return VisionConfig(
+        vision_tower="tiny", vision_config={}, hidden_size=32, image_size=56, patches_per_side=4, image_resize_size=64,
+        **TINY_VISION,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def italian_vision():
+    """The visual side of the Italian recipe: 224 pixels, a 16 x 16 grid, 4 frames, 9 and 81 latents."""
+    from llava.config import VisionConfig
+
+    return VisionConfig(
+        vision_tower="dinov2", vision_config={}, hidden_size=1024, image_size=224, patches_per_side=16,
+        image_resize_size=256, resampler_type="fast_slow_resampler",
+    )  # fmt: skip

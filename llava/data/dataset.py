@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.collator import SupervisedCollator
 from llava.data.media import MediaError, load_media
-from llava.data.placeholders import expand_placeholders, placeholder_kinds
-from llava.data.preprocess.plain import join_turns, label_plain, tokenize_plain, truncate_segments
+from llava.data.placeholders import expand_placeholders, placeholder_kinds, split_at_placeholders
+from llava.data.preprocess.plain import (
+    ContextError,
+    join_turns,
+    label_plain,
+    needs_end,
+    prefix_ids,
+    tokenize_plain,
+    truncate_segments,
+)
 from llava.data.records import read_records
 from llava.types import Example, Record, VisualInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXTS_AT_ONCE = 1000
 
 
 class SupervisedDataset(Dataset[Example]):
@@ -82,30 +94,52 @@ class SupervisedDataset(Dataset[Example]):
             turns = expand_placeholders(record.turns, self.vision, frame_counts)
             segments = tokenize_plain(join_turns([turn.text for turn in turns]), self.tokenizer)
             return label_plain(truncate_segments(segments, self.max_length))
+        except ContextError as error:
+            remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
+            raise ContextError(f"{record}: {error}{remedy}") from error
         except ValueError as error:
-            hint = (
-                ""
-                if "limit" not in str(error)
-                else (
-                    "; raise --model_max_length (within the model's context) or lower --num_frames or --mm_perceiver_latents"
-                )
-            )
-            raise ValueError(f"{record}: {error}{hint}") from error
+            raise ValueError(f"{record}: {error}") from error
+
+    def _shorter_spans(self, record: Record) -> str:
+        """The settings that make the spans of a record shorter, as the end of a sentence."""
+        assert self.vision is not None
+        kinds = {media.kind for media in record.media}
+        flags = ["--frames_upbound" if self.vision.video_fps > 0 else "--num_frames"] if "video" in kinds else []
+        if self.vision.resampler_type is not None and ("video" in kinds or self.vision.resample_images):
+            flags.append("--mm_perceiver_latents")
+        return f" or lower {' or '.join(flags)}" if flags else ""
 
     def visual_tokens(self, record: Record) -> int:
         """Positions that the media of a record take; 0 for text alone."""
         if self.vision is None:
             return 0
-        return sum(
-            self.vision.num_tokens(m.kind, 1 if m.kind == "image" else self.vision.max_frames) for m in record.media
-        )
+        frames = {"image": 1, "video": self.vision.max_frames}
+        return sum(self.vision.num_tokens(media.kind, frames[media.kind]) for media in record.media)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each example before truncation, its own media's positions included."""
-        texts = [text_without_media(record) for record in self.records]
-        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [len(ids) + 1 + self.visual_tokens(r) for ids, r in zip(encoded, self.records, strict=True)]
+        """Tokens of each example before truncation, its own media's positions included.
+
+        They are exact, but for videos under ``video_fps``, which count with the most frames they may have.
+        """
+        lengths: list[int] = []
+        for start in range(0, len(self.records), _TEXTS_AT_ONCE):
+            lengths += self._count_tokens(self.records[start : start + _TEXTS_AT_ONCE])
+        return lengths
+
+    def _count_tokens(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of each record, whose texts are tokenised in one call, cut where ``tokenize`` cuts them."""
+        pieces = [split_at_placeholders(join_turns([turn.text for turn in record.turns])) for record in records]
+        flat = [piece for of_record in pieces for piece in of_record]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+        prefix = prefix_ids(self.tokenizer)
+        lengths = []
+        for record, of_record in zip(records, pieces, strict=True):
+            ids = [next(encoded) for _ in of_record]
+            last = ids[-1] if len(ids) > 1 else prefix + ids[0]
+            total = len(prefix) + sum(map(len, ids)) + needs_end(last, self.tokenizer)
+            lengths.append(total + self.visual_tokens(record))
+        return lengths
 
     @property
     def modality_lengths(self) -> list[int]:
@@ -133,6 +167,11 @@ def find_unsupervised(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if not record.media and not text_without_media(record)]
 
 
+def _name_some(records: Sequence[Record], most: int = 5) -> str:
+    more = f" and {len(records) - most} more" if len(records) > most else ""
+    return ", ".join(map(str, records[:most])) + more
+
+
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: Any, vision: VisionConfig | None, max_length: int
 ) -> dict[str, Any]:
@@ -157,7 +196,7 @@ def make_supervised_data_module(
         records = read_records(paths, data_args.image_folder, data_args.video_folder)
         if empty := find_unsupervised(records):
             raise ValueError(
-                f"{len(empty)} samples have no text to learn from, the first is {empty[0]}; give them text or take them out"
+                f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; give them text or take them out"
             )
         return SupervisedDataset(records, tokenizer, vision, max_length, data_args.early_mix_text)
 

@@ -51,7 +51,7 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 def _pad_to_square(pixels: Tensor, vision: VisionConfig) -> Tensor:
     height, width = pixels.shape[-2:]
     side = vision.image_size
-    mean = torch.tensor(vision.image_mean).mul(255).round().to(torch.uint8)
+    mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
     square = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, side, side)
     top, left = (side - height) // 2, (side - width) // 2
     square[..., top : top + height, left : left + width] = pixels

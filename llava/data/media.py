@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.config import VisionConfig
 from llava.data.image_ops import fit_frames
-from llava.data.video_backends import DECODE_ERRORS, open_video
+from llava.data.truncation import check_complete
+from llava.data.video_backends import open_video
 from llava.types import Media, VisualInput
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 
 class MediaError(ValueError):
@@ -35,11 +42,17 @@ class SampledVideo:
 def load_media(media: Media, vision: VisionConfig, split: tuple[int, int] | None = None) -> VisualInput:
     """Load an image or sample a video, fitted to the tower's square.
 
+    Args:
+        media: what to load.
+        vision: how many frames, and what square.
+        split: first and last frame of the part of a video to sample from; by default all of it.
+
     Raises:
         MediaError: the file is missing, empty or cannot be decoded.
     """
+    times: tuple[float, ...] = (0.0,)
     if media.kind == "image":
-        pixels, times = load_image(media.path).unsqueeze(0), (0.0,)
+        pixels = load_image(media.path).unsqueeze(0)
     else:
         video = sample_video(
             media.path, vision.num_frames, fps=vision.video_fps, max_frames=vision.frames_upbound, split=split
@@ -49,28 +62,47 @@ def load_media(media: Media, vision: VisionConfig, split: tuple[int, int] | None
     return VisualInput(media.kind, fit_frames(pixels, vision), (height, width), times)
 
 
-def check_file(path: str) -> None:
-    """A MediaError for what no decoder needs to be asked about."""
-    file = Path(path)
-    if not file.exists():
-        raise MediaError(f"{path}: no such file")
-    if not file.is_file():
-        raise MediaError(f"{path}: not a file")
-    if file.stat().st_size == 0:
+def check_file(path: str) -> int:
+    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path!r}: cannot be opened: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
+    if status.st_size == 0:
         raise MediaError(f"{path}: the file is empty")
+    return status.st_size
 
 
 def load_image(path: str) -> Tensor:
-    """Read an image upright (after its EXIF orientation) as uint8 (height, width, 3)."""
+    """Read an image upright (after its EXIF orientation) as uint8 (height, width, 3).
+
+    Transparency is dropped, as everywhere in the LLaVA family; of an animation the first picture is read.
+
+    Raises:
+        MediaError: the file is missing, broken, no image, or too large to be one.
+    """
     from PIL import Image, ImageOps
 
     check_file(path)
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return torch.from_numpy(np.array(upright.convert("RGB")))
+            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot be read as an image: {error}") from error
+        raise MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}") from error
+
+
+def _to_rgb(image: PILImage) -> NDArray[np.uint8]:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        # Gray of 16 bits, which Pillow would clip to white.
+        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
 
 
 def sample_video(
@@ -86,22 +118,29 @@ def sample_video(
         split: first and last frame of the part to sample from; by default the whole clip.
 
     Raises:
-        MediaError: the file cannot be decoded, or ends before ``split`` does.
+        MediaError: the file is missing, broken, cut off or no video, or ends before ``split`` does.
     """
-    check_file(path)
+    size = check_file(path)
     try:
+        check_complete(path, size)
         with open_video(path) as video:
-            indices = choose_frames(len(video), video.fps, num_frames, fps, max_frames, split)
-            frames = video.read(indices)
-            return SampledVideo(torch.from_numpy(frames), tuple(indices), tuple(i / video.fps for i in indices))
-    except DECODE_ERRORS as error:
+            indices = choose_frames(len(video.times), video.fps, num_frames, fps, max_frames, split)
+            frames = torch.from_numpy(video.read(indices))
+            return SampledVideo(frames, tuple(indices), tuple(video.times[i] for i in indices))
+    except (OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 
 
 def choose_frames(
     length: int, clip_fps: float, num_frames: int, fps: float, max_frames: int, split: tuple[int, int] | None
 ) -> list[int]:
-    """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames."""
+    """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames.
+
+    Args:
+        length: frames of the clip.
+        clip_fps: its frames a second.
+        num_frames, fps, max_frames, split: as for ``sample_video``.
+    """
     first, last = split or (0, length - 1)
     if not 0 <= first <= last < length:
         raise ValueError(f"its frames are 0 to {length - 1}, but meta.split asks for {first} to {last}")

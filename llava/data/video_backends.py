@@ -1,118 +1,181 @@
-"""Two decoders behind one interface: decord where it is exact, PyAV for the rest.
+"""Two decoders behind one function: decord where it is exact, PyAV for the rest.
 
-decord reads random frames of H.264 exactly and fast. It is off by a frame on some HEVC, cannot open
-AV1 and changes the values of 10-bit video, so those (and whatever it fails to open) go to PyAV.
-Readers are opened, used and closed in one place: one carried across a fork hangs the worker.
+decord reads random frames of an ordinary H.264 file exactly and fast. It is off by frames, without a
+word, where groups of frames are open, in MPEG-2, MPEG-4 and WMV, in AVI and transport streams and in
+some HEVC; it cannot open AV1 and changes the values of 10-bit video. So the packets are looked at
+first, and whatever is not plain (or fails in decord) goes to PyAV.
+Files are opened, used and closed in one place: a reader carried across a fork hangs the worker.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import av
 import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.video_index import VideoIndex, index_packets
 
 logger = logging.getLogger(__name__)
 
-DECODE_ERRORS = (OSError, ValueError, RuntimeError, av.FFmpegError)
-"""What the decoders raise; decord's own error is a RuntimeError."""
-
-_DECORD_CODECS = ("h264", "mpeg4", "vp8", "vp9", "mpeg2video", "mjpeg")
+_DECORD_CODECS = ("h264", "libvpx", "vp8", "vp9")
+_DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
-class VideoReader(ABC):
-    """An open video. ``len`` is its number of frames, ``fps`` its average frame rate."""
+class Video:
+    """An open video file and its main stream.
 
-    fps: float
+    Attributes:
+        fps: average frames a second.
+        times: seconds of each frame from the first one; their number is the number of frames.
+    """
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __init__(self, path: str, container: Any) -> None:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ValueError("it has no video stream")
+        stream.thread_type = "NONE"
+        self._path, self._container, self._stream = path, container, stream
+        self._index = index_packets(container, stream)
+        self.fps = float(stream.average_rate or stream.guessed_rate or 1)
+        self.times = self._seconds()
+        if not self.times:
+            raise ValueError("it has no frames")
 
-    @abstractmethod
-    def read(self, indices: list[int]) -> np.ndarray:
-        """Frames at ascending indices, upright, uint8 (frames, height, width, 3)."""
+    def _seconds(self) -> list[float]:
+        if self._index is not None:
+            times: list[int | None] = list(self._index.times)
+        else:
+            times = [frame.pts for frame in self._decode_all()]
+        known = [time for time in times if time is not None]
+        if len(known) < len(times) or sorted(set(known)) != known:
+            return [i / self.fps for i in range(len(times))]
+        return [float((time - known[0]) * self._stream.time_base) for time in known]
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Decode frames.
+
+        Args:
+            indices: ascending; one that repeats gives its frame again.
+
+        Returns:
+            (frames, height, width, 3), upright.
+        """
+        if self._decord_is_exact():
+            frames = _read_with_decord(self._path, indices, len(self.times))
+            if frames is not None:
+                return frames
+            logger.debug("decord cannot read %s, PyAV takes over", self._path)
+        try:
+            return np.stack([_upright(frame) for frame in self._seek_frames(indices)])
+        except _SeekError as error:
+            logger.debug("%s: %s; decoding from the beginning", self._path, error)
+        return np.stack([_upright(frame) for frame in self._pick_frames(indices)])
+
+    def _decord_is_exact(self) -> bool:
+        context = self._stream.codec_context
+        return (
+            self._index is not None
+            and self._index.plain
+            and self._container.format.name in _DECORD_FORMATS
+            and len(self._container.streams.video) == 1
+            and context.name in _DECORD_CODECS
+            and context.pix_fmt is not None
+            and not context.pix_fmt.endswith(("le", "be"))  # more than 8 bits
+            and importlib.util.find_spec("decord") is not None
+        )
+
+    def _seek_frames(self, indices: Sequence[int]) -> Iterator[Any]:
+        """The frames at ascending indices; decoding goes on, or begins anew at a nearer key frame."""
+        if self._index is None:
+            raise _SeekError("its packets do not say when they are shown")
+        frame: Any = None
+        decoded: Iterator[Any] = iter(())
+        group = -1
+        for index in indices:
+            wanted = self._index.times[index]
+            if (key := self._index.key_before(wanted)) > group:
+                decoded, group, frame = self._decode_from(self._index, key), key, None
+            if frame is None or frame.pts != wanted:
+                frame = next((f for f in decoded if f.pts is not None and f.pts >= wanted), None)
+            if frame is None or frame.pts != wanted:
+                raise _SeekError(f"frame {index} does not turn up")
+            yield frame
+
+    def _decode_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
+        # Containers look for either of a packet's two times. Some are sought by bytes and land between
+        # key frames.
+        for target in (index.keys[key], index.key_targets[key]):
+            self._container.seek(target, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next(packets)
+            if first.is_keyframe and first.pts is not None and first.pts <= index.keys[key]:
+                yield from first.decode()
+                for packet in packets:
+                    yield from packet.decode()
+                return
+        raise _SeekError(f"seeking key frame {key} leads to another place")
+
+    def _decode_all(self) -> Iterator[Any]:
+        with _open(self._path) as container:
+            stream = container.streams.best("video")
+            stream.thread_type = "NONE"
+            yield from container.decode(stream)
+
+    def _pick_frames(self, indices: Sequence[int]) -> list[Any]:
+        wanted = set(indices)
+        found: dict[int, Any] = {}
+        for i, frame in enumerate(self._decode_all()):
+            if i in wanted:
+                found[i] = frame
+            if len(found) == len(wanted):
+                return [found[index] for index in indices]
+        missing = min(wanted - set(found))
+        raise ValueError(f"frame {missing} of {len(self.times)} cannot be decoded")
+
+
+class _SeekError(Exception):
+    """A file in which seeking does not lead to the frame; decoding it from the beginning may."""
 
 
 @contextmanager
-def open_video(path: str) -> Iterator[VideoReader]:
-    """Open a video with the decoder that reads it exactly."""
-    with av.open(path) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        if not _decord_is_exact(container):
-            yield AvReader(container)
-            return
-        try:
-            reader: VideoReader = DecordReader(path)
-        except RuntimeError as error:
-            logger.debug("decord cannot open %s, PyAV takes over: %s", path, error)
-            reader = AvReader(container)
-        yield reader
+def open_video(path: str) -> Iterator[Video]:
+    """Open a video.
 
-
-def _decord_is_exact(container: Any) -> bool:
-    codec = container.streams.best("video").codec_context
-    eight_bits = codec.pix_fmt is not None and not codec.pix_fmt.endswith(("le", "be"))
-    return codec.name in _DECORD_CODECS and eight_bits and importlib.util.find_spec("decord") is not None
-
-
-class DecordReader(VideoReader):
-    def __init__(self, path: str) -> None:
-        import decord
-
-        decord.logging.set_level(decord.logging.QUIET)
-        self._reader = decord.VideoReader(path, num_threads=1)
-        self.fps = float(self._reader.get_avg_fps()) or 1.0
-        if len(self._reader) == 0:
-            raise ValueError("it has no frames")
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def read(self, indices: list[int]) -> np.ndarray:
-        return self._reader.get_batch(indices).asnumpy()
-
-
-class AvReader(VideoReader):
-    """Random access by timestamp: packets are listed without decoding, then frames sought.
-
-    Args:
-        container: an open PyAV container, which the caller closes.
+    Raises:
+        ValueError: it is not one, or is broken; the message is one line without the path.
+        OSError: it cannot be read.
     """
+    import av
 
-    def __init__(self, container: Any) -> None:
-        self._container = container
-        self._stream = container.streams.best("video")
-        self._stream.thread_type = "NONE"
-        self._times = sorted({p.pts for p in container.demux(self._stream) if p.pts is not None and not p.is_discard})
-        if not self._times:
-            raise ValueError("it has no frames")
-        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 1)
+    try:
+        with _open(path) as container:
+            yield Video(path, container)
+    except av.FFmpegError as error:
+        raise ValueError(str(error.strerror)) from error
 
-    def __len__(self) -> int:
-        return len(self._times)
 
-    def read(self, indices: list[int]) -> np.ndarray:
-        return np.stack([self._upright(frame) for frame in self._frames(indices)])
+def _open(path: str) -> Any:
+    import av
 
-    def _frames(self, indices: list[int]) -> Iterator[Any]:
-        """The frames at ascending indices; seeks where the next one lies behind another key frame."""
-        frame, decoded = None, iter(())
-        for index in indices:
-            wanted = self._times[index]
-            if frame is None or frame.pts != wanted:
-                self._container.seek(wanted, stream=self._stream)
-                decoded = self._container.decode(self._stream)
-                frame = next((f for f in decoded if f.pts is not None and f.pts >= wanted), None)
-            if frame is None or frame.pts != wanted:
-                raise ValueError(f"frame {index} of {len(self)} cannot be decoded")
-            yield frame
+    return av.open(path, metadata_errors="ignore")
 
-    @staticmethod
-    def _upright(frame: Any) -> np.ndarray:
-        return np.rot90(frame.to_ndarray(format="rgb24"), k=(frame.rotation // 90) % 4)
+
+def _read_with_decord(path: str, indices: Sequence[int], num_frames: int) -> NDArray[np.uint8] | None:
+    """Frames as ``Video.read`` gives them, or None where decord fails or counts other frames."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(path, num_threads=1)
+        return reader.get_batch(list(indices)).asnumpy() if len(reader) == num_frames else None
+    except (decord.DECORDError, RuntimeError):
+        return None
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=(frame.rotation // 90) % 4)

@@ -27,6 +27,7 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "TrainingArguments",
+    "build_trainer",
     "main",
     "make_supervised_data_module",
     "preprocess_multimodal",
@@ -48,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
     Raises:
         ValueError: a flag, a file or a sample is wrong; the message names it and the remedy.
     """
+    trainer = build_trainer(argv)
+    trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
+    trainer.save_state()
+    trainer.save_model()
+    return trainer
+
+
+def build_trainer(argv: Sequence[str] | None = None) -> LlavaTrainer:
+    """All of ``main`` before the first step: model, data and reports, in a trainer that is ready to go."""
     model_args, data_args, training_args = parse_arguments(argv)
     check_devices(training_args)
     set_seed(training_args.seed)
@@ -73,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
         print(supervision_table(data["train_dataset"]), flush=True)
 
-    trainer = LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
-    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
-    trainer.save_state()
-    trainer.save_model()
-    return trainer
+    return LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
 
 
 def check_devices(training_args: TrainingArguments) -> None:
@@ -90,9 +96,14 @@ def check_devices(training_args: TrainingArguments) -> None:
 
 
 def lower_frozen_precision(model: Any, training_args: TrainingArguments) -> None:
-    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more."""
+    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more.
+
+    A tower whose weights join the checkpoint keeps them as they came.
+    """
     tower = model.get_vision_tower()
-    if tower is not None and not tower.trainable and (training_args.bf16 or training_args.fp16):
+    if tower is None or tower.trainable or model.vision.save_vision_tower:
+        return
+    if training_args.bf16 or training_args.fp16:
         tower.to(torch.bfloat16 if training_args.bf16 else torch.float16)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IGNORE_INDEX, VISUAL_TOKENS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 _VISUAL_RUN = re.compile(f"((?:{_VISUAL_TOKEN.pattern})+)")
+
+
+class ContextError(ValueError):
+    """A sample whose spans alone are too long for the context."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def preprocess_plain_lm(
     """
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for source in sources:
-        text = join_turns([turn.get("value", turn.get("content")) for turn in source])
+        text = join_turns([turn["value"] if "value" in turn else turn["content"] for turn in source])
         if not has_image and _VISUAL_TOKEN.search(text):
             raise ValueError("the text has visual tokens, but has_image is False")
         ids, labels = label_plain(tokenize_plain(text, tokenizer))
@@ -68,15 +73,17 @@ def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = Tr
             f"{DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} stands in the text unexpanded; "
             "call preprocess_multimodal first"
         )
-    segments = [Segment(prefix, visual=False)] if (prefix := _prefix_ids(tokenizer)) else []
+    segments = [Segment(prefix, visual=False)] if (prefix := prefix_ids(tokenizer)) else []
     for i, piece in enumerate(_VISUAL_RUN.split(text)):
         if not piece:
             continue
         if i % 2:
             segments.append(Segment(_visual_ids(piece, tokenizer), visual=True))
         else:
-            segments.append(Segment(tokenizer(piece, add_special_tokens=False)["input_ids"], visual=False))
-    if end and not (segments and segments[-1].ids[-1:] == [tokenizer.eos_token_id]):
+            segments.append(
+                Segment(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], visual=False)
+            )
+    if end and needs_end(segments[-1].ids if segments else [], tokenizer):
         segments.append(Segment([tokenizer.eos_token_id], visual=False))
     return segments
 
@@ -92,7 +99,7 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
     """Cut text, from the end, until all fits; spans stay whole and the last token stays last.
 
     Raises:
-        ValueError: the spans, one text token and the end of text are already more than ``max_length``.
+        ContextError: the spans, one text token and the end of text are already more than ``max_length``.
     """
     total = sum(len(segment.ids) for segment in segments)
     if total <= max_length:
@@ -100,7 +107,9 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
     visual = sum(len(segment.ids) for segment in segments if segment.visual)
     needed = visual + min(total - visual, 2)
     if needed > max_length:
-        raise ValueError(f"it needs {needed} tokens ({visual} of them visual), but the limit is {max_length}")
+        raise ContextError(
+            f"it needs at least {needed} tokens ({visual} of them visual), but the limit is {max_length}"
+        )
     end = Segment(segments[-1].ids[-1:], visual=False)
     rest = [*segments[:-1], Segment(segments[-1].ids[:-1], visual=False)]
     excess = total - max_length
@@ -113,14 +122,20 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
     return [*reversed(kept), end]
 
 
-def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    begins = tokenizer("")["input_ids"][:1]
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins every text with: its beginning of text, or nothing."""
+    begins: Any = tokenizer("")["input_ids"][:1]
     return begins if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else []
+
+
+def needs_end(last_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a sample whose last piece has these ids still lacks its end of text."""
+    return list(last_ids[-1:]) != [tokenizer.eos_token_id]
 
 
 def _visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     tokens = _VISUAL_TOKEN.findall(run)
-    vocabulary = {token: tokenizer.convert_tokens_to_ids(token) for token in set(tokens)}
+    vocabulary: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in set(tokens)}
     unknown = [token for token, i in vocabulary.items() if i is None or i == tokenizer.unk_token_id]
     if unknown:
         raise ValueError(f"the tokenizer does not know {', '.join(unknown)}; load it with llava.model.load_model")

@@ -1,0 +1,48 @@
+"""Contract: what a batch holds."""
+
+from __future__ import annotations
+
+import torch
+
+from llava.data.collator import SupervisedCollator
+from llava.types import Example, VisualInput
+
+EOS = PAD = 0
+
+
+def medium(kind: str, num_frames: int, value: int) -> VisualInput:
+    return VisualInput(kind, torch.full((num_frames, 3, 4, 4), value, dtype=torch.uint8), (480, 640 + value))
+
+
+def test_mask_comes_from_lengths_so_that_a_real_end_of_text_is_seen():
+    batch = SupervisedCollator(PAD)([Example("a", [5, 6, EOS], [5, 6, EOS]), Example("b", [7, EOS], [7, EOS])])
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 0], [7, 0, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "attention_mask"))
+
+
+def test_text_only_batch_has_no_media_keys():
+    batch = SupervisedCollator(PAD)([Example("a", [5, EOS], [5, EOS])])
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_media_of_a_mixed_batch_stand_in_reading_order():
+    examples = [
+        Example("both", [1, EOS], [1, EOS], [medium("video", 3, 1), medium("image", 1, 2)]),
+        Example("text", [1, 2, 3, EOS], [1, 2, 3, EOS]),
+        Example("image", [1, EOS], [1, EOS], [medium("image", 1, 3)]),
+    ]
+    batch = SupervisedCollator(PAD)(examples)
+    assert batch["modalities"] == ["video", "image", "image"]
+    assert [tuple(image.shape) for image in batch["images"]] == [(3, 3, 4, 4), (1, 3, 4, 4), (1, 3, 4, 4)]
+    assert [int(image[0, 0, 0, 0]) for image in batch["images"]] == [1, 2, 3]
+    assert all(image.dtype == torch.uint8 for image in batch["images"])
+    assert batch["image_sizes"] == [(480, 641), (480, 642), (480, 643)]
+    assert batch["attention_mask"].sum(1).tolist() == [2, 4, 2]
+
+
+def test_padding_id_fills_up_the_ids_only():
+    batch = SupervisedCollator(9)([Example("a", [1], [1]), Example("b", [1, 2], [1, 2])])
+    assert batch["input_ids"].tolist() == [[1, 9], [1, 2]]
+    assert batch["labels"].tolist() == [[1, -100], [1, 2]]

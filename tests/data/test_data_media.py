@@ -1,0 +1,420 @@
+"""Images and videos: exact frames from every kind of file, one clear error from every broken one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.data import video_backends
+from llava.data.media import MediaError, choose_frames, load_image, load_media, sample_video
+from llava.data.video_backends import Video, open_video
+from llava.types import Media
+
+CODECS = {
+    "mpeg4.avi": ("mpeg4", {"g": "12", "bf": "2"}),
+    "mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2"}),
+    "mpeg2.ts": ("mpeg2video", {"g": "12", "bf": "2"}),
+    "mpeg2.mpg": ("mpeg2video", {"g": "12", "bf": "2"}),
+    "h264.avi": ("libx264", {"g": "12"}),
+    "h264.h264": ("libx264", {"g": "12"}),
+    "h264.flv": ("libx264", {"g": "12"}),
+    "h264.mkv": ("libx264", {"g": "12"}),
+    "open_gop_h264.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}),
+    "open_gop_hevc.mp4": ("libx265", {"x265-params": "open-gop=1:keyint=12:log-level=none"}),
+    "vp9.webm": ("libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
+    "wmv.wmv": ("wmv2", {"g": "12"}),
+}
+SHARED_CLIPS = [
+    *(f"codecs/{name}" for name in ("av1_video.mkv", "h264_10bits.mp4", "h265_10bits.mp4", "h265_video.mp4")),
+    *(f"codecs/video_{degrees}.mov" for degrees in (0, 90, 180, 270)),
+    "codecs/nasa_13013.mp4", "broken/unordered.mov", "signs/again.mkv", "signs/brother.mkv",
+]  # fmt: skip
+needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
+
+
+@pytest.fixture
+def without_decord(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "decord" else find(name))
+
+
+@pytest.fixture
+def decoders(monkeypatch) -> list[str]:
+    """The decoders that were used, in order."""
+    used: list[str] = []
+
+    def watch(owner, name: str, label: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (used.append(label), function(*args))[1])
+
+    watch(video_backends, "_read_with_decord", "decord")
+    watch(Video, "_seek_frames", "seek")
+    watch(Video, "_pick_frames", "from the beginning")
+    return used
+
+
+def encode(path: Path, codec: str, options: dict[str, str], num_frames: int = 40) -> Path:
+    """A clip of noise that scrolls and brightens, so that no two frames are alike."""
+    noise = np.random.default_rng(0).integers(0, 120, (64, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(num_frames):
+            image = np.roll(noise, 3 * i, axis=1) + np.uint8(3 * i % 120)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def decode_all(path: Path) -> list[np.ndarray]:
+    """Every frame, decoded from the first to the last by PyAV, upright."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        return [
+            np.rot90(frame.to_ndarray(format="rgb24"), k=(frame.rotation // 90) % 4)
+            for frame in container.decode(stream)
+        ]
+
+
+def check_random_access(path: Path) -> None:
+    expected = decode_all(path)
+    rng = np.random.default_rng(1)
+    with open_video(str(path)) as video:
+        assert len(video.times) == len(expected)
+        for count in (1, 2, 4, 8):
+            indices = np.sort(rng.integers(0, len(expected), count)).tolist()
+            for index, frame in zip(indices, video.read(indices), strict=True):
+                assert np.array_equal(frame, expected[index]), f"{path.name}: frame {index} of {indices}"
+
+
+def check_error(path: Path, message: str) -> None:
+    with pytest.raises(MediaError, match=message) as caught:
+        sample_video(str(path), 4)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_random_access_equals_sequential_decoding(tmp_path, name):
+    codec, options = CODECS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    check_random_access(encode(tmp_path / name, codec, options))
+
+
+@pytest.mark.parametrize("name", SHARED_CLIPS)
+def test_random_access_of_real_files(shared_data, name):
+    check_random_access(shared_data / "video" / name)
+
+
+@pytest.mark.parametrize("name", SHARED_CLIPS)
+def test_random_access_of_real_files_with_pyav_alone(shared_data, name, without_decord, decoders):
+    check_random_access(shared_data / "video" / name)
+    assert set(decoders) == {"seek"}
+
+
+@needs_decord
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [
+        ("signs/again.mkv", "decord"),
+        ("codecs/video_90.mov", "decord"),
+        ("scenes/car-detection.mp4", "decord"),
+        ("codecs/h265_video.mp4", "seek"),
+        ("codecs/av1_video.mkv", "seek"),
+        ("codecs/h264_10bits.mp4", "seek"),
+        ("codecs/nasa_13013.mp4", "seek"),
+    ],
+)
+def test_which_decoder_reads_what(shared_data, decoders, name, decoder):
+    sample_video(str(shared_data / "video" / name), 4)
+    assert decoders == [decoder]
+
+
+@needs_decord
+def test_pyav_takes_over_where_decord_fails(media_dir, monkeypatch, decoders):
+    import decord
+
+    def fail(*args, **kwargs):
+        raise decord.DECORDError("no")
+
+    expected = sample_video(str(media_dir / "a.mp4"), 4)
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    found = sample_video(str(media_dir / "a.mp4"), 4)
+    assert decoders == ["decord", "decord", "seek"]
+    assert (found.frames == expected.frames).all()
+    assert found.times == expected.times
+
+
+@pytest.mark.parametrize("with_decord", [True, False])
+def test_rotated_clips_come_out_upright(shared_data, with_decord, request):
+    if not with_decord:
+        request.getfixturevalue("without_decord")
+    folder = shared_data / "video" / "codecs"
+    upright = sample_video(str(folder / "video_0.mov"), 3).frames.float()
+    for degrees, turns in ((90, 3), (180, 2), (270, 1)):
+        turned = sample_video(str(folder / f"video_{degrees}.mov"), 3).frames
+        path = folder / f"video_{degrees}.mov"
+        with av.open(str(path)) as container:
+            stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert np.array_equal(turned[0].numpy(), np.rot90(stored, k=turns))
+    assert upright.shape == (3, 320, 568, 3)
+
+
+@pytest.mark.parametrize("name", ["short_groups.flv", "short_groups.mp4", "short_groups.mkv"])
+def test_seeking_leads_to_the_nearest_key_frame(tmp_path, name, decoders, without_decord):
+    options = {"x264-params": "open-gop=1:keyint=3:bframes=2:b-adapt=0:scenecut=0"}
+    path = encode(tmp_path / name, "libx264", options)
+    check_random_access(path)
+    assert set(decoders) == {"seek"}
+    with open_video(str(path)) as video:
+        for key, time in enumerate(video._index.keys):
+            assert next(video._decode_from(video._index, key)).pts == time
+
+
+def test_long_clips_are_not_decoded_whole(tmp_path, monkeypatch, decoders):
+    codec, options = CODECS["open_gop_hevc.mp4"]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    path = encode(tmp_path / "long.mp4", codec, options, num_frames=240)
+    decoded = 0
+    original = Video._decode_from
+
+    def count(self, index, key):
+        nonlocal decoded
+        for frame in original(self, index, key):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(Video, "_decode_from", count)
+    sample_video(str(path), 4)
+    assert decoders == ["seek"]
+    assert decoded < 80
+
+
+def test_frame_times_are_seconds_from_the_first_frame(media_dir, without_decord):
+    video = sample_video(str(media_dir / "a.mp4"), 4)
+    assert video.indices == (0, 4, 7, 11)
+    assert video.times == pytest.approx((0, 0.5, 0.875, 1.375))
+
+
+def test_times_do_not_depend_on_the_decoder(shared_data, request):
+    path = str(shared_data / "video/signs/brother.mkv")
+    first = sample_video(path, 6).times
+    request.getfixturevalue("without_decord")
+    assert sample_video(path, 6).times == first
+    assert first[0] == 0
+    # A variable frame rate: the clip's second frame comes two thirtieths behind its first.
+    assert sample_video(path, 2, split=(0, 1)).times[1] == pytest.approx(2 / 30, abs=1e-3)
+
+
+def test_frames_are_spread_evenly():
+    assert choose_frames(12, 8.0, 4, 0.0, 32, None) == [0, 4, 7, 11]
+    assert choose_frames(100, 25.0, 1, 0.0, 32, None) == [0]
+    assert choose_frames(2, 25.0, 4, 0.0, 32, None) == [0, 0, 1, 1]
+    assert choose_frames(1, 25.0, 4, 0.0, 32, None) == [0, 0, 0, 0]
+    assert choose_frames(100, 25.0, 3, 0.0, 32, (10, 20)) == [10, 15, 20]
+    assert choose_frames(100, 25.0, 3, 0.0, 32, (99, 99)) == [99, 99, 99]
+
+
+def test_frames_a_second_up_to_a_bound():
+    assert choose_frames(100, 25.0, 4, 1.0, 32, None) == [0, 33, 66, 99]
+    assert len(choose_frames(100, 25.0, 4, 2.0, 32, None)) == 8
+    assert len(choose_frames(100, 25.0, 4, 25.0, 32, None)) == 32
+    assert choose_frames(5, 25.0, 4, 1.0, 32, None) == [0]
+    assert len(choose_frames(100, 25.0, 4, 1.0, 32, (0, 49))) == 2
+
+
+def test_split_behind_the_end_of_the_clip(media_dir):
+    assert sample_video(str(media_dir / "a.mp4"), 2, split=(3, 11)).indices == (3, 11)
+    with pytest.raises(MediaError, match=r"a\.mp4: .*frames are 0 to 11, but meta.split asks for 3 to 12"):
+        sample_video(str(media_dir / "a.mp4"), 2, split=(3, 12))
+
+
+def test_video_is_fitted_and_sampled_the_same_each_time(media_dir, tiny_vision):
+    first, second = (load_media(Media("video", str(media_dir / "a.mp4")), tiny_vision) for _ in range(2))
+    assert first.frames.shape == (3, 3, 56, 56)
+    assert str(first.frames.dtype) == "torch.uint8"
+    assert first.original_size == (48, 64)
+    assert (first.frames == second.frames).all()
+    assert first.times == second.times
+
+
+def test_missing_empty_text_and_folder(tmp_path):
+    check_error(tmp_path / "none.mp4", "no such file")
+    (tmp_path / "empty.mp4").touch()
+    check_error(tmp_path / "empty.mp4", "the file is empty")
+    (tmp_path / "text.mp4").write_text("questo non è un video\n" * 100)
+    check_error(tmp_path / "text.mp4", "cannot be decoded as a video")
+    (tmp_path / "folder.mp4").mkdir()
+    check_error(tmp_path / "folder.mp4", "a folder, not a file")
+    check_error(tmp_path / ("x" * 300), "cannot be opened")
+    with pytest.raises(MediaError, match="cannot be opened"):
+        sample_video("nul\0.mp4", 4)
+
+
+def test_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    check_error(tmp_path / "pipe.mp4", "a device or pipe, not a file")
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8"])
+def test_playlist_does_not_reach_for_the_network(tmp_path, name):
+    callers = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, caller = server.accept()
+                    callers.append(caller)
+                    connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
+        (tmp_path / name).write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{url}\n#EXT-X-ENDLIST\n")
+        check_error(tmp_path / name, "cannot be decoded as a video")
+    assert callers == []
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "moov_first.mp4", "clip.mkv", "clip.webm"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_truncated_video(tmp_path, name, share):
+    codec, options = CODECS["vp9.webm" if name == "clip.webm" else "h264.mkv"]
+    whole = encode(tmp_path / f"whole_{name}", codec, options)
+    if name == "moov_first.mp4":
+        whole = move_index_to_front(whole, tmp_path / "moved.mp4")
+    assert len(sample_video(str(whole), 4).frames) == 4
+    data = whole.read_bytes()
+    (tmp_path / name).write_bytes(data[: int(share * len(data))])
+    check_error(tmp_path / name, "cannot be decoded as a video")
+
+
+def move_index_to_front(path: Path, target: Path) -> Path:
+    """The same packets in an MP4 whose list of frames stands before them, as the web likes it."""
+    with av.open(str(path)) as source, av.open(str(target), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("with_decord", [True, False])
+def test_broken_real_files(shared_data, with_decord, request):
+    if not with_decord:
+        request.getfixturevalue("without_decord")
+    check_error(shared_data / "video/broken/corrupted.mp4", "Invalid data found")
+    check_error(shared_data / "video/codecs/nasa_13013.mp4.audio.mp3", "no video stream")
+
+
+def test_decoders_keep_quiet(shared_data):
+    files = sorted(str(path) for folder in ("broken", "codecs") for path in (shared_data / "video" / folder).iterdir())
+    program = (
+        "import sys\nfrom llava.data.media import MediaError, sample_video\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n        sample_video(path, 4)\n    except MediaError:\n        print('bad')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "bad\n" * 2)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_upright(tmp_path, orientation, suffix):
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[:8, :8] = 255  # the bright corner is at the top left of the stored picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    image = load_image(str(tmp_path / f"a.{suffix}")).numpy()
+    corner = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
+    row, column = 4 if corner[0] == "t" else -4, 4 if corner[1] == "l" else -4
+    assert image.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+    assert image[row, column].min() > 200
+    assert image.mean() < 40
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_image_of_any_mode_becomes_rgb(tmp_path, mode):
+    gray = np.full((10, 12), 200, np.uint8)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(gray.astype(np.uint16) * 257 if mode == "I;16" else gray.astype(np.int32) * 257)
+        assert image.mode == mode
+    else:
+        image = Image.fromarray(gray).convert("RGB").convert(mode)
+    path = tmp_path / {"CMYK": "a.jpg", "I": "a.tiff"}.get(mode, "a.png")
+    image.save(path)
+    pixels = load_image(str(path))
+    assert pixels.shape == (10, 12, 3)
+    assert str(pixels.dtype) == "torch.uint8"
+    assert (pixels.float().mean() - (255 if mode == "1" else 200)).abs() < (60 if mode == "1" else 3)
+
+
+def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), mode="P")
+    image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200, 90, 90, 90])
+    image.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = load_image(str(tmp_path / "a.png"))
+    assert pixels.tolist() == [[[200, 10, 10], [10, 200, 10]], [[10, 10, 200], [90, 90, 90]]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+def test_truncated_image(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match="cannot be read as an image") as caught:
+        load_image(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_errors(tmp_path, monkeypatch):
+    for name, content, message in (
+        ("none.png", None, "no such file"),
+        ("empty.png", b"", "the file is empty"),
+        ("text.png", b"questa non e una fotografia", "cannot be read as an image"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match=message) as caught:
+            load_image(str(tmp_path / name))
+        assert str(caught.value).count(name) == 1
+    Image.new("RGB", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(MediaError, match=r"bomb\.png: .*decompression bomb"):
+        load_image(str(tmp_path / "bomb.png"))
+
+
+def test_real_photographs(shared_data):
+    for path in sorted((shared_data / "image/photos").iterdir()):
+        with Image.open(path) as image:
+            assert tuple(load_image(str(path)).shape) == (image.height, image.width, 3)
+
+
+def test_files_are_closed(media_dir, shared_data):
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not list open files")
+    corrupted = shared_data / "video/broken/corrupted.mp4"
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (media_dir / "a.mp4", shared_data / "video/codecs/h265_video.mp4", corrupted) * 3:
+        with contextlib.suppress(MediaError):
+            sample_video(str(path), 4)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

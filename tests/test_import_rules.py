@@ -1,0 +1,182 @@
+"""Who may import whom, and what must wait until it is needed (see ARCHITECTURE, "Who may import whom")."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOUNDATION = {"constants", "registry", "types", "config"}
+MAY_IMPORT = {
+    "constants": set(),
+    "registry": set(),
+    "types": set(),
+    "config": {"constants", "types"},
+    "data": {*FOUNDATION, "data"},
+    "model": {*FOUNDATION, "model"},
+    "train": {*FOUNDATION, "data", "model", "train", "recipes"},
+    "eval": {*FOUNDATION, "data", "model", "train", "eval"},
+    "inspect": {*FOUNDATION, "data", "model", "train", "inspect"},
+    "serve": {*FOUNDATION, "data", "model", "train", "serve"},
+    "demo": {*FOUNDATION, "data", "model", "train", "serve", "eval", "inspect", "demo"},
+    "recipes": set(),
+}
+OPTIONAL = {"deepspeed", "peft", "bitsandbytes", "gradio", "timm", "flash_attn", "decord"}
+HEAVY = ("torch", "transformers", "numpy", "av", "decord", "datasets", "PIL", "yaml")
+READS_ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}
+
+
+class Import(NamedTuple):
+    name: str
+    line: int
+    at_top: bool
+
+
+def read_sources() -> dict[str, ast.Module]:
+    """The library's modules by dotted name."""
+    files = sorted((ROOT / "llava").rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_bytes()) for file in files}
+
+
+SOURCES = read_sources()
+
+
+def find_imports(tree: ast.Module, module: str, skip_type_checking: bool = False) -> Iterator[Import]:
+    """Every module that a module imports, absolute, at its top or in a function."""
+    lazy = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    typing_only = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for statement in test.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if skip_type_checking and id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            prefix = ".".join(part for part in (base, node.module) if part)
+            names = [f"{prefix}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield Import(name, node.lineno, id(node) not in lazy)
+
+
+def room_of(name: str) -> str | None:
+    """The part of the library that a dotted name lies in; None for ``llava`` itself and for others' modules."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "llava" and len(parts) > 1 and parts[1] != "__init__" else None
+
+
+def check_layers(module: str, tree: ast.Module) -> list[str]:
+    room = room_of(module)
+    wrong = []
+    for found in find_imports(tree, module):
+        target = room_of(found.name)
+        if target in MAY_IMPORT and room is not None and target not in MAY_IMPORT[room]:
+            wrong.append(f"{module}:{found.line} imports {found.name}")
+    return wrong
+
+
+def check_environment(module: str, tree: ast.Module) -> list[str]:
+    wrong = []
+    for node in ast.walk(tree):
+        attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+        name = node.attr if attribute else node.name if isinstance(node, ast.alias) else ""
+        if name in READS_ENVIRONMENT:
+            wrong.append(f"{module}:{node.lineno} reads the environment ({name})")
+    return wrong
+
+
+def check_optional(module: str, tree: ast.Module) -> list[str]:
+    return [
+        f"{module}:{found.line} imports {found.name} when it is loaded"
+        for found in find_imports(tree, module, skip_type_checking=True)
+        if found.at_top and found.name.split(".")[0] in OPTIONAL
+    ]
+
+
+def test_every_room_is_in_the_plan():
+    rooms = {room for module in SOURCES if (room := room_of(module)) is not None}
+    assert rooms <= set(MAY_IMPORT), "say in MAY_IMPORT (and in ARCHITECTURE) what the new room may import"
+    assert {"data", "model", "train"} <= rooms
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_layers(module):
+    assert check_layers(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_only_the_arguments_read_the_environment(module):
+    if module == "llava.train.arguments":
+        assert check_environment(module, SOURCES[module]), "this test no longer sees what it looks for"
+    else:
+        assert check_environment(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_optional_packages_wait_until_they_are_needed(module):
+    assert check_optional(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "module", "source"),
+    [
+        (check_layers, "llava.data.media", "from llava.model.visual import encode"),
+        (check_layers, "llava.data.media", "def f():\n    import llava.train.train"),
+        (check_layers, "llava.model.visual", "from llava import data"),
+        (check_layers, "llava.model.visual", "from ..data import media"),
+        (check_layers, "llava.model.visual", "from .. import data"),
+        (check_layers, "llava.config", "from llava.registry import Registry"),
+        (check_layers, "llava.train.train", "from llava.serve.generate import Captioner"),
+        (check_environment, "llava.data.media", "import os\nx = os.environ['A']"),
+        (check_environment, "llava.data.media", "from os import getenv"),
+        (check_optional, "llava.data.media", "import decord"),
+        (check_optional, "llava.model.loading", "try:\n    from timm.models import vit\nexcept ImportError:\n    pass"),
+    ],
+)
+def test_the_checks_see_a_breach(check, module, source):
+    assert len(check(module, ast.parse(source))) == 1
+
+
+def test_the_checks_let_pass_what_is_allowed():
+    lazy = ast.parse(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import timm\ndef f():\n    import decord"
+    )
+    assert check_optional("llava.data.media", lazy) == []
+    assert check_layers("llava.train.train", ast.parse("from llava.data.media import x\nimport llava.model")) == []
+
+
+def loaded_after(statement: str) -> set[str]:
+    program = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["llava", *sorted(f"llava.{name}" for name in FOUNDATION)])
+def test_import_takes_nothing_heavy(module):
+    assert loaded_after(f"import {module}") == set()
+
+
+def test_reading_records_takes_nothing_heavy_before_there_are_any():
+    assert loaded_after("import llava.data.records, llava.data.placeholders, llava.data.preprocess.plain") == set()
+
+
+def test_data_takes_no_decoder_and_no_transformers():
+    assert loaded_after("import llava.data.dataset") == {"torch", "numpy"}
