@@ -113,9 +113,10 @@ class VisionConfig:
             self._check_latents()
 
     def _check_latents(self) -> None:
-        for flag, latents, finest in (
-            ("--mm_perceiver_latents", self.perceiver_latents, self.patches_per_side),
-            ("--mm_perceiver_latents_fast", self.perceiver_latents_fast, self.slow_side),
+        finest = self.patches_per_side
+        for flag, latents in (
+            ("--mm_perceiver_latents", self.perceiver_latents),
+            ("--mm_perceiver_latents_fast", self.perceiver_latents_fast),
         ):
             side = math.isqrt(max(latents, 0))
             if latents < 1 or side * side != latents:
@@ -129,6 +130,7 @@ class VisionConfig:
                     f"{flag} is {latents} ({side} x {side}), finer than the {finest} x {finest} grid "
                     f"it is pooled from; use at most {finest * finest}"
                 )
+            finest = side
         if self.resampler_width % self.resampler_heads:
             raise ValueError(
                 f"--mm_resampler_width {self.resampler_width} is no multiple of "

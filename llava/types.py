@@ -44,12 +44,6 @@ class Record:
     def __str__(self) -> str:
         return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
 
-    @property
-    def num_words(self) -> int:
-        """Whitespace-separated words of all turns, placeholders not counted."""
-        words = " ".join(turn.text for turn in self.turns).split()
-        return sum(word not in ("<image>", "<video>") for word in words)
-
 
 @dataclass(frozen=True)
 class VisualInput:

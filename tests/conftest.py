@@ -113,9 +113,13 @@ def make_tower(folder: Path, side: int = 56, patch: int = 14, width: int = 32, l
     )
     Dinov2Model(config).save_pretrained(folder)
     processor = {
-        "crop_size": {"height": side, "width": side}, "do_center_crop": True, "size": {"shortest_edge": side * 8 // 7},
-        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "image_processor_type": "BitImageProcessor",
-    }  # fmt: skip
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": side * 8 // 7},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 

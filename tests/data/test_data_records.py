@@ -86,11 +86,6 @@ def test_split_empty_media_and_unknown_keys(tmp_path):
     assert read_one(tmp_path, sample).split == (3, 9)
 
 
-def test_words_are_counted_without_placeholders(tmp_path):
-    turns = [{"from": "human", "value": "<video>\nche cosa  vedi?"}, {"from": "gpt", "value": "un gatto"}]
-    assert read_one(tmp_path, {"id": 1, "video": "a.mp4", "conversations": turns}).num_words == 5
-
-
 def conversation(text: str, **changes) -> dict:
     return {"id": "s7", "conversations": [{"from": "gpt", "value": text}], **changes}
 
