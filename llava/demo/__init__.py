@@ -1,0 +1,1 @@
+"""The embedded data set, the tiny models and the pipeline of `make demo`."""

@@ -1,0 +1,70 @@
+"""The tower that the project ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.demo.captions import COLOURS, SHAPES
+from llava.demo.pretrain_tower import (
+    PATCH_SIZE,
+    TOWER_FOLDER,
+    PatchLabeller,
+    build_tower_config,
+    known_pairs,
+    measure_accuracy,
+    read_labeller,
+    render_labelled_frames,
+    save_labeller,
+    train_labeller,
+)
+from llava.demo.scenes import FRAME_SIZE, HELD_OUT_PAIRS, TRAINING_PAIRS
+
+
+def test_tower_is_small() -> None:
+    assert (TOWER_FOLDER / "model.safetensors").stat().st_size < 900_000
+
+
+@pytest.mark.parametrize("pairs", [TRAINING_PAIRS, HELD_OUT_PAIRS], ids=["training pairs", "held-out pairs"])
+def test_shipped_tower_labels_fresh_frames(pairs: tuple[tuple[str, str], ...]) -> None:
+    accuracy = measure_accuracy(read_labeller(TOWER_FOLDER), seed=7, num_frames=200, pairs=pairs)
+    assert accuracy.shape >= 0.95
+    assert accuracy.colour >= 0.95
+
+
+def test_frames_and_labels_agree() -> None:
+    frames = render_labelled_frames((1, 2), 4, TRAINING_PAIRS)
+    patches = (FRAME_SIZE // PATCH_SIZE) ** 2
+    assert frames.pixels.shape == (4, 3, FRAME_SIZE, FRAME_SIZE)
+    assert frames.coverage.shape == (4, patches, PATCH_SIZE**2)
+    assert torch.equal(frames.shapes > 0, frames.colours > 0)
+    assert torch.equal(frames.shapes > 0, frames.coverage.mean(-1) >= 0.25)
+    assert frames.centres.abs().max() <= 1
+
+
+def test_held_out_pairs_are_unknown() -> None:
+    known = known_pairs()
+    assert known.shape == (1 + len(SHAPES), 1 + len(COLOURS))
+    assert int((~known).sum()) == len(HELD_OUT_PAIRS)
+    assert known[0].all()
+    assert known[:, 0].all()
+
+
+def test_training_is_reproducible() -> None:
+    first, again = (
+        train_labeller(seed=3, num_steps=2, batch_size=4, learning_rate=1e-3).state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_labeller_survives_saving(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    labeller = PatchLabeller(build_tower_config())
+    save_labeller(labeller, tmp_path)
+    pixels = render_labelled_frames((1, 2), 2, TRAINING_PAIRS).pixels
+    saved, read = labeller.eval()(pixels), read_labeller(tmp_path)(pixels)
+    assert torch.equal(saved.shapes, read.shapes)
+    assert torch.equal(saved.colours, read.colours)
+    assert torch.equal(saved.centres, read.centres)
