@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
     parser.add_argument(
-        "--num_train_clips", type=int, default=12000, metavar="N", help="clips to train on, each once (default 12000)"
+        "--num_train_clips", type=int, default=24000, metavar="N", help="clips to train on, each once (default 24000)"
     )
     parser.add_argument(
         "--num_held_out_clips", type=int, default=256, metavar="N", help="clips to caption at the end (default 256)"

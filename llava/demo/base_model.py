@@ -10,12 +10,14 @@ END_OF_TEXT = "<|endoftext|>"
 _VOCABULARY_SIZE = 512
 _CONTEXT_LENGTH = 128
 # Two layers and some dropout: more would learn by heart which shape comes in which colour.
-_NUM_LAYERS, _DROPOUT = 2, 0.1
+_NUM_LAYERS = 2
 # GPT-2's 0.02 was made for widths of 768 and more. In so narrow a model attention would start out
 # blind to positions, and it would take most of the training to find out that frames have an order,
 # which is all there is to a movement. Projector and resampler keep 0.02: larger features would drown
 # the positions again.
 _MATRIX_RANGE, _POSITION_RANGE = 0.1, 0.5
+# Without it the model learns by heart which pairs of shape and colour never occur, and denies them.
+_DROPOUT = 0.2
 
 
 def write_base_model(folder: Path, sentences: Iterable[str], *, seed: int) -> None:

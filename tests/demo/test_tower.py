@@ -20,14 +20,14 @@ from llava.demo.pretrain_tower import (
     save_labeller,
     train_labeller,
 )
-from llava.demo.scenes import FRAME_SIZE, HELD_OUT_PAIRS, TRAINING_PAIRS
+from llava.demo.scenes import FRAME_SIZE, NEW_TO_TOWER, TOWER_PAIRS
 
 
 def test_tower_is_small() -> None:
     assert (TOWER_FOLDER / "model.safetensors").stat().st_size < 900_000
 
 
-@pytest.mark.parametrize("pairs", [TRAINING_PAIRS, HELD_OUT_PAIRS], ids=["training pairs", "held-out pairs"])
+@pytest.mark.parametrize("pairs", [TOWER_PAIRS, NEW_TO_TOWER], ids=["training pairs", "pairs new to the tower"])
 def test_shipped_tower_labels_fresh_frames(pairs: tuple[tuple[str, str], ...]) -> None:
     accuracy = measure_accuracy(read_labeller(TOWER_FOLDER), seed=7, num_frames=200, pairs=pairs)
     assert accuracy.shape >= 0.95
@@ -35,7 +35,7 @@ def test_shipped_tower_labels_fresh_frames(pairs: tuple[tuple[str, str], ...]) -
 
 
 def test_frames_and_labels_agree() -> None:
-    frames = render_labelled_frames((1, 2), 4, TRAINING_PAIRS)
+    frames = render_labelled_frames((1, 2), 4, TOWER_PAIRS)
     patches = (FRAME_SIZE // PATCH_SIZE) ** 2
     assert frames.pixels.shape == (4, 3, FRAME_SIZE, FRAME_SIZE)
     assert frames.coverage.shape == (4, patches, PATCH_SIZE**2)
@@ -47,7 +47,7 @@ def test_frames_and_labels_agree() -> None:
 def test_held_out_pairs_are_unknown() -> None:
     known = known_pairs()
     assert known.shape == (1 + len(SHAPES), 1 + len(COLOURS))
-    assert int((~known).sum()) == len(HELD_OUT_PAIRS)
+    assert int((~known).sum()) == len(NEW_TO_TOWER)
     assert known[0].all()
     assert known[:, 0].all()
 
@@ -63,7 +63,7 @@ def test_labeller_survives_saving(tmp_path: Path) -> None:
     torch.manual_seed(0)
     labeller = PatchLabeller(build_tower_config())
     save_labeller(labeller, tmp_path)
-    pixels = render_labelled_frames((1, 2), 2, TRAINING_PAIRS).pixels
+    pixels = render_labelled_frames((1, 2), 2, TOWER_PAIRS).pixels
     saved, read = labeller.eval()(pixels), read_labeller(tmp_path)(pixels)
     assert torch.equal(saved.shapes, read.shapes)
     assert torch.equal(saved.colours, read.colours)
