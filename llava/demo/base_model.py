@@ -9,7 +9,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 _VOCABULARY_SIZE = 512
 _CONTEXT_LENGTH = 128
-# Two layers and some dropout: more would learn by heart which shape comes in which colour.
+# Deeper ones learn by heart which shape comes in which colour.
 _NUM_LAYERS = 2
 # GPT-2's 0.02 was made for widths of 768 and more. In so narrow a model attention would start out
 # blind to positions, and it would take most of the training to find out that frames have an order,

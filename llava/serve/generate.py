@@ -14,6 +14,7 @@ from llava.data.media import load_media
 from llava.data.placeholders import expand_text
 from llava.data.preprocess.plain import join_turns, tokenize_plain
 from llava.model.loading import LoadedModel, load_model
+from llava.model.quiet import quiet_transformers
 from llava.types import Media, VisualInput
 
 _PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
@@ -85,9 +86,11 @@ class Captioner:
             attention_mask[row, longest - len(ids) :] = 1
         flat = [medium for loaded in media for medium in loaded]
         visual = {"images": [m.frames for m in flat], "modalities": [m.kind for m in flat]} if flat else {}
-        output = self.model.generate(
-            input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **visual, **options
-        )
+        # transformers drops a mask of ones and then warns that an end of text might be padding.
+        with quiet_transformers():
+            output = self.model.generate(
+                input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **visual, **options
+            )
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
