@@ -145,6 +145,9 @@ def cli() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Left to the interpreter's end, a thread of the process group can abort a run that is complete.
+        torch.distributed.destroy_process_group()
     return 0
 
 
