@@ -57,45 +57,78 @@ def tokenizer(tokenizer_dir: Path):
     return load_tokenizer(str(tokenizer_dir))
 
 
-def _save(model, folder: Path, tokenizer_dir: Path) -> Path:
-    from transformers import AutoTokenizer
+_LLAMA_LIKE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
-    return folder
+TINY_BACKBONES: dict[str, tuple[str, dict]] = {
+    "llava_gpt2": ("gpt2", {
+        "n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }),
+    "llava_llama": ("llama", _LLAMA_LIKE),
+    "llava_mistral": ("mistral", _LLAMA_LIKE | {"sliding_window": None}),
+    "llava_mixtral": ("mixtral", _LLAMA_LIKE | _EXPERTS | {"num_local_experts": 4}),
+    "llava_qwen": ("qwen2", _LLAMA_LIKE | {"tie_word_embeddings": True}),
+    "llava_qwen_moe": ("qwen2_moe", _LLAMA_LIKE | _EXPERTS | {
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    }),
+    "llava_gemma": ("gemma", _LLAMA_LIKE | {"head_dim": 8, "tie_word_embeddings": True}),
+    "llava_mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
+    "llava_opt": ("opt", {
+        "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 512, "word_embed_proj_dim": 24, "dropout": 0.0, "attention_dropout": 0.0,
+    }),
+    "llava_gpt_neox": ("gpt_neox", {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 512, "rotary_pct": 0.5,
+    }),
+}  # fmt: skip
+"""Plain checkpoints by the backbone that wraps them: model type and settings; 2 layers of width 32, context 512.
+
+Among them are tied and untied heads, embeddings narrower than the layers (OPT), grouped keys and experts.
+"""
+
+
+class TinyBackbones(dict[str, Path]):
+    """Folders of plain checkpoints, each written when it is first asked for."""
+
+    def __init__(self, root: Path, tokenizer_dir: Path) -> None:
+        super().__init__()
+        self.root, self.tokenizer_dir = root, tokenizer_dir
+
+    def __missing__(self, name: str) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        model_type, settings = TINY_BACKBONES[name]
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+        config = AutoConfig.for_model(
+            model_type, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **settings
+        )
+        torch.manual_seed(list(TINY_BACKBONES).index(name))
+        self[name] = self.root / name
+        AutoModelForCausalLM.from_config(config).save_pretrained(self[name])
+        tokenizer.save_pretrained(self[name])
+        return self[name]
 
 
 @pytest.fixture(scope="session")
-def gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+def backbone_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> TinyBackbones:
+    return TinyBackbones(tmp_path_factory.mktemp("backbones"), tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(backbone_dirs: TinyBackbones) -> Path:
     """A plain GPT-2 checkpoint, 2 x 32, with a context of 512."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
-    config = GPT2Config(
-        vocab_size=size, n_positions=512, n_embd=32, n_layer=2, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return _save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"), tokenizer_dir)
+    return backbone_dirs["llava_gpt2"]
 
 
 @pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+def llama_dir(backbone_dirs: TinyBackbones) -> Path:
     """A plain Llama checkpoint, 2 x 32, with untied embeddings and a context of 512."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"), tokenizer_dir)
-
-
-@pytest.fixture(scope="session")
-def backbone_dirs(gpt2_dir: Path, llama_dir: Path) -> dict[str, Path]:
-    return {"llava_gpt2": gpt2_dir, "llava_llama": llama_dir}
+    return backbone_dirs["llava_llama"]
 
 
 def make_tower(folder: Path, side: int = 56, patch: int = 14, width: int = 32, layers: int = 3) -> Path:

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.config import VisionConfig
-from llava.model.loss import supervised_loss
+from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_tower
 from llava.model.multimodal_projector.builder import build_projector
@@ -44,8 +44,10 @@ class LlavaMetaModel:
         if self.vision is not None:
             self.vision_tower = build_tower(self.vision)
             self.vision_tower.requires_grad_(False)
-            self.mm_projector = build_projector(self.vision, config.hidden_size)
-            self.vision_resampler = build_resampler(self.vision, config.hidden_size)
+            # OPT's embeddings may be narrower than its layers, and features stand among embeddings.
+            width = self.get_input_embeddings().embedding_dim  # type: ignore[attr-defined]
+            self.mm_projector = build_projector(self.vision, width)
+            self.vision_resampler = build_resampler(self.vision, width)
             self.post_init()  # type: ignore[attr-defined]
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -69,11 +71,11 @@ class LlavaMetaForCausalLM:
     attribute that holds the decoder.
     """
 
+    config_class: ClassVar[type[PretrainedConfig]]
     decoder_class: ClassVar[type[PreTrainedModel]]
     decoder_attribute: ClassVar[str] = "model"
 
     config: Any
-    lm_head: nn.Module
     training: bool
     _keys_to_ignore_on_save: Any
     _keys_to_ignore_on_load_missing: Any
@@ -121,9 +123,10 @@ class LlavaMetaForCausalLM:
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One step of the language model over text, images and videos.
 
         Args:
@@ -143,11 +146,14 @@ class LlavaMetaForCausalLM:
             logits_to_keep: as in transformers: how many last positions, or which, get logits.
             num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
             return_logits: whether to return logits beside a loss; by default only without labels.
+            output_router_logits: for mixtures of experts, whether the loss has its load balancing
+                part; by default what the configuration says.
             return_dict: False returns a tuple.
             **kwargs: handed to the decoder.
 
         Returns:
-            Loss (with labels), logits (without labels, or when asked for) and cache.
+            Loss (with labels), logits (without labels, or when asked for) and cache; for a mixture of
+            experts that balances its load, ``aux_loss`` and ``router_logits`` too.
         """
         if variables:
             raise ValueError("variables (coordinates) were given, but this model has no coordinate tables")
@@ -159,6 +165,9 @@ class LlavaMetaForCausalLM:
             input_ids = input_ids if inputs_embeds is None else None
         elif images is not None:
             raise ValueError("pass either inputs_embeds or input_ids with images, not both")
+        balances = output_router_logits
+        if balances is None:
+            balances = getattr(self.config, "output_router_logits", False)
         outputs = self.get_model()(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -166,22 +175,29 @@ class LlavaMetaForCausalLM:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({"output_router_logits": True} if balances else {}),
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
+        hidden, head = outputs.last_hidden_state, self.get_output_embeddings()  # type: ignore[attr-defined]
         loss = logits = None
         if labels is not None:
-            loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch)
+            loss = supervised_loss(hidden, labels, head, num_items_in_batch)
         if labels is None or return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-        result = CausalLMOutputWithPast(
+            logits = head(hidden[:, kept])
+        result: CausalLMOutputWithPast | MoeCausalLMOutputWithPast = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        if balances:
+            balance = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
+            result = MoeCausalLMOutputWithPast(**result, aux_loss=balance, router_logits=outputs.router_logits)
+            if labels is not None:
+                weight = self.config.router_aux_loss_coef * share_of_batch(labels, num_items_in_batch)
+                result.loss = loss + weight * balance
         return result if return_dict is not False else result.to_tuple()
 
     def embed_multimodal(

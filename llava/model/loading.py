@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 import llava.model as models
 from llava.config import VisionConfig
+from llava.model.backbones import PLAIN_TYPES
 from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.quiet import quiet_transformers
@@ -133,7 +134,7 @@ def _choose_classes(
             raise ValueError(f"config.json of {path!r} has no model_type; add one of: {', '.join(_known_types())}")
         logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", path)
         model_type = "gpt2"
-    name = model_type if model_type in models.AVAILABLE_MODELS else f"llava_{model_type}"
+    name = PLAIN_TYPES.get(model_type, model_type)
     if name not in models.AVAILABLE_MODELS:
         raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
     config_name, _, model_name = models.AVAILABLE_MODELS[name]
@@ -142,8 +143,7 @@ def _choose_classes(
 
 
 def _known_types() -> list[str]:
-    names = sorted(models.AVAILABLE_MODELS)
-    return [name.removeprefix("llava_") for name in names] + names
+    return sorted(PLAIN_TYPES) + sorted(models.AVAILABLE_MODELS)
 
 
 def _vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:

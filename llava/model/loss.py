@@ -1,10 +1,13 @@
-"""Cross entropy at supervised positions only."""
+"""Cross entropy at supervised positions only, and the load balancing of mixtures of experts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llava.constants import IGNORE_INDEX
 
@@ -34,3 +37,35 @@ def supervised_loss(
     if num_items_in_batch is None:
         return total / max(len(targets), 1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The share of the global batch's predicted labels that this micro-batch holds; 1 where it is all there is.
+
+    A term that is no sum over labels is weighted by it, so that splitting a batch does not multiply it.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    predicted = (labels[:, 1:] != IGNORE_INDEX).sum()
+    return predicted / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Tensor | None) -> Tensor:
+    """How unevenly a mixture of experts spreads real tokens over its experts.
+
+    Where all are used alike it is the number of experts that a token takes, its smallest value.
+
+    Equations 4 to 6 of the Switch Transformer (arXiv 2101.03961), as transformers computes them.
+
+    Args:
+        router_logits: one (batch * length, experts) tensor a layer.
+        config: of the model; gives the experts and how many of them a token takes.
+        attention_mask: (batch, length), one where a token is real; None counts every position.
+    """
+    loss: Any = load_balancing_loss_func(
+        router_logits,  # type: ignore[arg-type]
+        config.num_experts,
+        config.num_experts_per_tok,
+        attention_mask,
+    )
+    return loss

@@ -180,6 +180,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "Learning rate of the vision tower, if trained (default: --learning_rate)."}
     )
 
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a mixture of experts' load balancing loss (default: the checkpoint's); 0 leaves it out."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # Examples are dataclasses; a column filter has nothing to remove and would drop their media.

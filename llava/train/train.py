@@ -75,6 +75,7 @@ def build_trainer(argv: Sequence[str] | None = None) -> LlavaTrainer:
         load_adapter(model, model_args.pretrain_mm_mlp_adapter)
     set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
     lower_frozen_precision(model, training_args)
+    balance_experts(model, training_args.router_aux_loss_coef)
 
     max_length = choose_max_length(training_args.model_max_length, model, vision)
     data = make_supervised_data_module(tokenizer, data_args, vision, max_length)
@@ -105,6 +106,22 @@ def lower_frozen_precision(model: Any, training_args: TrainingArguments) -> None
         return
     if training_args.bf16 or training_args.fp16:
         tower.to(torch.bfloat16 if training_args.bf16 else torch.float16)
+
+
+def balance_experts(model: Any, weight: float | None) -> None:
+    """Let a mixture of experts train with its load balancing loss; without it, few experts take all tokens.
+
+    Args:
+        model: one without experts is left as it is.
+        weight: of the loss; 0 leaves it out, None takes the checkpoint's.
+    """
+    own = getattr(model.config, "router_aux_loss_coef", None)
+    if own is None:
+        if weight is not None:
+            raise ValueError(f"--router_aux_loss_coef is {weight}, but {model.config.model_type} has no experts")
+        return
+    model.config.router_aux_loss_coef = own if weight is None else weight
+    model.config.output_router_logits = model.config.router_aux_loss_coef > 0
 
 
 def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None) -> int:

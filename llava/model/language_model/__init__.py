@@ -4,6 +4,9 @@ Importing this package registers them all with transformers' ``AutoConfig`` and
 ``AutoModelForCausalLM``.
 """
 
-from llava.model.language_model import llava_gpt2, llava_llama
+from importlib import import_module
 
-__all__ = ["llava_gpt2", "llava_llama"]
+from llava.model import AVAILABLE_MODELS
+
+for _name in sorted(AVAILABLE_MODELS):
+    import_module(f"llava.model.language_model.{_name}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from llava.model.backbones import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -26,6 +27,7 @@ class LlavaGPT2Model(LlavaMetaModel, GPT2Model):
         return self.wte
 
 
+@register_backbone
 class LlavaGPT2ForCausalLM(LlavaMetaForCausalLM, GPT2LMHeadModel):
     config_class = LlavaGPT2Config
     decoder_class = LlavaGPT2Model
@@ -34,7 +36,3 @@ class LlavaGPT2ForCausalLM(LlavaMetaForCausalLM, GPT2LMHeadModel):
     @property
     def model(self) -> LlavaGPT2Model:
         return self.transformer
-
-
-AutoConfig.register(LlavaGPT2Config.model_type, LlavaGPT2Config)
-AutoModelForCausalLM.register(LlavaGPT2Config, LlavaGPT2ForCausalLM)

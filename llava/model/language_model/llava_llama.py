@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.backbones import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -17,10 +18,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaLlamaConfig
 
 
+@register_backbone
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     config_class = LlavaLlamaConfig
     decoder_class = LlavaLlamaModel
-
-
-AutoConfig.register(LlavaLlamaConfig.model_type, LlavaLlamaConfig)
-AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)

@@ -1,0 +1,71 @@
+"""Makes a backbone known: to this library by its model type, and to transformers' Auto classes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+import llava.model as models
+from llava.model.llava_arch import LlavaMetaForCausalLM
+
+Backbone = TypeVar("Backbone", bound=type[LlavaMetaForCausalLM])
+
+PLAIN_TYPES: dict[str, str] = {}
+"""The model type of each plain language model ("qwen2") and of the backbone that wraps it ("llava_qwen")."""
+
+
+def register_backbone(backbone: Backbone) -> Backbone:
+    """Class decorator for a language model with head: puts it into ``AVAILABLE_MODELS``.
+
+    Args:
+        backbone: mixes ``LlavaMetaForCausalLM`` into a class of transformers, and names its
+            ``config_class`` and its ``decoder_class``. The configuration class's own parent says which
+            plain checkpoints it loads.
+
+    Raises:
+        ValueError: another backbone has this model type, or wraps the same plain one.
+    """
+    config_class = backbone.config_class
+    plain_type, model_type = _plain_class(config_class).model_type, config_class.model_type
+    if PLAIN_TYPES.setdefault(plain_type, model_type) != model_type:
+        raise ValueError(f"{plain_type!r} is wrapped by {PLAIN_TYPES[plain_type]!r} and by {model_type!r}; keep one")
+    _publish(backbone)
+    _inherit_conversions(plain_type, model_type)
+    _inherit_conversions(_plain_class(backbone).__name__, backbone.__name__)
+    return backbone
+
+
+def _publish(backbone: type[LlavaMetaForCausalLM]) -> None:
+    """List a backbone in ``AVAILABLE_MODELS`` and in transformers' Auto classes."""
+    config_class = backbone.config_class
+    names = (config_class.__name__, backbone.decoder_class.__name__, backbone.__name__)
+    if models.AVAILABLE_MODELS.setdefault(config_class.model_type, names) != names:
+        raise ValueError(
+            f"the model type {config_class.model_type!r} is taken by "
+            f"{models.AVAILABLE_MODELS[config_class.model_type][2]}; give {backbone.__name__} another"
+        )
+    models._MODULES.update(dict.fromkeys(names, backbone.__module__))
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, backbone)
+
+
+def _plain_class(own: type) -> Any:
+    """The class of transformers that one of ours is made from."""
+    return next(base for base in own.__mro__ if base.__module__.startswith("transformers."))
+
+
+def _inherit_conversions(plain: str, own: str) -> None:
+    """Read and write weights as transformers does for the plain model.
+
+    Some checkpoints are stored under other names than the model's own (every expert of a mixture by
+    itself, for one). transformers finds the translation by model type or by class name, and would not
+    find it under ours.
+    """
+    conversions = get_checkpoint_conversion_mapping(plain)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(own, conversions, overwrite=True)

@@ -1,0 +1,25 @@
+"""GPT-NeoX with vision."""
+
+from __future__ import annotations
+
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+
+from llava.model.backbones import register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaGPTNeoXConfig(GPTNeoXConfig):
+    """GPT-NeoX's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_gpt_neox"
+
+
+class LlavaGPTNeoXModel(LlavaMetaModel, GPTNeoXModel):
+    config_class = LlavaGPTNeoXConfig
+
+
+@register_backbone
+class LlavaGPTNeoXForCausalLM(LlavaMetaForCausalLM, GPTNeoXForCausalLM):
+    config_class = LlavaGPTNeoXConfig
+    decoder_class = LlavaGPTNeoXModel
+    decoder_attribute = "gpt_neox"

@@ -1,0 +1,24 @@
+"""Mistral with vision."""
+
+from __future__ import annotations
+
+from transformers import MistralConfig, MistralForCausalLM, MistralModel
+
+from llava.model.backbones import register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaMistralConfig(MistralConfig):
+    """Mistral's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_mistral"
+
+
+class LlavaMistralModel(LlavaMetaModel, MistralModel):
+    config_class = LlavaMistralConfig
+
+
+@register_backbone
+class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+    config_class = LlavaMistralConfig
+    decoder_class = LlavaMistralModel

@@ -1,0 +1,24 @@
+"""Mixtral with vision."""
+
+from __future__ import annotations
+
+from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
+
+from llava.model.backbones import register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaMixtralConfig(MixtralConfig):
+    """Mixtral's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_mixtral"
+
+
+class LlavaMixtralModel(LlavaMetaModel, MixtralModel):
+    config_class = LlavaMixtralConfig
+
+
+@register_backbone
+class LlavaMixtralForCausalLM(LlavaMetaForCausalLM, MixtralForCausalLM):
+    config_class = LlavaMixtralConfig
+    decoder_class = LlavaMixtralModel

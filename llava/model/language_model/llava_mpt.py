@@ -1,0 +1,28 @@
+"""MPT with vision."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import MptConfig, MptForCausalLM, MptModel
+
+from llava.model.backbones import register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaMptConfig(MptConfig):
+    """MPT's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_mpt"
+    attribute_map: ClassVar = {**MptConfig.attribute_map, "max_position_embeddings": "max_seq_len"}
+
+
+class LlavaMptModel(LlavaMetaModel, MptModel):
+    config_class = LlavaMptConfig
+
+
+@register_backbone
+class LlavaMptForCausalLM(LlavaMetaForCausalLM, MptForCausalLM):
+    config_class = LlavaMptConfig
+    decoder_class = LlavaMptModel
+    decoder_attribute = "transformer"

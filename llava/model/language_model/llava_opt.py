@@ -1,0 +1,24 @@
+"""OPT with vision."""
+
+from __future__ import annotations
+
+from transformers import OPTConfig, OPTForCausalLM, OPTModel
+
+from llava.model.backbones import register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaOPTConfig(OPTConfig):
+    """OPT's configuration, with the ``mm_`` entries of ``VisionConfig``."""
+
+    model_type = "llava_opt"
+
+
+class LlavaOPTModel(LlavaMetaModel, OPTModel):
+    config_class = LlavaOPTConfig
+
+
+@register_backbone
+class LlavaOPTForCausalLM(LlavaMetaForCausalLM, OPTForCausalLM):
+    config_class = LlavaOPTConfig
+    decoder_class = LlavaOPTModel
