@@ -53,13 +53,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Dinov2Config, GPT2Config, GPT2Model, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from llava.config import FAST_SLOW_RESAMPLER, VisionConfig
+from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens
+from llava.streams import FAST_SLOW_RESAMPLER
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.parts import set_trainable_parts
 from llava.train.train import lower_frozen_precision

@@ -7,6 +7,7 @@ features) both read this one description, so they cannot disagree on a count.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,10 +22,12 @@ from llava.constants import (
     VIDEO_START,
     VISUAL_TOKENS,
 )
+from llava.streams import STREAM_LAWS, StreamLaw
 from llava.types import MediaKind
 
-FAST_SLOW_RESAMPLER = "fast_slow_resampler"
 ASPECT_RATIOS = ("square", "pad")
+PROJECTOR_STRIDES = {"pooler": 2}
+"""Projectors that pool the grid, and how many patches a side become one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Span:
     @property
     def text(self) -> str:
         return self.start + self.patch * (self.length - 2) + self.end
+
+
+_VIDEO_MARKERS = [(VIDEO_START, VIDEO_PATCH, VIDEO_END), (SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END)]
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,13 @@ class VisionConfig:
         patches_per_side: side of the tower's patch grid.
         projector_type: a registered projector.
         resampler_type: a registered resampler, or None.
-        perceiver_latents: tokens a frame in the slow stream (and of a resampled image).
+        perceiver_latents: tokens a frame of the perceiver, or in the slow stream (and of a resampled image).
         perceiver_latents_fast: tokens a frame in the fast stream.
-        perceiver_depth: layers of resamplers that have a depth; the fast/slow one has none.
+        perceiver_depth: layers of the perceiver.
+        qformer_latents, qformer_depth: tokens a frame and layers of the Q-Former.
+        spatial_pool_stride: how many patches a side the spatial pool makes one.
+        spatial_pool_mode: ``average``, ``max`` or ``bilinear``.
+        mask_drop_ratio: share of each frame's patches that the masked drop keeps.
         resampler_width, resampler_heads: inner width and heads of the resampler's attention.
         resample_images: whether images pass the resampler too; False keeps one token a patch.
         num_frames: frames sampled from a video.
@@ -92,6 +102,11 @@ class VisionConfig:
     perceiver_latents: int = 81
     perceiver_latents_fast: int = 9
     perceiver_depth: int = 2
+    qformer_latents: int = 32
+    qformer_depth: int = 3
+    spatial_pool_stride: int = 2
+    spatial_pool_mode: str = "bilinear"
+    mask_drop_ratio: float = 0.25
     resampler_width: int = 1024
     resampler_heads: int = 8
     resample_images: bool = False
@@ -104,42 +119,54 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.image_aspect_ratio not in ASPECT_RATIOS:
             raise ValueError(f"--image_aspect_ratio is {self.image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}")
-        for name in ("num_frames", "frames_upbound", "patches_per_side", "resampler_heads"):
+        for name in ("num_frames", "frames_upbound", "patches_per_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.slow_frames < 0 or self.video_fps < 0:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
-        if self.resampler_type == FAST_SLOW_RESAMPLER:
-            self._check_latents()
+        if self.stream_law is not None and self.stream_law.check is not None:
+            self.stream_law.check(self)
 
-    def _check_latents(self) -> None:
-        finest = self.patches_per_side
-        for flag, latents in (
-            ("--mm_perceiver_latents", self.perceiver_latents),
-            ("--mm_perceiver_latents_fast", self.perceiver_latents_fast),
-        ):
-            side = math.isqrt(max(latents, 0))
-            if latents < 1 or side * side != latents:
-                below = max(side, 1)
-                raise ValueError(
-                    f"{flag} is {latents}, which is not a square; the nearest squares are "
-                    f"{below * below} and {(below + 1) ** 2}"
-                )
-            if side > finest:
-                raise ValueError(
-                    f"{flag} is {latents} ({side} x {side}), finer than the {finest} x {finest} grid "
-                    f"it is pooled from; use at most {finest * finest}"
-                )
-            finest = side
-        if self.resampler_width % self.resampler_heads:
+    def __reduce__(self) -> tuple[Callable[..., VisionConfig], tuple[Any, ...]]:
+        # The law goes along, by reference: a process that unpickles it imports, and so registers, it.
+        return _restore, (self.stream_law, vars(self))
+
+    @property
+    def stream_law(self) -> StreamLaw | None:
+        """How tokens are counted behind the resampler; None without one."""
+        if self.resampler_type is None:
+            return None
+        if self.resampler_type not in STREAM_LAWS:
             raise ValueError(
-                f"--mm_resampler_width {self.resampler_width} is no multiple of "
-                f"--mm_resampler_heads {self.resampler_heads}"
+                f"unknown --mm_resampler_type {self.resampler_type!r}; known: {', '.join(STREAM_LAWS.names())}, none; "
+                "one of your own is known once its file is imported"
             )
+        return STREAM_LAWS.get(self.resampler_type)
 
     @property
     def num_patches(self) -> int:
+        """Patches of a frame as they leave the tower."""
         return self.patches_per_side**2
+
+    @property
+    def grid_side(self) -> int:
+        """Side of a frame's grid behind the projector; one that pools takes a last, half window for whole."""
+        return math.ceil(self.patches_per_side / PROJECTOR_STRIDES.get(self.projector_type, 1))
+
+    @property
+    def grid_patches(self) -> int:
+        """Patches of a frame behind the projector."""
+        return self.grid_side**2
+
+    @property
+    def pooled_side(self) -> int:
+        """Side of a frame's grid behind the spatial pool; a last window that juts out counts."""
+        return math.ceil(self.grid_side / self.spatial_pool_stride)
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches of a frame that the masked drop keeps, at least one."""
+        return max(1, round(self.grid_patches * self.mask_drop_ratio))
 
     @property
     def slow_side(self) -> int:
@@ -158,33 +185,47 @@ class VisionConfig:
         """Temporal length of the slow stream for a video of ``num_frames`` frames."""
         return min(self.slow_frames or num_frames, num_frames)
 
+    def resamples(self, kind: MediaKind) -> bool:
+        """Whether media of a kind pass the resampler; the others keep one token a patch."""
+        return self.resampler_type is not None and (kind == "video" or self.resample_images)
+
+    def stream_lengths(self, kind: MediaKind, num_frames: int = 1) -> tuple[int, ...]:
+        """Tokens of each stream: one, or for a video a fast one followed by a slow one."""
+        law = self.stream_law
+        if law is None or not self.resamples(kind):
+            return (num_frames * self.grid_patches,)
+        return law.count(self, kind, num_frames)
+
     def spans(self, kind: MediaKind, num_frames: int = 1) -> list[Span]:
         """The token spans of one image, or of one video of ``num_frames`` frames, in order."""
-        if kind == "image":
-            resampled = self.resampler_type is not None and self.resample_images
-            length = self.perceiver_latents if resampled else self.num_patches
-            spans = [Span(IMAGE_START, IMAGE_PATCH, IMAGE_END, length)]
-        elif self.resampler_type is None:
-            length = num_frames * self.num_patches
-            spans = [Span(VIDEO_START, VIDEO_PATCH, VIDEO_END, length)]
-        else:
-            fast = num_frames * self.perceiver_latents_fast
-            slow = self.slow_length(num_frames) * self.perceiver_latents
-            spans = [
-                Span(VIDEO_START, VIDEO_PATCH, VIDEO_END, fast),
-                Span(SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END, slow),
-            ]
+        lengths = self.stream_lengths(kind, num_frames)
+        markers = [(IMAGE_START, IMAGE_PATCH, IMAGE_END)] if kind == "image" else _VIDEO_MARKERS
+        if not 1 <= len(lengths) <= len(markers):
+            raise ValueError(
+                f"the resampler {self.resampler_type!r} counts {len(lengths)} streams for one {kind}; "
+                f"its law must give one{' or two' * (len(markers) - 1)}"
+            )
+        spans = [Span(*marker, length) for marker, length in zip(markers, lengths, strict=False)]
         short = [span for span in spans if span.length < 2]
         if short:
             raise ValueError(
                 f"{short[0].start}...{short[0].end} would have {short[0].length} token, but a span needs "
-                "one for its start and one for its end; raise --num_frames or the number of latents"
+                "one for its start and one for its end; raise --num_frames or the number of tokens a frame"
             )
         return spans
 
     def num_tokens(self, kind: MediaKind, num_frames: int = 1) -> int:
         """Positions that one image, or one video of ``num_frames`` frames, takes; markers included."""
         return sum(span.length for span in self.spans(kind, num_frames))
+
+    def ways_to_shorten(self, kinds: Collection[MediaKind]) -> list[str]:
+        """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
+        ways = []
+        if "video" in kinds:
+            ways.append("lower --frames_upbound" if self.video_fps > 0 else "lower --num_frames")
+        if self.stream_law is not None and any(map(self.resamples, kinds)):
+            ways += self.stream_law.shorten
+        return ways
 
     @property
     def visual_token_ids(self) -> list[int]:
@@ -211,3 +252,8 @@ class VisionConfig:
         """The entries that ``from_model_config`` reads, as plain values."""
         entries = {"mm_" + name: value for name, value in asdict(self).items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+
+
+def _restore(law: StreamLaw | None, settings: dict[str, Any]) -> VisionConfig:
+    """Unpickle a ``VisionConfig``; ``law`` has done its work by being imported."""
+    return VisionConfig(**settings)

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"constants", "registry", "types", "config"}
+FOUNDATION = {"constants", "registry", "types", "streams", "config"}
 MAY_IMPORT = {
     "constants": set(),
     "registry": set(),
     "types": set(),
-    "config": {"constants", "types"},
+    "streams": {"registry", "types", "config"},
+    "config": {"constants", "types", "streams"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

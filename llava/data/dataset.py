@@ -103,11 +103,8 @@ class SupervisedDataset(Dataset[Example]):
     def _shorter_spans(self, record: Record) -> str:
         """The settings that make the spans of a record shorter, as the end of a sentence."""
         assert self.vision is not None
-        kinds = {media.kind for media in record.media}
-        flags = ["--frames_upbound" if self.vision.video_fps > 0 else "--num_frames"] if "video" in kinds else []
-        if self.vision.resampler_type is not None and ("video" in kinds or self.vision.resample_images):
-            flags.append("--mm_perceiver_latents")
-        return f" or lower {' or '.join(flags)}" if flags else ""
+        ways = self.vision.ways_to_shorten({media.kind for media in record.media})
+        return "".join(f" or {way}" for way in ways)
 
     def visual_tokens(self, record: Record) -> int:
         """Positions that the media of a record take; 0 for text alone."""

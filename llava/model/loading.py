@@ -15,13 +15,14 @@ from llava.config import VisionConfig
 from llava.model.backbones import PLAIN_TYPES
 from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.multimodal_resampler.builder import structural_settings
 from llava.model.quiet import quiet_transformers
 from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Settings that decide which parameters exist: a trained checkpoint's cannot be changed.
-_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "resampler_width", "resampler_heads")
+# Settings that decide which parameters exist, with those of the resampler: a trained checkpoint's cannot be changed.
+_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
         assert tower is not None
         source = os.path.abspath(tower) if os.path.isdir(tower) else tower
         return VisionConfig(vision_tower=source, **{**vars(describe_tower(tower)), **given})
-    for name in _STRUCTURE:
+    for name in (*_STRUCTURE, *structural_settings(vision)):
         if name in given and given[name] != getattr(vision, name):
             raise ValueError(
                 f"--mm_{name} {given[name]!r} was given, but the checkpoint was trained with "

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from llava.streams import POOL_MODES
 from llava.train.parts import PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
@@ -36,18 +37,41 @@ class ModelArguments:
         default=None,
         metadata={"help": "Hidden state of the tower to use; -2 is the output of the last layer but one (default)."},
     )
-    mm_projector_type: str | None = field(default=None, metadata={"help": "linear or mlpNx_gelu (default mlp2x_gelu)."})
+    mm_projector_type: str | None = field(
+        default=None,
+        metadata={"help": "linear, identity, pooler, mlpNx_gelu or mlpNx_resMx_gelu (default mlp2x_gelu)."},
+    )
     mm_resampler_type: str | None = field(
-        default=None, metadata={"help": "fast_slow_resampler, or none (default): every patch becomes a token."}
+        default=None,
+        metadata={
+            "help": "fast_slow_resampler, perceiver, qformer, spatial_pool, masked_drop, or none (default): every "
+            "patch becomes a token."
+        },
     )
     mm_perceiver_latents: int | None = field(
-        default=None, metadata={"help": "Tokens a frame in the slow stream, a square (default 81)."}
+        default=None,
+        metadata={"help": "Tokens a frame of the perceiver, or in the slow stream, there a square (default 81)."},
     )
     mm_perceiver_latents_fast: int | None = field(
         default=None, metadata={"help": "Tokens a frame in the fast stream, a square (default 9)."}
     )
-    mm_perceiver_depth: int | None = field(
-        default=None, metadata={"help": "Layers of resamplers that have a depth; fast_slow_resampler has none."}
+    mm_perceiver_depth: int | None = field(default=None, metadata={"help": "Layers of the perceiver (default 2)."})
+    mm_qformer_latents: int | None = field(
+        default=None, metadata={"help": "Tokens a frame of the Q-Former (default 32)."}
+    )
+    mm_qformer_depth: int | None = field(default=None, metadata={"help": "Layers of the Q-Former (default 3)."})
+    mm_spatial_pool_stride: int | None = field(
+        default=None, metadata={"help": "How many patches a side spatial_pool makes one (default 2)."}
+    )
+    mm_spatial_pool_mode: str | None = field(
+        default=None, metadata={"help": f"How spatial_pool does so: {', '.join(POOL_MODES)} (default bilinear)."}
+    )
+    mm_mask_drop_mode: str = field(
+        default="fixed",
+        metadata={"help": "fixed: masked_drop keeps the same number of patches of every frame. There is no other."},
+    )
+    mm_mask_drop_ratio: float | None = field(
+        default=None, metadata={"help": "Share of each frame's patches that masked_drop keeps (default 0.25)."}
     )
     mm_resampler_width: int | None = field(
         default=None, metadata={"help": "Inner width of the resampler's attention (default 1024)."}
@@ -85,6 +109,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.mm_resampler_type == "none":
             self.mm_resampler_type = None
+        if self.mm_mask_drop_mode != "fixed":
+            raise ValueError(
+                f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "
+                "before a frame is masked, so the number of patches cannot vary"
+            )
         if self.stage != "1":
             raise ValueError(f"--stage is {self.stage!r}, but only stage 1 (content) exists; 2 and 3 need coordinates")
         unknown = [part for part in self.tunable_parts if part not in PARTS]
@@ -106,6 +135,11 @@ class ModelArguments:
             "perceiver_latents": self.mm_perceiver_latents,
             "perceiver_latents_fast": self.mm_perceiver_latents_fast,
             "perceiver_depth": self.mm_perceiver_depth,
+            "qformer_latents": self.mm_qformer_latents,
+            "qformer_depth": self.mm_qformer_depth,
+            "spatial_pool_stride": self.mm_spatial_pool_stride,
+            "spatial_pool_mode": self.mm_spatial_pool_mode,
+            "mask_drop_ratio": self.mm_mask_drop_ratio,
             "resampler_width": self.mm_resampler_width,
             "resampler_heads": self.mm_resampler_heads,
             "resample_images": self.mm_resample_images,

@@ -135,9 +135,10 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
         raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
     limit = asked or context
     if vision is not None and (video := vision.num_tokens("video", vision.max_frames)) + 1 >= limit:
+        ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"video"})]
         raise ValueError(
-            f"a video of {vision.max_frames} frames takes {video} tokens, but a sample may have {limit}; raise "
-            "--model_max_length (within the model's context) or lower --num_frames or --mm_perceiver_latents"
+            f"a video of {vision.max_frames} frames takes {video} tokens, but a sample may have {limit}; "
+            f"{' or '.join(ways)}"
         )
     return limit
 

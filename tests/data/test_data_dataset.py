@@ -147,15 +147,15 @@ def test_split_reaches_the_decoder(media_dir, visual_tokenizer, tiny_vision):
 @pytest.mark.parametrize(
     ("texts", "changes", "limit", "needed", "visual", "remedy"),
     [
-        (["<video>", "ciao"], {}, 300, 362, 360, " or lower --num_frames or --mm_perceiver_latents"),
+        (["<video>", "ciao"], {}, 300, 362, 360, " or lower --num_frames or lower --mm_perceiver_latents"),
         (
             ["<video>", "ciao"], {"video_fps": 1.0, "frames_upbound": 8}, 700, 722, 720,
-            " or lower --frames_upbound or --mm_perceiver_latents",
+            " or lower --frames_upbound or lower --mm_perceiver_latents",
         ),
         (["<video>", "ciao"], {"resampler_type": None}, 1025, 1026, 1024, " or lower --num_frames"),
         (["<image>", "ciao"], {}, 257, 258, 256, ""),
         (["<image>", "ciao"], {"resample_images": True}, 80, 83, 81, " or lower --mm_perceiver_latents"),
-        (["<video>"], {}, 360, 361, 360, " or lower --num_frames or --mm_perceiver_latents"),
+        (["<video>"], {}, 360, 361, 360, " or lower --num_frames or lower --mm_perceiver_latents"),
     ],
 )  # fmt: skip
 def test_clip_that_does_not_fit(visual_tokenizer, italian_vision, texts, changes, limit, needed, visual, remedy):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -13,19 +13,58 @@ from llava.types import MediaKind
 
 
 class Resampler(nn.Module, ABC):
-    """Turns patch features of equally long media into their token features."""
+    """Turns patch features of equally long media into their token features.
+
+    A subclass is registered under the name that its law has in ``llava.streams``. Learned queries
+    belong into an ``nn.Embedding``: a checkpoint without them is loaded into a model that was built
+    without memory, and transformers fills the modules that it knows; a bare parameter stays as it
+    happens to be.
+
+    Args:
+        vision: the settings.
+        hidden_size: width of the features that come in and go out.
+    """
+
+    structure: ClassVar[tuple[str, ...]] = ()
+    """Fields of ``VisionConfig`` that decide which parameters there are, or what they mean."""
+
+    def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.vision = vision
 
     @abstractmethod
-    def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
-        """Resample a group of media of one kind.
+    def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
+        """Resample a group of media of one kind and length.
 
         Args:
-            features: (media, frames, patches, width); the number of media may be zero.
+            features: (media, frames, patches, width), patches row by row on a square grid. The number
+                of media may be zero; the result then still depends on every parameter.
             kind: "image" (one frame each) or "video".
 
         Returns:
-            (media, tokens, width) with ``tokens == VisionConfig.num_tokens(kind, frames)``.
+            (media, tokens, width), with the tokens of the streams in order, as many as the law counts.
         """
 
+    def output_tokens(self, kind: MediaKind, num_frames: int = 1) -> int:
+        """Tokens of one image, or of one video of ``num_frames`` frames."""
+        return sum(self.vision.stream_lengths(kind, num_frames))
 
-RESAMPLERS: Registry[Callable[[VisionConfig, int], Resampler]] = Registry("resampler")
+    def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
+        """As ``resample``, in the dtype of ``features``; images pass as they are if they are not to be resampled.
+
+        Raises:
+            ValueError: the subclass and its law do not agree on the number of tokens.
+        """
+        if not self.vision.resamples(kind):
+            return features.flatten(1, 2)
+        tokens = self.resample(features, kind).to(features.dtype)
+        expected = self.output_tokens(kind, features.shape[1])
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"the resampler {self.vision.resampler_type!r} makes {tokens.shape[1]} tokens of one {kind} of "
+                f"{features.shape[1]} frames, but its law in llava.streams counts {expected}"
+            )
+        return tokens
+
+
+RESAMPLERS: Registry[type[Resampler]] = Registry("resampler")

@@ -16,7 +16,9 @@ def build_resampler(vision: VisionConfig, hidden_size: int) -> Resampler | None:
     """
     if vision.resampler_type is None:
         return None
-    if vision.resampler_type not in RESAMPLERS:
-        known = ", ".join(RESAMPLERS.names())
-        raise ValueError(f"unknown --mm_resampler_type {vision.resampler_type!r}; known: {known}, none")
     return RESAMPLERS.get(vision.resampler_type)(vision, hidden_size)
+
+
+def structural_settings(vision: VisionConfig) -> tuple[str, ...]:
+    """The settings that decide which parameters the resampler of ``vision`` has."""
+    return () if vision.resampler_type is None else RESAMPLERS.get(vision.resampler_type).structure

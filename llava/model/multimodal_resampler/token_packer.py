@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.config import FAST_SLOW_RESAMPLER, VisionConfig
+from llava.config import VisionConfig
 from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
 from llava.model.multimodal_resampler.windows import axis_windows, grid_windows, window_index
+from llava.streams import FAST_SLOW_RESAMPLER
 from llava.types import MediaKind
 
 
@@ -98,20 +99,19 @@ class TokenPacker(Resampler):
         hidden_size: width of the features.
     """
 
+    structure = ("resampler_width", "resampler_heads")
+
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.vision = vision
+        super().__init__(vision, hidden_size)
         block = (hidden_size, vision.resampler_width, vision.resampler_heads)
         self.main = WindowAttention(*block)
         self.slow = WindowAttention(*block)
         self.fast = WindowAttention(*block)
 
-    def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
-        """See ``Resampler.forward``; a video's tokens are its fast stream, then its slow stream."""
-        if kind == "image" and not self.vision.resample_images:
-            return features.flatten(1, 2)
+    def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
+        """See ``Resampler.resample``; a video's tokens are its fast stream, then its slow stream."""
         frames = features.shape[1]
-        side, slow_side, fast_side = self.vision.patches_per_side, self.vision.slow_side, self.vision.fast_side
+        side, slow_side, fast_side = self.vision.grid_side, self.vision.slow_side, self.vision.fast_side
         cells = pool_space(self.main, features.flatten(0, 1), side, slow_side).unflatten(0, (-1, frames))
         slow = pool_time(self.slow, cells, self.vision.slow_length(frames)).flatten(1, 2)
         if kind == "image":
