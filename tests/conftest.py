@@ -95,14 +95,18 @@ Among them are tied and untied heads, embeddings narrower than the layers (OPT),
 class TinyBackbones(dict[str, Path]):
     """Folders of plain checkpoints, each written when it is first asked for."""
 
-    def __init__(self, root: Path, tokenizer_dir: Path) -> None:
+    def __init__(self, root: Path, tokenizer_dir: Path, num_layers: int = 2) -> None:
         super().__init__()
-        self.root, self.tokenizer_dir = root, tokenizer_dir
+        self.root, self.tokenizer_dir, self.num_layers = root, tokenizer_dir, num_layers
 
     def __missing__(self, name: str) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         model_type, settings = TINY_BACKBONES[name]
+        settings = {
+            key: self.num_layers if key in ("n_layer", "n_layers", "num_hidden_layers") else value
+            for key, value in settings.items()
+        }
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
         config = AutoConfig.for_model(
             model_type, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_BACKBONES = {
+BACKBONES = {
     "llava_gemma": "LlavaGemma",
     "llava_gpt2": "LlavaGPT2",
     "llava_gpt_neox": "LlavaGPTNeoX",
@@ -22,18 +22,41 @@ _BACKBONES = {
 }
 """Model types, which are also names of files in ``language_model``, and how their classes' names begin."""
 
-AVAILABLE_MODELS = {
-    name: (f"{prefix}Config", f"{prefix}Model", f"{prefix}ForCausalLM") for name, prefix in _BACKBONES.items()
-}
+VARIANTS = {"base": "", "alternating": "Alternating", "alternating_cross": "AlternatingCross"}
+"""Kinds of attention, and what the class names of each have before their ending; see ``alternating``."""
+
+AVAILABLE_MODELS: dict[str, tuple[str, str, str]] = {}
 """Model types and their classes: configuration, decoder, language model with head.
 
 ``load_model`` wraps a checkpoint of model type "gpt2" with the classes of "llava_gpt2".
 ``register_backbone`` adds a newcomer's.
 """
 
-_MODULES = {name: f"llava.model.language_model.{key}" for key, names in AVAILABLE_MODELS.items() for name in names}
-_MODULES["load_model"] = "llava.model.loading"
-_MODULES["register_backbone"] = "llava.model.backbones"
+_MODULES = {
+    "load_model": "llava.model.loading",
+    "register_backbone": "llava.model.language_model.registration",
+}
+
+
+def variant_type(backbone: str, variant: str) -> str:
+    """The model type of a backbone with one of the ``VARIANTS`` of attention."""
+    return backbone if variant == "base" else f"{backbone}_with_{variant}_attn"
+
+
+def split_type(model_type: str) -> tuple[str, str]:
+    """The backbone and the variant of a model type: the inverse of ``variant_type``."""
+    for variant in VARIANTS:
+        suffix = variant_type("", variant)
+        if suffix and model_type.endswith(suffix):
+            return model_type.removesuffix(suffix), variant
+    return model_type, "base"
+
+
+for _backbone, _prefix in BACKBONES.items():
+    for _variant, _infix in VARIANTS.items():
+        _names = (f"{_prefix}{_infix}Config", f"{_prefix}{_infix}Model", f"{_prefix}{_infix}ForCausalLM")
+        AVAILABLE_MODELS[variant_type(_backbone, _variant)] = _names
+        _MODULES |= dict.fromkeys(_names, f"llava.model.language_model.{_backbone}")
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,9 @@ class LlavaMetaModel:
     vision modules and the decoder is the plain one.
     """
 
+    has_attention_interface: ClassVar[bool] = True
+    """Whether transformers' decoder runs its attention through ``AttentionInterface``."""
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision = VisionConfig.from_model_config(config)
@@ -162,7 +165,9 @@ class LlavaMetaForCausalLM:
             if input_ids is None:
                 raise ValueError("pass input_ids or inputs_embeds")
             inputs_embeds = self.embed_multimodal(input_ids, images, modalities)
-            input_ids = input_ids if inputs_embeds is None else None
+            if inputs_embeds is not None:
+                kwargs |= self.decoder_inputs(input_ids)
+                input_ids = None
         elif images is not None:
             raise ValueError("pass either inputs_embeds or input_ids with images, not both")
         balances = output_router_logits
@@ -223,6 +228,10 @@ class LlavaMetaForCausalLM:
         if vision is None or not features:
             return None
         return splice(input_ids, self.get_input_embeddings()(input_ids), features, vision.visual_token_ids)
+
+    def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """What a decoder wants to know about a batch with media, beside its embeddings; most want nothing."""
+        return {}
 
     def _shares_gradients(self) -> bool:
         """Whether this is a training step of one rank among several, which may hold other modalities."""

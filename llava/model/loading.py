@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 import llava.model as models
 from llava.config import VisionConfig
-from llava.model.backbones import PLAIN_TYPES
+from llava.model.language_model.registration import PLAIN_TYPES
 from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
@@ -40,6 +40,7 @@ def load_model(
     *,
     vision_tower: str | None = None,
     save_vision_tower: bool = False,
+    variant: str | None = None,
     attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
@@ -51,6 +52,7 @@ def load_model(
         vision_tower: folder or hub name of the vision model. A plain language model without one
             stays a text model. For a multimodal checkpoint: where its tower lies now.
         save_vision_tower: whether checkpoints of this model hold the tower's weights too.
+        variant: kind of attention, of ``llava.model.VARIANTS``; by default the checkpoint's own.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
         dtype: of the weights.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
@@ -62,7 +64,7 @@ def load_model(
     import llava.model.language_model  # noqa: F401  (registers the backbones)
 
     config_dict = _read_config(model_name_or_path)
-    config_class, model_class = _choose_classes(config_dict, model_name_or_path)
+    config_class, model_class = _choose_classes(config_dict, model_name_or_path, variant)
     tokenizer = load_tokenizer(model_name_or_path)
     check_vocabulary(tokenizer, _vocab_size(config_dict, config_class), model_name_or_path)
 
@@ -125,9 +127,9 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
 
 
 def _choose_classes(
-    config_dict: dict[str, Any], path: str
+    config_dict: dict[str, Any], path: str, variant: str | None
 ) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
-    """Configuration and model class for a checkpoint, by its model type."""
+    """Configuration and model class for a checkpoint, by its model type and, where one is asked for, a variant."""
     model_type = config_dict.get("model_type")
     if model_type is None:
         name = os.path.basename(os.path.normpath(path)).lower()
@@ -138,6 +140,8 @@ def _choose_classes(
     name = PLAIN_TYPES.get(model_type, model_type)
     if name not in models.AVAILABLE_MODELS:
         raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
+    if variant is not None:
+        name = models.variant_type(models.split_type(name)[0], variant)
     config_name, _, model_name = models.AVAILABLE_MODELS[name]
     config_dict["model_type"] = name
     return getattr(models, config_name), getattr(models, model_name)

@@ -1,4 +1,4 @@
-"""Contract of every backbone, by its name in AVAILABLE_MODELS."""
+"""Contract of every backbone, by its name in BACKBONES."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from llava.constants import VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.model import AVAILABLE_MODELS
+from llava.model import BACKBONES
 from llava.model.loading import load_model
 
-BACKBONES = sorted(AVAILABLE_MODELS)
-pytestmark = pytest.mark.parametrize("name", BACKBONES)
+pytestmark = pytest.mark.parametrize("name", sorted(BACKBONES))
 
 
 def make_batch(loaded, mixed_data: Path, rows: list[int]):

@@ -6,7 +6,7 @@ Importing this package registers them all with transformers' ``AutoConfig`` and
 
 from importlib import import_module
 
-from llava.model import AVAILABLE_MODELS
+from llava.model import BACKBONES
 
-for _name in sorted(AVAILABLE_MODELS):
+for _name in BACKBONES:
     import_module(f"llava.model.language_model.{_name}")

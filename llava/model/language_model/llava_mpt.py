@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
-from llava.model.backbones import register_backbone
+from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -19,6 +19,7 @@ class LlavaMptConfig(MptConfig):
 
 class LlavaMptModel(LlavaMetaModel, MptModel):
     config_class = LlavaMptConfig
+    has_attention_interface = False
 
 
 @register_backbone

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import (
 )
 
 import llava.model as models
+from llava.model.language_model.alternating import make_variant
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
 Backbone = TypeVar("Backbone", bound=type[LlavaMetaForCausalLM])
@@ -20,12 +21,12 @@ PLAIN_TYPES: dict[str, str] = {}
 
 
 def register_backbone(backbone: Backbone) -> Backbone:
-    """Class decorator for a language model with head: puts it into ``AVAILABLE_MODELS``.
+    """Class decorator for a language model with head: puts it and its variants into ``AVAILABLE_MODELS``.
 
     Args:
         backbone: mixes ``LlavaMetaForCausalLM`` into a class of transformers, and names its
-            ``config_class`` and its ``decoder_class``. The configuration class's own parent says which
-            plain checkpoints it loads.
+            ``config_class`` and its ``decoder_class``. The class of transformers that the
+            configuration is made from says which plain checkpoints it loads.
 
     Raises:
         ValueError: another backbone has this model type, or wraps the same plain one.
@@ -35,13 +36,14 @@ def register_backbone(backbone: Backbone) -> Backbone:
     if PLAIN_TYPES.setdefault(plain_type, model_type) != model_type:
         raise ValueError(f"{plain_type!r} is wrapped by {PLAIN_TYPES[plain_type]!r} and by {model_type!r}; keep one")
     _publish(backbone)
-    _inherit_conversions(plain_type, model_type)
-    _inherit_conversions(_plain_class(backbone).__name__, backbone.__name__)
+    for variant in models.VARIANTS:
+        if variant != "base":
+            _publish(make_variant(backbone, variant))
     return backbone
 
 
 def _publish(backbone: type[LlavaMetaForCausalLM]) -> None:
-    """List a backbone in ``AVAILABLE_MODELS`` and in transformers' Auto classes."""
+    """List a backbone in ``AVAILABLE_MODELS`` and with transformers."""
     config_class = backbone.config_class
     names = (config_class.__name__, backbone.decoder_class.__name__, backbone.__name__)
     if models.AVAILABLE_MODELS.setdefault(config_class.model_type, names) != names:
@@ -52,6 +54,8 @@ def _publish(backbone: type[LlavaMetaForCausalLM]) -> None:
     models._MODULES.update(dict.fromkeys(names, backbone.__module__))
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForCausalLM.register(config_class, backbone)
+    _inherit_conversions(_plain_class(config_class).model_type, config_class.model_type)
+    _inherit_conversions(_plain_class(backbone).__name__, backbone.__name__)
 
 
 def _plain_class(own: type) -> Any:

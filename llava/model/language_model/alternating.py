@@ -1,0 +1,240 @@
+"""Alternating attention: every other layer looks at one modality only.
+
+Layers are counted from 0. Even layers and the last one are causal, as ever. In the others a token
+sees, of what a causal layer shows it,
+
+- ``alternating``: the tokens of its own modality (text, or images and videos);
+- ``alternating_cross``: the tokens of the other modality, and itself. Up to the first image or video
+  there is no other modality, and there the layer stays causal: text alone is modelled as by the plain
+  model, and what a token sees never depends on what comes after it.
+
+transformers hands keyword arguments of a decoder down to its attention function, so one function
+serves all backbones whose attention goes through ``AttentionInterface``. For the others
+(``LlavaMetaModel.has_attention_interface``) both masks travel as one, and each layer takes its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
+
+import llava.model as models
+from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
+
+_PREFIX = "alternating_"
+
+
+def is_restricted(layer: int, num_layers: int) -> bool:
+    """Whether a layer looks at one modality only."""
+    return layer % 2 == 1 and layer != num_layers - 1
+
+
+def forbidden_keys(variant: str, modality_ids: Tensor, num_queries: int) -> Tensor:
+    """Which keys a restricted layer hides, beside those that a causal one does.
+
+    Args:
+        variant: "alternating" or "alternating_cross".
+        modality_ids: bool (batch, keys), true for images and videos; covers the cache too.
+        num_queries: the last so many of the keys are the queries' own.
+
+    Returns:
+        bool (batch, 1, queries, keys), true where a key is hidden; never true for a query's own.
+    """
+    num_keys = modality_ids.shape[1]
+    queries = modality_ids[:, num_keys - num_queries :]
+    same = queries[:, :, None] == modality_ids[:, None, :]
+    if variant == "alternating":
+        return ~same[:, None]
+    positions = torch.arange(num_keys, device=modality_ids.device)
+    other_place = positions[num_keys - num_queries :, None] != positions
+    seen = modality_ids.cumsum(1)[:, num_keys - num_queries :] > 0
+    return (same & other_place & seen[:, :, None])[:, None]
+
+
+class AlternatingAttention:
+    """What a decoder and its language model have in common: the attention functions they may run on."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation is not None:
+            attn_implementation = attn_implementation.removeprefix(_PREFIX)
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"--attn_implementation is {attn_implementation!r}, which takes no mask of single tokens, and "
+                "alternating attention is such a mask; use sdpa or eager"
+            )
+        plain = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        return _PREFIX + plain
+
+
+class AlternatingModel(AlternatingAttention):
+    """Mixin for a decoder; put it first.
+
+    ``forward`` takes one more argument, ``modality_ids`` (see ``forbidden_keys``); what it was given for
+    the tokens in a cache, the cache keeps. Without it there is no image and no video, and every layer
+    is causal.
+    """
+
+    variant: ClassVar[str]
+    has_attention_interface: ClassVar[bool]
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        if not self.has_attention_interface:
+            take_mask = partial(_take_mask, num_layers=config.num_hidden_layers)
+            for name, module in self.named_modules():  # type: ignore[attr-defined]
+                if hasattr(module, "layer_idx") and not name.startswith(VISION_MODULES):
+                    module.register_forward_pre_hook(take_mask, with_kwargs=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        num_queries = inputs_embeds.shape[1]
+        modality_ids = _complete(modality_ids, past_key_values, num_queries)
+        if modality_ids is not None:
+            forbidden = forbidden_keys(self.variant, modality_ids, num_queries)
+            if self.has_attention_interface:
+                kwargs["forbidden"] = forbidden
+            else:
+                attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, past_key_values, forbidden)
+        outputs = super().forward(  # type: ignore[misc]
+            attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.modality_ids = modality_ids
+        return outputs
+
+
+class AlternatingForCausalLM(AlternatingAttention):
+    """Mixin for a language model with head whose decoder is an ``AlternatingModel``; put it first."""
+
+    def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        visual = torch.tensor(self.vision.visual_token_ids, device=input_ids.device)  # type: ignore[attr-defined]
+        return {"modality_ids": torch.isin(input_ids, visual)}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        prepared = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, prompt_embeds=prompt_embeds, **kwargs
+        )
+        # Of all tokens so far, in the order in which a search may have put the rows since.
+        return prepared if prompt_embeds is None else {**prepared, **self.decoder_inputs(input_ids)}
+
+
+def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> Any:
+    """The three classes of a backbone with alternating attention, put into the backbone's own module.
+
+    Args:
+        backbone: with causal attention.
+        variant: "alternating" or "alternating_cross".
+
+    Returns:
+        The language model with head; it names its configuration and its decoder.
+    """
+    module = sys.modules[backbone.__module__]
+    prefix = backbone.__name__.removesuffix("ForCausalLM") + models.VARIANTS[variant]
+
+    def derive(name: str, *bases: type, **attributes: Any) -> Any:
+        doc = f"``{bases[-1].__name__}`` with the attention of ``llava.model.language_model.alternating``."
+        derived = type(prefix + name, bases, {"__module__": backbone.__module__, "__doc__": doc, **attributes})
+        setattr(module, derived.__name__, derived)
+        return derived
+
+    model_type = models.variant_type(backbone.config_class.model_type, variant)
+    config_class = derive("Config", backbone.config_class, model_type=model_type)
+    decoder = derive("Model", AlternatingModel, backbone.decoder_class, config_class=config_class, variant=variant)
+    return derive("ForCausalLM", AlternatingForCausalLM, backbone, config_class=config_class, decoder_class=decoder)
+
+
+def _complete(modality_ids: Tensor | None, past_key_values: Any, num_queries: int) -> Tensor | None:
+    """``modality_ids`` over the cache and the input; by default the cache's, and text behind them."""
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    known = getattr(past_key_values, "modality_ids", None) if past else None
+    if modality_ids is None and known is not None:
+        return torch.nn.functional.pad(known, (0, num_queries))
+    if modality_ids is not None and modality_ids.shape[1] == num_queries and known is not None:
+        return torch.cat([known, modality_ids], dim=1)
+    if modality_ids is not None and modality_ids.shape[1] != past + num_queries:
+        raise ValueError(
+            f"modality_ids cover {modality_ids.shape[1]} tokens, but {past} are in the cache and {num_queries} come "
+            "now; give one for each"
+        )
+    return modality_ids
+
+
+def _attend(
+    attention_function: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    forbidden: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function for ``AttentionInterface``: ``attention_function`` under the layer's own mask."""
+    layer: Any = module
+    if forbidden is not None and is_restricted(layer.layer_idx, layer.config.num_hidden_layers):
+        attention_mask = _restrict(attention_mask, forbidden, key.shape[2])
+    return attention_function(module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The eager attention of the model that a layer belongs to; each model of transformers has its own."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -> Tensor:
+    """Hide keys in a mask of transformers: bool (true is seen), added to scores, or None (causal)."""
+    num_queries = forbidden.shape[2]
+    # A cache with a sliding window holds the last keys only, one of fixed size has room behind them.
+    forbidden = forbidden[..., -num_keys:]
+    forbidden = torch.nn.functional.pad(forbidden, (0, num_keys - forbidden.shape[-1]))
+    if attention_mask is None:
+        seen = ~forbidden
+        return seen.tril() if num_queries > 1 else seen
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & ~forbidden
+    return attention_mask.masked_fill(forbidden, torch.finfo(attention_mask.dtype).min)
+
+
+def _pack_masks(
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, forbidden: Tensor
+) -> Tensor:
+    """Both masks as one bool (batch, 2, queries, keys), true where a key is hidden: causal, and restricted."""
+    added: Any = create_causal_mask(
+        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
+    )
+    causal = added.to(torch.bool)
+    return torch.cat([causal, causal | forbidden], dim=1)
+
+
+def _take_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_layers: int) -> Any:
+    """Hook before a layer's attention: of two packed masks, the one for this layer."""
+    mask = kwargs["attention_mask"]
+    if mask is not None and mask.shape[1] == 2:
+        row = int(is_restricted(module.layer_idx, num_layers))
+        kwargs["attention_mask"] = mask[:, row : row + 1]
+    return args, kwargs
+
+
+AttentionInterface.register(_PREFIX + "sdpa", partial(_attend, sdpa_attention_forward))
+AttentionInterface.register(_PREFIX + "eager", partial(_attend, _eager_attention))
+AttentionMaskInterface.register(_PREFIX + "sdpa", sdpa_mask)
+AttentionMaskInterface.register(_PREFIX + "eager", eager_mask)
