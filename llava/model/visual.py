@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -65,9 +67,11 @@ def encode_nothing(
     exactly zero. A rank whose batch is text alone needs this: collectives of DDP and ZeRO wait for
     every parameter on every rank.
     """
-    weight = next(projector.parameters())
+    # A projector without parameters hands on what the tower gives, in the tower's dtype.
+    weight = next(chain(projector.parameters(), tower.parameters()))
     if tower.trainable:
-        patches = tower(weight.new_zeros((0, 3, vision.image_size, vision.image_size)))
+        # Not every vision model takes no frames at all: of one, nothing is kept.
+        patches = tower(weight.new_zeros((1, 3, vision.image_size, vision.image_size)))[:0]
     else:
         patches = weight.new_zeros((0, vision.num_patches, vision.hidden_size))
     features = projector(patches).unflatten(0, (0, vision.max_frames))

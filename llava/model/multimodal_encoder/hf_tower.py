@@ -82,7 +82,8 @@ class HuggingFaceTower(VisionTower):
 
 def build_config(vision: VisionConfig) -> PretrainedConfig:
     """The vision model's configuration, cut behind the selected layer."""
-    settings = dict(vision.vision_config)
+    # Without the dtype its files were written in: the tower gets that of the model around it.
+    settings = {name: value for name, value in vision.vision_config.items() if name != "dtype"}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     selected = vision.vision_select_layer
     kept = selected if selected >= 0 else config.num_hidden_layers + 1 + selected

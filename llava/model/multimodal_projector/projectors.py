@@ -4,30 +4,97 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from llava.config import PROJECTOR_STRIDES, VisionConfig
 from llava.registry import Registry
 
-PROJECTORS: Registry[Callable[[int, int], nn.Module]] = Registry("projector")
+PROJECTORS: Registry[Callable[[VisionConfig, int], nn.Module]] = Registry("projector")
+"""Builders by exact name; the names of MLPs are a pattern, see ``parse_mlp``.
 
-_MLP_NAME = re.compile(r"mlp([1-9]\d*)x_gelu")
+Each takes the visual settings and the width of the language model.
+"""
+
+MLP_NAMES = ("mlpNx_gelu", "mlpNx_resMx_gelu (N, M >= 1)")
+
+_MLP_NAME = re.compile(r"mlp([1-9]\d*)x(?:_res([1-9]\d*)x)?_gelu")
 
 
 @PROJECTORS.register("linear")
-def build_linear(input_size: int, output_size: int) -> nn.Module:
-    return nn.Linear(input_size, output_size)
+def build_linear(vision: VisionConfig, hidden_size: int) -> nn.Module:
+    return nn.Linear(vision.hidden_size, hidden_size)
 
 
-def parse_mlp(name: str) -> int | None:
-    """The number of linear layers in a name like ``mlp2x_gelu``, or None for another name."""
+@PROJECTORS.register("identity")
+def build_identity(vision: VisionConfig, hidden_size: int) -> nn.Module:
+    """Nothing at all, for a tower that is as wide as the language model; another one is a ValueError."""
+    if vision.hidden_size != hidden_size:
+        raise ValueError(
+            f"--mm_projector_type identity needs a tower as wide as the language model, but the tower is "
+            f"{vision.hidden_size} wide and the language model {hidden_size}; use linear or mlp2x_gelu"
+        )
+    return nn.Identity()
+
+
+@PROJECTORS.register("pooler")
+class Pooler(nn.Module):
+    """Makes one feature of each 2 x 2 patches, by a strided convolution, GELU and a linear layer.
+
+    Parameters are named as in LLaVA-NeXT. A grid of an odd side is continued by one row and one
+    column like its last, so that no patch is left out.
+    """
+
+    def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.side = vision.patches_per_side
+        self.stride = PROJECTOR_STRIDES["pooler"]
+        self.conv_pool = nn.Conv2d(vision.hidden_size, hidden_size, kernel_size=self.stride, stride=self.stride)
+        self.proj = nn.Sequential(nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(frames, patches, tower width) to (frames, ``VisionConfig.grid_patches``, model width)."""
+        grids = features.transpose(1, 2).unflatten(2, (self.side, self.side))
+        missing = -self.side % self.stride
+        if missing:
+            grids = F.pad(grids, (0, missing, 0, missing), mode="replicate")
+        return self.proj(self.conv_pool(grids).flatten(2).transpose(1, 2))
+
+
+class ResidualBlock(nn.Module):
+    """Layer norm, then a two-layer GELU MLP that is added to the normed features.
+
+    The residual starts behind the norm, and parameters are named, as in the LLaVA family.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(width)
+        self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        normed = self.pre_norm(features)
+        return normed + self.proj(normed)
+
+
+class MlpShape(NamedTuple):
+    """Linear layers of an MLP, and residual blocks behind them."""
+
+    depth: int
+    num_blocks: int
+
+
+def parse_mlp(name: str) -> MlpShape | None:
+    """What a name like ``mlp2x_gelu`` or ``mlp2x_res2x_gelu`` asks for, or None for another name."""
     match = _MLP_NAME.fullmatch(name)
-    return int(match.group(1)) if match else None
+    return MlpShape(int(match.group(1)), int(match.group(2) or 0)) if match else None
 
 
-def build_mlp(input_size: int, output_size: int, depth: int) -> nn.Module:
-    """``depth`` linear layers with GELU between them; the first one changes the width."""
+def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
+    """Linear layers with GELU between them, the first of which changes the width, then residual blocks."""
     layers: list[nn.Module] = [nn.Linear(input_size, output_size)]
-    for _ in range(depth - 1):
+    for _ in range(shape.depth - 1):
         layers += [nn.GELU(), nn.Linear(output_size, output_size)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, *(ResidualBlock(output_size) for _ in range(shape.num_blocks)))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler import token_packer  # noqa: F401  (registers itself)
+from llava.model.multimodal_resampler import (  # noqa: F401  (they register themselves)
+    masked_drop,
+    perceiver,
+    qformer,
+    spatial_pool,
+    token_packer,
+)
 from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
 
 

@@ -12,11 +12,11 @@ Facts follow the resampler of LLaVA-ST (arXiv 2501.08282), itself built on Token
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
 from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
+from llava.model.multimodal_resampler.interpolation import resize
 from llava.model.multimodal_resampler.windows import axis_windows, grid_windows, window_index
 from llava.streams import FAST_SLOW_RESAMPLER
 from llava.types import MediaKind
@@ -100,6 +100,7 @@ class TokenPacker(Resampler):
     """
 
     structure = ("resampler_width", "resampler_heads")
+    takes_no_media = True
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__(vision, hidden_size)
@@ -136,10 +137,3 @@ def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
     keys = cells.transpose(1, 2).flatten(0, 1)
     queries = keys if length == frames else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)
     return attention(queries, keys, axis_windows(frames, length)).unflatten(0, (-1, num_cells)).transpose(1, 2)
-
-
-def resize(x: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
-    """Interpolate (batch, width, *axes) to (batch, width, *size), in fp32; an empty batch stays empty."""
-    if x.shape[0] == 0:
-        return x.new_zeros((0, x.shape[1], *size)) + x.sum() * 0
-    return F.interpolate(x.float(), size=size, mode=mode, align_corners=False).to(x.dtype)
