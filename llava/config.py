@@ -23,9 +23,20 @@ from llava.constants import (
     VISUAL_TOKENS,
 )
 from llava.streams import STREAM_LAWS, StreamLaw
+from llava.tiles import (
+    ANYRES,
+    DEFAULT_PINPOINTS,
+    FLAT,
+    PATCH_MERGE_TYPES,
+    SPATIAL_UNPAD,
+    AnyRes,
+    parse_aspect_ratio,
+    parse_pinpoints,
+)
 from llava.types import MediaKind
 
 ASPECT_RATIOS = ("square", "pad")
+"""Manners of fitting an image into a single square; anyres and anyres_max_N are those of ``llava.tiles``."""
 PROJECTOR_STRIDES = {"pooler": 2}
 """Projectors that pool the grid, and how many patches a side become one."""
 
@@ -64,7 +75,10 @@ class VisionConfig:
         image_size: side in pixels of the square frames that the tower sees.
         image_resize_size: with aspect ratio ``square``, the shorter side before a centre crop;
             None stretches the image to the square.
-        image_aspect_ratio: ``square`` or ``pad`` (the whole image, padded with the mean colour).
+        image_aspect_ratio: ``square``, ``pad`` (the whole image, padded with the mean colour), or
+            ``anyres`` and ``anyres_max_N`` (the whole image and tiles of it, see ``tiles.AnyRes``).
+        image_grid_pinpoints: with anyres, the canvases to choose from, see ``tiles.parse_pinpoints``.
+        patch_merge_type: with anyres, how the features of an image's views are put together.
         image_mean, image_std: per channel, of pixels in [0, 1].
         patches_per_side: side of the tower's patch grid.
         projector_type: a registered projector.
@@ -95,6 +109,8 @@ class VisionConfig:
     vision_select_layer: int = -2
     image_resize_size: int | None = None
     image_aspect_ratio: str = "square"
+    image_grid_pinpoints: str = DEFAULT_PINPOINTS
+    patch_merge_type: str = FLAT
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     projector_type: str = "mlp2x_gelu"
@@ -117,8 +133,6 @@ class VisionConfig:
     token_ids: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.image_aspect_ratio not in ASPECT_RATIOS:
-            raise ValueError(f"--image_aspect_ratio is {self.image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}")
         for name in ("num_frames", "frames_upbound", "patches_per_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -126,6 +140,30 @@ class VisionConfig:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
         if self.stream_law is not None and self.stream_law.check is not None:
             self.stream_law.check(self)
+        self._check_images()
+
+    def _check_images(self) -> None:
+        tiled, max_tiles = parse_aspect_ratio(self.image_aspect_ratio)
+        if not tiled and self.image_aspect_ratio not in ASPECT_RATIOS:
+            known = ", ".join([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])
+            raise ValueError(f"--image_aspect_ratio is {self.image_aspect_ratio!r}; known: {known}")
+        if self.patch_merge_type not in PATCH_MERGE_TYPES:
+            known = ", ".join(PATCH_MERGE_TYPES)
+            raise ValueError(f"--mm_patch_merge_type is {self.patch_merge_type!r}; known: {known}")
+        if tiled:
+            parse_pinpoints(self.image_grid_pinpoints, self.image_size)
+        if max_tiles is not None and self.patch_merge_type == FLAT:
+            raise ValueError(
+                f"--image_aspect_ratio {self.image_aspect_ratio} shrinks the grid that --mm_patch_merge_type "
+                f"{SPATIAL_UNPAD} makes; set that, or limit {FLAT} by fewer --image_grid_pinpoints"
+            )
+        if self.patch_merge_type == SPATIAL_UNPAD and not tiled:
+            raise ValueError(f"--mm_patch_merge_type {SPATIAL_UNPAD} needs --image_aspect_ratio {ANYRES}")
+        if self.patch_merge_type == SPATIAL_UNPAD and self.resamples("image"):
+            raise ValueError(
+                f"--mm_patch_merge_type {SPATIAL_UNPAD} needs images as grids of patches, and --mm_resample_images "
+                f"takes the grid away; switch it off, or use {FLAT}"
+            )
 
     def __reduce__(self) -> tuple[Callable[..., VisionConfig], tuple[Any, ...]]:
         # The law goes along, by reference: a process that unpickles it imports, and so registers, it.
@@ -157,6 +195,21 @@ class VisionConfig:
     def grid_patches(self) -> int:
         """Patches of a frame behind the projector."""
         return self.grid_side**2
+
+    @property
+    def anyres(self) -> AnyRes | None:
+        """How images are cut into tiles; None where each is a single square."""
+        tiled, max_tiles = parse_aspect_ratio(self.image_aspect_ratio)
+        if not tiled:
+            return None
+        return AnyRes(
+            side=self.image_size,
+            patches_per_side=self.grid_side,
+            view_tokens=sum(self.stream_lengths("image")),
+            grids=parse_pinpoints(self.image_grid_pinpoints, self.image_size),
+            merge_type=self.patch_merge_type,
+            max_tiles=max_tiles,
+        )
 
     @property
     def pooled_side(self) -> int:
@@ -196,9 +249,18 @@ class VisionConfig:
             return (num_frames * self.grid_patches,)
         return law.count(self, kind, num_frames)
 
-    def spans(self, kind: MediaKind, num_frames: int = 1) -> list[Span]:
-        """The token spans of one image, or of one video of ``num_frames`` frames, in order."""
+    def spans(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> list[Span]:
+        """The token spans of one image, or of one video of ``num_frames`` frames, in order.
+
+        ``image_size`` is the original (height, width) of an image; one of anyres must come with it.
+        """
         lengths = self.stream_lengths(kind, num_frames)
+        if kind == "image" and self.anyres is not None:
+            if image_size is None:
+                raise ValueError(
+                    "how many tokens an anyres image takes depends on its size; pass the (height, width) of each image"
+                )
+            lengths = (self.anyres.num_tokens(image_size),)
         markers = [(IMAGE_START, IMAGE_PATCH, IMAGE_END)] if kind == "image" else _VIDEO_MARKERS
         if not 1 <= len(lengths) <= len(markers):
             raise ValueError(
@@ -214,15 +276,22 @@ class VisionConfig:
             )
         return spans
 
-    def num_tokens(self, kind: MediaKind, num_frames: int = 1) -> int:
-        """Positions that one image, or one video of ``num_frames`` frames, takes; markers included."""
-        return sum(span.length for span in self.spans(kind, num_frames))
+    def num_tokens(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> int:
+        """Positions that the spans of one image or video take, markers included; see ``spans``."""
+        return sum(span.length for span in self.spans(kind, num_frames, image_size))
+
+    @property
+    def most_image_tokens(self) -> int:
+        """Positions that no image takes more than."""
+        return self.num_tokens("image") if self.anyres is None else self.anyres.most_tokens
 
     def ways_to_shorten(self, kinds: Collection[MediaKind]) -> list[str]:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
         ways = []
         if "video" in kinds:
             ways.append("lower --frames_upbound" if self.video_fps > 0 else "lower --num_frames")
+        if "image" in kinds and self.anyres is not None:
+            ways.append("give smaller --image_grid_pinpoints")
         if self.stream_law is not None and any(map(self.resamples, kinds)):
             ways += self.stream_law.shorten
         return ways

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"constants", "registry", "types", "streams", "config"}
+FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config"}
 MAY_IMPORT = {
     "constants": set(),
     "registry": set(),
     "types": set(),
     "streams": {"registry", "types", "config"},
-    "config": {"constants", "types", "streams"},
+    "tiles": set(),
+    "config": {"constants", "types", "streams", "tiles"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

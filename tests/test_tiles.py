@@ -1,0 +1,183 @@
+"""The geometry of anyres: golden by hand, parity with transformers' LLaVA-NeXT, and what always holds."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llava.tiles import DEFAULT_PINPOINTS, AnyRes, Size, fit_into, parse_aspect_ratio, parse_pinpoints
+
+DEFAULT = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]
+
+
+def random_sizes(number: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Heights and widths from 1 to some 3,000, small ones as often as large ones."""
+    logs = torch.rand(number, 2, generator=torch.Generator().manual_seed(seed)) * math.log(3000)
+    return [(height, width) for height, width in logs.exp().int().tolist()]
+
+
+@pytest.fixture
+def anyres() -> AnyRes:
+    """Tiles of 224 pixels and 16 x 16 patches."""
+    return AnyRes(224, 16, 256, parse_pinpoints(DEFAULT_PINPOINTS, 224), "spatial_unpad")
+
+
+# Canvas in tiles; size on the canvas; window of patches; tokens with spatial_unpad.
+GOLDEN = {
+    (448, 224): ((2, 1), (448, 224), (0, 0, (32, 16)), 256 + 32 * 17),
+    (448, 448): ((2, 2), (448, 448), (0, 0, (32, 32)), 256 + 32 * 33),
+    (480, 640): ((2, 2), (336, 448), (4, 0, (24, 32)), 256 + 24 * 33),
+    (640, 480): ((2, 2), (448, 336), (0, 4, (32, 24)), 256 + 32 * 25),
+    (100, 300): ((1, 2), (150, 448), (3, 0, (10, 32)), 256 + 10 * 33),
+    (100, 50): ((2, 1), (448, 224), (0, 0, (32, 16)), 256 + 32 * 17),
+    (224, 224): ((2, 1), (224, 224), (8, 0, (16, 16)), 256 + 16 * 17),
+    (1, 2000): ((1, 3), (1, 672), (7, 0, (2, 48)), 256 + 2 * 49),
+    (2000, 1): ((3, 1), (672, 1), (0, 7, (48, 2)), 256 + 48 * 3),
+    (1, 1): ((2, 1), (224, 224), (8, 0, (16, 16)), 256 + 16 * 17),
+}
+
+
+@pytest.mark.parametrize("size", GOLDEN, ids=str)
+def test_golden_geometry(anyres: AnyRes, size: tuple[int, int]) -> None:
+    grid, fitted, window, tokens = GOLDEN[size]
+    assert anyres.place(size) == (grid, fitted)
+    assert anyres.patches_without_padding(size) == window
+    assert anyres.num_tokens(size) == tokens
+    assert anyres.num_views(size) == 1 + grid[0] * grid[1]
+    assert replace(anyres, merge_type="flat").num_tokens(size) == 256 * (1 + grid[0] * grid[1])
+
+
+def test_a_canvas_of_one_tile_still_has_the_whole_picture_before_it(anyres: AnyRes) -> None:
+    single = replace(anyres, grids=(Size(1, 1),))
+    assert single.num_views((300, 300)) == 2
+    assert single.num_tokens((300, 300)) == 256 + 16 * 17
+
+
+def test_a_limit_shrinks_larger_grids_only(anyres: AnyRes) -> None:
+    limited = replace(anyres, grids=parse_pinpoints("(1x1),...,(6x6)", 224), max_tiles=4)
+    assert limited.num_tokens((448, 448)) == 256 + 32 * 33
+    # 96 x 96 patches are 9 tiles' worth, 1.5 times too many each way.
+    assert limited.num_tokens((1344, 1344)) == 256 + 32 * 33
+    assert replace(limited, max_tiles=None).num_tokens((1344, 1344)) == 256 + 96 * 97
+    # 32 x 38 patches are 1.09 times too many each way, which passes.
+    assert limited.without_excess(Size(32, 38)) == (32, 38)
+    assert limited.without_excess(Size(32, 39)) == (28, 35)
+
+
+def test_most_tokens_bound_all_pictures_and_are_reached(anyres: AnyRes) -> None:
+    wide = replace(anyres, grids=parse_pinpoints("(1x1),...,(4x4)", 224))
+    for law in (anyres, wide, replace(wide, max_tiles=3), replace(wide, merge_type="flat")):
+        counts = [law.num_tokens(size) for size in random_sizes(100) + [law.canvas(grid) for grid in law.grids]]
+        assert max(counts) <= law.most_tokens
+        assert law.max_tiles is not None or max(counts) == law.most_tokens
+    assert wide.most_views == 17
+
+
+def test_pictures_stay_within_their_canvas_and_keep_their_shape(anyres: AnyRes) -> None:
+    for size in random_sizes(200):
+        grid, fitted = anyres.place(size)
+        canvas = anyres.canvas(grid)
+        assert 1 <= fitted.height <= canvas.height
+        assert 1 <= fitted.width <= canvas.width
+        assert fitted.height == canvas.height or fitted.width == canvas.width
+        assert abs(fitted.height * size[1] - fitted.width * size[0]) <= max(size)
+        top, left, shown = anyres.patches_without_padding(size)
+        assert top == 0 or left == 0
+        assert top + shown.height + top == grid.height * 16
+        assert left + shown.width + left == grid.width * 16
+
+
+def test_canvas_and_window_equal_transformers(anyres: AnyRes) -> None:
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    canvases = [tuple(anyres.canvas(grid)) for grid in anyres.grids]
+    # Of a picture that is thinner than a patch theirs leaves nothing.
+    sizes = [size for size in random_sizes(400) if 1 / 16 <= size[0] / size[1] <= 16]
+    assert len(sizes) > 200
+    for size in sizes:
+        grid = anyres.choose_grid(size)
+        assert tuple(anyres.canvas(grid)) == select_best_resolution(size, canvases), size
+        whole = torch.arange(grid.area * 256).view(1, grid.height * 16, grid.width * 16)
+        theirs = unpad_image(whole, size)
+        top, left, shown = anyres.patches_without_padding(size)
+        assert torch.equal(whole[:, top : top + shown.height, left : left + shown.width], theirs), size
+
+
+@pytest.mark.parametrize(
+    ("picture", "canvas", "cut", "rounded"),
+    [((2, 3), (4, 4), (2, 4), (3, 4)), ((3, 2), (4, 4), (4, 2), (4, 3)), ((1, 100), (5, 5), (1, 5), (1, 5))],
+)
+def test_fitting_rounds_the_other_side(picture, canvas, cut, rounded) -> None:
+    assert fit_into(picture, canvas) == cut
+    assert fit_into(picture, canvas, round_up=True) == rounded
+
+
+@pytest.mark.parametrize(
+    ("text", "grids"),
+    [
+        (DEFAULT_PINPOINTS, DEFAULT),
+        ("(1x1),...,(2x3)", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2)]),
+        ("[(2x1)]", [(1, 2)]),
+        ("[[224, 448], [448, 224], [448,448]]", [(2, 1), (1, 2), (2, 2)]),
+        ("[(672, 224)]", [(1, 3)]),
+    ],
+)
+def test_pinpoints(text: str, grids: list[tuple[int, int]]) -> None:
+    assert list(parse_pinpoints(text, 224)) == grids
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1x2", "(0x2)", "(1x2)...(2x2)", "(1x1),...", "(2x2),...,(1x1)", "[[224, 448],...,[448, 448]]", "(1x2) a"],
+)
+def test_pinpoints_of_another_form_are_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--image_grid_pinpoints is .* expected"):
+        parse_pinpoints(text, 224)
+
+
+def test_pinpoints_must_be_whole_tiles() -> None:
+    with pytest.raises(ValueError, match=r"--image_grid_pinpoints has \(224, 300\) pixels, but a tile is 224 x 224"):
+        parse_pinpoints("[[448, 224], [224, 300]]", 224)
+
+
+def test_aspect_ratios() -> None:
+    assert parse_aspect_ratio("pad") == (False, None)
+    assert parse_aspect_ratio("anyres") == (True, None)
+    assert parse_aspect_ratio("anyres_max_9") == (True, 9)
+    assert parse_aspect_ratio("anyres_max_0") == parse_aspect_ratio("anyres_max_") == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_grid_pinpoints": "1x2"}, "--image_grid_pinpoints is '1x2'"),
+        ({"patch_merge_type": "spatial"}, "--mm_patch_merge_type is 'spatial'; known: flat, spatial_unpad"),
+        ({"image_aspect_ratio": "anyres_max_4"}, "anyres_max_4 shrinks the grid that --mm_patch_merge_type"),
+        ({"image_aspect_ratio": "pad", "patch_merge_type": "spatial_unpad"}, "needs --image_aspect_ratio anyres"),
+        ({"resample_images": True, "patch_merge_type": "spatial_unpad"}, "--mm_resample_images takes the grid away"),
+    ],
+)
+def test_settings_that_contradict_one_another(italian_vision, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(italian_vision, **{"image_aspect_ratio": "anyres", **changes})
+
+
+def test_counts_of_a_vision_config(italian_vision) -> None:
+    flat = replace(italian_vision, image_aspect_ratio="anyres")
+    assert flat.num_tokens("image", image_size=(480, 640)) == flat.most_image_tokens == 5 * 256
+    assert replace(flat, resample_images=True).num_tokens("image", image_size=(480, 640)) == 5 * 81
+    unpadded = replace(flat, patch_merge_type="spatial_unpad")
+    (span,) = unpadded.spans("image", image_size=(480, 640))
+    assert (span.start, span.length) == ("<im_start>", 256 + 24 * 33)
+    assert unpadded.num_tokens("video", 4) == italian_vision.num_tokens("video", 4)
+    pooled = replace(unpadded, projector_type="pooler", perceiver_latents=64)
+    assert pooled.num_tokens("image", image_size=(480, 640)) == 64 + 12 * 17
+    assert italian_vision.num_tokens("image", image_size=(480, 640)) == italian_vision.most_image_tokens == 256
+    assert pickle.loads(pickle.dumps(unpadded)) == unpadded
+    with pytest.raises(ValueError, match="depends on its size"):
+        flat.num_tokens("image")
