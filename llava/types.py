@@ -49,8 +49,9 @@ class Record:
 class VisualInput:
     """Decoded media, ready for the tower.
 
-    ``frames`` is uint8, (frames, 3, side, side), one frame for an image. ``original_size`` is
-    (height, width) in pixels before resizing; ``times`` are the frames' times in seconds.
+    ``frames`` is uint8, (frames, 3, side, side), one frame for an image, or the views of an anyres
+    image. ``original_size`` is (height, width) in pixels before resizing; ``times`` are the frames'
+    times in seconds.
     """
 
     kind: MediaKind

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.collator import SupervisedCollator
-from llava.data.media import MediaError, load_media
+from llava.data.media import MediaError, load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, placeholder_kinds, split_at_placeholders
 from llava.data.preprocess.plain import (
     ContextError,
@@ -67,7 +67,8 @@ class SupervisedDataset(Dataset[Example]):
         """
         record = self.records[index]
         media = self.load_media(record)
-        ids, labels = self.tokenize(record, [len(m.frames) for m in media if m.kind == "video"])
+        frame_counts = [len(m.frames) for m in media if m.kind == "video"]
+        ids, labels = self.tokenize(record, frame_counts, [m.original_size for m in media if m.kind == "image"])
         return Example(record.id, ids, labels, media)
 
     def load_media(self, record: Record) -> list[VisualInput]:
@@ -82,16 +83,25 @@ class SupervisedDataset(Dataset[Example]):
             raise MediaError(f"{record}: {error}") from error
         return in_reading_order(record, loaded)
 
-    def tokenize(self, record: Record, frame_counts: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    def tokenize(
+        self,
+        record: Record,
+        frame_counts: Sequence[int] | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of a record, within ``max_length``.
 
         Args:
             frame_counts: frames of its videos; by default what the settings sample at most.
+            image_sizes: original (height, width) of its images; by default, where the number of tokens
+                depends on them, what their files' headers say.
         """
         if frame_counts is None and self.vision is not None:
             frame_counts = [self.vision.max_frames for media in record.media if media.kind == "video"]
+        if image_sizes is None:
+            image_sizes = self.image_sizes(record)
         try:
-            turns = expand_placeholders(record.turns, self.vision, frame_counts)
+            turns = expand_placeholders(record.turns, self.vision, frame_counts, image_sizes)
             segments = tokenize_plain(join_turns([turn.text for turn in turns]), self.tokenizer)
             return label_plain(truncate_segments(segments, self.max_length))
         except ContextError as error:
@@ -106,12 +116,24 @@ class SupervisedDataset(Dataset[Example]):
         ways = self.vision.ways_to_shorten({media.kind for media in record.media})
         return "".join(f" or {way}" for way in ways)
 
+    def image_sizes(self, record: Record) -> list[tuple[int, int]] | None:
+        """The (height, width) of a record's images from their headers; None where no count depends on them."""
+        if self.vision is None or self.vision.anyres is None:
+            return None
+        try:
+            return [read_image_size(media.path) for media in record.media if media.kind == "image"]
+        except MediaError as error:
+            raise MediaError(f"{record}: {error}") from error
+
     def visual_tokens(self, record: Record) -> int:
         """Positions that the media of a record take; 0 for text alone."""
         if self.vision is None:
             return 0
-        frames = {"image": 1, "video": self.vision.max_frames}
-        return sum(self.vision.num_tokens(media.kind, frames[media.kind]) for media in record.media)
+        kinds = [media.kind for media in record.media]
+        sizes: Sequence[tuple[int, int] | None] = self.image_sizes(record) or [None] * kinds.count("image")
+        images = sum(self.vision.num_tokens("image", image_size=size) for size in sizes)
+        videos = sum(self.vision.num_tokens("video", self.vision.max_frames) for kind in kinds if kind == "video")
+        return images + videos
 
     @cached_property
     def lengths(self) -> list[int]:

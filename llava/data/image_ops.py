@@ -20,7 +20,7 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
         frames: uint8 (frames, height, width, 3).
         vision: side and manner: ``square`` with ``image_resize_size`` resizes the shorter side and
             cuts out the centre, without it stretches; ``pad`` keeps all of the picture and fills up
-            with the mean colour.
+            with the mean colour. Under ``anyres`` frames (of videos) are fitted as under ``square``.
 
     Returns:
         uint8 (frames, 3, side, side).
@@ -29,11 +29,33 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     pixels = frames.permute(0, 3, 1, 2)
     height, width = pixels.shape[-2:]
     if vision.image_aspect_ratio == "pad":
-        return _pad_to_square(resize(pixels, *_scaled(height, width, side / max(height, width))), vision)
+        fitted = resize(pixels, *_scaled(height, width, side / max(height, width)))
+        return _pad_around(fitted, side, side, vision)
     if vision.image_resize_size is None:
         return resize(pixels, side, side)
     scale = vision.image_resize_size / min(height, width)
     return _crop_centre(resize(pixels, *_scaled(height, width, scale)), side, vision)
+
+
+def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:
+    """Cut an image into the views of anyres, see ``tiles.AnyRes``.
+
+    Args:
+        picture: uint8 (height, width, 3).
+        vision: with an ``anyres`` aspect ratio.
+
+    Returns:
+        uint8 (1 + tiles, 3, side, side): all of the picture stretched to the square, then the tiles of
+        its canvas, row by row, padded with the mean colour.
+    """
+    assert vision.anyres is not None
+    side = vision.image_size
+    pixels = picture.permute(2, 0, 1).unsqueeze(0)
+    height, width = pixels.shape[-2:]
+    grid, fitted = vision.anyres.place((height, width))
+    canvas = _pad_around(resize(pixels, *fitted), grid.height * side, grid.width * side, vision)
+    tiles = canvas.view(3, grid.height, side, grid.width, side).permute(1, 3, 0, 2, 4)
+    return torch.cat([resize(pixels, side, side), tiles.flatten(0, 1)])
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -48,14 +70,12 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(int(height * scale + 1e-6), 1), max(int(width * scale + 1e-6), 1)
 
 
-def _pad_to_square(pixels: Tensor, vision: VisionConfig) -> Tensor:
-    height, width = pixels.shape[-2:]
-    side = vision.image_size
+def _pad_around(pixels: Tensor, height: int, width: int, vision: VisionConfig) -> Tensor:
     mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
-    square = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, side, side)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[..., top : top + height, left : left + width] = pixels
-    return square
+    padded = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
+    top, left = (height - pixels.shape[-2]) // 2, (width - pixels.shape[-1]) // 2
+    padded[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
+    return padded
 
 
 def _crop_centre(pixels: Tensor, side: int, vision: VisionConfig) -> Tensor:

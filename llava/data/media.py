@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.config import VisionConfig
-from llava.data.image_ops import fit_frames
+from llava.data.image_ops import cut_views, fit_frames
 from llava.data.truncation import check_complete
 from llava.data.video_backends import open_video
 from llava.types import Media, VisualInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+# EXIF orientations whose picture lies on its side in the file.
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class MediaError(ValueError):
@@ -40,26 +43,30 @@ class SampledVideo:
 
 
 def load_media(media: Media, vision: VisionConfig, split: tuple[int, int] | None = None) -> VisualInput:
-    """Load an image or sample a video, fitted to the tower's square.
+    """Load an image or sample a video, fitted to the tower's square, or an image cut into such squares.
 
     Args:
         media: what to load.
-        vision: how many frames, and what square.
+        vision: how many frames, and what square or tiles.
         split: first and last frame of the part of a video to sample from; by default all of it.
 
     Raises:
         MediaError: the file is missing, empty or cannot be decoded.
     """
-    times: tuple[float, ...] = (0.0,)
     if media.kind == "image":
-        pixels = load_image(media.path).unsqueeze(0)
-    else:
-        video = sample_video(
-            media.path, vision.num_frames, fps=vision.video_fps, max_frames=vision.frames_upbound, split=split
-        )
-        pixels, times = video.frames, video.times
-    height, width = pixels.shape[1:3]
-    return VisualInput(media.kind, fit_frames(pixels, vision), (height, width), times)
+        picture = load_image(media.path)
+        views = fit_frames(picture.unsqueeze(0), vision) if vision.anyres is None else cut_views(picture, vision)
+        return VisualInput("image", views, _size_of(picture), (0.0,))
+    video = sample_video(
+        media.path, vision.num_frames, fps=vision.video_fps, max_frames=vision.frames_upbound, split=split
+    )
+    return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times)
+
+
+def _size_of(pixels: Tensor) -> tuple[int, int]:
+    """Height and width of (..., height, width, 3) pixels."""
+    height, width = pixels.shape[-3:-1]
+    return height, width
 
 
 def check_file(path: str) -> int:
@@ -92,7 +99,36 @@ def load_image(path: str) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}") from error
+        raise _unreadable(path, error) from error
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """The (height, width) that ``load_image`` would give, from the file's header alone.
+
+    A PNG that says its orientation behind its pixels counts as upright: to see it takes decoding.
+
+    Raises:
+        MediaError: the file is missing or no image.
+    """
+    from PIL import ExifTags, Image
+
+    check_file(path)
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.format == "TIFF":
+                # As stored: Pillow's releases differ on whether the size of a turned TIFF is turned too.
+                tags = image.tag_v2  # type: ignore[attr-defined]
+                width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+            # Not image.getexif(), which for a PNG decodes the pixels.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _unreadable(path: str, error: Exception) -> MediaError:
+    return MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}")
 
 
 def _to_rgb(image: PILImage) -> NDArray[np.uint8]:

@@ -85,7 +85,10 @@ class Captioner:
             input_ids[row, longest - len(ids) :] = torch.tensor(ids)
             attention_mask[row, longest - len(ids) :] = 1
         flat = [medium for loaded in media for medium in loaded]
-        visual = {"images": [m.frames for m in flat], "modalities": [m.kind for m in flat]} if flat else {}
+        visual: dict[str, Any] = {}
+        if flat:
+            visual = {"images": [m.frames for m in flat], "modalities": [m.kind for m in flat]}
+            visual["image_sizes"] = [m.original_size for m in flat]
         # transformers drops a mask of ones and then warns that an end of text might be padding.
         with quiet_transformers():
             output = self.model.generate(
@@ -104,7 +107,8 @@ class Captioner:
     def _prompt_ids(self, request: Request, media: Sequence[VisualInput]) -> list[int]:
         text = join_turns([_PLACEHOLDERS[medium.kind] for medium in media] + [request.prompt])
         if self.vision is not None:
-            text = expand_text(text, self.vision, [len(m.frames) for m in media if m.kind == "video"])
+            frame_counts = [len(m.frames) for m in media if m.kind == "video"]
+            text = expand_text(text, self.vision, frame_counts, [m.original_size for m in media if m.kind == "image"])
         ids = [i for segment in tokenize_plain(text, self.tokenizer, end=False) for i in segment.ids]
         # A text model that is asked to begin on its own starts behind an end of text.
         return ids or [self.tokenizer.eos_token_id]
