@@ -1,4 +1,4 @@
-"""Projector and resampler weights from another checkpoint."""
+"""Weights of projector, image newline and resampler from another checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-_MODULES = ("mm_projector", "vision_resampler")
+_MODULES = ("mm_projector", "image_newline", "vision_resampler")
 
 # Names in LLaVA-ST checkpoints (left) of what is called otherwise here.
 _RENAMED = (
@@ -22,13 +22,15 @@ _RENAMED = (
 
 
 def load_adapter(model: Any, path: str) -> list[str]:
-    """Copy the projector's and the resampler's weights of a checkpoint into a model.
+    """Copy the weights of projector, image newline and resampler of a checkpoint into a model.
+
+    What the checkpoint lacks of them stays as it is: a newline may be new to a projector that is not.
 
     Args:
         model: a language model with vision modules.
         path: a checkpoint folder, or a ``.safetensors`` or ``.bin`` file (the latter is read without
-            unpickling anything but tensors). Names may have any prefix before ``mm_projector`` or
-            ``vision_resampler``; those of LLaVA-ST's resampler are translated.
+            unpickling anything but tensors). Names may have any prefix before ``mm_projector``,
+            ``image_newline`` or ``vision_resampler``; those of LLaVA-ST's resampler are translated.
 
     Returns:
         The names that were copied.
@@ -75,13 +77,14 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep what belongs to projector and resampler, under this library's names."""
+    """Keep what belongs to projector, newline and resampler, under this library's names."""
     translated: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        start = min((i for module in _MODULES if (i := name.find(module + ".")) >= 0), default=None)
+        parts = name.split(".")
+        start = next((i for i, part in enumerate(parts) if part in _MODULES), None)
         if start is None:
             continue
-        name = name[start:]
+        name = ".".join(parts[start:])
         for theirs, ours in _RENAMED:
             name = name.replace(theirs, ours)
         if ".attn.in_proj_" in name:

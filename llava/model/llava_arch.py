@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
@@ -24,10 +25,12 @@ from llava.model.multimodal_encoder.builder import build_tower
 from llava.model.multimodal_projector.builder import build_projector
 from llava.model.multimodal_resampler.builder import build_resampler
 from llava.model.splice import splice
+from llava.model.views import ViewMerger
 from llava.model.visual import as_media, encode_nothing, encode_visual, infer_modalities
+from llava.tiles import SPATIAL_UNPAD
 from llava.types import MediaKind
 
-VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler")
+VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_newline")
 """Attributes of a decoder that hold its vision modules; the first part of their parameters' names."""
 
 
@@ -51,12 +54,30 @@ class LlavaMetaModel:
             width = self.get_input_embeddings().embedding_dim  # type: ignore[attr-defined]
             self.mm_projector = build_projector(self.vision, width)
             self.vision_resampler = build_resampler(self.vision, width)
+            self.image_newline = None
+            if self.vision.patch_merge_type == SPATIAL_UNPAD:
+                self.image_newline = nn.Parameter(torch.empty(width))
+                # The plain decoder has marked itself as filled, and would be passed over.
+                self._is_hf_initialized = False
             self.post_init()  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # What transformers fills every new module with, be it built here or missing from a checkpoint.
+        super()._init_weights(module)  # type: ignore[misc]
+        newline = getattr(module, "image_newline", None)
+        if newline is not None:
+            # Of length one, whatever the width, as in the LLaVA family.
+            init.normal_(newline, std=newline.numel() ** -0.5)
 
     def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
 
-    def encode_media(self, images: list[Tensor] | Tensor, modalities: list[MediaKind] | None = None) -> list[Tensor]:
+    def encode_media(
+        self,
+        images: list[Tensor] | Tensor,
+        modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> list[Tensor]:
         """One (tokens, width) tensor of features for each image or video, see ``encode_visual``."""
         if self.vision is None:
             raise ValueError(
@@ -64,7 +85,9 @@ class LlavaMetaModel:
             )
         media = [frames.to(self.device) for frames in as_media(images)]  # type: ignore[attr-defined]
         kinds = modalities if modalities is not None else infer_modalities(images)
-        return encode_visual(self.vision_tower, self.mm_projector, self.vision_resampler, media, kinds)
+        merger = None if self.vision.anyres is None else ViewMerger(self.vision.anyres, self.image_newline)
+        modules = (self.vision_tower, self.mm_projector, self.vision_resampler)
+        return encode_visual(*modules, media, kinds, image_sizes, merger)
 
 
 class LlavaMetaForCausalLM:
@@ -141,10 +164,10 @@ class LlavaMetaForCausalLM:
             labels: int64 (batch, length), -100 where nothing is predicted.
             use_cache: whether to return the cache.
             images: one entry a medium over the batch in reading order, (3, side, side) for an image
-                or (frames, 3, side, side); uint8, or floats normalised already. ``pixel_values`` is
-                another name of it.
+                or (frames, 3, side, side), the frames of an anyres image being its views; uint8, or
+                floats normalised already. ``pixel_values`` is another name of it.
             modalities: "image" or "video" for each entry; by default told from its axes.
-            image_sizes: original (height, width) of each entry; no part built so far depends on it.
+            image_sizes: original (height, width) of each entry; needed for anyres images alone.
             variables: coordinates for grounding, which no model of this version has; an error if given.
             logits_to_keep: as in transformers: how many last positions, or which, get logits.
             num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
@@ -164,7 +187,7 @@ class LlavaMetaForCausalLM:
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("pass input_ids or inputs_embeds")
-            inputs_embeds = self.embed_multimodal(input_ids, images, modalities)
+            inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes)
             if inputs_embeds is not None:
                 kwargs |= self.decoder_inputs(input_ids)
                 input_ids = None
@@ -210,6 +233,7 @@ class LlavaMetaForCausalLM:
         input_ids: Tensor,
         images: list[Tensor] | Tensor | None,
         modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
     ) -> Tensor | None:
         """Embeddings of a batch with its media in place, or None for plain text.
 
@@ -221,10 +245,11 @@ class LlavaMetaForCausalLM:
         model, vision = self.get_model(), self.vision
         features: list[Tensor] = []
         if images is not None and len(images):
-            features += model.encode_media(images, modalities)
+            features += model.encode_media(images, modalities, image_sizes)
         if vision is not None and self._shares_gradients():
             # Even beside media: images alone may leave the resampler out.
-            features.append(encode_nothing(model.vision_tower, model.mm_projector, model.vision_resampler, vision))
+            modules = (model.vision_tower, model.mm_projector, model.vision_resampler)
+            features.append(encode_nothing(*modules, vision, model.image_newline))
         if vision is None or not features:
             return None
         return splice(input_ids, self.get_input_embeddings()(input_ids), features, vision.visual_token_ids)
@@ -269,7 +294,7 @@ class LlavaMetaForCausalLM:
                 raise ValueError("the prompt has places for images or videos, but no images were given")
             kwargs["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *visual]
         if images is not None:
-            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities)
+            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(

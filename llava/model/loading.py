@@ -22,7 +22,7 @@ from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_voc
 logger = logging.getLogger(__name__)
 
 # Settings that decide which parameters exist, with those of the resampler: a trained checkpoint's cannot be changed.
-_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type")
+_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "patch_merge_type")
 
 
 @dataclass(frozen=True)
@@ -179,19 +179,20 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
 def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     """Names of the new parameters; anything but vision modules missing or left over is an error."""
     missing = sorted(info["missing_keys"])
-    foreign = [name for name in missing if not any(f".{module}." in name for module in VISION_MODULES)]
+    foreign = [name for name in missing if _vision_module(name) is None]
     unexpected = sorted(info["unexpected_keys"])
     if foreign or unexpected:
         what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
         raise ValueError(f"the checkpoint {path!r} does not fit its config.json: it {what}")
     if missing:
-        logger.info(
-            "new parameters, not in %r: %d tensors of %s",
-            path,
-            len(missing),
-            ", ".join(module for module in VISION_MODULES if any(f".{module}." in name for name in missing)),
-        )
+        modules = ", ".join(sorted({module for name in missing if (module := _vision_module(name))}))
+        logger.info("new parameters, not in %r: %d tensors of %s", path, len(missing), modules)
     return missing
+
+
+def _vision_module(parameter_name: str) -> str | None:
+    """Which of ``VISION_MODULES`` a parameter belongs to, None for the language model's."""
+    return next((module for module in VISION_MODULES if module in parameter_name.split(".")), None)
 
 
 def _align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

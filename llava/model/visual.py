@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from llava.config import VisionConfig
 from llava.model.multimodal_encoder.base import VisionTower
+from llava.model.views import ViewMerger
 from llava.types import MediaKind
 
 
@@ -21,7 +23,10 @@ def as_media(images: list[Tensor] | Tensor) -> list[Tensor]:
 
 
 def infer_modalities(images: list[Tensor] | Tensor) -> list[MediaKind]:
-    """Modalities of entries that come without: (3, side, side) is an image, a stack is a video."""
+    """Modalities of entries that come without: (3, side, side) is an image, a stack is a video.
+
+    The views of an anyres image are a stack too: say that they are an image.
+    """
     return ["image" if image.ndim == 3 else "video" for image in images]
 
 
@@ -31,35 +36,51 @@ def encode_visual(
     resampler: nn.Module | None,
     media: list[Tensor],
     modalities: list[MediaKind],
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    merger: ViewMerger | None = None,
 ) -> list[Tensor]:
-    """Encode all media of a batch: one call of the tower, one of the resampler for each length.
+    """Encode all media of a batch: one call of the tower, one of the resampler for images and each length of video.
 
     Args:
         tower: frames to (frames, patches, tower width).
         projector: tower width to the language model's width.
         resampler: see ``Resampler.forward``; None keeps every patch.
-        media: one (frames, 3, side, side) tensor a medium.
+        media: one (frames, 3, side, side) tensor a medium, the frames of an anyres image being its views.
         modalities: the kind of each medium.
+        image_sizes: original (height, width) of each medium; needed for anyres images alone.
+        merger: puts the views of anyres images together; None where an image is one frame.
 
     Returns:
         One (tokens, width) tensor a medium, in order.
     """
     if len(media) != len(modalities):
         raise ValueError(f"{len(media)} images or videos came with {len(modalities)} modalities; pass one for each")
+    if merger is not None:
+        merger.check(media, modalities, image_sizes)
     features = projector(tower(torch.cat(media))).split([len(frames) for frames in media])
     groups: dict[tuple[MediaKind, int], list[int]] = {}
     for i, (kind, frames) in enumerate(zip(modalities, media, strict=True)):
-        groups.setdefault((kind, len(frames)), []).append(i)
+        # Each view of an image is resampled on its own; the frames of a video are together.
+        groups.setdefault((kind, 1 if kind == "image" else len(frames)), []).append(i)
     encoded: dict[int, Tensor] = {}
-    for (kind, _), members in groups.items():
-        group = torch.stack([features[i] for i in members])
+    for (kind, length), members in groups.items():
+        group = torch.cat([features[i] for i in members]).unflatten(0, (-1, length))
         tokens = group.flatten(1, 2) if resampler is None else resampler(group, kind)
-        encoded.update(zip(members, tokens, strict=True))
+        for i, parts in zip(members, tokens.split([len(media[i]) // length for i in members]), strict=True):
+            if kind == "image" and merger is not None:
+                assert image_sizes is not None
+                encoded[i] = merger(parts, image_sizes[i])
+            else:
+                encoded[i] = parts.flatten(0, 1)
     return [encoded[i] for i in range(len(media))]
 
 
 def encode_nothing(
-    tower: VisionTower, projector: nn.Module, resampler: nn.Module | None, vision: VisionConfig
+    tower: VisionTower,
+    projector: nn.Module,
+    resampler: nn.Module | None,
+    vision: VisionConfig,
+    newline: Tensor | None = None,
 ) -> Tensor:
     """Run zero media through the trainable vision modules.
 
@@ -75,4 +96,5 @@ def encode_nothing(
     else:
         patches = weight.new_zeros((0, vision.num_patches, vision.hidden_size))
     features = projector(patches).unflatten(0, (0, vision.max_frames))
-    return (features.flatten(1, 2) if resampler is None else resampler(features, "video")).flatten(0, 1)
+    tokens = (features.flatten(1, 2) if resampler is None else resampler(features, "video")).flatten(0, 1)
+    return tokens if newline is None else torch.cat([tokens, newline.expand(0, -1)])

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 from llava.streams import POOL_MODES
+from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.parts import PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
@@ -82,6 +83,13 @@ class ModelArguments:
     mm_resample_images: bool | None = field(
         default=None, metadata={"help": "Let images pass the resampler too (default false: one token a patch)."}
     )
+    mm_patch_merge_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the tokens of an anyres image stand: flat (default: view by view) or spatial_unpad (its tiles "
+            "as one grid without padding, a learned newline behind each row)."
+        },
+    )
     mm_slow_frames: int | None = field(
         default=None, metadata={"help": "Temporal length of the slow stream; 0 (default) keeps every frame."}
     )
@@ -143,6 +151,7 @@ class ModelArguments:
             "resampler_width": self.mm_resampler_width,
             "resampler_heads": self.mm_resampler_heads,
             "resample_images": self.mm_resample_images,
+            "patch_merge_type": self.mm_patch_merge_type,
             "slow_frames": self.mm_slow_frames,
         }
 
@@ -162,7 +171,18 @@ class DataArguments:
         default=None, metadata={"help": "What relative video paths start from (default: the data file's folder)."}
     )
     image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "square (default: as the tower's processor does) or pad (the whole picture)."}
+        default=None,
+        metadata={
+            "help": "square (default: as the tower's processor does), pad (the whole picture), anyres (the whole "
+            "picture and tiles of it) or anyres_max_N (of the tiles, about N tiles' worth of tokens at most)."
+        },
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None,
+        metadata={
+            "help": "What anyres may cut an image into, width x height: (1x2),(2x1) in tiles, (1x1),...,(6x6) for a "
+            f"range, or [[224, 448]] in pixels (default {DEFAULT_PINPOINTS})."
+        },
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames sampled evenly from a video (default 4)."})
     video_fps: float | None = field(
@@ -190,7 +210,7 @@ class DataArguments:
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
-        names = ("image_aspect_ratio", "num_frames", "video_fps", "frames_upbound")
+        names = ("image_aspect_ratio", "image_grid_pinpoints", "num_frames", "video_fps", "frames_upbound")
         return {name: getattr(self, name) for name in names}
 
 

@@ -24,6 +24,7 @@ _RENAMED = {
     "warmup_ratio": "warmup_steps",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
+    "mm_image_grid_pinpoints": "image_grid_pinpoints",
 }
 # Flags that ask for what is always so, or for nothing.
 _RETIRED = {

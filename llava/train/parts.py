@@ -13,6 +13,7 @@ PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_languag
 _MODULE_PARTS = {
     "vision_tower": "mm_vision_tower",
     "mm_projector": "mm_mlp_adapter",
+    "image_newline": "mm_mlp_adapter",
     "vision_resampler": "mm_vision_resampler",
 }
 

@@ -18,12 +18,12 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
     lines = [f"token budget: {max_length} a sample, of a context of {context}"]
     if vision is not None:
         frames = vision.max_frames
-        for kind, count in (("image", 1), ("video", frames)):
-            spans = vision.spans(kind, count)  # type: ignore[arg-type]
-            parts = " + ".join(f"{span.length - 2} patches and 2 markers" for span in spans)
-            total = sum(span.length for span in spans)
-            of = f" of {count} frames" if kind == "video" else ""
-            lines.append(f"  {kind}{of}: {total} tokens ({parts}), leaves {max_length - total} for the rest")
+        image = "image" if vision.anyres is None else f"largest image, of {vision.anyres.most_views} views"
+        video = [span.length for span in vision.spans("video", frames)]
+        for name, lengths in ((image, [vision.most_image_tokens]), (f"video of {frames} frames", video)):
+            parts = " + ".join(f"{length - 2} patches and 2 markers" for length in lengths)
+            total = sum(lengths)
+            lines.append(f"  {name}: {total} tokens ({parts}), leaves {max_length - total} for the rest")
     return "\n".join(lines)
 
 

@@ -128,7 +128,8 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
     """Most tokens of a sample: what was asked for, or the model's context.
 
     Raises:
-        ValueError: more than the context was asked for, or one video alone would not fit.
+        ValueError: more than the context was asked for, or one video or the largest anyres image alone
+            would not fit.
     """
     context = model.config.max_position_embeddings
     if asked is not None and asked > context:
@@ -139,6 +140,12 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
         raise ValueError(
             f"a video of {vision.max_frames} frames takes {video} tokens, but a sample may have {limit}; "
             f"{' or '.join(ways)}"
+        )
+    if vision is not None and vision.anyres is not None and (image := vision.most_image_tokens) + 1 >= limit:
+        ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"image"})]
+        raise ValueError(
+            f"the largest image, of {vision.anyres.most_views} views, takes {image} tokens, but a sample may have "
+            f"{limit}; {' or '.join(ways)}"
         )
     return limit
 
