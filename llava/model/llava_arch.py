@@ -323,17 +323,25 @@ class LlavaMetaForCausalLM:
         """
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        vision = model.vision
-        if vision is None:
-            return loaded
-        # Loading replaces parameters, and with them what the structure said about gradients.
-        model.get_vision_tower().requires_grad_(False)
-        if not vision.save_vision_tower:
-            source = vision_tower or vision.vision_tower
-            found = model.get_vision_tower().load_weights(source)
-            source = os.path.abspath(source) if os.path.isdir(source) else source
-            model.set_vision(replace(vision, vision_tower=source, vision_tower_hash=found))
+        if model.vision is not None:
+            # Loading replaces parameters, and with them what the structure said about gradients.
+            model.get_vision_tower().requires_grad_(False)
+            if not model.vision.save_vision_tower:
+                model.load_vision_tower(vision_tower)
         return loaded
+
+    def load_vision_tower(self, source: str | None = None) -> None:
+        """Fill the tower with its weights.
+
+        Args:
+            source: folder or hub name; by default what the configuration says. What it is goes into the
+                configuration, with the hash of the weights.
+        """
+        assert self.vision is not None
+        source = source or self.vision.vision_tower
+        found = self.get_model().vision_tower.load_weights(source)
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        self.set_vision(replace(self.vision, vision_tower=source, vision_tower_hash=found))
 
     def set_vision(self, vision: VisionConfig) -> None:
         """Record changed visual settings in the model and in its configuration."""

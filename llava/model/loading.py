@@ -17,6 +17,7 @@ from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
 from llava.model.quiet import quiet_transformers
+from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,16 @@ _STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "patch_
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, its visual settings (None for text alone) and the names of its new parameters."""
+    """A model, its tokenizer, its visual settings (None for text alone) and the names of its new parameters.
+
+    ``transfer`` says what was taken over from another model, if one was asked for.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     vision: VisionConfig | None
     new_parameters: list[str]
+    transfer: TransferReport | None = None
 
 
 def load_model(
@@ -41,6 +46,7 @@ def load_model(
     vision_tower: str | None = None,
     save_vision_tower: bool = False,
     variant: str | None = None,
+    weights_from: str | None = None,
     attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
     **settings: Any,
@@ -53,6 +59,8 @@ def load_model(
             stays a text model. For a multimodal checkpoint: where its tower lies now.
         save_vision_tower: whether checkpoints of this model hold the tower's weights too.
         variant: kind of attention, of ``llava.model.VARIANTS``; by default the checkpoint's own.
+        weights_from: folder or hub name of a model whose parameters replace this one's, where names and
+            shapes agree (see ``copy_parameters``). The first folder then needs no weights.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
         dtype: of the weights.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
@@ -63,8 +71,8 @@ def load_model(
     """
     import llava.model.language_model  # noqa: F401  (registers the backbones)
 
-    config_dict = _read_config(model_name_or_path)
-    config_class, model_class = _choose_classes(config_dict, model_name_or_path, variant)
+    config_class, model_class = _choose_classes(read_model_type(model_name_or_path), model_name_or_path, variant)
+    config_dict = _read_config(model_name_or_path) | {"model_type": config_class.model_type}
     tokenizer = load_tokenizer(model_name_or_path)
     check_vocabulary(tokenizer, _vocab_size(config_dict, config_class), model_name_or_path)
 
@@ -76,22 +84,53 @@ def load_model(
         config_dict |= vision.to_model_config()
     config = config_class.from_dict(config_dict)
 
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(
-            model_name_or_path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            vision_tower=vision_tower,
-            **options,
-        )
-    new = _check_loaded(info, model_name_or_path)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"config": config, "dtype": dtype}
+    if weights_from is not None and not has_weights(model_name_or_path):
+        model, new = build_model(model_class, options, vision_tower), list[str]()
+    else:
+        model, new = _read_model(model_class, model_name_or_path, options, vision_tower)
+    transfer = None if weights_from is None else copy_parameters(model, weights_from)
     if vision is not None:
         grow_vocabulary(model, [i for token, i in vision.token_ids.items() if token not in known])
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
     _align_special_tokens(model, tokenizer)
-    return LoadedModel(model, tokenizer, model.vision, new)
+    return LoadedModel(model, tokenizer, model.vision, new, transfer)
+
+
+def build_model(model_class: type[LlavaMetaForCausalLM], options: dict[str, Any], vision_tower: str | None) -> Any:
+    """A model with random weights; only its tower's are read.
+
+    Args:
+        model_class: of the model.
+        options: ``config`` and what else transformers' ``from_config`` takes.
+        vision_tower: where its tower lies now; by default where the configuration says.
+    """
+    model: Any = model_class._from_config(**options)  # type: ignore[attr-defined]
+    if model.vision is not None:
+        model.load_vision_tower(vision_tower)
+    return model
+
+
+def _read_model(
+    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None
+) -> tuple[Any, list[str]]:
+    """A checkpoint's model, and the names of the parameters that the checkpoint does not have."""
+    if not has_weights(path):
+        raise ValueError(
+            f"--model_name_or_path {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
+            "from another model's with --init_from_backbone (train_alternating.py)"
+        )
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(path, output_loading_info=True, vision_tower=vision_tower, **options)
+    return model, _check_loaded(info, path)
+
+
+def has_weights(name_or_path: str) -> bool:
+    """Whether a folder has a model's weights; a hub name is taken to have them."""
+    if not os.path.isdir(name_or_path):
+        return True
+    return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -112,38 +151,45 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_config(name_or_path: str) -> dict[str, Any]:
+def _read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[str, Any]:
     # A hub name has at most one slash and does not begin with one, or with a dot.
     looks_local = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
     if looks_local and not os.path.isdir(name_or_path):
-        raise ValueError(f"--model_name_or_path {name_or_path!r} is no folder")
+        raise ValueError(f"{flag} {name_or_path!r} is no folder")
     try:
         config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name_or_path!r} has no readable config.json: {error}") from error
+        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
     if not config_dict:
-        raise ValueError(f"--model_name_or_path {name_or_path!r} has no readable config.json")
+        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
     return config_dict
 
 
+def read_model_type(name_or_path: str, flag: str = "--model_name_or_path") -> str:
+    """The model type that a checkpoint's ``config.json`` says, "gpt2" or "llava_gpt2" for one.
+
+    A name is taken for a hint only where it says none. ``flag`` is what an error calls the path.
+    """
+    model_type = _read_config(name_or_path, flag).get("model_type")
+    if model_type is not None:
+        return model_type
+    name = os.path.basename(os.path.normpath(name_or_path)).lower()
+    if not any(hint in name for hint in ("gpt2", "bambi")):
+        raise ValueError(f"config.json of {name_or_path!r} has no model_type; add one of: {', '.join(_known_types())}")
+    logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", name_or_path)
+    return "gpt2"
+
+
 def _choose_classes(
-    config_dict: dict[str, Any], path: str, variant: str | None
+    model_type: str, path: str, variant: str | None
 ) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
-    """Configuration and model class for a checkpoint, by its model type and, where one is asked for, a variant."""
-    model_type = config_dict.get("model_type")
-    if model_type is None:
-        name = os.path.basename(os.path.normpath(path)).lower()
-        if not any(hint in name for hint in ("gpt2", "bambi")):
-            raise ValueError(f"config.json of {path!r} has no model_type; add one of: {', '.join(_known_types())}")
-        logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", path)
-        model_type = "gpt2"
+    """Configuration and model class for a model type and, where one is asked for, a variant."""
     name = PLAIN_TYPES.get(model_type, model_type)
     if name not in models.AVAILABLE_MODELS:
         raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
     if variant is not None:
         name = models.variant_type(models.split_type(name)[0], variant)
     config_name, _, model_name = models.AVAILABLE_MODELS[name]
-    config_dict["model_type"] = name
     return getattr(models, config_name), getattr(models, model_name)
 
 

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -44,6 +44,9 @@ _ALWAYS_OFF = (
 )
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+Group = TypeVar("Group")
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -55,9 +58,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         ValueError: an unknown flag or key (with the names that come near it), or a value that does not fit.
     """
+    values = parse_values(argv)
+    return tuple(build_group(group, values) for group in GROUPS)  # type: ignore[return-value]
+
+
+def parse_values(argv: Sequence[str] | None = None, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The value of every flag of every group, before a group has looked at them.
+
+    Args:
+        argv: as for ``parse_arguments``.
+        optional: names of flags that may be missing although their group needs them; they are None then.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
+        GROUPS,  # type: ignore[arg-type]
         prog="python -m llava.train.train",
         description="Train a language model on text, images and videos.",
         allow_abbrev=False,
@@ -65,6 +79,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument(
         "--config", help="Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
     )
+    for action in parser._actions:
+        action.required = action.required and action.dest not in optional
     recipe, words = _take_config(words)
     words = _translate(words)
     if recipe is not None:
@@ -72,12 +88,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], parser))
-    values = vars(known)
-    values.pop("config")
-    return tuple(
-        group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})
-        for group in (ModelArguments, DataArguments, TrainingArguments)
-    )  # type: ignore[return-value]
+    return vars(known)
+
+
+def build_group(group: type[Group], values: dict[str, Any]) -> Group:
+    """One group of arguments from what ``parse_values`` read."""
+    return group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})  # type: ignore[attr-defined]
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
-from llava.model.loading import load_model
+from llava.model.loading import LoadedModel, load_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command_line import parse_arguments
 from llava.train.parts import parts_table, set_trainable_parts
@@ -32,6 +32,7 @@ __all__ = [
     "make_supervised_data_module",
     "preprocess_multimodal",
     "preprocess_plain_lm",
+    "train",
 ]
 
 logger = logging.getLogger(__name__)
@@ -50,26 +51,29 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
         ValueError: a flag, a file or a sample is wrong; the message names it and the remedy.
     """
     trainer = build_trainer(argv)
-    trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
-    trainer.save_state()
-    trainer.save_model()
+    train(trainer)
     return trainer
 
 
-def build_trainer(argv: Sequence[str] | None = None) -> LlavaTrainer:
-    """All of ``main`` before the first step: model, data and reports, in a trainer that is ready to go."""
+def train(trainer: LlavaTrainer) -> None:
+    """Train, from the checkpoint that ``--resume_from_checkpoint`` asks for, and save what came out."""
+    trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
+    trainer.save_state()
+    trainer.save_model()
+
+
+def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
+    """All of ``main`` before the first step: model, data and reports, in a trainer that is ready to go.
+
+    Args:
+        argv: words of a command line; by default this process's.
+        **loading: what ``load_model`` takes and no flag says, such as ``variant``.
+    """
     model_args, data_args, training_args = parse_arguments(argv)
     check_devices(training_args)
     set_seed(training_args.seed)
 
-    loaded = load_model(
-        model_args.model_name_or_path,
-        vision_tower=model_args.vision_tower,
-        save_vision_tower=model_args.save_vision_tower,
-        attn_implementation=training_args.attn_implementation,
-        **model_args.vision_settings(),
-        **data_args.vision_settings(),
-    )
+    loaded = load_from_arguments(model_args, data_args, training_args.attn_implementation, **loading)
     model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
     if model_args.pretrain_mm_mlp_adapter:
         load_adapter(model, model_args.pretrain_mm_mlp_adapter)
@@ -80,11 +84,28 @@ def build_trainer(argv: Sequence[str] | None = None) -> LlavaTrainer:
     max_length = choose_max_length(training_args.model_max_length, model, vision)
     data = make_supervised_data_module(tokenizer, data_args, vision, max_length)
     if training_args.process_index == 0:
+        if loaded.transfer is not None:
+            print(loaded.transfer)
         print(parts_table(model, training_args.part_learning_rates()))
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
         print(supervision_table(data["train_dataset"]), flush=True)
 
     return LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
+
+
+def load_from_arguments(
+    model_args: ModelArguments, data_args: DataArguments, attn_implementation: str | None = None, **loading: Any
+) -> LoadedModel:
+    """The model that the arguments describe; ``loading`` is as for ``build_trainer``."""
+    return load_model(
+        model_args.model_name_or_path,
+        vision_tower=model_args.vision_tower,
+        save_vision_tower=model_args.save_vision_tower,
+        attn_implementation=attn_implementation,
+        **model_args.vision_settings(),
+        **data_args.vision_settings(),
+        **loading,
+    )
 
 
 def check_devices(training_args: TrainingArguments) -> None:
@@ -162,18 +183,22 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
     return last
 
 
-def cli() -> int:
-    """``main`` for a shell: a mistake of the user is one line, not a traceback."""
+def cli(run: Callable[[], Any] = main) -> int:
+    """``main`` for a shell: a mistake of the user is one line and status 2, not a traceback.
+
+    Args:
+        run: what to do; an int that it returns is the exit status.
+    """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
-        main()
+        status = run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Left to the interpreter's end, a thread of the process group can abort a run that is complete.
         torch.distributed.destroy_process_group()
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

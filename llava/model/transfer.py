@@ -1,0 +1,128 @@
+"""Parameters of one checkpoint in the model of another, where names and shapes agree."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from llava.model.llava_arch import VISION_MODULES
+from llava.model.quiet import quiet_transformers
+
+Status = Literal["copied", "new", "shape mismatch"]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one parameter of the model.
+
+    ``source_file`` is the file of the backbone that has it, or all of its files where transformers
+    makes the parameter of several stored ones (the experts of a mixture).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    status: Status
+    source_shape: tuple[int, ...] | None = None
+    source_file: str | None = None
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What ``copy_parameters`` did: each parameter of the model, and what of the backbone found no place."""
+
+    backbone: str
+    tensors: list[TensorReport]
+    unused: list[str]
+
+    def names(self, status: Status) -> list[str]:
+        return [tensor.name for tensor in self.tensors if tensor.status == status]
+
+    def __str__(self) -> str:
+        lines = [f"weights from {self.backbone}"]
+        for status in ("copied", "new", "shape mismatch"):
+            lines.append(f"  {status:<15}{len(self.names(status)):>6} tensors{self._examples(status)}")
+        unused = f": {_some(self.unused)}" if self.unused else ""
+        return "\n".join([*lines, f"  {'unused':<15}{len(self.unused):>6} tensors{unused}"])
+
+    def _examples(self, status: Status) -> str:
+        named = [
+            tensor.name if status == "new" else f"{tensor.name} {tensor.source_shape} for {tensor.shape}"
+            for tensor in self.tensors
+            if tensor.status == status
+        ]
+        return f": {_some(named)}" if named and status != "copied" else ""
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it as JSON: ``{"backbone", "tensors": [{"name", "shape", "status", ...}], "unused"}``."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def copy_parameters(model: Any, backbone: str) -> TransferReport:
+    """Copy the language model of another checkpoint, parameter by parameter.
+
+    Vision modules are never copied: they belong to the model that they were trained with.
+
+    Args:
+        model: a language model with head.
+        backbone: folder or hub name of a plain language model or of a multimodal checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or not one parameter of it fits.
+    """
+    source = _read_language_model(backbone)
+    files = _files_of_tensors(backbone)
+    every_file = ", ".join(sorted(set(files.values()))) or None
+    tensors = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = None if _is_visual(name) else source.get(name)
+            if tensor is None:
+                tensors.append(TensorReport(name, tuple(parameter.shape), "new"))
+                continue
+            fits = tensor.shape == parameter.shape
+            if fits:
+                parameter.copy_(tensor)
+            status: Status = "copied" if fits else "shape mismatch"
+            file = files.get(name, every_file)
+            tensors.append(TensorReport(name, tuple(parameter.shape), status, tuple(tensor.shape), file))
+    report = TransferReport(backbone, tensors, sorted(set(source) - {tensor.name for tensor in tensors}))
+    if not report.names("copied"):
+        raise ValueError(
+            f"--backbone_model {backbone!r}: none of its {len(source)} tensors fits {model.config.model_type}; "
+            f"they begin with {_some(sorted(source))}"
+        )
+    return report
+
+
+def _is_visual(name: str) -> bool:
+    return any(part in VISION_MODULES for part in name.split("."))
+
+
+def _read_language_model(path: str) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint's language model, each once."""
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--backbone_model {path!r} cannot be read: {error}") from error
+    return {name: parameter for name, parameter in model.named_parameters() if not _is_visual(name)}
+
+
+def _files_of_tensors(path: str) -> dict[str, str]:
+    """The file of each stored tensor, for a folder of safetensors; empty for anything else."""
+    files: dict[str, str] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file.name)
+    return files
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,51 @@
+"""What happens between steps, beside training itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class ThroughputCallback(TrainerCallback):
+    """Logs samples a second, over all ranks, and the peak of this process's memory.
+
+    Args:
+        log_steps: how many steps each line is about.
+    """
+
+    def __init__(self, log_steps: int) -> None:
+        if log_steps < 1:
+            raise ValueError(f"--throughput_log_steps is {log_steps}; it must be at least 1, or leave it out")
+        self.log_steps = log_steps
+        self._since: tuple[int, float] | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._since is None:
+            self._since = (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._since is None or state.global_step % self.log_steps:
+            return
+        (first, start), now = self._since, time.perf_counter()
+        self._since = (state.global_step, now)
+        if state.is_world_process_zero:
+            samples = (state.global_step - first) * args.train_batch_size * args.gradient_accumulation_steps
+            rate = samples * args.world_size / (now - start)
+            logger.info("step %d: %.1f samples/s, %s", state.global_step, rate, describe_memory())
+
+
+def describe_memory() -> str:
+    """The most memory that this process has held so far: of its GPU, where it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    import resource  # not on every system
+
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"

@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Train a model with alternating attention, or look at what a training would start from.
+
+A thin file over ``llava.train.train``, whose flags it takes too. Exit statuses: 0 done, 2 a mistake on
+the command line or in a file, 3 a checkpoint with another kind of attention than ``--variant``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.data.records import read_samples
+from llava.model import VARIANTS, split_type
+from llava.model.loading import read_model_type
+from llava.model.transfer import TransferReport
+from llava.train.arguments import DataArguments, ModelArguments
+from llava.train.callbacks import ThroughputCallback
+from llava.train.command_line import build_group, parse_values
+from llava.train.train import build_trainer, cli, load_from_arguments, train
+
+MISMATCH = 3
+MANIFEST = "weights_manifest.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a model with alternating attention. All flags of llava.train.train are taken as well; "
+        "python -m llava.train.train --help lists them.",
+        epilog="Exit status: 0 done, 2 wrong flag or file, 3 --variant is not the checkpoint's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--variant",
+        choices=["auto", *VARIANTS],
+        default="auto",
+        help="kind of attention that the checkpoint's config.model_type must have (default auto: any)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="train with --variant although the checkpoint has another kind"
+    )
+    parser.add_argument(
+        "--init_from_backbone",
+        action="store_true",
+        help="copy the parameters of --backbone_model whose names and shapes match; projector and resampler never",
+    )
+    parser.add_argument(
+        "--backbone_model", metavar="PATH", help="folder or hub name of the model that --init_from_backbone copies"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the model type and exit")
+    parser.add_argument(
+        "--inspect_data",
+        action="store_true",
+        help="print the number of samples and the first one, as it stands, and exit",
+    )
+    parser.add_argument(
+        "--inspect_weights",
+        action="store_true",
+        help=f"print what --init_from_backbone copies, write every tensor to {MANIFEST} in --output_dir, and exit",
+    )
+    parser.add_argument(
+        "--throughput_log_steps", type=int, metavar="N", help="log samples a second and memory every N steps"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status.
+
+    Raises:
+        ValueError: a mistake on the command line or in a file.
+    """
+    own, words = build_parser().parse_known_args(argv)
+    inspecting = own.dry_run or own.inspect_data or own.inspect_weights
+    values = parse_values(words, optional=("data_path", "output_dir") if inspecting else ())
+    check_flags(own, values)
+
+    model_type = read_model_type(values["model_name_or_path"])
+    if own.dry_run:
+        print(model_type)
+    found = split_type(model_type)[1]
+    variant = None if own.variant == "auto" else own.variant
+    if variant not in (None, found) and not own.force:
+        print(
+            f"error: --variant is {variant}, but {values['model_name_or_path']} has the model type {model_type!r} "
+            f"({found}); give --variant {found}, or --force to use {variant} all the same",
+            file=sys.stderr,
+        )
+        return MISMATCH
+    loading = {"variant": variant, "weights_from": own.backbone_model}
+    if own.inspect_data:
+        inspect_data(values["data_path"])
+    if own.inspect_weights:
+        inspect_weights(values, loading)
+    if not inspecting:
+        run(words, loading, own.throughput_log_steps)
+    return 0
+
+
+def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
+    """A ValueError for flags that need each other, and for paths that are not there."""
+    if (own.init_from_backbone or own.inspect_weights) and not own.backbone_model:
+        raise ValueError("--init_from_backbone and --inspect_weights need --backbone_model PATH")
+    if own.backbone_model and not (own.init_from_backbone or own.inspect_weights):
+        raise ValueError("--backbone_model says where from; add --init_from_backbone to copy its parameters")
+    if own.inspect_data and not values["data_path"]:
+        raise ValueError("--inspect_data needs --data_path FILE")
+    if own.force and own.variant == "auto":
+        raise ValueError("--force needs a --variant to force: " + ", ".join(VARIANTS))
+    if own.backbone_model:
+        read_model_type(own.backbone_model, "--backbone_model")
+    for flag in ("data_path", "eval_data_path", "image_folder", "video_folder"):
+        paths = values[flag] or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            if not Path(path).exists():
+                raise ValueError(f"--{flag} {path}: no such file or folder")
+
+
+def inspect_data(paths: Sequence[str]) -> None:
+    """Print how many samples there are, and the first as its file has it; no image and no video is opened."""
+    count, first = 0, None
+    for path in paths:
+        for sample, where in read_samples(path):
+            count, first = count + 1, first or (sample, where)
+    print(f"{count} samples")
+    if first is not None:
+        print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2)}")
+
+
+def inspect_weights(values: dict[str, Any], loading: dict[str, Any]) -> None:
+    """Print and write what the backbone gives to the model."""
+    arguments = build_group(ModelArguments, values), build_group(DataArguments, values)
+    report = load_from_arguments(*arguments, **loading).transfer
+    assert report is not None
+    print(report)
+    write_manifest(report, values["output_dir"] or ".")
+
+
+def write_manifest(report: TransferReport, folder: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / MANIFEST
+    report.write(path)
+    print(f"every tensor: {path}")
+
+
+def run(words: Sequence[str], loading: dict[str, Any], throughput_log_steps: int | None) -> None:
+    """Train."""
+    trainer = build_trainer(words, **loading)
+    if throughput_log_steps is not None:
+        trainer.add_callback(ThroughputCallback(throughput_log_steps))
+    train(trainer)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(partial(main, sys.argv[1:])))
