@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,25 @@ SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2]
 
 # Tiny tensors gain nothing from threads, and tests run side by side.
 torch.set_num_threads(1)
+
+
+def define_torchvision_operators() -> torch.library.Library | None:
+    """Let torchvision, which timm needs, be imported beside a torch that it was not built for.
+
+    Its compiled operators are then missing (CUDA wheels beside a CPU torch), and with them two names that
+    it looks up on import. No test calls them. The library must be kept: it goes when its object does.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_spec("timm") else None
 
 
 @pytest.fixture(scope="session")

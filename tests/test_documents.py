@@ -82,7 +82,7 @@ def test_named_files_exist(document: Path) -> None:
 
 def test_readme_lists_what_is_registered() -> None:
     from llava.model import AVAILABLE_MODELS
-    from llava.model.multimodal_encoder.hf_tower import TOWERS
+    from llava.model.multimodal_encoder.builder import TOWERS
     from llava.model.multimodal_resampler.builder import RESAMPLERS
 
     table = (ROOT / "README.md").read_text().lower().replace("-", "")

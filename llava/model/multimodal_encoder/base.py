@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from llava.config import VisionConfig
+from llava.registry import Registry
+
+
+@dataclass(frozen=True)
+class TowerDescription:
+    """What a vision model's own files say: its configuration and how it wants its pixels.
+
+    The names are those of ``VisionConfig``.
+    """
+
+    vision_config: dict[str, Any]
+    hidden_size: int
+    image_size: int
+    patches_per_side: int
+    image_resize_size: int | None
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
 
 
 class VisionTower(nn.Module, ABC):
@@ -23,6 +43,15 @@ class VisionTower(nn.Module, ABC):
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         self.vision = vision
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, source: str, config: PretrainedConfig) -> TowerDescription:
+        """Describe the vision model at ``source``, a folder or hub name, whose configuration is ``config``.
+
+        Raises:
+            ValueError: the model does not see squares in a square grid of patches.
+        """
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -60,6 +89,9 @@ class VisionTower(nn.Module, ABC):
         Returns:
             (frames, patches, width), patches row by row, without class or register tokens.
         """
+        if not len(frames):
+            # Models cannot run on no frame at all; the slice of one keeps every parameter in the graph.
+            return self.forward(frames.new_zeros((1, *frames.shape[1:])))[:0]
         pixels = self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             return self.encode(pixels)
@@ -69,3 +101,22 @@ class VisionTower(nn.Module, ABC):
         scale = frames.new_tensor(self.vision.image_std, dtype=torch.float32).view(3, 1, 1) * 255
         shift = frames.new_tensor(self.vision.image_mean, dtype=torch.float32).view(3, 1, 1) * 255
         return ((frames.float() - shift) / scale).to(self.dtype)
+
+
+TOWERS: Registry[type[VisionTower]] = Registry("vision tower")
+"""Towers by the ``model_type`` of the vision model's configuration."""
+
+
+def count_layers(vision: VisionConfig, num_layers: int) -> int:
+    """How many of a vision model's layers stand before the selected hidden state.
+
+    Hidden states are counted as in the list of the embeddings and every layer's output.
+    """
+    selected = vision.vision_select_layer
+    kept = selected if selected >= 0 else num_layers + 1 + selected
+    if not 1 <= kept <= num_layers:
+        raise ValueError(
+            f"--mm_vision_select_layer is {selected}, but {vision.vision_tower!r} has {num_layers} layers; "
+            f"use 1 to {num_layers}, or -1 to {-num_layers}"
+        )
+    return kept

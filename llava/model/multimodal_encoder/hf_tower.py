@@ -1,52 +1,93 @@
-"""Vision models of the transformers library as towers."""
+"""Vision models of the transformers library as towers: what all of them share."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llava.config import VisionConfig
-from llava.model.multimodal_encoder.base import VisionTower
+from llava.model.multimodal_encoder.base import TowerDescription, VisionTower, count_layers
+from llava.model.multimodal_encoder.image_format import ImageFormat, count_patches, read_image_format, square_side
 from llava.model.quiet import quiet_transformers
-from llava.registry import Registry
-
-logger = logging.getLogger(__name__)
-
-TOWERS: Registry[Callable[[VisionConfig], VisionTower]] = Registry("vision tower")
-"""Towers by the ``model_type`` of the vision model's configuration."""
 
 
-@TOWERS.register("dinov2")
 class HuggingFaceTower(VisionTower):
     """Features of one layer of a transformers vision model.
 
     Layers behind the selected one are never built: they would cost memory, time and, where the
     tower is trained, leave parameters without gradients. The final norm goes with them, since a
     hidden state is what stands before it.
+
+    A family of models is a subclass that declares where it differs:
+
+    Attributes:
+        final_norm: name of the norm behind the last layer.
+        num_class_tokens: tokens before the patches, besides the registers that the configuration counts.
+        unused_parameters: last parts of the names of parameters that features never depend on.
+        asks_to_interpolate: whether the model fits its position table to another side only when asked to.
+        image_mean, image_std: statistics of a model that comes without an image processor.
     """
 
-    final_norm = "layernorm"
-    unused_parameters = ("mask_token",)
+    final_norm: ClassVar[str]
+    num_class_tokens: ClassVar[int] = 0
+    unused_parameters: ClassVar[tuple[str, ...]] = ()
+    asks_to_interpolate: ClassVar[bool] = False
+    image_mean: ClassVar[tuple[float, ...]] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: ClassVar[tuple[float, ...]] = tuple(IMAGENET_DEFAULT_STD)
 
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__(vision)
-        config = build_config(vision)
-        self.vision_tower = AutoModel.from_config(config)
-        setattr(self.vision_tower, self.final_norm, nn.Identity())
+        self.vision_tower = self.build_model(build_config(vision))
+
+    @classmethod
+    def describe(cls, source: str, config: PretrainedConfig) -> TowerDescription:
+        images = read_image_format(source, cls.image_mean, cls.image_std)
+        patch = square_side(config.patch_size, source, "patch_size")
+        own_side = cls.own_side(source, config, images)
+        side = images.side or own_side
+        return TowerDescription(
+            vision_config=config.to_diff_dict() | {"model_type": config.model_type},
+            hidden_size=config.hidden_size,
+            image_size=side,
+            patches_per_side=count_patches(source, side, patch, own_side),
+            image_resize_size=images.resize,
+            image_mean=images.mean,
+            image_std=images.std,
+        )
+
+    @classmethod
+    def own_side(cls, source: str, config: PretrainedConfig, images: ImageFormat) -> int:
+        """The side in pixels that the model was made for."""
+        return square_side(config.image_size, source, "image_size")
+
+    def build_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Build the model up to the selected layer."""
+        config.num_hidden_layers = count_layers(self.vision, config.num_hidden_layers)
+        model = AutoModel.from_config(config)
+        setattr(model, self.final_norm, nn.Identity())
+        return model
 
     def freeze_unused(self) -> None:
         for name, parameter in self.vision_tower.named_parameters():
             if name.rpartition(".")[2] in self.unused_parameters:
                 parameter.requires_grad = False
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens, which stand before the patches."""
+        return self.num_class_tokens + getattr(self.vision_tower.config, "num_register_tokens", 0)
+
     def encode(self, pixels: Tensor) -> Tensor:
-        hidden = self.vision_tower(pixel_values=pixels).last_hidden_state
-        return hidden[:, -self.vision.num_patches :]
+        options = {"interpolate_pos_encoding": True} if self.asks_to_interpolate else {}
+        hidden = self.vision_tower(pixel_values=pixels, **options).last_hidden_state
+        return hidden[:, self.num_prefix_tokens :]
 
     def load_weights(self, source: str) -> str:
         """Load the selected layers' weights from a folder or a hub name.
@@ -55,20 +96,7 @@ class HuggingFaceTower(VisionTower):
             ValueError: the source is gone, lacks weights of this tower, or (where the configuration
                 has a hash) holds other weights than those the model was trained with.
         """
-        try:
-            with quiet_transformers():
-                loaded, info = AutoModel.from_pretrained(source, dtype="auto", output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the vision tower's weights cannot be read from {source!r}: {error}\n"
-                "Give the folder that has them with --vision_tower; a checkpoint written with "
-                "--save_vision_tower holds them itself."
-            ) from error
-        names = set(self.vision_tower.state_dict())
-        missing = sorted(names & set(info["missing_keys"]) | names - set(loaded.state_dict()))
-        if missing:
-            raise ValueError(f"the vision tower at {source!r} lacks weights: {missing[:5]}")
-        weights = {name: tensor for name, tensor in loaded.state_dict().items() if name in names}
+        weights = self._read_weights(source)
         found = hash_weights(weights)
         expected = self.vision.vision_tower_hash
         if expected is not None and found != expected:
@@ -79,22 +107,41 @@ class HuggingFaceTower(VisionTower):
         self.vision_tower.load_state_dict(weights)
         return found
 
+    def _read_weights(self, source: str) -> dict[str, Tensor]:
+        """This tower's weights at a source, in the dtype that they are stored in.
+
+        The tower's own class and configuration read them, so that of a two-tower model the other
+        half is left out, and layers that are not built.
+        """
+        model_class: Any = type(self.vision_tower)
+        config = copy.deepcopy(self.vision_tower.config)
+        try:
+            with quiet_transformers():
+                loaded, info = model_class.from_pretrained(
+                    source, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+                )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the vision tower's weights cannot be read from {source!r}: {error}\n"
+                "Give the folder that has them with --vision_tower; a checkpoint written with "
+                "--save_vision_tower holds them itself."
+            ) from error
+        names = set(self.vision_tower.state_dict())
+        mismatched = {name for name, *_ in info["mismatched_keys"]}
+        missing = sorted(names & (mismatched | set(info["missing_keys"])))
+        if missing:
+            raise ValueError(
+                f"the vision tower at {source!r} lacks weights of the expected shape: {missing[:5]}; "
+                "give the right folder with --vision_tower"
+            )
+        return {name: tensor for name, tensor in loaded.state_dict().items() if name in names}
+
 
 def build_config(vision: VisionConfig) -> PretrainedConfig:
-    """The vision model's configuration, cut behind the selected layer."""
+    """The vision model's whole configuration."""
     # Without the dtype its files were written in: the tower gets that of the model around it.
     settings = {name: value for name, value in vision.vision_config.items() if name != "dtype"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    selected = vision.vision_select_layer
-    kept = selected if selected >= 0 else config.num_hidden_layers + 1 + selected
-    if not 1 <= kept <= config.num_hidden_layers:
-        raise ValueError(
-            f"--mm_vision_select_layer is {selected}, but {vision.vision_tower!r} has "
-            f"{config.num_hidden_layers} layers; use 1 to {config.num_hidden_layers}, or -1 to "
-            f"{-config.num_hidden_layers}"
-        )
-    config.num_hidden_layers = kept
-    return config
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
