@@ -28,6 +28,7 @@ from llava.config import VisionConfig
 from llava.model.loading import load_model
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import TOWERS, build_tower, describe_tower
+from llava.model.multimodal_encoder.hf_tower import hash_weights
 from llava.model.multimodal_encoder.siglip import cut_patches
 
 WriteTower = Callable[[str], Path]
@@ -164,6 +165,14 @@ def test_changed_weights_are_an_error(tower_folder: WriteTower, tmp_path: Path, 
     save_file(weights | {changed: weights[changed] + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="not the one this model was trained with"):
         build_tower(same).load_weights(str(tmp_path))
+
+
+def test_the_hash_is_of_the_weights_and_not_of_their_names() -> None:
+    weights = {"query": torch.arange(4.0), "key": torch.ones(2, 2)}
+    same = {"q_proj": torch.arange(4.0), "k_proj": torch.ones(2, 2)}
+    assert hash_weights(weights) == hash_weights(same)
+    others = ({"query": torch.arange(4.0) + 1}, {"key": torch.ones(4)}, {"key": torch.ones(2, 2).half()})
+    assert len({hash_weights(weights), *(hash_weights(weights | other) for other in others)}) == 4
 
 
 @every_tower

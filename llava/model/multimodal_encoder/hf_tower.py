@@ -145,10 +145,20 @@ def build_config(vision: VisionConfig) -> PretrainedConfig:
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    """SHA-256 over the hashes of all tensors, in sorted order.
+
+    Names do not count: transformers renames parameters from one version to the next (DINOv2's queries,
+    keys and values between 5.17 and 5.23), and a model must find its tower again.
+    """
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    for tensor_digest in sorted(_hash_tensor(tensor) for tensor in weights.values()):
+        digest.update(tensor_digest)
     return digest.hexdigest()
+
+
+def _hash_tensor(tensor: Tensor) -> bytes:
+    """SHA-256 over type, shape and bytes."""
+    tensor = tensor.detach().contiguous().cpu()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
