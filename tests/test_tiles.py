@@ -51,6 +51,12 @@ def test_golden_geometry(anyres: AnyRes, size: tuple[int, int]) -> None:
     assert replace(anyres, merge_type="flat").num_tokens(size) == 256 * (1 + grid[0] * grid[1])
 
 
+def test_of_canvases_that_keep_as_much_the_least_wasteful_is_taken(anyres: AnyRes) -> None:
+    either = replace(anyres, grids=(Size(2, 2), Size(1, 1)))
+    assert either.choose_grid((100, 100)) == (1, 1)
+    assert either.choose_grid((300, 300)) == (2, 2)
+
+
 def test_a_canvas_of_one_tile_still_has_the_whole_picture_before_it(anyres: AnyRes) -> None:
     single = replace(anyres, grids=(Size(1, 1),))
     assert single.num_views((300, 300)) == 2
@@ -75,6 +81,10 @@ def test_most_tokens_bound_all_pictures_and_are_reached(anyres: AnyRes) -> None:
         assert max(counts) <= law.most_tokens
         assert law.max_tiles is not None or max(counts) == law.most_tokens
     assert wide.most_views == 17
+    # With a limit a partly filled canvas can have more than a full one, which is shrunk.
+    small = AnyRes(8, 3, 9, parse_pinpoints("(1x1),...,(3x3)", 8), "spatial_unpad", max_tiles=2)
+    counts = [small.num_tokens((height, width)) for height in range(1, 60) for width in range(1, 60)]
+    assert max(counts) == small.most_tokens
 
 
 def test_pictures_stay_within_their_canvas_and_keep_their_shape(anyres: AnyRes) -> None:

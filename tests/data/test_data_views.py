@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from llava.constants import IGNORE_INDEX
+from llava.data import dataset as dataset_module
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
 from llava.data.image_ops import cut_views, fit_frames
@@ -161,6 +162,12 @@ def test_samples_count_their_own_images(visual_tokenizer, tiled, two_images: Rec
     assert dataset.lengths == [len(example.input_ids)]
     assert dataset.tokenize(two_images) == (example.input_ids, example.labels)
     assert SupervisedCollator(0)([example])["image_sizes"] == [(60, 90), (20, 300)]
+
+
+def test_a_decoded_image_is_counted_by_its_pixels(visual_tokenizer, unpadded, two_images: Record, monkeypatch) -> None:
+    monkeypatch.setattr(dataset_module, "read_image_size", lambda path: pytest.fail("the header was read"))
+    example = SupervisedDataset([two_images], visual_tokenizer, unpadded, 512)[0]
+    assert example.labels.count(IGNORE_INDEX) == 112
 
 
 def test_an_image_that_does_not_fit_is_named_with_the_remedy(visual_tokenizer, unpadded, two_images: Record) -> None:

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY_BACKBONES
 from test_splice import batch_of
 
 from llava.data.image_ops import cut_views
 from llava.model.adapter import load_adapter
 from llava.model.loading import load_model
 from llava.model.views import ViewMerger
+from llava.streams import STREAM_LAWS
 from llava.tiles import AnyRes, parse_pinpoints
 from llava.train.parts import part_of
 
@@ -32,7 +34,11 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize("settings", [FLAT, {**FLAT, "resample_images": True}, UNPADDED, LIMITED], ids=str)
+RESAMPLED = [{**FLAT, "resample_images": True, "resampler_type": name} for name in STREAM_LAWS.names()]
+POOLED = {**UNPADDED, "projector_type": "pooler", "perceiver_latents": 4}
+
+
+@pytest.mark.parametrize("settings", [FLAT, UNPADDED, LIMITED, POOLED, *RESAMPLED], ids=str)
 def test_features_are_as_many_as_counted(load_tiny, settings: dict) -> None:
     model = load_tiny(**settings).model.eval()
     sizes = [*random_sizes(50), (1, 1), (1, 300), (300, 1)]
@@ -100,8 +106,9 @@ def test_image_video_and_text_in_one_batch(load_tiny, mixed_data: Path, settings
     assert [len(frames) for frames in batch["images"]] == [3, 5, 3, 5]
     loss = model(**batch).loss
     loss.backward()
-    gradient = model.get_model().image_newline.grad if "patch_merge_type" in settings else None
-    assert gradient is None or gradient.abs().sum() > 0
+    newline = model.get_model().image_newline
+    assert (newline is None) == (settings == FLAT)
+    assert newline is None or newline.grad.abs().sum() > 0
     model.eval()
     with torch.no_grad():
         together = model(**{**batch, "labels": None}).logits
@@ -128,24 +135,20 @@ def test_only_merging_in_rows_has_a_newline(load_tiny) -> None:
     assert name in loaded.new_parameters
 
 
-@pytest.mark.parametrize("name", ["llava_gpt2", "llava_llama"])
-def test_a_new_newline_has_the_length_one(load_tiny, name: str) -> None:
-    loaded = load_tiny(name, **UNPADDED)
-    built = type(loaded.model)(loaded.model.config).get_model().image_newline
-    for newline in (loaded.model.get_model().image_newline, built):
-        assert newline.shape == (32,)
-        assert 0.6 < float(newline.detach().norm()) < 1.5
-
-
-@pytest.mark.parametrize("name", ["llava_gpt2", "llava_llama"])
-def test_save_and_reload_are_exact(load_tiny, mixed_data: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", TINY_BACKBONES)
+def test_a_new_newline_has_the_length_one_and_is_kept(load_tiny, mixed_data: Path, tmp_path: Path, name: str) -> None:
     loaded = load_tiny(name, **UNPADDED, image_grid_pinpoints="(1x1),...,(2x2)")
+    newline = loaded.model.get_model().image_newline
+    built = type(loaded.model)(loaded.model.config).get_model().image_newline
+    for filled in (newline, built):
+        assert filled.shape == (loaded.model.get_input_embeddings().embedding_dim,)
+        assert 0.5 < float(filled.detach().norm()) < 1.6
     loaded.model.save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     again = load_model(str(tmp_path))
     assert again.new_parameters == []
     assert again.vision == loaded.model.vision
-    assert torch.equal(again.model.get_model().image_newline, loaded.model.get_model().image_newline)
+    assert torch.equal(again.model.get_model().image_newline, newline)
     batch = batch_of(loaded, mixed_data, [2, 4])
     with torch.no_grad():
         one, other = (model.eval()(**batch, return_logits=True).logits for model in (loaded.model, again.model))
