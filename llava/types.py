@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MediaKind = Literal["image", "video"]
+Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Media:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation. ``role`` is "user" or "assistant"."""
+    """One turn of a conversation, and whose it is."""
 
-    role: Literal["user", "assistant"]
+    role: Role
     text: str
 
 

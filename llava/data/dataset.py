@@ -12,16 +12,10 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.collator import SupervisedCollator
 from llava.data.media import MediaError, load_media, read_image_size
-from llava.data.placeholders import expand_placeholders, placeholder_kinds, split_at_placeholders
-from llava.data.preprocess.plain import (
-    ContextError,
-    join_turns,
-    label_plain,
-    needs_end,
-    prefix_ids,
-    tokenize_plain,
-    truncate_segments,
-)
+from llava.data.placeholders import expand_placeholders, placeholder_kinds
+from llava.data.preprocess import PLAIN_LM, Format, build_format
+from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
+from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
 from llava.types import Example, Record, VisualInput
 
@@ -40,6 +34,7 @@ class SupervisedDataset(Dataset[Example]):
         vision: None for a model without vision.
         max_length: most tokens of an example. Text is cut to it, visual spans never.
         early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
+        text_format: how conversations become ids and labels; ``plain_lm`` by default.
     """
 
     def __init__(
@@ -49,12 +44,14 @@ class SupervisedDataset(Dataset[Example]):
         vision: VisionConfig | None,
         max_length: int,
         early_mix_text: bool = False,
+        text_format: Format | None = None,
     ) -> None:
         self.records = records
         self.tokenizer = tokenizer
         self.vision = vision
         self.max_length = max_length
         self.early_mix_text = early_mix_text
+        self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -102,8 +99,7 @@ class SupervisedDataset(Dataset[Example]):
             image_sizes = self.image_sizes(record)
         try:
             turns = expand_placeholders(record.turns, self.vision, frame_counts, image_sizes)
-            segments = tokenize_plain(join_turns([turn.text for turn in turns]), self.tokenizer)
-            return label_plain(truncate_segments(segments, self.max_length))
+            return label_segments(truncate_segments(self.text_format.encode(turns), self.max_length))
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
@@ -112,7 +108,8 @@ class SupervisedDataset(Dataset[Example]):
 
     def _shorter_spans(self, record: Record) -> str:
         """The settings that make the spans of a record shorter, as the end of a sentence."""
-        assert self.vision is not None
+        if self.vision is None:
+            return ""
         ways = self.vision.ways_to_shorten({media.kind for media in record.media})
         return "".join(f" or {way}" for way in ways)
 
@@ -147,18 +144,18 @@ class SupervisedDataset(Dataset[Example]):
         return lengths
 
     def _count_tokens(self, records: Sequence[Record]) -> list[int]:
-        """Tokens of each record, whose texts are tokenised in one call, cut where ``tokenize`` cuts them."""
-        pieces = [split_at_placeholders(join_turns([turn.text for turn in record.turns])) for record in records]
-        flat = [piece for of_record in pieces for piece in of_record]
-        encoded = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
-        prefix = prefix_ids(self.tokenizer)
-        lengths = []
-        for record, of_record in zip(records, pieces, strict=True):
-            ids = [next(encoded) for _ in of_record]
-            last = ids[-1] if len(ids) > 1 else prefix + ids[0]
-            total = len(prefix) + sum(map(len, ids)) + needs_end(last, self.tokenizer)
-            lengths.append(total + self.visual_tokens(record))
-        return lengths
+        """Tokens of each record; their texts are tokenised in one call."""
+        for record in records:
+            self.check_turns(record)
+        counts = self.text_format.count_tokens([record.turns for record in records])
+        return [count + self.visual_tokens(record) for count, record in zip(counts, records, strict=True)]
+
+    def check_turns(self, record: Record) -> None:
+        """A ValueError that names the record if the format cannot write turns like its own."""
+        try:
+            self.text_format.check(record.turns)
+        except ValueError as error:
+            raise ValueError(f"{record}: {error}") from error
 
     @property
     def modality_lengths(self) -> list[int]:
@@ -181,9 +178,33 @@ def text_without_media(record: Record) -> str:
     return join_turns(texts)
 
 
-def find_unsupervised(records: Sequence[Record]) -> list[Record]:
-    """Records that nothing can be learned from: without media and without text."""
-    return [record for record in records if not record.media and not text_without_media(record)]
+def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
+    """Records that nothing can be learned from: without a text that the format supervises.
+
+    Under ``plain_lm`` those are records without media and without text.
+    """
+    return [record for record in dataset.records if not dataset.text_format.has_target(record.turns)]
+
+
+def check_supervision(dataset: SupervisedDataset) -> None:
+    """Check before training that every sample has something to learn, and keeps it within ``max_length``.
+
+    Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this;
+    nor are videos whose number of frames shows only when they are opened.
+
+    Raises:
+        ValueError: names the samples.
+    """
+    if empty := find_unsupervised(dataset):
+        raise ValueError(
+            f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; give them text or take them out"
+        )
+    if not dataset.text_format.has_prompts:
+        return
+    open_ended = dataset.vision is not None and dataset.vision.video_fps > 0
+    for record, length in zip(dataset.records, dataset.lengths, strict=True):
+        if length > dataset.max_length and not (open_ended and any(m.kind == "video" for m in record.media)):
+            dataset.tokenize(record)
 
 
 def _name_some(records: Sequence[Record], most: int = 5) -> str:
@@ -192,7 +213,11 @@ def _name_some(records: Sequence[Record], most: int = 5) -> str:
 
 
 def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: Any, vision: VisionConfig | None, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: Any,
+    vision: VisionConfig | None,
+    max_length: int,
+    text_format: Format | None = None,
 ) -> dict[str, Any]:
     """Datasets and collator for the trainer.
 
@@ -201,6 +226,7 @@ def make_supervised_data_module(
         data_args: ``DataArguments`` (paths and folders).
         vision: None for a model without vision.
         max_length: most tokens of an example.
+        text_format: how conversations become ids and labels; ``plain_lm`` by default.
 
     Returns:
         ``{"train_dataset", "eval_dataset", "data_collator"}``, the second None without ``eval_data_path``.
@@ -213,11 +239,9 @@ def make_supervised_data_module(
         if not paths:
             return None
         records = read_records(paths, data_args.image_folder, data_args.video_folder)
-        if empty := find_unsupervised(records):
-            raise ValueError(
-                f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; give them text or take them out"
-            )
-        return SupervisedDataset(records, tokenizer, vision, max_length, data_args.early_mix_text)
+        dataset = SupervisedDataset(records, tokenizer, vision, max_length, data_args.early_mix_text, text_format)
+        check_supervision(dataset)
+        return dataset
 
     return {
         "train_dataset": build(data_args.data_path),

@@ -11,9 +11,11 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
 from llava.data.record_store import RecordStore
-from llava.types import Media, MediaKind, Record, Turn
+from llava.types import Media, MediaKind, Record, Role, Turn
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
 _PLACEHOLDER: dict[MediaKind, str] = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 _RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 
@@ -138,7 +140,7 @@ def _parse_turns(value: Any, where: str) -> Iterator[Turn]:
         if not isinstance(text, str):
             raise ValueError(f'{where}, turn {number}: "value" must be a string, found {_name(text)}')
         _check_text(text, f"{where}, turn {number}")
-        yield Turn(_ROLES[role], text)  # type: ignore[arg-type]
+        yield Turn(_ROLES[role], text)
 
 
 def _check_text(text: str, where: str) -> None:

@@ -20,7 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
     )
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="text that the answer continues")
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="the question, or the text that the answer continues"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="system text before the question (default: none)")
     parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
     parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options |= {"do_sample": True, "temperature": args.temperature}
     try:
         captioner = Captioner.from_checkpoint(args.model_path, args.vision_tower, args.device)
-        print(captioner.generate([Request(media, args.prompt)], **options)[0])
+        print(captioner.generate([Request(media, args.prompt, args.system)], **options)[0])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

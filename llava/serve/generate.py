@@ -11,21 +11,26 @@ import torch
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.media import load_media
-from llava.data.placeholders import expand_text
-from llava.data.preprocess.plain import join_turns, tokenize_plain
+from llava.data.placeholders import expand_placeholders
+from llava.data.preprocess import PLAIN_LM, build_format
 from llava.model.loading import LoadedModel, load_model
 from llava.model.quiet import quiet_transformers
-from llava.types import Media, VisualInput
+from llava.types import Media, Turn, VisualInput
 
 _PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to describe or continue: media, in order, then the text so far."""
+    """What to describe, to answer or to continue.
+
+    Media, in order, then the text so far or, for a model trained on conversations, the user's question;
+    ``system`` is a system turn before both.
+    """
 
     media: Sequence[Media | VisualInput] = ()
     prompt: str = ""
+    system: str = ""
 
 
 class Captioner:
@@ -41,6 +46,7 @@ class Captioner:
         self.model = loaded.model.to(self.device).eval()
         self.tokenizer = loaded.tokenizer
         self.vision: VisionConfig | None = loaded.vision
+        self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
 
     @classmethod
     def from_checkpoint(cls, path: str, vision_tower: str | None = None, device: str | None = None) -> Captioner:
@@ -68,7 +74,8 @@ class Captioner:
         return answers
 
     def _generate_batch(self, requests: Sequence[Request], options: dict[str, Any]) -> list[str]:
-        options = {"max_new_tokens": 64, "do_sample": False, **options}
+        stop = self.text_format.stop_token_ids
+        options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": stop, **options}
         media = [[self._load(m) for m in request.media] for request in requests]
         prompts = [self._prompt_ids(request, loaded) for request, loaded in zip(requests, media, strict=True)]
         longest = max(map(len, prompts))
@@ -94,7 +101,8 @@ class Captioner:
             output = self.model.generate(
                 input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **visual, **options
             )
-        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        answers = [[i for i in row if i not in stop] for row in output[:, longest:].tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _load(self, medium: Media | VisualInput) -> VisualInput:
@@ -105,10 +113,12 @@ class Captioner:
         return load_media(medium, self.vision)
 
     def _prompt_ids(self, request: Request, media: Sequence[VisualInput]) -> list[int]:
-        text = join_turns([_PLACEHOLDERS[medium.kind] for medium in media] + [request.prompt])
-        if self.vision is not None:
-            frame_counts = [len(m.frames) for m in media if m.kind == "video"]
-            text = expand_text(text, self.vision, frame_counts, [m.original_size for m in media if m.kind == "image"])
-        ids = [i for segment in tokenize_plain(text, self.tokenizer, end=False) for i in segment.ids]
+        words = [*(_PLACEHOLDERS[medium.kind] for medium in media), request.prompt.strip()]
+        turns = [Turn("system", request.system)] if request.system else []
+        turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
+        frame_counts = [len(m.frames) for m in media if m.kind == "video"]
+        image_sizes = [m.original_size for m in media if m.kind == "image"]
+        expanded = expand_placeholders(turns, self.vision, frame_counts, image_sizes)
+        ids = [i for segment in self.text_format.encode_prompt(expanded) for i in segment.ids]
         # A text model that is asked to begin on its own starts behind an end of text.
         return ids or [self.tokenizer.eos_token_id]

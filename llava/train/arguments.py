@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.parts import PARTS
@@ -191,8 +192,18 @@ class DataArguments:
     frames_upbound: int | None = field(
         default=None, metadata={"help": "Most frames that --video_fps samples (default 32)."}
     )
-    plain_lm: bool = field(
-        default=True, metadata={"help": "Plain language modelling without chat templates, the only format so far."}
+    plain_lm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Plain language modelling: all turns joined, all text learned (default, unless --version is given)."
+        },
+    )
+    version: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Format of conversations, of which only the assistant's turns are learned: {', '.join(FORMATS)}. "
+            f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
+        },
     )
     early_mix_text: bool = field(
         default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
@@ -204,9 +215,20 @@ class DataArguments:
         self.video_folder = self.video_folder or None
         if os.environ.get("USE_PLAIN_LM", "").lower() in _TRUE:
             transformers.logging.get_logger(__name__).warning("USE_PLAIN_LM is honoured; its name now is --plain_lm")
-            self.plain_lm = True
-        if not self.plain_lm:
-            raise ValueError("--plain_lm false asks for a chat format, and there is none yet; leave the flag out")
+            self.plain_lm, self.version = True, None
+        if self.plain_lm and self.version not in (None, PLAIN_LM):
+            raise ValueError(
+                f"--version {self.version} asks for a chat format, but --plain_lm is true; leave one of them out, or "
+                "give --plain_lm false where a recipe says true"
+            )
+        if self.plain_lm is None:
+            self.plain_lm = self.version in (None, PLAIN_LM)
+        FORMATS.get(self.format_name)
+
+    @property
+    def format_name(self) -> str:
+        """The preprocessing format that ``plain_lm`` and ``version`` ask for."""
+        return PLAIN_LM if self.plain_lm else self.version or CHAT
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""

@@ -32,7 +32,6 @@ _RETIRED = {
     "overwrite_output_dir": "checkpoints are resumed only with --resume_from_checkpoint",
     "save_safetensors": "checkpoints are always safetensors",
     "is_multimodal": "a sample's own media decide",
-    "version": "it names a chat template, and plain_lm has none",
 }
 # Switches of the family's scripts that are accepted only as what happens anyway: off.
 _ALWAYS_OFF = (

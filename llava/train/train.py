@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava.config import VisionConfig
 from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
+from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
 from llava.model.loading import LoadedModel, load_model
@@ -82,7 +83,8 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     balance_experts(model, training_args.router_aux_loss_coef)
 
     max_length = choose_max_length(training_args.model_max_length, model, vision)
-    data = make_supervised_data_module(tokenizer, data_args, vision, max_length)
+    text_format = choose_format(data_args.format_name, tokenizer, model.config)
+    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format)
     if training_args.process_index == 0:
         if loaded.transfer is not None:
             print(loaded.transfer)
@@ -169,6 +171,15 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
             f"{limit}; {' or '.join(ways)}"
         )
     return limit
+
+
+def choose_format(name: str, tokenizer: Any, config: Any) -> Format:
+    """The preprocessing format of that name, which the checkpoints of this run will say they were trained with."""
+    before = getattr(config, "llava_format", name)
+    if before != name:
+        logger.warning("the checkpoint was trained with the format %s; now it is %s", before, name)
+    config.llava_format = name
+    return build_format(name, tokenizer)
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:

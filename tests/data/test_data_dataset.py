@@ -201,7 +201,8 @@ def test_samples_with_nothing_to_learn_are_reported_before_training(tmp_path, vi
     ]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(samples))
-    assert [r.id for r in find_unsupervised(read_records(str(path)))] == ["hollow"]
+    dataset = SupervisedDataset(read_records(str(path)), visual_tokenizer, tiny_vision, 512)
+    assert [r.id for r in find_unsupervised(dataset)] == ["hollow"]
     arguments = SimpleNamespace(
         data_path=[str(path)], eval_data_path=None, image_folder=None, video_folder=None, early_mix_text=False
     )

@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llava.constants import IGNORE_INDEX
-from llava.data.preprocess.plain import (
-    ContextError,
-    Segment,
-    join_turns,
-    label_plain,
-    preprocess_plain_lm,
-    tokenize_plain,
-    truncate_segments,
-)
+from llava.data.preprocess.base import ContextError, Segment, label_segments, truncate_segments
+from llava.data.preprocess.plain import join_turns, preprocess_plain_lm, tokenize_plain
 
 EOS = 0
 CAPTION = "una stella gialla"
@@ -140,7 +133,7 @@ def test_truncation_cuts_text_from_the_end_and_keeps_spans_and_last_token(visual
     full = [336, 380, 363, 221, *IMAGE_IDS, 295, 380, 363, EOS]
 
     def cut(length):
-        return label_plain(truncate_segments(segments, length))[0]
+        return label_segments(truncate_segments(segments, length))[0]
 
     assert cut(99) == cut(11) == full
     assert cut(10) == [336, 380, 363, 221, *IMAGE_IDS, 295, 380, EOS]
@@ -153,11 +146,11 @@ def test_truncation_cuts_text_from_the_end_and_keeps_spans_and_last_token(visual
 
 def test_truncation_of_text_alone():
     segments = [Segment([1, 2, 3, 4], visual=False), Segment([0], visual=False)]
-    assert label_plain(truncate_segments(segments, 3))[0] == [1, 2, 0]
-    assert label_plain(truncate_segments(segments, 2))[0] == [1, 0]
+    assert label_segments(truncate_segments(segments, 3))[0] == [1, 2, 0]
+    assert label_segments(truncate_segments(segments, 2))[0] == [1, 0]
 
 
 def test_truncated_labels_still_belong_to_their_ids(visual_tokenizer):
     segments = tokenize_plain(f"{IMAGE} {CAPTION}", visual_tokenizer)
-    ids, labels = label_plain(truncate_segments(segments, 6))
+    ids, labels = label_segments(truncate_segments(segments, 6))
     assert (ids, labels) == ([*IMAGE_IDS, 295, 380, EOS], [*3 * [IGNORE_INDEX], 295, 380, EOS])

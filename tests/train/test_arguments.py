@@ -47,7 +47,9 @@ def test_every_shipped_recipe_parses_by_its_name(recipe: str) -> None:
         (["--mm_tunable_parts", "mm_everything"], "--mm_tunable_parts names mm_everything; known: mm_vision_tower"),
         (["--mm_tunable_parts", ","], "--mm_tunable_parts is empty"),
         (["--attn_implementation", "fast"], "--attn_implementation is 'fast'"),
-        (["--plain_lm", "false"], "--plain_lm false"),
+        (["--version", "qwen_9"], "unknown --version .* 'qwen_9'; known: chat, gemma, llama_2, llama_v3, mpt, plain"),
+        (["--plain_lm", "true", "--version", "qwen"], "--version qwen asks for a chat format, but --plain_lm is true"),
+        (["--config", "italian_text.yaml", "--version", "v1"], "give --plain_lm false where a recipe says true"),
         (["--add_time_instruction", "True"], "--add_time_instruction True: not available"),
     ],
 )
@@ -90,6 +92,24 @@ def test_flash_attention_missing_says_how_to_install_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llava-babylm\[flash-attn\]'"):
         arguments.check_flash_attention()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "plain_lm"),
+        (["--plain_lm"], "plain_lm"),
+        (["--version", "plain_lm"], "plain_lm"),
+        (["--plain_lm", "false"], "chat"),
+        (["--version", "chat"], "chat"),
+        (["--version", "qwen"], "qwen"),
+        (["--plain_lm", "false", "--version", "v1"], "v1"),
+        (["--config", "italian_text.yaml", "--plain_lm", "false"], "chat"),
+    ],
+)
+def test_the_format_that_two_flags_ask_for(argv: list[str], name: str) -> None:
+    data = parse_arguments([*REQUIRED, *argv])[1]
+    assert (data.format_name, data.plain_lm) == (name, name == "plain_lm")
 
 
 def test_use_plain_lm_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

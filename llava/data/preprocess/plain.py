@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IGNORE_INDEX, VISUAL_TOKENS
+from llava.data.placeholders import split_at_placeholders
+from llava.data.preprocess.base import FORMATS, PLAIN_LM, Format, Segment, label_segments
+from llava.data.preprocess.encoder import VISUAL_TOKEN, prefix_ids, split_at_spans, visual_ids
+from llava.types import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
-_VISUAL_RUN = re.compile(f"((?:{_VISUAL_TOKEN.pattern})+)")
+
+@FORMATS.register(PLAIN_LM)
+class PlainFormat(Format):
+    """All turns joined by single spaces, whatever their roles."""
+
+    media_separator = " "
+    has_prompts = False
+
+    def check(self, turns: Sequence[Turn]) -> None:
+        """Any roles in any order will do."""
+
+    def has_target(self, turns: Sequence[Turn]) -> bool:
+        return bool(_join(turns))
+
+    def encode(self, turns: Sequence[Turn]) -> list[Segment]:
+        return tokenize_plain(_join(turns), self.tokenizer)
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        return tokenize_plain(_join(turns), self.tokenizer, end=False)
+
+    def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
+        pieces = [split_at_placeholders(_join(turns)) for turns in conversations]
+        flat = [piece for of_conversation in pieces for piece in of_conversation]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+        prefix = prefix_ids(self.tokenizer)
+        counts = []
+        for of_conversation in pieces:
+            ids = [next(encoded) for _ in of_conversation]
+            last = ids[-1] if len(ids) > 1 else prefix + ids[0]
+            counts.append(len(prefix) + sum(map(len, ids)) + needs_end(last, self.tokenizer))
+        return counts
 
 
-class ContextError(ValueError):
-    """A sample whose spans alone are too long for the context."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a sample: token ids, and whether they are a visual span."""
-
-    ids: list[int]
-    visual: bool
+def _join(turns: Sequence[Turn]) -> str:
+    return join_turns([turn.text for turn in turns])
 
 
 def preprocess_plain_lm(
@@ -47,9 +69,9 @@ def preprocess_plain_lm(
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for source in sources:
         text = join_turns([turn["value"] if "value" in turn else turn["content"] for turn in source])
-        if not has_image and _VISUAL_TOKEN.search(text):
+        if not has_image and VISUAL_TOKEN.search(text):
             raise ValueError("the text has visual tokens, but has_image is False")
-        ids, labels = label_plain(tokenize_plain(text, tokenizer))
+        ids, labels = label_segments(tokenize_plain(text, tokenizer))
         encoded["input_ids"].append(ids)
         encoded["labels"].append(labels)
     return encoded
@@ -68,75 +90,17 @@ def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = Tr
         tokenizer: one that begins texts with a token of its own (as Llama's do) keeps that habit.
         end: whether the end-of-text token is added, unless the text ends with it already.
     """
-    if DEFAULT_IMAGE_TOKEN in text or DEFAULT_VIDEO_TOKEN in text:
-        raise ValueError(
-            f"{DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} stands in the text unexpanded; "
-            "call preprocess_multimodal first"
-        )
-    segments = [Segment(prefix, visual=False)] if (prefix := prefix_ids(tokenizer)) else []
-    for i, piece in enumerate(_VISUAL_RUN.split(text)):
-        if not piece:
-            continue
-        if i % 2:
-            segments.append(Segment(_visual_ids(piece, tokenizer), visual=True))
+    segments = [Segment(prefix)] if (prefix := prefix_ids(tokenizer)) else []
+    for piece, visual in split_at_spans(text):
+        if visual:
+            segments.append(Segment(visual_ids(piece, tokenizer), visual=True))
         else:
-            segments.append(
-                Segment(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], visual=False)
-            )
+            segments.append(Segment(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]))
     if end and needs_end(segments[-1].ids if segments else [], tokenizer):
-        segments.append(Segment([tokenizer.eos_token_id], visual=False))
+        segments.append(Segment([tokenizer.eos_token_id]))
     return segments
-
-
-def label_plain(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Ids of the segments in a row, and labels that leave out visual ones."""
-    ids = [i for segment in segments for i in segment.ids]
-    labels = [IGNORE_INDEX if segment.visual else i for segment in segments for i in segment.ids]
-    return ids, labels
-
-
-def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]:
-    """Cut text, from the end, until all fits; spans stay whole and the last token stays last.
-
-    Raises:
-        ContextError: the spans, one text token and the end of text are already more than ``max_length``.
-    """
-    total = sum(len(segment.ids) for segment in segments)
-    if total <= max_length:
-        return segments
-    visual = sum(len(segment.ids) for segment in segments if segment.visual)
-    needed = visual + min(total - visual, 2)
-    if needed > max_length:
-        raise ContextError(
-            f"it needs at least {needed} tokens ({visual} of them visual), but the limit is {max_length}"
-        )
-    end = Segment(segments[-1].ids[-1:], visual=False)
-    rest = [*segments[:-1], Segment(segments[-1].ids[:-1], visual=False)]
-    excess = total - max_length
-    kept: list[Segment] = []
-    for segment in reversed(rest):
-        cut = 0 if segment.visual else min(excess, len(segment.ids))
-        excess -= cut
-        if len(segment.ids) > cut:
-            kept.append(Segment(segment.ids[: len(segment.ids) - cut], segment.visual))
-    return [*reversed(kept), end]
-
-
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer begins every text with: its beginning of text, or nothing."""
-    begins: Any = tokenizer("")["input_ids"][:1]
-    return begins if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else []
 
 
 def needs_end(last_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a sample whose last piece has these ids still lacks its end of text."""
     return list(last_ids[-1:]) != [tokenizer.eos_token_id]
-
-
-def _visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    tokens = _VISUAL_TOKEN.findall(run)
-    vocabulary: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in set(tokens)}
-    unknown = [token for token, i in vocabulary.items() if i is None or i == tokenizer.unk_token_id]
-    if unknown:
-        raise ValueError(f"the tokenizer does not know {', '.join(unknown)}; load it with llava.model.load_model")
-    return [vocabulary[token] for token in tokens]

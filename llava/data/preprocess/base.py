@@ -1,0 +1,140 @@
+"""What a preprocessing format is, what it makes, and the table of all formats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from llava.constants import IGNORE_INDEX
+from llava.registry import Registry
+from llava.types import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_LM = "plain_lm"
+CHAT = "chat"
+
+
+class ContextError(ValueError):
+    """A sample that does not fit the context however much of its text is cut."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a sample: its token ids, whether they are a visual span, whether they are learned.
+
+    A visual span is never learned, whatever ``supervised`` says.
+    """
+
+    ids: list[int]
+    visual: bool = False
+    supervised: bool = True
+
+    @property
+    def learned(self) -> bool:
+        return self.supervised and not self.visual
+
+
+class Format(ABC):
+    """A way to write conversations as tokens.
+
+    Args:
+        tokenizer: of the model; knows the visual tokens if there is vision.
+    """
+
+    media_separator: ClassVar[str] = "\n"
+    """What stands between media and the words of a user who shows them."""
+
+    has_prompts: ClassVar[bool] = True
+    """Whether there is text that is given and not learned."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return [self.tokenizer.eos_token_id]
+
+    @abstractmethod
+    def check(self, turns: Sequence[Turn]) -> None:
+        """A ValueError if this format cannot write a conversation of these roles."""
+
+    @abstractmethod
+    def has_target(self, turns: Sequence[Turn]) -> bool:
+        """Whether there is anything in a conversation that this format supervises, but for its end."""
+
+    @abstractmethod
+    def encode(self, turns: Sequence[Turn]) -> list[Segment]:
+        """A whole sample, placeholders expanded; its last token is the end of text, supervised."""
+
+    @abstractmethod
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        """A conversation up to where the assistant's next answer begins, as ``encode`` would write it."""
+
+    @abstractmethod
+    def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
+        """How many tokens ``encode`` makes of each conversation, its media (placeholders here) left out."""
+
+
+FORMATS: Registry[Callable[..., Format]] = Registry("--version (preprocessing format)")
+"""Formats by name; each is called with the tokenizer."""
+
+
+def build_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The format of a name for a tokenizer.
+
+    Raises:
+        ValueError: an unknown name, or a tokenizer that lacks what the format needs.
+    """
+    return FORMATS.get(name)(tokenizer)
+
+
+def label_segments(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Ids of the segments in a row, and labels that are -100 wherever nothing is learned."""
+    ids = [i for segment in segments for i in segment.ids]
+    labels = [i if segment.learned else IGNORE_INDEX for segment in segments for i in segment.ids]
+    return ids, labels
+
+
+def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]:
+    """Cut text, from the end, until all fits; spans stay whole and the last token stays last.
+
+    Raises:
+        ContextError: what must stay is more than ``max_length``: the spans, the text up to the first
+            supervised token, and the end of text.
+    """
+    total = sum(len(segment.ids) for segment in segments)
+    if total <= max_length:
+        return segments
+    end = replace(segments[-1], ids=segments[-1].ids[-1:])
+    rest = [*segments[:-1], replace(segments[-1], ids=segments[-1].ids[:-1])]
+    visual = sum(len(segment.ids) for segment in rest if segment.visual)
+    prompt, target = _text_to_first_target(rest)
+    needed = visual + prompt + target + 1
+    if needed > max_length:
+        before = f", {prompt} of the prompt" if prompt else ""
+        raise ContextError(
+            f"it needs at least {needed} tokens ({visual} of them visual{before}), but the limit is {max_length}"
+        )
+    excess = total - max_length
+    kept: list[Segment] = []
+    for segment in reversed(rest):
+        cut = 0 if segment.visual else min(excess, len(segment.ids))
+        excess -= cut
+        if len(segment.ids) > cut:
+            kept.append(replace(segment, ids=segment.ids[: len(segment.ids) - cut]))
+    return [*reversed(kept), end]
+
+
+def _text_to_first_target(segments: Sequence[Segment]) -> tuple[int, int]:
+    """Text tokens before the first supervised one, and 1 for that one; (0, 0) if there is none."""
+    prompt = 0
+    for segment in segments:
+        if segment.learned and segment.ids:
+            return prompt, 1
+        prompt += 0 if segment.visual else len(segment.ids)
+    return 0, 0
