@@ -195,7 +195,9 @@ class DataArguments:
     plain_lm: bool | None = field(
         default=None,
         metadata={
-            "help": "Plain language modelling: all turns joined, all text learned (default, unless --version is given)."
+            "help": "Plain language modelling: all turns joined, all text learned (default, unless --version is given).",
+            "nargs": "?",
+            "const": True,
         },
     )
     version: str | None = field(
