@@ -8,7 +8,7 @@ media.py          a file                -> pixels of an image or of sampled fram
   video_backends.py decord or PyAV
 image_ops.py      pixels                -> uint8 squares for the tower
 placeholders.py   turns                 -> text with visual spans, within the context
-preprocess/       text                  -> ids and labels
+preprocess/       turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example
 collator.py       Examples              -> Batch
 """

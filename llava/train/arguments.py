@@ -195,7 +195,7 @@ class DataArguments:
     plain_lm: bool | None = field(
         default=None,
         metadata={
-            "help": "Plain language modelling: all turns joined, all text learned (default, unless --version is given).",
+            "help": "Plain language modelling: all turns joined, all text learned (default without --version).",
             "nargs": "?",
             "const": True,
         },

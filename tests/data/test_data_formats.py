@@ -15,7 +15,7 @@ from llava.data.dataset import SupervisedDataset, find_unsupervised, make_superv
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
 from llava.data.preprocess import FORMATS, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
-from llava.data.preprocess.templates import TEMPLATES
+from llava.data.preprocess.templates import TEMPLATES, Template, register_template
 from llava.data.records import read_records
 from llava.types import Media, Record, Turn
 
@@ -440,6 +440,35 @@ def test_a_tokenizer_without_the_special_tokens(name, tokenizer_dir):
 @pytest.mark.parametrize("name", ["v1", "llama_2", "plain", "plain_lm"])
 def test_formats_for_any_tokenizer(name, tokenizer_dir):
     assert encode(name, _load(tokenizer_dir), conversation("ciao", "il gatto"))[0][-1] == 0
+
+
+def test_a_new_named_format_is_one_declaration(gpt2_tokenizer, monkeypatch):
+    monkeypatch.setattr(FORMATS, "_parts", dict(FORMATS._parts))
+    register_template(
+        "domanda", Template(user="Domanda: {text}\n", assistant="Risposta: {text}{eos}\n", system="{text}\n\n")
+    )
+    ids, labels = encode("domanda", gpt2_tokenizer, conversation("ciao", "il gatto", "e poi?", "il cane"))
+    whole = "Domanda: ciao\nRisposta: il gatto<|endoftext|>\nDomanda: e poi?\nRisposta: il cane<|endoftext|>"
+    assert gpt2_tokenizer.decode(ids) == whole
+    learned = [label for label in labels if label != IGNORE_INDEX]
+    assert gpt2_tokenizer.decode(learned) == " il gatto<|endoftext|> il cane<|endoftext|>"
+    with pytest.raises(ValueError, match="'domanda' is registered twice"):
+        register_template("domanda", TEMPLATES["v1"])
+
+
+def test_a_template_that_treats_its_last_answer_otherwise(templated):
+    """As Qwen3's does, which puts an empty thought before it: the prompt has it too, and it is not learned."""
+    thinking = CHATML.replace(
+        "+ message.content +", "+ ('<think></think>' if loop.last and loop.length > 1 else '') + message.content +"
+    )
+    tokenizer = templated(thinking, "gpt2")
+    ids, labels = encode("chat", tokenizer, conversation("ciao", "il gatto", "e poi?", "il cane"))
+    assert tokenizer.decode(ids).count("<think></think>") == 1
+    learned = [label for label in labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == "il gatto<|im_end|>il cane<|im_end|><|endoftext|>"
+    prompt = prompt_ids("chat", tokenizer, conversation("ciao", "il gatto", "e poi?"))
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think></think>")
+    assert ids[: len(prompt)] == prompt
 
 
 ROLE_MISTAKES = [

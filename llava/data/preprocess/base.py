@@ -80,7 +80,7 @@ class Format(ABC):
         """How many tokens ``encode`` makes of each conversation, its media (placeholders here) left out."""
 
 
-FORMATS: Registry[Callable[..., Format]] = Registry("--version (preprocessing format)")
+FORMATS: Registry[Callable[[PreTrainedTokenizerBase], Format]] = Registry("--version (preprocessing format)")
 """Formats by name; each is called with the tokenizer."""
 
 
