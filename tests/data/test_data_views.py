@@ -17,7 +17,7 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.image_ops import cut_views, fit_frames
 from llava.data.media import MediaError, load_image, load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
-from llava.data.preprocess.plain import ContextError
+from llava.data.preprocess.base import ContextError
 from llava.types import Media, Record, Turn
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200), (200, 10, 200)]
