@@ -89,9 +89,6 @@ class VisionTower(nn.Module, ABC):
         Returns:
             (frames, patches, width), patches row by row, without class or register tokens.
         """
-        if not len(frames):
-            # Models cannot run on no frame at all; the slice of one keeps every parameter in the graph.
-            return self.forward(frames.new_zeros((1, *frames.shape[1:])))[:0]
         pixels = self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             return self.encode(pixels)
