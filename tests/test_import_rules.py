@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config"}
+FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config", "plugins"}
 MAY_IMPORT = {
     "constants": set(),
     "registry": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "streams": {"registry", "types", "config"},
     "tiles": set(),
     "config": {"constants", "types", "streams", "tiles"},
+    "plugins": set(),
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

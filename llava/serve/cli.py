@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.0, help="above 0 samples, at this temperature (default 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     return parser
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from transformers import logging, set_seed
 
+    from llava.plugins import import_plugins
     from llava.serve.generate import Captioner, Request
     from llava.types import Media
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature}
     try:
+        import_plugins(args.plugins)
         captioner = Captioner.from_checkpoint(args.model_path, args.vision_tower, args.device)
         print(captioner.generate([Request(media, args.prompt, args.system)], **options)[0])
     except ValueError as error:

@@ -25,6 +25,10 @@ class ModelArguments:
     model_name_or_path: str = field(
         metadata={"help": "Folder or hub name of a plain language model or of a multimodal checkpoint."}
     )
+    plugins: list[str] | None = field(
+        default=None,
+        metadata={"help": "Python modules to import first, which register parts of your own (docs/extending.md)."},
+    )
     vision_tower: str | None = field(
         default=None,
         metadata={
