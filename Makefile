@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint types clean
+.PHONY: help install demo test lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: $(INSTALLED) ## ruff and shellcheck
 
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## write docs/models.md from the registries
+	$(BIN)/python -m llava.inspect.models > docs/models.md
 
 clean: ## remove .venv and what demo and tests left
 	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache

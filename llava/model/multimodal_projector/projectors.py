@@ -25,6 +25,7 @@ _MLP_NAME = re.compile(r"mlp([1-9]\d*)x(?:_res([1-9]\d*)x)?_gelu")
 
 @PROJECTORS.register("linear")
 def build_linear(vision: VisionConfig, hidden_size: int) -> nn.Module:
+    """One linear layer."""
     return nn.Linear(vision.hidden_size, hidden_size)
 
 
@@ -93,7 +94,7 @@ def parse_mlp(name: str) -> MlpShape | None:
 
 
 def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
-    """Linear layers with GELU between them, the first of which changes the width, then residual blocks."""
+    """N linear layers with GELU between them, the first of which changes the width, then M residual blocks."""
     layers: list[nn.Module] = [nn.Linear(input_size, output_size)]
     for _ in range(shape.depth - 1):
         layers += [nn.GELU(), nn.Linear(output_size, output_size)]

@@ -1,0 +1,146 @@
+"""``python -m llava.inspect.models``: everything that is registered, as tables in Markdown.
+
+``docs/models.md`` is its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import llava.model as models
+from llava.config import ASPECT_RATIOS, VisionConfig
+from llava.model.multimodal_encoder.builder import TOWERS
+from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
+from llava.model.multimodal_resampler.builder import RESAMPLERS
+from llava.plugins import import_plugins
+from llava.tiles import ANYRES, PATCH_MERGE_TYPES
+
+HEAD = """\
+# Models
+
+Everything that has a name, and what it is. `make docs` writes this page from the registries, by
+`python -m llava.inspect.models`; parts of your own join with `--plugins` (`docs/extending.md`).
+"""
+
+EXAMPLE_FRAMES = 4
+
+
+def describe_models() -> str:
+    """All tables, as one page."""
+    sections = [HEAD, describe_backbones(), describe_towers(), describe_projectors(), describe_resamplers()]
+    return "\n".join(sections)
+
+
+def describe_backbones() -> str:
+    import llava.model.language_model  # noqa: F401  (registers the backbones)
+    from llava.model.language_model.registration import PLAIN_TYPES
+
+    rows = []
+    for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
+        model_class = getattr(models, models.AVAILABLE_MODELS[backbone][2])
+        parent = next(base for base in model_class.__mro__ if base.__module__.startswith("transformers."))
+        attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
+        rows.append((f"`{backbone}`", f"`{plain}`", f"`{parent.__name__}`", attention))
+    variants = both(models.variant_type("<model type>", name) for name in models.VARIANTS if name != "base")
+    return f"""\
+## Language models
+
+A checkpoint is recognised by the `model_type` of its `config.json`, a plain one or one of this library; its folder may
+have any name.
+
+{table(("model type", "loads", "made from", "attention"), rows)}
+Each exists with alternating attention too (sdpa or eager): {variants}.
+`train_alternating.py --help` says how to begin.
+"""
+
+
+def describe_towers() -> str:
+    rows = [(f"`{name}`", first_line(TOWERS.get(name))) for name in TOWERS]
+    return f"""\
+## Vision towers
+
+`--vision_tower` takes a folder or a hub name; the vision model's own `model_type` chooses the tower. Of a model of
+images and text the vision half is used. The grid and the width come from the model; `--mm_vision_select_layer` picks a
+hidden state, and class and register tokens are dropped.
+
+{table(("model type", "what it is"), rows)}"""
+
+
+def describe_projectors() -> str:
+    rows = [(f"`{name}`", first_line(PROJECTORS.get(name))) for name in PROJECTORS]
+    rows.append((", ".join(MLP_NAMES), first_line(build_mlp)))
+    return f"""\
+## Projectors
+
+`--mm_projector_type`, from the tower's width to the language model's (default `{VisionConfig.projector_type}`).
+
+{table(("name", "what it is"), rows)}"""
+
+
+def describe_resamplers() -> str:
+    rows = [("none", "Keeps every patch.", *count_tokens(None))]
+    rows += [(f"`{name}`", first_line(RESAMPLERS.get(name)), *count_tokens(name)) for name in RESAMPLERS]
+    return f"""\
+## Resamplers
+
+`--mm_resampler_type`. Tokens are those of a 16 x 16 grid under the default settings, markers included: of an image with
+`--mm_resample_images` (without it an image keeps its patches), and of a video of {EXAMPLE_FRAMES} frames. A fast stream
+stands before a slow one.
+
+{table(("name", "what it is", "image", "video"), rows)}
+## Images
+
+`--image_aspect_ratio`: {both([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])}. The tiles of `anyres` are joined as
+`--mm_patch_merge_type` says: {both(PATCH_MERGE_TYPES)}. See `docs/data.md`.
+"""
+
+
+def count_tokens(resampler: str | None) -> tuple[str, str]:
+    """Tokens of an image and of a video behind a resampler, by stream."""
+    vision = VisionConfig(
+        vision_tower="",
+        vision_config={},
+        hidden_size=1024,
+        image_size=224,
+        patches_per_side=16,
+        resampler_type=resampler,
+        resample_images=resampler is not None,
+    )
+    lengths = [[span.length for span in vision.spans(*medium)] for medium in (("image",), ("video", EXAMPLE_FRAMES))]
+    image, video = (" + ".join(map(str, streams)) for streams in lengths)
+    return image, video
+
+
+def first_line(part: Any) -> str:
+    """The first sentence of a part's documentation, in one line."""
+    paragraph = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
+    return paragraph.replace("``", "`")
+
+
+def both(names: Iterable[str]) -> str:
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} and {last}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.inspect.models", description="Print everything that is registered, as Markdown."
+    )
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
+    args = parser.parse_args(argv)
+    import_plugins(args.plugins)
+    sys.stdout.write(describe_models())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

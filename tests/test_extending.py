@@ -1,0 +1,113 @@
+"""Every file of docs/extending.md works as it stands there: written down, named with --plugins, trained, used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+CONTRACT = """
+import sys, torch
+import llava_qwen3
+from transformers import AutoModelForCausalLM
+from llava.model import AVAILABLE_MODELS, load_model
+
+plain, trained = sys.argv[1:]
+ids = torch.randint(1, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    expected = AutoModelForCausalLM.from_pretrained(plain).eval()(input_ids=ids).logits
+    for variant in ("base", "alternating", "alternating_cross"):
+        loaded = load_model(plain, variant=variant).model.eval()
+        assert (loaded(input_ids=ids).logits - expected).abs().max() == 0, variant
+        assert type(loaded).__name__ == AVAILABLE_MODELS[loaded.config.model_type][2]
+print("parity")
+import ijepa_tower, row_mean, normed_projector
+again = load_model(trained)
+assert again.new_parameters == []
+assert again.vision.num_tokens("video", 3) == 3 * 4
+print(again.model.config.model_type, type(again.model.get_vision_tower()).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the page, by the names in their first lines."""
+    folder = tmp_path_factory.mktemp("plugins")
+    page = (ROOT / "docs" / "extending.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, "every file on the page begins with its name"
+        (folder / name.group(1)).write_text(block)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tuple[Path, Path]:
+    """A tiny plain Qwen3 and a tiny I-JEPA."""
+    from transformers import AutoTokenizer, IJepaConfig, IJepaModel, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("newcomers")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(root / "any name")
+    tokenizer.save_pretrained(root / "any name")
+    tower = IJepaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=56, patch_size=14
+    )
+    IJepaModel(tower).save_pretrained(root / "tower")
+    return root / "any name", root / "tower"
+
+
+def run(folder: Path, *words: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixed_data: Path, media_dir: Path) -> None:
+    plugins = ["--plugins", *sorted(file.stem for file in folder.glob("*.py"))]
+    assert len(plugins) > 4
+    plain, tower = models
+    printed = run(
+        folder, "-m", "llava.train.train", *plugins, "--model_name_or_path", plain, "--vision_tower", tower,
+        "--mm_resampler_type", "row_mean", "--mm_projector_type", "normed", "--num_frames", 3,
+        "--mm_tunable_parts", "mm_vision_tower,mm_mlp_adapter,mm_vision_resampler,mm_language_model",
+        "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2, "--per_device_train_batch_size", 7,
+        "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--dataloader_num_workers", 1,
+    )  # fmt: skip
+    assert "video of 3 frames: 12 tokens" in printed
+    run(folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
+        "--max_new_tokens", 3)  # fmt: skip
+    printed = run(folder, "-c", CONTRACT, plain, "out")
+    assert printed.split() == ["parity", "llava_qwen3", "IJepaTower"]
+
+
+def test_a_plugin_that_is_not_there() -> None:
+    from llava.plugins import import_plugins
+
+    import_plugins(None)
+    import_plugins(["json"])
+    with pytest.raises(ValueError, match=r"--plugins my_parts: no such module"):
+        import_plugins(["my_parts"])
+
+
+def test_what_goes_wrong_inside_a_plugin_is_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava.plugins import import_plugins
+
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        import_plugins(["needs_more"])
