@@ -72,6 +72,29 @@ def test_new_rows_are_the_mean_and_heads_stay_tied(name: str, load_tiny, backbon
         torch.testing.assert_close(grown[len(head) :], head.mean(0).expand(len(VISUAL_TOKENS), -1))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_vocabulary_grows_with_tied_and_with_untied_heads(name, tied: bool, backbone_dirs, tower_dir, tmp_path) -> None:
+    config = AutoConfig.from_pretrained(backbone_dirs[name])
+    config.tie_word_embeddings = tied
+    torch.manual_seed(9)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    for file in backbone_dirs[name].glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    loaded = load_model(str(tmp_path), vision_tower=str(tower_dir))
+    ids = text_ids(loaded)
+    with torch.no_grad():
+        grown = loaded.model.eval()(input_ids=ids).logits
+        assert torch.equal(grown[..., : config.vocab_size], plain(input_ids=ids).logits)
+    assert grown.shape[-1] == config.vocab_size + len(VISUAL_TOKENS)
+    loaded.model.save_pretrained(tmp_path / "again")
+    loaded.tokenizer.save_pretrained(tmp_path / "again")
+    for model in (loaded.model, load_model(str(tmp_path / "again")).model):
+        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+        with torch.no_grad():
+            assert torch.equal(model.eval()(input_ids=ids).logits, grown)
+
+
 def test_spare_rows_serve_visual_tokens(name: str, backbone_dirs, tower_dir, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name])
     size = plain.config.vocab_size

@@ -9,13 +9,12 @@ import torch
 
 from llava.constants import VISUAL_TOKENS
 from llava.data.media import load_media
+from llava.model import BACKBONES
 from llava.serve.generate import Captioner, Request
 from llava.types import Media
 
-BACKBONES = ["llava_gpt2", "llava_llama"]
 
-
-@pytest.fixture(params=BACKBONES)
+@pytest.fixture(params=sorted(BACKBONES))
 def captioner(request, load_tiny) -> Captioner:
     """A model whose next token really depends on its media: larger random weights than at the start."""
     loaded = load_tiny(request.param)
