@@ -10,7 +10,7 @@ from llava.model.multimodal_encoder.hf_tower import HuggingFaceTower
 
 @TOWERS.register("clip_vision_model")
 class ClipTower(HuggingFaceTower):
-    """CLIP's norm before the first layer belongs to its embeddings and stays."""
+    """The vision half of CLIP. Its norm before the first layer belongs to the embeddings and stays."""
 
     final_norm = "post_layernorm"
     num_class_tokens = 1

@@ -9,7 +9,7 @@ from llava.model.multimodal_encoder.hf_tower import HuggingFaceTower
 @TOWERS.register("dinov2")
 @TOWERS.register("dinov2_with_registers")
 class DinoV2Tower(HuggingFaceTower):
-    """The mask token stands in for patches that pretraining hides."""
+    """DINOv2, with and without registers. Its mask token, for patches that pretraining hides, is not used."""
 
     final_norm = "layernorm"
     num_class_tokens = 1
@@ -18,6 +18,6 @@ class DinoV2Tower(HuggingFaceTower):
 
 @TOWERS.register("dinov3_vit")
 class DinoV3Tower(DinoV2Tower):
-    """In training its rotary positions are scaled at random, as its configuration says."""
+    """DINOv3's vision transformers. Training scales their rotary positions at random, as the configuration says."""
 
     final_norm = "norm"

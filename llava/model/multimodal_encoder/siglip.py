@@ -19,7 +19,7 @@ from llava.model.multimodal_encoder.image_format import ImageFormat, square_side
 
 @TOWERS.register("siglip_vision_model")
 class SiglipTower(HuggingFaceTower):
-    """SigLIP has no class token: its head pools the patches by attention, and is not built."""
+    """The vision half of SigLIP. It has no class token: its head pools the patches, and is not built."""
 
     final_norm = "post_layernorm"
     asks_to_interpolate = True
@@ -33,7 +33,7 @@ class SiglipTower(HuggingFaceTower):
 
 @TOWERS.register("siglip2_vision_model")
 class Siglip2Tower(SiglipTower):
-    """A model of variable grids, used with one square grid, so that no patch is padding."""
+    """The vision half of SigLIP2 with variable grids (NaFlex), used with one square grid: no patch is padding."""
 
     @classmethod
     def own_side(cls, source: str, config: PretrainedConfig, images: ImageFormat) -> int:

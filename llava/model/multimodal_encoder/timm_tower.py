@@ -16,7 +16,7 @@ from llava.model.multimodal_encoder.image_format import count_patches, square_si
 
 @TOWERS.register("timm_wrapper")
 class TimmTower(HuggingFaceTower):
-    """A timm model whose layers share one width and one grid.
+    """A model of timm whose layers share one width and one grid (extra `timm`).
 
     timm counts no embeddings among its hidden states; here layer 1 is the first block all the same.
     """
