@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,6 +260,59 @@ def test_structural_settings_are_fields_of_the_configuration() -> None:
         vision = make_vision(name)
         assert all(hasattr(vision, setting) for setting in structural_settings(vision))
     assert structural_settings(make_vision(None)) == ()  # type: ignore[arg-type]
+
+
+# A newcomer's.
+
+NEWCOMER = '''
+from torch import Tensor, nn
+
+from llava.config import VisionConfig
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
+from llava.streams import stream_law
+from llava.types import MediaKind
+
+
+@stream_law("row_mean")
+def count_row_mean(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+    return (num_frames * vision.grid_side,)
+
+
+@RESAMPLERS.register("row_mean")
+class RowMean(Resampler):
+    """Makes one token of each row of a frame's grid: the mean of its patches, through a linear layer."""
+
+    def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
+        super().__init__(vision, hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
+        side = self.vision.grid_side
+        return self.proj(features.unflatten(2, (side, side)).mean(dim=3)).flatten(1, 2)
+'''
+
+
+def test_a_newcomer_is_one_file(load_tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (STREAM_LAWS, RESAMPLERS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    (tmp_path / "row_mean.py").write_text(NEWCOMER)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown --mm_resampler_type 'row_mean'; .* once its file is imported"):
+        load_tiny(resampler_type="row_mean")
+    importlib.import_module("row_mean")
+    loaded = load_tiny(resampler_type="row_mean", resample_images=True)
+    assert loaded.new_parameters == sorted(
+        f"transformer.{key}" for key, _ in loaded.model.get_model().named_parameters()
+        if key.startswith(("mm_projector", "vision_resampler"))
+    )  # fmt: skip
+    media = [torch.randint(0, 255, (n, 3, 56, 56), dtype=torch.uint8) for n in (1, 3)]
+    features = loaded.model.eval().get_model().encode_media(media, ["image", "video"])
+    assert [len(tokens) for tokens in features] == [4, 12]
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path)).model.eval().get_model().encode_media(media, ["image", "video"])
+    assert all(torch.equal(one, other) for one, other in zip(features, again, strict=True))
+    sys.modules.pop("row_mean")
 
 
 # The perceiver and the Q-Former.
