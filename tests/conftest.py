@@ -199,8 +199,9 @@ def load_tiny(backbone_dirs: dict[str, Path], tower_dir: Path):
     from llava.model.loading import load_model
 
     def load(name: str = "llava_gpt2", **changes):
+        folder = str(backbone_dirs[name])  # Made at the first asking, with random numbers of its own.
         torch.manual_seed(3)
-        return load_model(str(backbone_dirs[name]), **{"vision_tower": str(tower_dir), **TINY_VISION, **changes})
+        return load_model(folder, **{"vision_tower": str(tower_dir), **TINY_VISION, **changes})
 
     return load
 

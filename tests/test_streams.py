@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import pickle
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -136,8 +137,8 @@ def test_copies_are_equal(italian_vision, name, duplicate):
 def test_a_newcomers_law_counts_in_a_process_that_shares_no_memory(italian_vision, newcomer):
     vision = replace(italian_vision, resampler_type="one_in_ten")
     assert vision.num_tokens("video", 4) == 102
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(VisionConfig.num_tokens, (vision, "video", 4)) == 102
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(VisionConfig.num_tokens, vision, "video", 4).result() == 102
 
 
 def test_a_law_is_a_function_that_stays_one(newcomer):

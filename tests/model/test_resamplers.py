@@ -176,7 +176,6 @@ def test_a_resampler_that_does_not_keep_to_its_law_is_told() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_new_parameters_of_a_plain_model_are_filled_sensibly(load_tiny, name: str) -> None:
     """A plain checkpoint has none of them: they are made after the model, which is built without memory."""
-    load_tiny()  # What is imported on the way takes random numbers of its own, once.
     loaded, again = (load_tiny(resampler_type=name, perceiver_depth=1, qformer_depth=1) for _ in range(2))
     own = dict(loaded.model.get_model().vision_resampler.named_parameters())
     assert (not own) is (name in PARAMETER_FREE)
