@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from llava.data.records import read_records
 from llava.serve.cli import build_parser
-from llava.train.command_line import parse_arguments
+from llava.train.command_line import parse_arguments, parse_values
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,13 @@ def test_training_commands_parse(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.serve.cli" in c])
 def test_captioning_commands_parse(command: str) -> None:
     build_parser().parse_args(words_after(command, "llava.serve.cli"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "train_alternating.py" in c])
+def test_alternating_commands_parse(command: str) -> None:
+    script = runpy.run_path(str(ROOT / "train_alternating.py"))
+    _, words = script["build_parser"]().parse_known_args(words_after(command, "train_alternating.py"))
+    parse_values(words, optional=("data_path", "output_dir"))
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if re.match(r"\s*make ", c)])
