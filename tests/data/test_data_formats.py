@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -516,6 +517,17 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_reported_before_traini
         ContextError, match=r"sample 's1' .*of the prompt\), but the limit is 80; raise --model_max_len"
     ):
         make_supervised_data_module(gpt2_tokenizer, arguments, None, 80, fmt)
+
+
+def test_a_video_of_unknown_length_is_not_judged_before_it_is_opened(tmp_path, gpt2_tokenizer, tiny_vision):
+    arguments = write_data(tmp_path / "a.json", turns("<video>\nChe cosa vedi?", "un gatto"))
+    samples = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps([{**samples[0], "video": "a.mp4"}]))
+    fmt = build_format("qwen", gpt2_tokenizer)
+    sampled = replace(tiny_vision, video_fps=1.0, frames_upbound=20)
+    make_supervised_data_module(gpt2_tokenizer, arguments, sampled, 200, fmt)
+    with pytest.raises(ContextError, match=r"sample 's0' .*of the prompt\), but the limit is 200; .* --num_frames"):
+        make_supervised_data_module(gpt2_tokenizer, arguments, replace(tiny_vision, num_frames=20), 200, fmt)
 
 
 def test_system_turns_of_data_files(tmp_path, gpt2_tokenizer):

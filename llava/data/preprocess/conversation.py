@@ -33,13 +33,13 @@ class Frame:
     """The tokenised markup of conversations with certain roles.
 
     ``before[i]`` stands before turn i and ``spaces[i]`` ("" or " ") begins that turn's text, since
-    tokenizers tie a space to the word behind it; ``follows_text[i]`` is whether ``before[i]`` has any
-    text. ``closing`` stands behind the last turn and ends with the end of text.
+    tokenizers tie a space to the word behind it; ``has_markup[i]`` is whether ``before[i]`` has any
+    text of the format. ``closing`` stands behind the last turn and ends with the end of text.
     """
 
     before: list[list[Segment]]
     spaces: list[str]
-    follows_text: list[bool]
+    has_markup: list[bool]
     closing: list[Segment]
 
     @property
@@ -144,7 +144,7 @@ class ConversationFormat(Format):
         """The contents of the turns, cut at spans."""
         pieces, inside = [], False
         for i, turn in enumerate(turns):
-            inside = inside or frame.follows_text[i]
+            inside = inside or frame.has_markup[i]
             for text, visual in split_at_spans(frame.spaces[i] + self.content(turn)):
                 pieces.append(_Piece(i, text, visual, inside))
                 inside = not visual
