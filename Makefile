@@ -17,7 +17,7 @@ install: $(INSTALLED) ## create .venv with everything that demo and test need
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,lora,kbit,dev]'
 	touch $@
 
 demo: $(INSTALLED) ## train a tiny model that describes videos in Italian

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.records import read_records
+from llava.model.merge_lora import build_parser as merge_parser
 from llava.serve.cli import build_parser
 from llava.train.command_line import parse_arguments, parse_values
 
@@ -61,6 +62,11 @@ def test_alternating_commands_parse(command: str) -> None:
     script = runpy.run_path(str(ROOT / "train_alternating.py"))
     _, words = script["build_parser"]().parse_known_args(words_after(command, "train_alternating.py"))
     parse_values(words, optional=("data_path", "output_dir"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.model.merge_lora" in c])
+def test_merging_commands_parse(command: str) -> None:
+    merge_parser().parse_args(words_after(command, "llava.model.merge_lora"))
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if re.match(r"\s*make ", c)])

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.config import VisionConfig
+from llava.model.lora import has_adapters, save_adapters
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_tower
@@ -29,9 +30,6 @@ from llava.model.views import ViewMerger
 from llava.model.visual import as_media, encode_nothing, encode_visual, infer_modalities
 from llava.tiles import SPATIAL_UNPAD
 from llava.types import MediaKind
-
-VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_newline")
-"""Attributes of a decoder that hold its vision modules; the first part of their parameters' names."""
 
 
 class LlavaMetaModel:
@@ -342,6 +340,19 @@ class LlavaMetaForCausalLM:
         found = self.get_model().vision_tower.load_weights(source)
         source = os.path.abspath(source) if os.path.isdir(source) else source
         self.set_vision(replace(self.vision, vision_tower=source, vision_tower_hash=found))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; a model with adapters leaves these and its vision modules, not its base."""
+        if not has_adapters(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
+        elif is_main_process:
+            save_adapters(self, os.fspath(save_directory), state_dict)
 
     def set_vision(self, vision: VisionConfig) -> None:
         """Record changed visual settings in the model and in its configuration."""

@@ -13,11 +13,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 import llava.model as models
 from llava.config import VisionConfig
 from llava.model.language_model.registration import PLAIN_TYPES
-from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
+from llava.model.quantization import Quantization, quantization_options
 from llava.model.quiet import quiet_transformers
 from llava.model.transfer import TransferReport, copy_parameters
+from llava.model.visual import vision_module_of
 from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -43,18 +46,22 @@ class LoadedModel:
 def load_model(
     model_name_or_path: str,
     *,
+    model_base: str | None = None,
     vision_tower: str | None = None,
     save_vision_tower: bool = False,
     variant: str | None = None,
     weights_from: str | None = None,
     attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
     **settings: Any,
 ) -> LoadedModel:
     """Load a plain language model or a multimodal checkpoint, with its tokenizer.
 
     Args:
         model_name_or_path: folder or hub name of either; its ``config.model_type`` chooses the class.
+            A folder with LoRA adapters is put on its base model.
+        model_base: folder or hub name of that base model, where it is no longer what the folder says.
         vision_tower: folder or hub name of the vision model. A plain language model without one
             stays a text model. For a multimodal checkpoint: where its tower lies now.
         save_vision_tower: whether checkpoints of this model hold the tower's weights too.
@@ -63,11 +70,13 @@ def load_model(
             shapes agree (see ``copy_parameters``). The first folder then needs no weights.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
         dtype: of the weights.
+        quantization: holds the linear layers of the language model in fewer bits.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
 
     Raises:
         ValueError: an unknown model type, a tokenizer that is not the model's, a tower that cannot be
-            read or is another one, weights that are missing, or a setting that contradicts the checkpoint.
+            read or is another one, a base model that is gone or another one, weights that are missing,
+            a setting that contradicts the checkpoint, or k bits where they cannot be had.
     """
     import llava.model.language_model  # noqa: F401  (registers the backbones)
 
@@ -78,7 +87,12 @@ def load_model(
 
     given = {name: value for name, value in settings.items() if value is not None}
     vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
+    if weights_from is not None and (quantization is not None or is_adapter_folder(model_name_or_path)):
+        raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
     known = set(tokenizer.get_vocab())
+    source = find_weights(model_name_or_path, model_base)
+    if source != model_name_or_path:
+        known = _fit_to_base(config_dict, tokenizer, source, model_name_or_path)
     if vision is not None:
         vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
         config_dict |= vision.to_model_config()
@@ -86,14 +100,19 @@ def load_model(
 
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"config": config, "dtype": dtype}
-    if weights_from is not None and not has_weights(model_name_or_path):
+    if quantization is not None:
+        options |= quantization_options(quantization, model_class, config)
+    if weights_from is not None and not has_weights(source):
         model, new = build_model(model_class, options, vision_tower), list[str]()
     else:
-        model, new = _read_model(model_class, model_name_or_path, options, vision_tower)
+        model, new = _read_model(model_class, source, options, vision_tower)
     transfer = None if weights_from is None else copy_parameters(model, weights_from)
     if vision is not None:
         grow_vocabulary(model, [i for token, i in vision.token_ids.items() if token not in known])
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
+    if source != model_name_or_path:
+        load_adapters(model, model_name_or_path, source)
+        new = []
     _align_special_tokens(model, tokenizer)
     return LoadedModel(model, tokenizer, model.vision, new, transfer)
 
@@ -131,6 +150,54 @@ def has_weights(name_or_path: str) -> bool:
     if not os.path.isdir(name_or_path):
         return True
     return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
+
+
+def find_weights(name_or_path: str, model_base: str | None = None) -> str:
+    """Where a checkpoint's language model comes from: itself or, under LoRA adapters, their base model.
+
+    Raises:
+        ValueError: a base was given for a checkpoint that needs none, or the base is gone.
+    """
+    if not is_adapter_folder(name_or_path):
+        if model_base is not None:
+            raise ValueError(
+                f"--model_base {model_base!r} was given, but {name_or_path!r} holds no adapters "
+                "(no adapter_config.json); leave the flag out"
+            )
+        return name_or_path
+    base = model_base or read_base(name_or_path)
+    try:
+        _read_config(base, "--model_base")
+    except ValueError as error:
+        raise ValueError(
+            f"{name_or_path!r} holds adapters, and their base model {base!r} cannot be read; "
+            f"give its folder with --model_base ({error})"
+        ) from error
+    return base
+
+
+def _fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase, base: str, path: str) -> set[str]:
+    """Give the configuration of a checkpoint with adapters the vocabulary that its base model has.
+
+    Returns:
+        The base's tokens; the checkpoint's others get their rows as they did when it was trained.
+
+    Raises:
+        ValueError: the base is of another type, or its tokenizer is another one.
+    """
+    config_class, _ = _choose_classes(read_model_type(base, "--model_base"), base, None)
+    tokens, own = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
+    differing = [token for token, i in tokens.items() if own.get(token) != i]
+    # A kind of attention has no weights of its own: one base serves all of them.
+    backbone = models.split_type(config_class.model_type)[0]
+    if backbone != models.split_type(config_dict["model_type"])[0] or differing:
+        what = f"other ids for {differing[:3]}" if differing else f"model_type {backbone!r}"
+        raise ValueError(
+            f"{base!r} is not the base model of the adapters in {path!r}: it has {what}; "
+            "give the right one with --model_base"
+        )
+    config_dict["vocab_size"] = _vocab_size(_read_config(base), config_class)
+    return set(tokens)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -225,20 +292,15 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
 def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     """Names of the new parameters; anything but vision modules missing or left over is an error."""
     missing = sorted(info["missing_keys"])
-    foreign = [name for name in missing if _vision_module(name) is None]
+    foreign = [name for name in missing if vision_module_of(name) is None]
     unexpected = sorted(info["unexpected_keys"])
     if foreign or unexpected:
         what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
         raise ValueError(f"the checkpoint {path!r} does not fit its config.json: it {what}")
     if missing:
-        modules = ", ".join(sorted({module for name in missing if (module := _vision_module(name))}))
+        modules = ", ".join(sorted({module for name in missing if (module := vision_module_of(name))}))
         logger.info("new parameters, not in %r: %d tensors of %s", path, len(missing), modules)
     return missing
-
-
-def _vision_module(parameter_name: str) -> str | None:
-    """Which of ``VISION_MODULES`` a parameter belongs to, None for the language model's."""
-    return next((module for module in VISION_MODULES if module in parameter_name.split(".")), None)
 
 
 def _align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from llava.model.llava_arch import VISION_MODULES
 from llava.model.quiet import quiet_transformers
+from llava.model.visual import vision_module_of
 
 Status = Literal["copied", "new", "shape mismatch"]
 
@@ -82,7 +82,7 @@ def copy_parameters(model: Any, backbone: str) -> TransferReport:
     tensors = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            tensor = None if _is_visual(name) else source.get(name)
+            tensor = None if vision_module_of(name) else source.get(name)
             if tensor is None:
                 tensors.append(TensorReport(name, tuple(parameter.shape), "new"))
                 continue
@@ -101,10 +101,6 @@ def copy_parameters(model: Any, backbone: str) -> TransferReport:
     return report
 
 
-def _is_visual(name: str) -> bool:
-    return any(part in VISION_MODULES for part in name.split("."))
-
-
 def _read_language_model(path: str) -> dict[str, torch.Tensor]:
     """The parameters of a checkpoint's language model, each once."""
     try:
@@ -112,7 +108,7 @@ def _read_language_model(path: str) -> dict[str, torch.Tensor]:
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
         raise ValueError(f"--backbone_model {path!r} cannot be read: {error}") from error
-    return {name: parameter for name, parameter in model.named_parameters() if not _is_visual(name)}
+    return {name: parameter for name, parameter in model.named_parameters() if not vision_module_of(name)}
 
 
 def _files_of_tensors(path: str) -> dict[str, str]:

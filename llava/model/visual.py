@@ -13,6 +13,14 @@ from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.views import ViewMerger
 from llava.types import MediaKind
 
+VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_newline")
+"""Attributes of a decoder that hold its vision modules; the first part of their parameters' names."""
+
+
+def vision_module_of(name: str) -> str | None:
+    """Which of ``VISION_MODULES`` a parameter or a module belongs to by its name, None for the language model's."""
+    return next((module for module in VISION_MODULES if module in name.split(".")), None)
+
 
 def as_media(images: list[Tensor] | Tensor) -> list[Tensor]:
     """Bring what callers pass as ``images`` to a list of (frames, 3, side, side) tensors.

@@ -15,6 +15,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model_path", required=True, help="checkpoint folder")
     parser.add_argument(
+        "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
+    )
+    parser.add_argument(
         "--video", action="append", default=[], metavar="FILE", help="a video; may be given several times"
     )
     parser.add_argument(
@@ -25,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system text before the question (default: none)")
     parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument(
+        "--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers (default 16: as they come)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
     parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
     parser.add_argument(
@@ -58,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options |= {"do_sample": True, "temperature": args.temperature}
     try:
         import_plugins(args.plugins)
-        captioner = Captioner.from_checkpoint(args.model_path, args.vision_tower, args.device)
+        captioner = Captioner.from_checkpoint(
+            args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
+        )
         print(captioner.generate([Request(media, args.prompt, args.system)], **options)[0])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

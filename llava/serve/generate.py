@@ -14,6 +14,7 @@ from llava.data.media import load_media
 from llava.data.placeholders import expand_placeholders
 from llava.data.preprocess import PLAIN_LM, build_format
 from llava.model.loading import LoadedModel, load_model
+from llava.model.quantization import Quantization
 from llava.model.quiet import quiet_transformers
 from llava.types import Media, Turn, VisualInput
 
@@ -49,9 +50,27 @@ class Captioner:
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
 
     @classmethod
-    def from_checkpoint(cls, path: str, vision_tower: str | None = None, device: str | None = None) -> Captioner:
-        """Load a checkpoint folder; ``vision_tower`` says where its tower lies if it has moved."""
-        return cls(load_model(path, vision_tower=vision_tower), device)
+    def from_checkpoint(
+        cls,
+        path: str,
+        vision_tower: str | None = None,
+        device: str | None = None,
+        model_base: str | None = None,
+        bits: int = 16,
+    ) -> Captioner:
+        """Load a checkpoint folder.
+
+        Args:
+            path: the folder.
+            vision_tower: where its tower lies, if it has moved.
+            device: where to run; by default a GPU if there is one.
+            model_base: where the base model of its adapters lies, if it has any and that has moved.
+            bits: 8 or 4 holds the language model's linear layers in so many bits.
+        """
+        quantization = Quantization(bits, device=device) if bits != 16 else None
+        return cls(
+            load_model(path, model_base=model_base, vision_tower=vision_tower, quantization=quantization), device
+        )
 
     def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:
         """Generate text for each request.

@@ -12,6 +12,7 @@ import transformers
 from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
+from llava.train.lora import LoraArguments
 from llava.train.parts import PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
@@ -102,7 +103,7 @@ class ModelArguments:
         default=DEFAULT_PARTS,
         metadata={
             "help": f"Comma-separated parts to train, of {', '.join(PARTS)}. The language model includes its "
-            "embeddings and head."
+            "embeddings and head; with --lora_enable it is adapters instead."
         },
     )
     freeze_embeddings: bool = field(
@@ -243,8 +244,8 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments, and those of the parts."""
+class TrainingArguments(LoraArguments, transformers.TrainingArguments):
+    """transformers' arguments, those of the parts, and LoRA's."""
 
     model_max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a sample, visual ones included (default: the model's context)."}
@@ -282,6 +283,7 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.attn_implementation == "flash_attention_2":
             check_flash_attention()
+        self.check_lora()
 
     def part_learning_rates(self) -> dict[str, float]:
         """The learning rate of each part."""

@@ -40,6 +40,7 @@ _ALWAYS_OFF = (
     "add_time_instruction",
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
+    "lora_bias",
 )
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -157,7 +158,7 @@ def _translate(words: list[str]) -> list[str]:
         elif name in _RETIRED:
             logger.warning("--%s is not needed any more: %s", name, _RETIRED[name])
         elif name in _ALWAYS_OFF:
-            if given.lower() not in ("false", "0", "no"):
+            if given.lower() not in ("false", "0", "no", "none"):
                 raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
             logger.warning("--%s is not needed any more: off is all there is", name)
         else:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
+from llava.model.quantization import count_weights
+
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 """Names of the parts, as ``--mm_tunable_parts`` spells them."""
 
@@ -32,14 +35,16 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
     Args:
         model: a language model with head.
         tunable_parts: names of ``PARTS``. The language model includes embeddings, head and the rows
-            of new tokens.
+            of new tokens; where a model has LoRA adapters, these alone stand for it.
         freeze_embeddings: keeps embeddings and head of the language model as they are.
 
     A trained vision tower is no longer its source's: its weights join the checkpoints.
     """
     tower = model.get_vision_tower()
+    adapted = {"mm_language_model"} if has_adapters(model) else set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = part_of(name) in tunable_parts
+        part = part_of(name)
+        parameter.requires_grad = part in tunable_parts and (part not in adapted or is_adapter_parameter(name))
     if freeze_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
@@ -81,16 +86,18 @@ def parameter_groups(
 
 
 def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
-    """One line a part: its parameters, how many of them train, and at what learning rate."""
+    """One line a part: its parameters, how many of them train, at what learning rate; and what LoRA freezes."""
     total: dict[str, int] = {}
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        total[part] = total.get(part, 0) + parameter.numel()
+        total[part] = total.get(part, 0) + count_weights(parameter)
         trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
     lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]
     for part in (part for part in PARTS if part in total):
         rate = f"{learning_rates[part]:g}" if trainable[part] else "frozen"
         lines.append(f"{part:<22}{total[part]:>14,}{trainable[part]:>14,}  {rate}")
     lines.append(f"{'all':<22}{sum(total.values()):>14,}{sum(trainable.values()):>14,}")
+    if has_adapters(model):
+        lines.append(describe_adapters(model))
     return "\n".join(lines)

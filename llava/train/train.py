@@ -21,6 +21,7 @@ from llava.model.loading import LoadedModel, load_model
 from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command_line import parse_arguments
+from llava.train.lora import lora_loading, set_up_adapters
 from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.report import budget_table, supervision_table
 from llava.train.trainer import LlavaTrainer
@@ -76,10 +77,13 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     check_devices(training_args)
     set_seed(training_args.seed)
 
+    loading |= lora_loading(model_args.model_name_or_path, training_args)
     loaded = load_from_arguments(model_args, data_args, training_args.attn_implementation, **loading)
     model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
     if model_args.pretrain_mm_mlp_adapter:
         load_adapter(model, model_args.pretrain_mm_mlp_adapter)
+    if training_args.lora_enable:
+        set_up_adapters(loaded, loading["model_name_or_path"], model_args.tunable_parts, training_args)
     set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
     lower_frozen_precision(model, training_args)
     balance_experts(model, training_args.router_aux_loss_coef)
@@ -102,7 +106,7 @@ def load_from_arguments(
 ) -> LoadedModel:
     """The model that the arguments describe; ``loading`` is as for ``build_trainer``."""
     return load_model(
-        model_args.model_name_or_path,
+        loading.pop("model_name_or_path", model_args.model_name_or_path),
         vision_tower=model_args.vision_tower,
         save_vision_tower=model_args.save_vision_tower,
         attn_implementation=attn_implementation,

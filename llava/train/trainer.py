@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava.constants import IGNORE_INDEX
+from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.parts import parameter_groups
 
 
@@ -52,3 +53,16 @@ class LlavaTrainer(Trainer):
             labels[:, 0] = IGNORE_INDEX
             counted.append({"labels": labels})
         return super()._get_num_items_in_batch(counted, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # transformers reads back only adapters of peft's own model class, and nothing that trained beside them.
+        if has_adapters(self.model):
+            load_adapter_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_adapters(self.model) and not self.is_deepspeed_enabled:
+            load_adapter_weights(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()

@@ -26,7 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
 import llava.model as models
-from llava.model.llava_arch import VISION_MODULES, LlavaMetaForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.visual import VISION_MODULES
 
 _PREFIX = "alternating_"
 

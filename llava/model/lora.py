@@ -1,0 +1,244 @@
+"""LoRA: adapters on the linear layers of the language model, their files, and their merge."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from llava.model.linear_layers import find_linear_layers
+from llava.model.quantization import quantized_bits
+from llava.model.visual import vision_module_of
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OTHER_WEIGHTS = "non_lora_trainables.safetensors"
+"""Files of a checkpoint with adapters: the first two in peft's format, the third with the vision modules."""
+
+# peft's names: of the only adapter of a model, and of what its files put before each parameter.
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+def check_peft() -> None:
+    """A ValueError that says how to get peft, where it is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("LoRA adapters need the peft package: pip install 'llava-babylm[lora]'")
+
+
+def has_adapters(model: Any) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def is_adapter_parameter(name: str) -> bool:
+    return any(component.startswith("lora_") for component in name.split("."))
+
+
+def add_adapters(model: Any, base: str, rank: int, alpha: int, dropout: float) -> None:
+    """Put fresh adapters on the language model's linear layers, in place; all else is frozen.
+
+    A layer then computes x W + (alpha / rank) dropout(x) A B. B starts at zero: nothing changes
+    before the first step. See Hu et al., "LoRA", arXiv 2106.09685.
+
+    Args:
+        model: a language model with head, without adapters.
+        base: folder or hub name of the model's weights, for ``adapter_config.json``.
+        rank: inner width of an adapter.
+        alpha: see above.
+        dropout: share of an adapter's inputs that is dropped while training.
+    """
+    check_peft()
+    from peft import LoraConfig
+
+    layers = find_linear_layers(model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, bias="none"
+    )
+    _inject(model, config, os.path.abspath(base) if os.path.isdir(base) else base)
+
+
+def adapter_settings(model: Any) -> dict[str, int | float]:
+    """Rank, alpha and dropout of a model's adapters, by the names of their flags."""
+    config = model.peft_config[_ADAPTER]
+    return {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+
+
+def describe_adapters(model: Any) -> str:
+    """What the adapters are, what they leave frozen, and in how many bits."""
+    from peft.tuners.lora import LoraLayer
+
+    config = model.peft_config[_ADAPTER]
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    bits = quantized_bits(model)
+    held = f" and held in {bits} bits" if bits else ""
+    return (
+        f"LoRA: of the language model only adapters train, of rank {config.r} (alpha {config.lora_alpha}) on {layers} "
+        f"linear layers, whose own weights are frozen{held}; so is the rest of it, embeddings and head included"
+    )
+
+
+def is_adapter_folder(path: str) -> bool:
+    return Path(path, ADAPTER_CONFIG).is_file()
+
+
+def read_base(folder: str) -> str:
+    """The base model that the adapters of a folder were trained on, as their configuration says."""
+    config = json.loads(Path(folder, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if config.get("peft_type") != "LORA" or not base:
+        raise ValueError(
+            f"{folder}/{ADAPTER_CONFIG} has peft_type {config.get('peft_type')!r} and base_model_name_or_path "
+            f"{base!r}; expected LORA and a model (which --model_base can give)"
+        )
+    return base
+
+
+def save_adapters(model: Any, folder: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write a checkpoint of a model with adapters: these, the vision modules and the configurations.
+
+    Args:
+        model: has adapters.
+        folder: made where it is missing.
+        state: the model's state dict, where it must be gathered from several ranks first.
+    """
+    state = model.state_dict() if state is None else state
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file, weights in (
+        (ADAPTER_WEIGHTS, _adapter_weights(model, state)),
+        (OTHER_WEIGHTS, _other_weights(model, state)),
+    ):
+        stored = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(stored, Path(folder, file), metadata={"format": "pt"})
+
+    adapter_config = copy.copy(model.peft_config[_ADAPTER])
+    adapter_config.inference_mode = True
+    if not isinstance(adapter_config.target_modules, str):
+        adapter_config.target_modules = sorted(adapter_config.target_modules)
+    adapter_config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    # The base model lies elsewhere, as it came: how many bits hold it here is this run's affair.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def load_adapters(model: Any, folder: str, base: str) -> None:
+    """Put the adapters of a folder on their base model, with the vision modules that were trained along.
+
+    Args:
+        model: the base model, without adapters.
+        folder: what ``save_adapters`` wrote.
+        base: where the base model was read from.
+    """
+    check_peft()
+    from peft import LoraConfig
+
+    _inject(model, LoraConfig.from_pretrained(folder), base)
+    load_adapter_weights(model, folder)
+
+
+@torch.no_grad()
+def load_adapter_weights(model: Any, folder: str) -> None:
+    """Read the weights of a checkpoint into a model that has such adapters already.
+
+    Raises:
+        ValueError: a file is missing, or holds other weights than the model has.
+    """
+    state = model.state_dict()
+    adapters = _adapter_weights(model, state)
+    for name, tensor in _read_like(adapters, folder, ADAPTER_WEIGHTS).items():
+        adapters[name].copy_(tensor)
+    tables = _token_tables(model)
+    for name, tensor in _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS).items():
+        if name in tables:
+            state[tables[name]][model.vision.visual_token_ids] = tensor.to(state[tables[name]])
+        else:
+            state[name].copy_(tensor)
+
+
+def merge_adapters(model: Any) -> None:
+    """Add each adapter's product to its layer's weight and take the adapters away, in place.
+
+    The outputs stay as they were, up to rounding.
+
+    Raises:
+        ValueError: the model has no adapters, or its weights are quantised and cannot take a sum.
+    """
+    if not has_adapters(model):
+        raise ValueError("there is nothing to merge: the model has no adapters")
+    if quantized_bits(model):
+        raise ValueError("adapters cannot be merged into quantised weights; load the model without --bits")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+    model.delete_adapter(_ADAPTER)
+
+
+def _inject(model: Any, config: Any, base: str) -> None:
+    layers = [model.get_submodule(name) for name in find_linear_layers(model)]
+    # GPT-2's layers hold their weights transposed, except in k bits.
+    config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers)
+    config.inference_mode = False
+    model.add_adapter(config, _ADAPTER)
+    config.base_model_name_or_path = base
+
+
+def _adapter_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters' tensors of a state dict, under the names that peft's files give them."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER, save_embedding_layers=False)
+    return {_PREFIX + name: tensor for name, tensor in weights.items()}
+
+
+def _other_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a base model may lack beside the adapters: vision modules and the rows of visual tokens."""
+    if model.vision is None:
+        return {}
+    left_out = set(model._keys_to_ignore_on_save or ())
+    weights = {name: tensor for name, tensor in state.items() if vision_module_of(name) and name not in left_out}
+    rows = {name: state[table][model.vision.visual_token_ids] for name, table in _token_tables(model).items()}
+    return weights | rows
+
+
+def _token_tables(model: Any) -> dict[str, str]:
+    """Parameters with a row for each token, by what their rows of visual tokens are called in a file."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tables = {
+        "visual_tokens.input": model.get_input_embeddings(),
+        "visual_tokens.output": model.get_output_embeddings(),
+    }
+    found = {key: names[id(module.weight)] for key, module in tables.items()}
+    if len(set(found.values())) == 1:
+        del found["visual_tokens.output"]
+    return found
+
+
+def _read_like(own: Mapping[str, Tensor], folder: str, file: str) -> dict[str, Tensor]:
+    """The tensors of a file, which must have the names and shapes of ``own``."""
+    path = Path(folder, file)
+    if not path.is_file():
+        raise ValueError(f"{folder!r} is no complete checkpoint with adapters: it has no {file}")
+    stored = load_file(path)
+    shapes = {name: [tuple(t[name].shape) if name in t else None for t in (stored, own)] for name in {*stored, *own}}
+    wrong = sorted(name for name, (there, here) in shapes.items() if there != here)
+    if wrong:
+        there, here = shapes[wrong[0]]
+        raise ValueError(
+            f"{path} does not fit its base model in {len(wrong)} tensors: {wrong[0]} is {there} in the file and "
+            f"{here} in the model; give the base model that it was trained on with --model_base"
+        )
+    return stored

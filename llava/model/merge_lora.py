@@ -1,0 +1,64 @@
+"""``python -m llava.model.merge_lora``: from LoRA adapters and their base model to one complete checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from llava.model.loading import load_model
+from llava.model.lora import is_adapter_folder, merge_adapters
+from llava.plugins import import_plugins
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.model.merge_lora",
+        description="Write a checkpoint with LoRA adapters as a complete one, which needs no base model and no peft.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint with adapters")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the complete checkpoint goes")
+    parser.add_argument("--model_base", metavar="DIR", help="where the adapters' base model lies, if it has moved")
+    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
+    return parser
+
+
+def merge_checkpoint(
+    model_path: str, output_dir: str, model_base: str | None = None, vision_tower: str | None = None
+) -> None:
+    """Merge the adapters of a checkpoint folder and write model and tokenizer to another folder.
+
+    Args:
+        model_path: a folder with adapters.
+        output_dir: another folder, without adapters.
+        model_base, vision_tower: as for ``load_model``.
+
+    Raises:
+        ValueError: a folder is not as it must be, or the model cannot be loaded.
+    """
+    if not is_adapter_folder(model_path):
+        raise ValueError(f"--model_path {model_path!r} holds no adapters (no adapter_config.json); nothing to merge")
+    if is_adapter_folder(output_dir):
+        raise ValueError(f"--output_dir {output_dir!r} holds adapters already; give another folder")
+    loaded = load_model(model_path, model_base=model_base, vision_tower=vision_tower)
+    merge_adapters(loaded.model)
+    loaded.model.save_pretrained(output_dir)
+    loaded.tokenizer.save_pretrained(output_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Merge as the command line says; returns the exit status, 2 with one line for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    try:
+        import_plugins(args.plugins)
+        merge_checkpoint(args.model_path, args.output_dir, args.model_base, args.vision_tower)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
