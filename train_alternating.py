@@ -19,7 +19,6 @@ from llava.data.records import read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.loading import read_model_type
 from llava.model.transfer import TransferReport
-from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
@@ -79,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, words = build_parser().parse_known_args(argv)
     inspecting = own.dry_run or own.inspect_data or own.inspect_weights
     values = parse_values(words, optional=("data_path", "output_dir") if inspecting else ())
-    import_plugins(values["plugins"])
     check_flags(own, values)
 
     model_type = read_model_type(values["model_name_or_path"])

@@ -28,10 +28,11 @@ with torch.no_grad():
         assert (loaded(input_ids=ids).logits - expected).abs().max() == 0, variant
         assert type(loaded).__name__ == AVAILABLE_MODELS[loaded.config.model_type][2]
 print("parity")
-import ijepa_tower, row_mean, normed_projector
+import domanda, ijepa_tower, row_mean, normed_projector
 again = load_model(trained)
 assert again.new_parameters == []
 assert again.vision.num_tokens("video", 3) == 3 * 4
+assert again.model.config.llava_format == "domanda"
 print(again.model.config.model_type, type(again.model.get_vision_tower()).__name__)
 """
 
@@ -85,10 +86,11 @@ def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixe
         folder, "-m", "llava.train.train", *plugins, "--model_name_or_path", plain, "--vision_tower", tower,
         "--mm_resampler_type", "row_mean", "--mm_projector_type", "normed", "--num_frames", 3,
         "--mm_tunable_parts", "mm_vision_tower,mm_mlp_adapter,mm_vision_resampler,mm_language_model",
-        "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2, "--per_device_train_batch_size", 7,
-        "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--dataloader_num_workers", 1,
+        "--version", "domanda", "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2,
+        "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--dataloader_num_workers", 1,
     )  # fmt: skip
     assert "video of 3 frames: 12 tokens" in printed
+    assert "Risposta" not in printed  # of the samples printed, only what is learned
     run(folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
         "--max_new_tokens", 3)  # fmt: skip
     printed = run(folder, "-c", CONTRACT, plain, "out")

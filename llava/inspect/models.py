@@ -13,6 +13,7 @@ from typing import Any
 
 import llava.model as models
 from llava.config import ASPECT_RATIOS, VisionConfig
+from llava.data.preprocess import FORMATS
 from llava.model.multimodal_encoder.builder import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler.builder import RESAMPLERS
@@ -31,7 +32,15 @@ EXAMPLE_FRAMES = 4
 
 def describe_models() -> str:
     """All tables, as one page."""
-    sections = [HEAD, describe_backbones(), describe_towers(), describe_projectors(), describe_resamplers()]
+    sections = [
+        HEAD,
+        describe_backbones(),
+        describe_towers(),
+        describe_projectors(),
+        describe_resamplers(),
+        describe_images(),
+        describe_formats(),
+    ]
     return "\n".join(sections)
 
 
@@ -91,11 +100,23 @@ def describe_resamplers() -> str:
 `--mm_resample_images` (without it an image keeps its patches), and of a video of {EXAMPLE_FRAMES} frames. A fast stream
 stands before a slow one.
 
-{table(("name", "what it is", "image", "video"), rows)}
+{table(("name", "what it is", "image", "video"), rows)}"""
+
+
+def describe_images() -> str:
+    return f"""\
 ## Images
 
 `--image_aspect_ratio`: {both([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])}. The tiles of `anyres` are joined as
 `--mm_patch_merge_type` says: {both(PATCH_MERGE_TYPES)}. See `docs/data.md`.
+"""
+
+
+def describe_formats() -> str:
+    return f"""\
+## Formats
+
+`--version`: {both(FORMATS)}. See `docs/data.md`.
 """
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ def parse_values(argv: Sequence[str] | None = None, optional: Sequence[str] = ()
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], parser))
+    # Before any group looks at its values: they may be names that a plugin registers.
+    import_plugins(known.plugins)
     return vars(known)
 
 

@@ -18,7 +18,6 @@ from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
 from llava.model.loading import LoadedModel, load_model
-from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command_line import parse_arguments
 from llava.train.lora import lora_loading, set_up_adapters
@@ -73,7 +72,6 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
         **loading: what ``load_model`` takes and no flag says, such as ``variant``.
     """
     model_args, data_args, training_args = parse_arguments(argv)
-    import_plugins(model_args.plugins)
     check_devices(training_args)
     set_seed(training_args.seed)
 
