@@ -69,6 +69,8 @@ def quantization_options(quantization: Quantization, model_class: Any, config: P
     from transformers import BitsAndBytesConfig
 
     device = torch.device(quantization.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     check_bitsandbytes(device)
     settings: dict[str, Any] = {"llm_int8_skip_modules": _other_linear_layers(model_class, config)}
     if quantization.bits == 8:

@@ -246,6 +246,13 @@ def test_a_base_model_that_moved_is_given(load_adapted, backbone_dirs, mixed_dat
     assert torch.equal(compute_logits(again, mixed_data), compute_logits(loaded, mixed_data))
 
 
+def test_a_relative_base_is_found_from_anywhere(load_tiny, backbone_dirs, monkeypatch) -> None:
+    model = load_tiny().model
+    monkeypatch.chdir(backbone_dirs["llava_gpt2"].parent)
+    add_adapters(model, backbone_dirs["llava_gpt2"].name, rank=2, alpha=2, dropout=0.0)
+    assert model.peft_config["default"].base_model_name_or_path == str(backbone_dirs["llava_gpt2"])
+
+
 def test_a_base_of_another_type_is_an_error(load_adapted, backbone_dirs, tmp_path: Path) -> None:
     save(load_adapted(), tmp_path)
     with pytest.raises(ValueError, match=r"is not the base model of the adapters .* it has model_type 'llava_llama'"):
