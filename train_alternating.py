@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.data.records import read_samples
 from llava.model import VARIANTS, split_type
-from llava.model.loading import read_model_type
+from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback

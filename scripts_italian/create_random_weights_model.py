@@ -63,7 +63,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
 
     import llava.model.language_model  # noqa: F401  (registers the types of this library's checkpoints)
     from llava.config import VisionConfig
-    from llava.model.loading import load_tokenizer
+    from llava.model.checkpoint import load_tokenizer
     from llava.model.quiet import quiet_transformers
     from llava.model.vocabulary import check_vocabulary
 

@@ -154,10 +154,10 @@ def check_text_parity(bench: Bench) -> None:
 
 @check("a plain checkpoint lacks only multimodal parameters")
 def check_new_parameters(bench: Bench) -> None:
-    from llava.model.llava_arch import VISION_MODULES
+    from llava.model.visual import vision_module_of
 
     new = bench.load().new_parameters
-    foreign = [name for name in new if not any(f".{module}." in f".{name}" for module in VISION_MODULES)]
+    foreign = [name for name in new if vision_module_of(name) is None]
     expect(not foreign, f"also reported as new: {foreign[:3]}")
     for module in ("mm_projector", "vision_resampler"):
         expect(any(f"{module}." in name for name in new), f"{module} is not reported as new")

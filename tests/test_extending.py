@@ -87,7 +87,8 @@ def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixe
         "--mm_resampler_type", "row_mean", "--mm_projector_type", "normed", "--num_frames", 3,
         "--mm_tunable_parts", "mm_vision_tower,mm_mlp_adapter,mm_vision_resampler,mm_language_model",
         "--version", "domanda", "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2,
-        "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--dataloader_num_workers", 1,
+        "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true",
+        "--dataloader_num_workers", 1,
     )  # fmt: skip
     assert "video of 3 frames: 12 tokens" in printed
     assert "Risposta" not in printed  # of the samples printed, only what is learned

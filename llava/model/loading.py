@@ -8,13 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-import llava.model as models
 from llava.config import VisionConfig
-from llava.model.language_model.registration import PLAIN_TYPES
+from llava.model.checkpoint import (
+    choose_classes,
+    find_weights,
+    fit_to_base,
+    has_weights,
+    load_tokenizer,
+    read_config,
+    read_model_type,
+    vocab_size,
+)
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.lora import is_adapter_folder, load_adapters, read_base
+from llava.model.lora import is_adapter_folder, load_adapters
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
 from llava.model.quantization import Quantization, quantization_options
@@ -80,10 +88,10 @@ def load_model(
     """
     import llava.model.language_model  # noqa: F401  (registers the backbones)
 
-    config_class, model_class = _choose_classes(read_model_type(model_name_or_path), model_name_or_path, variant)
-    config_dict = _read_config(model_name_or_path) | {"model_type": config_class.model_type}
+    config_class, model_class = choose_classes(read_model_type(model_name_or_path), model_name_or_path, variant)
+    config_dict = read_config(model_name_or_path) | {"model_type": config_class.model_type}
     tokenizer = load_tokenizer(model_name_or_path)
-    check_vocabulary(tokenizer, _vocab_size(config_dict, config_class), model_name_or_path)
+    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path)
 
     given = {name: value for name, value in settings.items() if value is not None}
     vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
@@ -92,14 +100,15 @@ def load_model(
     known = set(tokenizer.get_vocab())
     source = find_weights(model_name_or_path, model_base)
     if source != model_name_or_path:
-        known = _fit_to_base(config_dict, tokenizer, source, model_name_or_path)
+        known = fit_to_base(config_dict, tokenizer, source, model_name_or_path)
     if vision is not None:
         vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
         config_dict |= vision.to_model_config()
     config = config_class.from_dict(config_dict)
 
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    options |= {"config": config, "dtype": dtype}
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options |= quantization_options(quantization, model_class, config)
     if weights_from is not None and not has_weights(source):
@@ -143,129 +152,6 @@ def _read_model(
     with quiet_transformers():
         model, info = model_class.from_pretrained(path, output_loading_info=True, vision_tower=vision_tower, **options)
     return model, _check_loaded(info, path)
-
-
-def has_weights(name_or_path: str) -> bool:
-    """Whether a folder has a model's weights; a hub name is taken to have them."""
-    if not os.path.isdir(name_or_path):
-        return True
-    return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
-
-
-def find_weights(name_or_path: str, model_base: str | None = None) -> str:
-    """Where a checkpoint's language model comes from: itself or, under LoRA adapters, their base model.
-
-    Raises:
-        ValueError: a base was given for a checkpoint that needs none, or the base is gone.
-    """
-    if not is_adapter_folder(name_or_path):
-        if model_base is not None:
-            raise ValueError(
-                f"--model_base {model_base!r} was given, but {name_or_path!r} holds no adapters "
-                "(no adapter_config.json); leave the flag out"
-            )
-        return name_or_path
-    base = model_base or read_base(name_or_path)
-    try:
-        _read_config(base, "--model_base")
-    except ValueError as error:
-        raise ValueError(
-            f"{name_or_path!r} holds adapters, and their base model {base!r} cannot be read; "
-            f"give its folder with --model_base ({error})"
-        ) from error
-    return base
-
-
-def _fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase, base: str, path: str) -> set[str]:
-    """Give the configuration of a checkpoint with adapters the vocabulary that its base model has.
-
-    Returns:
-        The base's tokens; the checkpoint's others get their rows as they did when it was trained.
-
-    Raises:
-        ValueError: the base is of another type, or its tokenizer is another one.
-    """
-    config_class, _ = _choose_classes(read_model_type(base, "--model_base"), base, None)
-    tokens, own = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
-    differing = [token for token, i in tokens.items() if own.get(token) != i]
-    # A kind of attention has no weights of its own: one base serves all of them.
-    backbone = models.split_type(config_class.model_type)[0]
-    if backbone != models.split_type(config_dict["model_type"])[0] or differing:
-        what = f"other ids for {differing[:3]}" if differing else f"model_type {backbone!r}"
-        raise ValueError(
-            f"{base!r} is not the base model of the adapters in {path!r}: it has {what}; "
-            "give the right one with --model_base"
-        )
-    config_dict["vocab_size"] = _vocab_size(_read_config(base), config_class)
-    return set(tokens)
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with its end of text.
-
-    Attention never depends on padding ids here: masks are made from lengths.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be read from {name_or_path!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[str, Any]:
-    # A hub name has at most one slash and does not begin with one, or with a dot.
-    looks_local = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
-    if looks_local and not os.path.isdir(name_or_path):
-        raise ValueError(f"{flag} {name_or_path!r} is no folder")
-    try:
-        config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
-    if not config_dict:
-        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
-    return config_dict
-
-
-def read_model_type(name_or_path: str, flag: str = "--model_name_or_path") -> str:
-    """The model type that a checkpoint's ``config.json`` says, "gpt2" or "llava_gpt2" for one.
-
-    A name is taken for a hint only where it says none. ``flag`` is what an error calls the path.
-    """
-    model_type = _read_config(name_or_path, flag).get("model_type")
-    if model_type is not None:
-        return model_type
-    name = os.path.basename(os.path.normpath(name_or_path)).lower()
-    if not any(hint in name for hint in ("gpt2", "bambi")):
-        raise ValueError(f"config.json of {name_or_path!r} has no model_type; add one of: {', '.join(_known_types())}")
-    logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", name_or_path)
-    return "gpt2"
-
-
-def _choose_classes(
-    model_type: str, path: str, variant: str | None
-) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
-    """Configuration and model class for a model type and, where one is asked for, a variant."""
-    name = PLAIN_TYPES.get(model_type, model_type)
-    if name not in models.AVAILABLE_MODELS:
-        raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
-    if variant is not None:
-        name = models.variant_type(models.split_type(name)[0], variant)
-    config_name, _, model_name = models.AVAILABLE_MODELS[name]
-    return getattr(models, config_name), getattr(models, model_name)
-
-
-def _known_types() -> list[str]:
-    return sorted(PLAIN_TYPES) + sorted(models.AVAILABLE_MODELS)
-
-
-def _vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:
-    return config_dict.get("vocab_size", config_class().vocab_size)
 
 
 def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:

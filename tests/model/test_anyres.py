@@ -148,11 +148,13 @@ def test_a_new_newline_has_the_length_one_and_is_kept(load_tiny, mixed_data: Pat
     again = load_model(str(tmp_path))
     assert again.new_parameters == []
     assert again.vision == loaded.model.vision
-    assert torch.equal(again.model.get_model().image_newline, newline)
+    stored, read = (model.state_dict() for model in (loaded.model, again.model))
+    assert [key for key in stored if not torch.equal(stored[key], read[key])] == []
     batch = batch_of(loaded, mixed_data, [2, 4])
     with torch.no_grad():
         one, other = (model.eval()(**batch, return_logits=True).logits for model in (loaded.model, again.model))
-    assert torch.equal(one, other)
+    # Weights read from a file may lie at addresses that kernels round otherwise for.
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
 def test_the_manner_of_merging_stays_a_checkpoints(load_tiny, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from conftest import ITALIAN
 from italian_scripts import ROOT, load_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llava.model.loading import load_model, load_tokenizer
+from llava.model.checkpoint import load_tokenizer
+from llava.model.loading import load_model
 
 
 @pytest.fixture(scope="module")
