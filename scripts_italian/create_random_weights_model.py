@@ -73,7 +73,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output_dir {output_dir}: exists and is not an empty folder; choose another or remove it")
     try:
-        config = AutoConfig.from_pretrained(model_path)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_path {model_path}: its config.json cannot be read: {error}") from error
     if VisionConfig.from_model_config(config) is not None:
@@ -92,7 +92,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
 
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no decoder-only model") from error
     with quiet_transformers():

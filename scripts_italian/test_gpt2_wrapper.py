@@ -128,7 +128,7 @@ def check_registered(bench: Bench) -> None:
     expect("llava_gpt2" in AVAILABLE_MODELS, f"AVAILABLE_MODELS has only {sorted(AVAILABLE_MODELS)}")
     config = AutoConfig.for_model("llava_gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=9)
     expect(type(config) is LlavaGPT2Config, f"AutoConfig gives {type(config).__name__}")
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expect(type(model) is LlavaGPT2ForCausalLM, f"AutoModelForCausalLM gives {type(model).__name__}")
     expect(type(bench.load().model) is LlavaGPT2ForCausalLM, "load_model chose another class for model type gpt2")
 
@@ -255,7 +255,7 @@ def check_reload(bench: Bench) -> None:
         before = loaded.model(**batch).logits
         for way, model in (
             ("load_model", load_model(folder).model),
-            ("AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained(folder)),
+            ("AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)),
         ):
             expect(type(model) is type(loaded.model), f"{way} gives {type(model).__name__}")
             expect(model.lm_head.weight is model.get_input_embeddings().weight, f"{way} unties the head")

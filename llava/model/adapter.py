@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
+
 _MODULES = ("mm_projector", "image_newline", "vision_resampler")
 
 # Names in LLaVA-ST checkpoints (left) of what is called otherwise here.
@@ -68,11 +70,13 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(f"--pretrain_mm_mlp_adapter {path!r}: no such file, or a folder without .safetensors")
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        if file.suffix == ".safetensors":
+            weights |= load_file(file)
+            continue
+        try:
+            weights |= torch.load(file, map_location="cpu", weights_only=True)
+        except UNSAFE_WEIGHTS as error:
+            raise ValueError(f"--pretrain_mm_mlp_adapter {path!r}: {NOT_JUST_TENSORS}") from error
     return weights
 
 

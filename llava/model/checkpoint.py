@@ -7,8 +7,10 @@ import os
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import llava.model as models
+from llava.model.foreign_code import foreign_code_note
 from llava.model.language_model.registration import PLAIN_TYPES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, read_base
@@ -52,7 +54,10 @@ def choose_classes(
     """Configuration and model class for a model type and, where one is asked for, a variant."""
     name = PLAIN_TYPES.get(model_type, model_type)
     if name not in models.AVAILABLE_MODELS:
-        raise ValueError(f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}")
+        raise ValueError(
+            f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}"
+            f"{foreign_code_note(read_config(path))}"
+        )
     if variant is not None:
         name = models.variant_type(models.split_type(name)[0], variant)
     config_name, _, model_name = models.AVAILABLE_MODELS[name]
@@ -74,9 +79,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Attention never depends on padding ids here: masks are made from lengths.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be read from {name_or_path!r}: {error}") from error
+        note = foreign_code_note(get_tokenizer_config(name_or_path))
+        raise ValueError(f"no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"

@@ -21,6 +21,7 @@ from llava.model.checkpoint import (
     read_model_type,
     vocab_size,
 )
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters
 from llava.model.multimodal_encoder.builder import describe_tower
@@ -149,8 +150,13 @@ def _read_model(
             f"--model_name_or_path {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
             "from another model's with --init_from_backbone (train_alternating.py)"
         )
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(path, output_loading_info=True, vision_tower=vision_tower, **options)
+    try:
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(
+                path, output_loading_info=True, vision_tower=vision_tower, **options
+            )
+    except UNSAFE_WEIGHTS as error:
+        raise ValueError(f"--model_name_or_path {path!r}: {NOT_JUST_TENSORS}") from error
     return model, _check_loaded(info, path)
 
 

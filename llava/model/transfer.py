@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.quiet import quiet_transformers
 from llava.model.visual import vision_module_of
 
@@ -105,9 +106,11 @@ def _read_language_model(path: str) -> dict[str, torch.Tensor]:
     """The parameters of a checkpoint's language model, each once."""
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--backbone_model {path!r} cannot be read: {error}") from error
+    except UNSAFE_WEIGHTS as error:
+        raise ValueError(f"--backbone_model {path!r}: {NOT_JUST_TENSORS}") from error
     return {name: parameter for name, parameter in model.named_parameters() if not vision_module_of(name)}
 
 

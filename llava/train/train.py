@@ -21,6 +21,7 @@ from llava.model.loading import LoadedModel, load_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command_line import parse_arguments
 from llava.train.lora import lora_loading, set_up_adapters
+from llava.train.ownership import check_pickles_are_ours
 from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.report import budget_table, supervision_table
 from llava.train.trainer import LlavaTrainer
@@ -59,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
 
 def train(trainer: LlavaTrainer) -> None:
     """Train, from the checkpoint that ``--resume_from_checkpoint`` asks for, and save what came out."""
-    trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
+    checkpoint = find_checkpoint(trainer.args)
+    if checkpoint is not None:
+        check_pickles_are_ours(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()
 

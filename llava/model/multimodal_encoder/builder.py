@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, PretrainedConfig
 
 from llava.config import VisionConfig
+from llava.model.foreign_code import foreign_code_note
 from llava.model.multimodal_encoder import clip, dino, siglip, timm_tower  # noqa: F401  (register themselves)
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, VisionTower
 from llava.model.multimodal_encoder.timm_tower import require_timm
@@ -48,8 +49,12 @@ def _read_config(source: str) -> PretrainedConfig:
     if settings.get("model_type") == "timm_wrapper" or "pretrained_cfg" in settings:
         require_timm()
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if note := foreign_code_note(settings):
+            raise ValueError(
+                f"--vision_tower {source!r} has the unknown type {settings.get('model_type')!r}{note}"
+            ) from error
         raise _unreadable(source, error) from error
     return getattr(config, "vision_config", config)
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llava.config import VisionConfig
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.multimodal_encoder.base import TowerDescription, VisionTower, count_layers
 from llava.model.multimodal_encoder.image_format import ImageFormat, count_patches, read_image_format, square_side
 from llava.model.quiet import quiet_transformers
@@ -70,7 +71,7 @@ class HuggingFaceTower(VisionTower):
     def build_model(self, config: PretrainedConfig) -> PreTrainedModel:
         """Build the model up to the selected layer."""
         config.num_hidden_layers = count_layers(self.vision, config.num_hidden_layers)
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
         setattr(model, self.final_norm, nn.Identity())
         return model
 
@@ -126,6 +127,8 @@ class HuggingFaceTower(VisionTower):
                 "Give the folder that has them with --vision_tower; a checkpoint written with "
                 "--save_vision_tower holds them itself."
             ) from error
+        except UNSAFE_WEIGHTS as error:
+            raise ValueError(f"--vision_tower {source!r}: {NOT_JUST_TENSORS}") from error
         names = set(self.vision_tower.state_dict())
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = sorted(names & (mismatched | set(info["missing_keys"])))

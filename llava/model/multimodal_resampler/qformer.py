@@ -39,7 +39,7 @@ class QFormer(Resampler):
         self.ln_features = nn.LayerNorm(hidden_size)
         self.queries = nn.Embedding(vision.qformer_latents, width)
         nn.init.normal_(self.queries.weight, std=config.initializer_range)
-        self.encoder = AutoModel.from_config(config)
+        self.encoder = AutoModel.from_config(config, trust_remote_code=False)
         self.to_out = nn.Linear(width, hidden_size)
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
