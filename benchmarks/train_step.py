@@ -55,7 +55,7 @@ from transformers import Dinov2Config, GPT2Config, GPT2Model, PreTrainedTokenize
 
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
@@ -442,7 +442,7 @@ def measure(sizes: Sizes, bf16: bool, repeats: int, variants: Sequence[str], fol
     dataset = make_supervised_data_module(tokenizer, data_args, model.vision, sizes.context)["train_dataset"]
     examples = [dataset[i] for i in range(sizes.batch)]
     collator = SupervisedCollator(tokenizer.pad_token_id)
-    batch = collator(examples)
+    batch = model_inputs(collator(examples))
 
     clock = Clock()
     add_marks(model, clock)

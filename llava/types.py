@@ -71,14 +71,33 @@ class Example:
     media: list[VisualInput] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used, in place of its ``Example``.
+
+    ``file`` is the image or video at fault, empty where no file is; ``reason`` is one line, without
+    the id, the source and the file.
+    """
+
+    id: str
+    source: str
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
+        return ": ".join(part for part in (where, self.file, self.reason) if part)
+
+
 class Batch(TypedDict, total=False):
-    """What the collator returns and ``forward`` takes.
+    """What the collator returns and, but for the last two, ``forward`` takes.
 
     ``input_ids`` and ``labels`` are int64 (batch, length), ``attention_mask`` is int64 of the same
     shape with ones exactly over each sample's own length. ``images`` holds one uint8
     (frames, 3, side, side) tensor a medium, over the whole batch in reading order, ``modalities``
     their kinds and ``image_sizes`` their original (height, width); the three are absent from a
-    batch without media.
+    batch without media. ``sample_ids`` are the ids of the rows, none of an empty batch's one;
+    ``bad_samples``, absent where there are none, are those that got no row. The trainer takes both out.
     """
 
     input_ids: Tensor
@@ -87,3 +106,5 @@ class Batch(TypedDict, total=False):
     images: list[Tensor]
     modalities: list[MediaKind]
     image_sizes: list[tuple[int, int]]
+    sample_ids: list[str]
+    bad_samples: list[BadSample]

@@ -104,13 +104,13 @@ class Bench:
 
     def batch(self, loaded: Any) -> dict[str, Any]:
         """A video and a text in one batch, the text padded."""
-        from llava.data.collator import SupervisedCollator
+        from llava.data.collator import SupervisedCollator, model_inputs
         from llava.types import Example, VisualInput
 
         ids, labels = self.encode(loaded, ["<video>", ""])
         media = [[VisualInput("video", self.frames(4), (64, 64))], []]
         examples = [Example(str(i), *row) for i, row in enumerate(zip(ids, labels, media, strict=True))]
-        return dict(SupervisedCollator(loaded.tokenizer.pad_token_id)(examples))
+        return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)(examples))
 
     @staticmethod
     def frames(num_frames: int, seed: int = 2) -> Tensor:

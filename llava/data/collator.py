@@ -1,14 +1,22 @@
-"""From examples to a batch."""
+"""From examples to a batch, bad samples aside."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.types import Batch, Example
+from llava.types import BadSample, Batch, Example
+
+_ABOUT_SAMPLES = ("sample_ids", "bad_samples")
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is for the model: all but what it says about its samples."""
+    return {name: value for name, value in batch.items() if name not in _ABOUT_SAMPLES}
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,11 @@ class SupervisedCollator:
         images          [uint8 (1, 3, side, side)]
         modalities      ["image"]
         image_sizes     [(480, 640)]
+        sample_ids      ["a", "b"]
+
+    Bad samples among them get no row; they are handed on as ``bad_samples``. Where no example is left (all
+    were bad, or this rank has none in the last step of an epoch) the batch is empty: a row of one padding
+    token without a label, whose loss and gradients are exactly zero, and ``sample_ids`` is ``[]``.
 
     Args:
         pad_token_id: fills up ``input_ids``.
@@ -32,7 +45,22 @@ class SupervisedCollator:
 
     pad_token_id: int
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, samples: Sequence[Example | BadSample]) -> Batch:
+        bad_samples = [sample for sample in samples if isinstance(sample, BadSample)]
+        examples = [sample for sample in samples if isinstance(sample, Example)]
+        batch = self._pad(examples or [Example("", [self.pad_token_id], [IGNORE_INDEX])])
+        batch["sample_ids"] = [example.id for example in examples]
+        media = [medium for example in examples for medium in example.media]
+        if media:
+            batch["images"] = [medium.frames for medium in media]
+            batch["modalities"] = [medium.kind for medium in media]
+            batch["image_sizes"] = [medium.original_size for medium in media]
+        if bad_samples:
+            batch["bad_samples"] = bad_samples
+        return batch
+
+    def _pad(self, examples: Sequence[Example]) -> Batch:
+        """The tensors of a batch, one row an example."""
         longest = max(len(example.input_ids) for example in examples)
         shape = (len(examples), longest)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -43,10 +71,4 @@ class SupervisedCollator:
             input_ids[row, :length] = torch.tensor(example.input_ids)
             labels[row, :length] = torch.tensor(example.labels)
             attention_mask[row, :length] = 1
-        batch = Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
-        media = [medium for example in examples for medium in example.media]
-        if media:
-            batch["images"] = [medium.frames for medium in media]
-            batch["modalities"] = [medium.kind for medium in media]
-            batch["image_sizes"] = [medium.original_size for medium in media]
-        return batch
+        return Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)

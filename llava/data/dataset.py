@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.collator import SupervisedCollator
 from llava.data.media import MediaError, load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
@@ -17,7 +18,7 @@ from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
-from llava.types import Example, Record, VisualInput
+from llava.types import BadSample, Example, Record, VisualInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _TEXTS_AT_ONCE = 1000
 
 
-class SupervisedDataset(Dataset[Example]):
+class SupervisedDataset(Dataset["Example | BadSample"]):
     """Records as examples; media are decoded when an example is asked for.
 
     Args:
@@ -35,6 +36,8 @@ class SupervisedDataset(Dataset[Example]):
         max_length: most tokens of an example. Text is cut to it, visual spans never.
         early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
+        on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample``
+            in its place.
     """
 
     def __init__(
@@ -45,39 +48,60 @@ class SupervisedDataset(Dataset[Example]):
         max_length: int,
         early_mix_text: bool = False,
         text_format: Format | None = None,
+        on_bad_sample: str = ERROR,
     ) -> None:
+        check_on_bad_sample(on_bad_sample)
         self.records = records
         self.tokenizer = tokenizer
         self.vision = vision
         self.max_length = max_length
         self.early_mix_text = early_mix_text
         self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
+        self.on_bad_sample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example | BadSample:
         """Decode and tokenise one sample.
 
         Raises:
-            ValueError: its media cannot be decoded or do not fit the context; names sample and file.
+            BadSampleError: its media cannot be decoded or do not fit the context; names sample and file.
+                With ``on_bad_sample="skip"`` the same comes back as a ``BadSample``.
+            ValueError: the model has no vision, for which no sample is to blame.
         """
         record = self.records[index]
+        self.check_vision(record)
+        try:
+            return self.load_example(record)
+        except ValueError as error:
+            bad = describe_error(record, error)
+            if self.on_bad_sample == ERROR:
+                raise BadSampleError(str(bad)) from error
+            return bad
+
+    def load_example(self, record: Record) -> Example:
+        """Decode and tokenise a record; a ValueError if it cannot be used."""
         media = self.load_media(record)
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         ids, labels = self.tokenize(record, frame_counts, [m.original_size for m in media if m.kind == "image"])
         return Example(record.id, ids, labels, media)
 
+    def check_vision(self, record: Record) -> None:
+        """A ValueError that names the record if it has media and the model no vision."""
+        if record.media and self.vision is None:
+            raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
+
     def load_media(self, record: Record) -> list[VisualInput]:
         """Decode the media of a record, in reading order; a text-only one has none."""
-        if not record.media:
-            return []
-        if self.vision is None:
-            raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
-        try:
-            loaded = [load_media(media, self.vision, record.split) for media in record.media]
-        except MediaError as error:
-            raise MediaError(f"{record}: {error}") from error
+        self.check_vision(record)
+        loaded = []
+        for media in record.media:
+            assert self.vision is not None
+            try:
+                loaded.append(load_media(media, self.vision, record.split))
+            except MediaError as error:
+                raise MediaError(f"{record}: {error}", media.path) from error
         return in_reading_order(record, loaded)
 
     def tokenize(
@@ -117,17 +141,26 @@ class SupervisedDataset(Dataset[Example]):
         """The (height, width) of a record's images from their headers; None where no count depends on them."""
         if self.vision is None or self.vision.anyres is None:
             return None
-        try:
-            return [read_image_size(media.path) for media in record.media if media.kind == "image"]
-        except MediaError as error:
-            raise MediaError(f"{record}: {error}") from error
+        sizes = []
+        for media in record.media:
+            try:
+                if media.kind == "image":
+                    sizes.append(read_image_size(media.path))
+            except MediaError as error:
+                raise MediaError(f"{record}: {error}", media.path) from error
+        return sizes
 
     def visual_tokens(self, record: Record) -> int:
-        """Positions that the media of a record take; 0 for text alone."""
+        """Positions that the media of a record take; 0 for text alone, and for a bad sample that is skipped."""
         if self.vision is None:
             return 0
         kinds = [media.kind for media in record.media]
-        sizes: Sequence[tuple[int, int] | None] = self.image_sizes(record) or [None] * kinds.count("image")
+        try:
+            sizes: Sequence[tuple[int, int] | None] = self.image_sizes(record) or [None] * kinds.count("image")
+        except MediaError:
+            if self.on_bad_sample == SKIP:
+                return 0
+            raise
         images = sum(self.vision.num_tokens("image", image_size=size) for size in sizes)
         videos = sum(self.vision.num_tokens("video", self.vision.max_frames) for kind in kinds if kind == "video")
         return images + videos
@@ -190,7 +223,8 @@ def check_supervision(dataset: SupervisedDataset) -> None:
     """Check before training that every sample has something to learn, and keeps it within ``max_length``.
 
     Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this;
-    nor are videos whose number of frames shows only when they are opened.
+    nor are videos whose number of frames shows only when they are opened. With ``on_bad_sample="skip"``
+    samples that do not fit are left out when their turn comes.
 
     Raises:
         ValueError: names the samples.
@@ -199,7 +233,7 @@ def check_supervision(dataset: SupervisedDataset) -> None:
         raise ValueError(
             f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; give them text or take them out"
         )
-    if not dataset.text_format.has_prompts:
+    if not dataset.text_format.has_prompts or dataset.on_bad_sample == SKIP:
         return
     open_ended = dataset.vision is not None and dataset.vision.video_fps > 0
     for record, length in zip(dataset.records, dataset.lengths, strict=True):
@@ -239,7 +273,15 @@ def make_supervised_data_module(
         if not paths:
             return None
         records = read_records(paths, data_args.image_folder, data_args.video_folder)
-        dataset = SupervisedDataset(records, tokenizer, vision, max_length, data_args.early_mix_text, text_format)
+        dataset = SupervisedDataset(
+            records,
+            tokenizer,
+            vision,
+            max_length,
+            early_mix_text=data_args.early_mix_text,
+            text_format=text_format,
+            on_bad_sample=data_args.on_bad_sample,
+        )
         check_supervision(dataset)
         return dataset
 

@@ -26,7 +26,14 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 class MediaError(ValueError):
-    """A file that is missing, broken or not what it should be; the message names it."""
+    """A file that is missing, broken or not what it should be; the message names it.
+
+    ``path`` is the file, where the message stands for a sample and not for the file alone.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True)

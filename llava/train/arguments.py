@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from llava.data.bad_samples import ERROR, check_on_bad_sample
 from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
@@ -212,6 +213,13 @@ class DataArguments:
             f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
         },
     )
+    on_bad_sample: str = field(
+        default=ERROR,
+        metadata={
+            "help": "error (default): a sample that cannot be used stops the run; skip: it is left out and written to "
+            "bad_samples.jsonl in --output_dir."
+        },
+    )
     early_mix_text: bool = field(
         default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
     )
@@ -231,6 +239,7 @@ class DataArguments:
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
+        check_on_bad_sample(self.on_bad_sample)
 
     @property
     def format_name(self) -> str:

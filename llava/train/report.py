@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
+from llava.data.bad_samples import SKIP, describe_error
 from llava.data.dataset import SupervisedDataset
+from llava.data.media import MediaError
+from llava.data.preprocess.base import ContextError
 
 
 def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> str:
@@ -31,7 +34,13 @@ def supervision_table(dataset: SupervisedDataset, num_samples: int = 3) -> str:
     """For the first samples: tokens, how many are supervised, and the text that those cover."""
     lines = ["supervised tokens of the first samples"]
     for record in dataset.records[:num_samples]:
-        ids, labels = dataset.tokenize(record)
+        try:
+            ids, labels = dataset.tokenize(record)
+        except (MediaError, ContextError) as error:
+            if dataset.on_bad_sample != SKIP:
+                raise
+            lines.append(f"  {describe_error(record, error)} (skipped)")
+            continue
         supervised = [label for label in labels if label != IGNORE_INDEX]
         text = dataset.tokenizer.decode(supervised)
         lines.append(f"  {record.id}: {len(supervised)} of {len(ids)} tokens: {text!r}")

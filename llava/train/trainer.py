@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava.constants import IGNORE_INDEX
+from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.parts import parameter_groups
 
@@ -43,6 +44,9 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             return LengthGroupedSampler(self.args.eval_batch_size, lengths=eval_dataset.lengths)
         return super()._get_eval_sampler(eval_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(model_inputs(inputs))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # The first label of a row is predicted by nothing. transformers knows that only for the

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import make_supervised_data_module
 from llava.model.loss import supervised_loss
 from llava.train.arguments import DataArguments
@@ -55,7 +55,7 @@ def test_the_floor_computes_the_librarys_loss_and_gradients(benchmark: ModuleTyp
     data = make_supervised_data_module(tokenizer, DataArguments(data_path=[str(path)]), model.vision, sizes.context)[
         "train_dataset"
     ]
-    batch = SupervisedCollator(tokenizer.pad_token_id)([data[i] for i in range(sizes.batch)])
+    batch = model_inputs(SupervisedCollator(tokenizer.pad_token_id)([data[i] for i in range(sizes.batch)]))
     floor = benchmark.Floor(model, batch, bf16=False)
     for module in (*model.modules(), *floor.decoder.modules()):
         if isinstance(module, nn.Dropout):

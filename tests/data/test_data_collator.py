@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from llava.data.collator import SupervisedCollator
-from llava.types import Example, VisualInput
+from llava.data.collator import SupervisedCollator, model_inputs
+from llava.types import BadSample, Example, VisualInput
 
 EOS = PAD = 0
 
@@ -24,7 +25,7 @@ def test_mask_comes_from_lengths_so_that_a_real_end_of_text_is_seen():
 
 def test_text_only_batch_has_no_media_keys():
     batch = SupervisedCollator(PAD)([Example("a", [5, EOS], [5, EOS])])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "sample_ids"}
 
 
 def test_media_of_a_mixed_batch_stand_in_reading_order():
@@ -46,3 +47,23 @@ def test_padding_id_fills_up_the_ids_only():
     batch = SupervisedCollator(9)([Example("a", [1], [1]), Example("b", [1, 2], [1, 2])])
     assert batch["input_ids"].tolist() == [[1, 9], [1, 2]]
     assert batch["labels"].tolist() == [[1, -100], [1, 2]]
+
+
+def test_bad_samples_get_no_row():
+    bad = BadSample("bad", "x.json, sample 2", "a.mp4", "no such file")
+    batch = SupervisedCollator(PAD)([Example("a", [5, EOS], [5, EOS]), bad, Example("b", [7, EOS], [7, EOS])])
+    assert batch["sample_ids"] == ["a", "b"]
+    assert batch["bad_samples"] == [bad]
+    assert batch["input_ids"].tolist() == [[5, 0], [7, 0]]
+    assert set(model_inputs(batch)) == {"input_ids", "labels", "attention_mask"}
+
+
+@pytest.mark.parametrize("bad", [[], [BadSample("bad", "x.json, sample 2", "a.mp4", "no such file")]])
+def test_without_a_good_sample_the_batch_is_empty(bad):
+    batch = SupervisedCollator(9)(bad)
+    assert batch["input_ids"].tolist() == [[9]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["attention_mask"].tolist() == [[1]]
+    assert batch["sample_ids"] == []
+    assert batch.get("bad_samples", []) == bad
+    assert "images" not in batch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,11 @@ from conftest import ITALIAN, turns, write_video
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
+from llava.data.bad_samples import BadSample, BadSampleError
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
-from llava.data.media import MediaError, load_media
+from llava.data.media import load_media
 from llava.data.records import read_records
+from llava.train.arguments import DataArguments
 from llava.types import Media, Record, Turn
 
 EOS = 0
@@ -180,9 +181,45 @@ def test_real_clip_that_does_not_fit(media_dir, visual_tokenizer, tiny_vision):
 def test_bad_file_is_one_error_naming_sample_and_file(tmp_path, visual_tokenizer, tiny_vision):
     (tmp_path / "a.mp4").write_text("non è un video")
     dataset = SupervisedDataset([with_media(["<video>"], tmp_path)], visual_tokenizer, tiny_vision, 512)
-    with pytest.raises(MediaError, match=r"^sample 's1' \(x\.json, sample 1\): .*a\.mp4: cannot be decoded") as caught:
+    with pytest.raises(
+        BadSampleError, match=r"^sample 's1' \(x\.json, sample 1\): .*a\.mp4: cannot be decoded"
+    ) as caught:
         dataset[0]
     assert "\n" not in str(caught.value)
+
+
+def test_bad_samples_are_skipped_only_when_that_is_asked_for(tmp_path, media_dir, visual_tokenizer, tiny_vision):
+    (tmp_path / "a.mp4").write_text("non è un video")
+    samples = [with_media(["<video>"], media_dir), with_media(["<video>"], tmp_path), record(["<video>" * 9])]
+    skipping = SupervisedDataset(samples, visual_tokenizer, tiny_vision, 512, on_bad_sample="skip")
+    assert skipping[0].id == "s1"
+    broken = skipping[1]
+    assert (broken.id, broken.source, broken.file) == ("s1", "x.json, sample 1", str(tmp_path / "a.mp4"))
+    assert broken.reason.startswith("cannot be decoded as a video: ")
+    stopping = SupervisedDataset(samples, visual_tokenizer, tiny_vision, 512)
+    with pytest.raises(BadSampleError) as caught:
+        stopping[1]
+    assert str(caught.value) == str(broken)
+    with pytest.raises(ValueError, match="--on_bad_sample is 'ignore'; known: error, skip"):
+        SupervisedDataset(samples, visual_tokenizer, tiny_vision, 512, on_bad_sample="ignore")
+
+
+def test_sample_that_does_not_fit_is_a_bad_sample_without_a_file(media_dir, visual_tokenizer, tiny_vision):
+    sample = with_media(["<video>", "ciao"], media_dir)
+    bad = SupervisedDataset([sample], visual_tokenizer, tiny_vision, 40, on_bad_sample="skip")[0]
+    assert isinstance(bad, BadSample)
+    assert bad.file == ""
+    assert bad.reason.startswith("it needs at least 41 tokens (39 of them visual), but the limit is 40; raise")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_error_in_a_worker_reaches_the_user_as_one_line(tmp_path, visual_tokenizer, tiny_vision, method):
+    from torch.utils.data import DataLoader
+
+    dataset = SupervisedDataset([with_media(["<video>"], tmp_path)], visual_tokenizer, tiny_vision, 512)
+    with pytest.raises(BadSampleError) as caught:
+        next(iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=method)))
+    assert str(caught.value) == f"sample 's1' (x.json, sample 1): {tmp_path / 'a.mp4'}: no such file"
 
 
 def test_media_for_a_model_without_vision(media_dir, visual_tokenizer):
@@ -203,17 +240,13 @@ def test_samples_with_nothing_to_learn_are_reported_before_training(tmp_path, vi
     path.write_text(json.dumps(samples))
     dataset = SupervisedDataset(read_records(str(path)), visual_tokenizer, tiny_vision, 512)
     assert [r.id for r in find_unsupervised(dataset)] == ["hollow"]
-    arguments = SimpleNamespace(
-        data_path=[str(path)], eval_data_path=None, image_folder=None, video_folder=None, early_mix_text=False
-    )
+    arguments = DataArguments(data_path=[str(path)])
     with pytest.raises(ValueError, match=r"1 samples .*'hollow' \(a\.json, sample 2\)"):
         make_supervised_data_module(visual_tokenizer, arguments, tiny_vision, 512)
 
 
 def test_data_module(mixed_data, visual_tokenizer, tiny_vision):
-    arguments = SimpleNamespace(
-        data_path=[str(mixed_data)], eval_data_path=None, image_folder=None, video_folder=None, early_mix_text=True
-    )
+    arguments = DataArguments(data_path=[str(mixed_data)], early_mix_text=True)
     module = make_supervised_data_module(visual_tokenizer, arguments, tiny_vision, 512)
     assert set(module) == {"train_dataset", "eval_dataset", "data_collator"}
     assert len(module["train_dataset"]) == 7

@@ -18,6 +18,7 @@ from llava.data.image_ops import cut_views, fit_frames
 from llava.data.media import MediaError, load_image, load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
 from llava.data.preprocess.base import ContextError
+from llava.train.report import supervision_table
 from llava.types import Media, Record, Turn
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200), (200, 10, 200)]
@@ -182,3 +183,17 @@ def test_a_missing_image_is_named_while_counting(visual_tokenizer, unpadded, two
     dataset = SupervisedDataset([gone], visual_tokenizer, unpadded, 512)
     with pytest.raises(MediaError, match=r"sample 's1' \(x\.json, sample 1\): /nowhere/a\.png: no such file"):
         _ = dataset.lengths
+
+
+def test_lengths_pass_over_an_image_that_will_be_skipped(media_dir, tmp_path, visual_tokenizer, tiled) -> None:
+    turn = Turn("user", "<image> un gatto")
+    records = [Record(name, (turn,), (Media("image", str(media_dir / name)),)) for name in ("a.png", "none.png")]
+    with pytest.raises(MediaError, match=r"sample 'none\.png': .*none\.png: no such file"):
+        SupervisedDataset(records, visual_tokenizer, tiled, 512).lengths  # noqa: B018
+    skipping = SupervisedDataset(records, visual_tokenizer, tiled, 512, on_bad_sample="skip")
+    assert skipping.lengths[0] == len(skipping[0].input_ids)
+    assert skipping.lengths[1] == skipping.lengths[0] - skipping.visual_tokens(records[0])
+    first, second = supervision_table(skipping).splitlines()[1:]
+    assert first.startswith("  a.png: ")
+    assert second.startswith("  sample 'none.png': ")
+    assert second.endswith(": no such file (skipped)")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY_VISION, TinyBackbones
 
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.model import AVAILABLE_MODELS, BACKBONES, VARIANTS, split_type, variant_type
@@ -61,7 +61,7 @@ def make_batch(mixed_data: Path):
 
     def make(loaded: LoadedModel, rows: list[int]):
         dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512)
-        batch = SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows])
+        batch = model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
         del batch["labels"]
         return batch
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava.constants import VISUAL_TOKENS
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.model import BACKBONES
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.parametrize("name", sorted(BACKBONES))
 
 def make_batch(loaded, mixed_data: Path, rows: list[int]):
     dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 512)
-    return SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows])
+    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
 
 
 def text_ids(loaded, batch: int = 2, length: int = 20) -> torch.Tensor:

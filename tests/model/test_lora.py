@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("peft", reason="LoRA needs peft: pip install 'llava-babylm[lora]'")
 
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.model import BACKBONES
@@ -45,7 +45,7 @@ def load_adapted(load_tiny, backbone_dirs):
 
 def make_batch(loaded, data: Path, rows: tuple[int, ...] = (0, 2, 4, 5)) -> dict:
     dataset = SupervisedDataset(read_records(str(data)), loaded.tokenizer, loaded.vision, 512)
-    return SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows])
+    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
 
 
 @torch.no_grad()

@@ -22,12 +22,12 @@ FOUR, EIGHT = Quantization(4, device="cpu"), Quantization(8, device="cpu")
 
 
 def make_batch(loaded, data: Path, rows: tuple[int, ...] = (0, 2, 5)) -> dict:
-    from llava.data.collator import SupervisedCollator
+    from llava.data.collator import SupervisedCollator, model_inputs
     from llava.data.dataset import SupervisedDataset
     from llava.data.records import read_records
 
     dataset = SupervisedDataset(read_records(str(data)), loaded.tokenizer, loaded.vision, 512)
-    return SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows])
+    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
 
 
 @needs_bitsandbytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.model.splice import splice
@@ -15,7 +15,7 @@ from llava.model.splice import splice
 
 def batch_of(loaded, mixed_data: Path, rows: list[int]):
     dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 512)
-    return SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows])
+    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
 
 
 def test_features_overwrite_markers_and_patches_alike() -> None:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from llava.data.collator import SupervisedCollator
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.types import Example
 
 BACKBONES = ["llava_gpt2", "llava_llama"]
@@ -26,7 +26,7 @@ def test_loss_and_gradients_are_bit_identical_without_vision(name: str, load_tin
 
     monkeypatch.setattr(with_vision.model.get_vision_tower(), "forward", refuse)
     ids = with_vision.tokenizer("Il gatto dorme sul divano.")["input_ids"] + [with_vision.tokenizer.eos_token_id]
-    batch = SupervisedCollator(0)([Example("a", ids, ids), Example("b", ids[:4], ids[:4])])
+    batch = model_inputs(SupervisedCollator(0)([Example("a", ids, ids), Example("b", ids[:4], ids[:4])]))
     for model in (with_vision.model, plain):
         torch.manual_seed(11)
         model.train()(**batch).loss.backward()

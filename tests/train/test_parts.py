@@ -51,14 +51,14 @@ def test_a_trained_tower_joins_the_checkpoint(load_tiny, tmp_path) -> None:
 
 
 def test_every_trained_tower_parameter_is_used(load_tiny, mixed_data) -> None:
-    from llava.data.collator import SupervisedCollator
+    from llava.data.collator import SupervisedCollator, model_inputs
     from llava.data.dataset import SupervisedDataset
     from llava.data.records import read_records
 
     loaded = load_tiny()
     set_trainable_parts(loaded.model, ["mm_vision_tower"])
     dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 512)
-    loaded.model.train()(**SupervisedCollator(0)([dataset[0]])).loss.backward()
+    loaded.model.train()(**model_inputs(SupervisedCollator(0)([dataset[0]]))).loss.backward()
     for name, parameter in loaded.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.data.collator import SupervisedCollator, model_inputs
 from llava.serve.cli import main as serve
 from llava.train.train import main
+from llava.types import BadSample
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,6 +185,20 @@ def test_a_broken_clip_stops_the_run_and_is_named(gpt2_dir, tower_dir, mixed_dat
     data = write_json(mixed_data.parent / "with-broken.json", samples)
     with pytest.raises(ValueError, match=r"sample 'video-a' \(with-broken\.json, sample 1\).*broken\.mp4"):
         main(flags(gpt2_dir, tower_dir, data, tmp_path / "out"))
+
+
+def test_a_batch_without_a_good_sample_has_no_loss_and_no_gradient(load_tiny) -> None:
+    model = load_tiny().model.train()
+    bad = BadSample("bad", "x.json, sample 1", "a.mp4", "no such file")
+    for batch in (SupervisedCollator(0)([]), SupervisedCollator(0)([bad])):
+        for num_items in (None, 0, 5):
+            model.zero_grad()
+            loss = model(**model_inputs(batch), num_items_in_batch=num_items).loss
+            loss.backward()
+            assert loss == 0
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            assert gradients
+            assert not any(gradient.any() for gradient in gradients)
 
 
 def test_shell_sees_one_line_and_status_2(gpt2_dir, tmp_path: Path) -> None:
