@@ -9,10 +9,10 @@ from typing import Any
 
 import transformers
 
-from llava.data.bad_samples import ERROR, check_on_bad_sample
 from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
+from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
 from llava.train.parts import PARTS
 
@@ -164,7 +164,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(BadSampleArguments):
     """Which data, and how media and text are read."""
 
     data_path: list[str] = field(metadata={"help": "Data files to train on, .json or .jsonl; several are joined."})
@@ -213,13 +213,6 @@ class DataArguments:
             f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
         },
     )
-    on_bad_sample: str = field(
-        default=ERROR,
-        metadata={
-            "help": "error (default): a sample that cannot be used stops the run; skip: it is left out and written to "
-            "bad_samples.jsonl in --output_dir."
-        },
-    )
     early_mix_text: bool = field(
         default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
     )
@@ -239,7 +232,7 @@ class DataArguments:
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
-        check_on_bad_sample(self.on_bad_sample)
+        self.check_bad_samples()
 
     @property
     def format_name(self) -> str:

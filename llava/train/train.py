@@ -100,7 +100,8 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
         print(supervision_table(data["train_dataset"]), flush=True)
 
-    return LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
+    ledger = data_args.build_ledger(training_args.output_dir)
+    return LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data)
 
 
 def load_from_arguments(

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
+from llava.train.ledger import BadSampleLedger, EvaluationTally
 from llava.train.parts import parameter_groups
 
 
@@ -20,9 +21,20 @@ class LlavaTrainer(Trainer):
 
     The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step
     and over ranks alike.
+
+    Args:
+        ledger: where bad samples are written down; None where they are errors.
+        *args, **kwargs: as for transformers' ``Trainer``.
     """
 
     args: Any
+
+    def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ledger = ledger
+        self.tally: EvaluationTally | None = None
+        if ledger is not None:
+            self.add_callback(ledger)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over groups with a learning rate for each part."""
@@ -44,6 +56,37 @@ class LlavaTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             return LengthGroupedSampler(self.args.eval_batch_size, lengths=eval_dataset.lengths)
         return super()._get_eval_sampler(eval_dataset)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step and their predicted tokens; their bad samples go into the ledger."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.ledger is not None:
+            num_good = sum(len(batch["sample_ids"]) for batch in batches)
+            self.ledger.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+        return batches, num_items
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """One batch of an evaluation, as in transformers; the tally remembers what was good and what bad."""
+        result: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.tally is not None:
+            self.tally.add(inputs, result[0])
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; skipped samples go into the ledger and do not count."""
+        self.tally = None if self.ledger is None else EvaluationTally()
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self.ledger is not None and self.tally is not None:
+            self.ledger.add(self.tally.bad)
+            if (loss := self.tally.mean_loss()) is not None:
+                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the number of samples skipped so far where they are."""
+        if self.ledger is not None:
+            logs["skipped_samples"] = len(self.ledger)
+        super().log(logs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(model_inputs(inputs))

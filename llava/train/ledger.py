@@ -1,0 +1,176 @@
+"""What a run does about bad samples: its flags, and the ledger of those that it left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava.data.bad_samples import ERROR, SKIP, check_on_bad_sample
+from llava.types import BadSample
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "bad_samples.jsonl"
+FEWEST_SEEN = 20
+"""Samples that must have been seen before their bad ones can end a run in the middle of an epoch."""
+
+
+@dataclass(kw_only=True)
+class BadSampleArguments:
+    """Flags about samples that cannot be used."""
+
+    on_bad_sample: str = field(
+        default=ERROR,
+        metadata={
+            "help": "error (default): a sample that cannot be used stops the run; skip: it is left out and written to "
+            f"{LEDGER} in --output_dir."
+        },
+    )
+    max_bad_share: float = field(
+        default=0.05,
+        metadata={"help": "With --on_bad_sample skip: stop when more than this share of the samples is bad."},
+    )
+
+    def check_bad_samples(self) -> None:
+        """A ValueError for values that do not fit."""
+        check_on_bad_sample(self.on_bad_sample)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
+
+    def build_ledger(self, output_dir: str | None) -> BadSampleLedger | None:
+        """The ledger of a run that skips bad samples; None for one that stops at the first."""
+        if self.on_bad_sample != SKIP:
+            return None
+        assert output_dir is not None
+        return BadSampleLedger(Path(output_dir) / LEDGER, self.max_bad_share)
+
+
+class BadSampleLedger(TrainerCallback):
+    """A file with one row for each bad sample of a run, whichever rank, worker and epoch met it.
+
+    Rows are ``{"id", "source", "file", "reason"}``, written by the first rank as they come in, each on disk
+    before training goes on. A resumed run adds to the file, a fresh one begins it anew.
+
+    Args:
+        path: of the file.
+        max_share: of the samples seen since the run was started (or resumed) that may be bad.
+    """
+
+    def __init__(self, path: Path, max_share: float) -> None:
+        self.path, self.max_share = path, max_share
+        self.num_seen = self.num_bad = 0
+        self._known: set[tuple[str, str]] = set()
+
+    def __len__(self) -> int:
+        """How many different samples are bad."""
+        return len(self._known)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.num_seen = self.num_bad = 0
+        self._known = set()
+        if state.global_step:
+            self._known = {(row["id"], row["source"]) for row in read_ledger(self.path)}
+        # Every rank has read before the first one writes.
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            _cut_unfinished_row(self.path) if state.global_step else self.path.unlink(missing_ok=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.num_bad > self.max_share * self.num_seen:
+            raise self._too_many()
+
+    def record(self, num_good: int, bad: Sequence[BadSample]) -> None:
+        """Take in what every rank met in a step; all ranks call this together.
+
+        Raises:
+            ValueError: more than ``max_share`` are bad, on all ranks alike. In the middle of an epoch that
+                is said of at least ``FEWEST_SEEN`` samples, and of a number of bad ones three standard
+                deviations above what the share makes likely: a few early ones end no run by chance.
+        """
+        counts = torch.tensor([num_good + len(bad), len(bad)], device=PartialState().device)
+        seen, num_bad = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+        self.num_seen += seen
+        self.num_bad += num_bad
+        if num_bad:
+            self._write(gather_object(list(bad)))
+        expected = self.max_share * self.num_seen
+        chance = 3 * math.sqrt(expected * (1 - self.max_share))
+        if self.num_seen >= FEWEST_SEEN and self.num_bad > expected + chance:
+            raise self._too_many()
+
+    def add(self, bad: Sequence[BadSample]) -> None:
+        """Write down what ranks met outside of training; all ranks call this together, and nothing is counted."""
+        self._write(gather_object(list(bad)))
+
+    def _write(self, bad: Sequence[BadSample]) -> None:
+        new = {(sample.id, sample.source): sample for sample in bad if (sample.id, sample.source) not in self._known}
+        self._known |= set(new)
+        if not new or not PartialState().is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            for sample in new.values():
+                logger.warning("skipped %s", sample)
+                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _too_many(self) -> ValueError:
+        return ValueError(
+            f"{self.num_bad} of the {self.num_seen} samples seen are bad, more than --max_bad_share "
+            f"{self.max_share:g}; {self.path} lists them: mend or remove them, or raise the share"
+        )
+
+
+@dataclass
+class EvaluationTally:
+    """The loss of an evaluation over its good samples, and its bad ones.
+
+    transformers takes the mean over all batches, where one without a good sample would count as a perfect zero.
+    """
+
+    bad: list[BadSample] = field(default_factory=list)
+    loss: float = 0.0
+    num_good: int = 0
+
+    def add(self, batch: Mapping[str, Any], loss: torch.Tensor) -> None:
+        """Take in a batch and the mean loss of its samples."""
+        self.bad += batch.get("bad_samples", ())
+        self.num_good += len(batch["sample_ids"])
+        self.loss += float(loss) * len(batch["sample_ids"])
+
+    def mean_loss(self) -> float | None:
+        """The mean over the good samples of all ranks, which call this together; None where none was bad."""
+        sums = torch.tensor([self.loss, self.num_good, len(self.bad)], device=PartialState().device)
+        loss, num_good, num_bad = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        if not num_bad:
+            return None
+        return loss / num_good if num_good else math.nan
+
+
+def read_ledger(path: Path) -> list[dict[str, str]]:
+    """The rows of a ledger; of a run that was killed while it wrote, without the last half."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _cut_unfinished_row(path: Path) -> None:
+    if path.exists():
+        rows = path.read_bytes()
+        os.truncate(path, rows.rfind(b"\n") + 1)
