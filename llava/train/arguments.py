@@ -272,8 +272,19 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         },
     )
 
+    stop_on_bad_numbers: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch "
+            "in OUTPUT_DIR/bad_step-N with the command that replays it (default true)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stop_on_bad_numbers:
+            # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.
+            self.logging_nan_inf_filter = False
         # Examples are dataclasses; a column filter has nothing to remove and would drop their media.
         self.remove_unused_columns = False
         # Every trainable parameter takes part in every step, on every rank: nothing to look for.

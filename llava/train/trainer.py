@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.ledger import BadSampleLedger, EvaluationTally
+from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
 
 
@@ -90,6 +92,32 @@ class LlavaTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(model_inputs(inputs))
+
+    @cached_property
+    def number_guard(self) -> NumberGuard | None:
+        """Stops the run where numbers go wrong; None with ``--stop_on_bad_numbers false``."""
+        return build_guard(self) if self.args.stop_on_bad_numbers else None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.number_guard is not None:
+            self.number_guard.begin_step(batches, num_items)
+        return batches, num_items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.number_guard is None:
+            return super().training_step(*args, **kwargs)
+        self.number_guard.begin_micro_batch()
+        loss = super().training_step(*args, **kwargs)
+        self.number_guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last thing before the optimizer's step.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.number_guard is not None:
+            self.number_guard.check(grad_norm, self.state.global_step + 1)
+        return grad_norm
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # The first label of a row is predicted by nothing. transformers knows that only for the

@@ -1,0 +1,205 @@
+"""``python -m llava.train.replay OUTPUT_DIR/bad_step-N``: the step that stopped a run, once more and watched."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.data.collator import model_inputs
+from llava.model.loading import load_model
+from llava.model.quantization import Quantization
+from llava.train.bad_step import MODEL_FOLDER, RankBatch, RunSettings, read_batch, read_run, set_random_states
+from llava.train.numerics import describe_samples
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_SHOWN = 10
+_PURPOSE = "Run the batch that stopped a run once more, and print where its numbers go wrong."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replay the batch of each rank.
+
+    Returns:
+        0 if a loss or a gradient is not finite here either, 1 if all are.
+
+    Raises:
+        ValueError: the folder is none that a stopped run has left.
+    """
+    parser = argparse.ArgumentParser(prog="python -m llava.train.replay", description=_PURPOSE)
+    parser.add_argument("folder", type=Path, help="The folder bad_step-N that the stopped run has left.")
+    parser.add_argument("--rank", type=int, help="Replay this rank's batch alone (default: all, one after the other).")
+    parser.add_argument("--device", help="Where to run (default: a GPU if there is one).")
+    parser.add_argument("--vision_tower", help="Where the frozen vision tower lies, if it has moved.")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = read_run(options.folder)
+    ranks = range(settings.world_size) if options.rank is None else [options.rank]
+    batches = [read_batch(options.folder, rank) for rank in ranks]
+    model = load_run_model(options.folder, settings, device, options.vision_tower)
+    print_names("weights that are not finite", bad_names(model.named_parameters()))
+    reproduced = [replay(model, batch, settings, device) for batch in batches]
+    print("reproduced" if any(reproduced) else "all numbers are finite here: not reproduced")
+    return 0 if any(reproduced) else 1
+
+
+def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vision_tower: str | None) -> Any:
+    """The model as it was before the step, ready to train."""
+    dtype = _DTYPES[settings.precision]
+    quantization = None
+    if settings.bits != 16:
+        quantization = Quantization(settings.bits, settings.quant_type, settings.double_quant, dtype, device)
+    model = load_model(
+        str(folder / MODEL_FOLDER),
+        vision_tower=vision_tower,
+        attn_implementation=settings.attn_implementation,
+        dtype=dtype if settings.casts_weights else torch.float32,
+        quantization=quantization,
+    ).model
+    trainable = set(settings.trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in trainable
+    tower = model.get_vision_tower()
+    if tower is not None and not tower.trainable and not model.vision.save_vision_tower:
+        tower.to(dtype)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train()
+
+
+def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: torch.device) -> bool:
+    """Run the micro-batches of a rank, as the step did; whether a loss or a gradient is not finite."""
+    print(f"step {batch.step}, {describe_samples(batch.sample_ids, batch.rank)}")
+    set_random_states(batch.random_states, device)
+    found = False
+    for i, micro_batch in enumerate(batch.micro_batches):
+        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        run_step = _step(model, micro_batch, batch.num_items, settings, device)
+        model.zero_grad()
+        with watch_activations(model) as activations:
+            loss = run_step()
+        print(f"  micro-batch {i}: loss {float(loss)} (in the run {batch.losses[i]})")
+        print_names("modules with values that are not finite, in the order they ran", activations)
+        gradients = bad_names((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        print_names("gradients that are not finite", gradients)
+        if gradients:
+            _set_states(before, device)
+            print_first_bad_operation(run_step)
+        found = found or bool(gradients) or not bool(loss.isfinite())
+    return found
+
+
+def _set_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _step(
+    model: nn.Module, micro_batch: dict[str, Any], num_items: float | None, settings: RunSettings, device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that runs forward and backward of a micro-batch and returns the loss."""
+    inputs = {name: _move(value, device) for name, value in model_inputs(micro_batch).items()}
+    share = None if num_items is None else torch.tensor(num_items, device=device)
+
+    def run() -> Tensor:
+        with _precision(settings, device):
+            loss = model(**inputs, num_items_in_batch=share).loss
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_move(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _precision(settings: RunSettings, device: torch.device) -> AbstractContextManager[Any]:
+    casts = settings.precision != "fp32" and not settings.casts_weights
+    return torch.autocast(device.type, _DTYPES[settings.precision] if casts else torch.bfloat16, enabled=casts)
+
+
+@contextmanager
+def watch_activations(model: nn.Module) -> Iterator[list[str]]:
+    """Within it, modules whose output is not finite join the list, innermost first, as they run."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            bad = [tensor for tensor in _tensors(output) if not is_finite(tensor)]
+            if bad:
+                since = "" if all(map(is_finite, _tensors(inputs))) else ", as its input is"
+                share = int((~bad[0].isfinite()).sum())
+                found.append(f"{name} ({type(module).__name__}): {share} of {bad[0].numel()} values{since}")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name or "model", module)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a module takes or returns."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def bad_names(tensors: Any) -> list[str]:
+    """Names of the tensors, of (name, tensor) pairs, that are not finite."""
+    return [name for name, tensor in tensors if not is_finite(tensor)]
+
+
+def print_first_bad_operation(run_step: Callable[[], Tensor]) -> None:
+    """Name the first operation whose gradient is NaN; torch warns with the line of its forward pass."""
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            run_step()
+    except RuntimeError as error:
+        if "nan values" not in str(error):
+            raise
+        print(f"    first operation with a NaN gradient: {error}")
+
+
+def print_names(what: str, names: Sequence[str]) -> None:
+    """Print what was found, the first ones by name; nothing if nothing was."""
+    if names:
+        print(f"    {len(names)} {what}:")
+        for name in names[:_MOST_SHOWN]:
+            print(f"      {name}")
+        if len(names) > _MOST_SHOWN:
+            print(f"      and {len(names) - _MOST_SHOWN} more")
+
+
+def cli() -> int:
+    """``main`` for a shell: a mistake is one line and status 2."""
+    try:
+        return main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
