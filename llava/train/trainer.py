@@ -65,6 +65,8 @@ class LlavaTrainer(Trainer):
         if self.ledger is not None:
             num_good = sum(len(batch["sample_ids"]) for batch in batches)
             self.ledger.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+        if self.number_guard is not None:
+            self.number_guard.begin_step(batches, num_items)
         return batches, num_items
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -97,12 +99,6 @@ class LlavaTrainer(Trainer):
     def number_guard(self) -> NumberGuard | None:
         """Stops the run where numbers go wrong; None with ``--stop_on_bad_numbers false``."""
         return build_guard(self) if self.args.stop_on_bad_numbers else None
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.number_guard is not None:
-            self.number_guard.begin_step(batches, num_items)
-        return batches, num_items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.number_guard is None:
