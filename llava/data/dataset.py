@@ -12,7 +12,8 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.collator import SupervisedCollator
-from llava.data.media import MediaError, load_media, read_image_size
+from llava.data.files import MediaError
+from llava.data.media import load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
 from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
@@ -38,6 +39,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
         on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample``
             in its place.
+        decode_timeout: seconds that decoding a video may take; 0 sets no limit.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         early_mix_text: bool = False,
         text_format: Format | None = None,
         on_bad_sample: str = ERROR,
+        decode_timeout: float = 0.0,
     ) -> None:
         check_on_bad_sample(on_bad_sample)
         self.records = records
@@ -58,6 +61,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.early_mix_text = early_mix_text
         self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
         self.on_bad_sample = on_bad_sample
+        self.decode_timeout = decode_timeout
 
     def __len__(self) -> int:
         return len(self.records)
@@ -99,7 +103,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         for media in record.media:
             assert self.vision is not None
             try:
-                loaded.append(load_media(media, self.vision, record.split))
+                loaded.append(load_media(media, self.vision, record.split, self.decode_timeout))
             except MediaError as error:
                 raise MediaError(f"{record}: {error}", media.path) from error
         return in_reading_order(record, loaded)
@@ -281,6 +285,7 @@ def make_supervised_data_module(
             early_mix_text=data_args.early_mix_text,
             text_format=text_format,
             on_bad_sample=data_args.on_bad_sample,
+            decode_timeout=data_args.decode_timeout,
         )
         check_supervision(dataset)
         return dataset

@@ -1,9 +1,7 @@
-"""Opens images, decodes videos, samples frames."""
+"""Opens images and samples videos, as squares for the tower."""
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.config import VisionConfig
+from llava.data.decoder_process import decode_within
+from llava.data.files import MediaError, check_file
+from llava.data.frames import FrameRequest, decode_frames
 from llava.data.image_ops import cut_views, fit_frames
-from llava.data.truncation import check_complete
-from llava.data.video_backends import open_video
 from llava.types import Media, VisualInput
 
 if TYPE_CHECKING:
@@ -23,17 +22,6 @@ if TYPE_CHECKING:
 
 # EXIF orientations whose picture lies on its side in the file.
 _SIDEWAYS = (5, 6, 7, 8)
-
-
-class MediaError(ValueError):
-    """A file that is missing, broken or not what it should be; the message names it.
-
-    ``path`` is the file, where the message stands for a sample and not for the file alone.
-    """
-
-    def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message)
-        self.path = path
 
 
 @dataclass(frozen=True)
@@ -49,13 +37,16 @@ class SampledVideo:
     times: tuple[float, ...]
 
 
-def load_media(media: Media, vision: VisionConfig, split: tuple[int, int] | None = None) -> VisualInput:
+def load_media(
+    media: Media, vision: VisionConfig, split: tuple[int, int] | None = None, timeout: float = 0.0
+) -> VisualInput:
     """Load an image or sample a video, fitted to the tower's square, or an image cut into such squares.
 
     Args:
         media: what to load.
         vision: how many frames, and what square or tiles.
         split: first and last frame of the part of a video to sample from; by default all of it.
+        timeout: seconds that decoding a video may take, see ``sample_video``.
 
     Raises:
         MediaError: the file is missing, empty or cannot be decoded.
@@ -65,7 +56,12 @@ def load_media(media: Media, vision: VisionConfig, split: tuple[int, int] | None
         views = fit_frames(picture.unsqueeze(0), vision) if vision.anyres is None else cut_views(picture, vision)
         return VisualInput("image", views, _size_of(picture), (0.0,))
     video = sample_video(
-        media.path, vision.num_frames, fps=vision.video_fps, max_frames=vision.frames_upbound, split=split
+        media.path,
+        vision.num_frames,
+        fps=vision.video_fps,
+        max_frames=vision.frames_upbound,
+        split=split,
+        timeout=timeout,
     )
     return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times)
 
@@ -74,21 +70,6 @@ def _size_of(pixels: Tensor) -> tuple[int, int]:
     """Height and width of (..., height, width, 3) pixels."""
     height, width = pixels.shape[-3:-1]
     return height, width
-
-
-def check_file(path: str) -> int:
-    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError as error:
-        raise MediaError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path!r}: cannot be opened: {error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
-    if status.st_size == 0:
-        raise MediaError(f"{path}: the file is empty")
-    return status.st_size
 
 
 def load_image(path: str) -> Tensor:
@@ -149,44 +130,25 @@ def _to_rgb(image: PILImage) -> NDArray[np.uint8]:
 
 
 def sample_video(
-    path: str, num_frames: int, *, fps: float = 0.0, max_frames: int = 32, split: tuple[int, int] | None = None
+    path: str,
+    num_frames: int,
+    *,
+    fps: float = 0.0,
+    max_frames: int = 32,
+    split: tuple[int, int] | None = None,
+    timeout: float = 0.0,
 ) -> SampledVideo:
     """Sample frames of a clip.
 
     Args:
-        path: the file; one with several video streams gives its main one.
-        num_frames: how many frames, evenly spread from the first to the last.
-        fps: above zero, so many a second instead, at most ``max_frames``.
-        max_frames: see ``fps``.
-        split: first and last frame of the part to sample from; by default the whole clip.
+        path, num_frames, fps, max_frames, split: which frames, see ``FrameRequest``.
+        timeout: seconds that decoding may take; then it is done in a process of its own, and a decoder
+            that crashes is an error as one that hangs. 0 sets no limit and decodes here.
 
     Raises:
-        MediaError: the file is missing, broken, cut off or no video, or ends before ``split`` does.
+        MediaError: the file is missing, broken, cut off or no video, ends before ``split`` does, or takes
+            too long.
     """
-    size = check_file(path)
-    try:
-        check_complete(path, size)
-        with open_video(path) as video:
-            indices = choose_frames(len(video.times), video.fps, num_frames, fps, max_frames, split)
-            frames = torch.from_numpy(video.read(indices))
-            return SampledVideo(frames, tuple(indices), tuple(video.times[i] for i in indices))
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
-
-
-def choose_frames(
-    length: int, clip_fps: float, num_frames: int, fps: float, max_frames: int, split: tuple[int, int] | None
-) -> list[int]:
-    """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames.
-
-    Args:
-        length: frames of the clip.
-        clip_fps: its frames a second.
-        num_frames, fps, max_frames, split: as for ``sample_video``.
-    """
-    first, last = split or (0, length - 1)
-    if not 0 <= first <= last < length:
-        raise ValueError(f"its frames are 0 to {length - 1}, but meta.split asks for {first} to {last}")
-    if fps > 0:
-        num_frames = min(max(round((last - first + 1) / clip_fps * fps), 1), max_frames)
-    return np.linspace(first, last, num_frames).round().astype(int).tolist()
+    request = FrameRequest(path, num_frames, fps, max_frames, split)
+    frames = decode_within(request, timeout) if timeout > 0 else decode_frames(request)
+    return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times)

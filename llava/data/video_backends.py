@@ -165,6 +165,14 @@ def _open(path: str) -> Any:
     return av.open(path, metadata_errors="ignore")
 
 
+def import_decoders() -> None:
+    """Import what decoding the first file would import otherwise."""
+    import av  # noqa: F401
+
+    if importlib.util.find_spec("decord") is not None:
+        import decord  # noqa: F401
+
+
 def _read_with_decord(path: str, indices: Sequence[int], num_frames: int) -> NDArray[np.uint8] | None:
     """Frames as ``Video.read`` gives them, or None where decord fails or counts other frames."""
     import decord

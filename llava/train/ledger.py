@@ -42,11 +42,18 @@ class BadSampleArguments:
         metadata={"help": "With --on_bad_sample skip: stop when more than this share of the samples is bad."},
     )
 
+    decode_timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds that decoding one video may take before its sample is bad; 0: as long as it likes."},
+    )
+
     def check_bad_samples(self) -> None:
         """A ValueError for values that do not fit."""
         check_on_bad_sample(self.on_bad_sample)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
+        if not 0 <= self.decode_timeout < math.inf:
+            raise ValueError(f"--decode_timeout is {self.decode_timeout}; it is a number of seconds, or 0 for no limit")
 
     def build_ledger(self, output_dir: str | None) -> BadSampleLedger | None:
         """The ledger of a run that skips bad samples; None for one that stops at the first."""

@@ -6,7 +6,7 @@ from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.bad_samples import SKIP, describe_error
 from llava.data.dataset import SupervisedDataset
-from llava.data.media import MediaError
+from llava.data.files import MediaError
 from llava.data.preprocess.base import ContextError
 
 

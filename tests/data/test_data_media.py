@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from llava.data import video_backends
-from llava.data.media import MediaError, choose_frames, load_image, load_media, sample_video
+from llava.data.frames import choose_frames
+from llava.data.media import MediaError, load_image, load_media, sample_video
 from llava.data.video_backends import Video, open_video
 from llava.types import Media
 

@@ -1,0 +1,130 @@
+"""Decoding with a time limit, in a process that can be ended.
+
+A decoder that hangs, hangs in C: neither a thread nor a signal handler of Python's ends it, and a crash of it
+takes its process along. So each process that decodes keeps a second one that does it on its behalf, starts it
+when it is first needed, kills it when a file takes too long, and starts another for the next file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+
+from llava.data.decoder import READY
+from llava.data.files import MediaError
+from llava.data.frames import FrameRequest, Frames
+
+PROGRAM = "import sys; sys.path[:] = {path!r}; from llava.data.decoder import main; main()"
+"""What the decoder process runs: the modules of this one, wherever they came from."""
+_START_LIMIT = 300.0
+_GRACE = 5.0
+_PIPE_BYTES = 1 << 20
+
+
+class DecoderProcess:
+    """A process that decodes, one file at a time. It ends with the one that made it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=_PIPE_BYTES,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        if self._read_line(_START_LIMIT) != READY:
+            raise RuntimeError(f"the decoder process did not start: it ended with status {self.end(_GRACE)}")
+
+    def decode(self, request: FrameRequest, timeout: float) -> Frames:
+        """As ``decode_frames``.
+
+        Args:
+            request: what to decode.
+            timeout: seconds that it may take.
+
+        Raises:
+            MediaError: also where decoding took too long or brought the process down, which is then no more.
+        """
+        line = json.dumps(asdict(request) | {"limit": timeout + _GRACE}).encode() + b"\n"
+        try:
+            self._requests.write(line)
+            self._requests.flush()
+            header = self._read_line(timeout)
+        except BrokenPipeError:
+            header = b""
+        except TimeoutError as error:
+            self.end()
+            raise MediaError(f"{request.path}: decoding it takes longer than --decode_timeout {timeout:g} s") from error
+        if not header.endswith(b"\n"):
+            raise self._crashed(request)
+        reply = json.loads(header)
+        if "error" in reply:
+            raise MediaError(reply["error"])
+        pixels = np.empty(reply["shape"], np.uint8)
+        if self._replies.readinto(pixels.data.cast("B")) < pixels.nbytes:  # type: ignore[attr-defined]
+            raise self._crashed(request)
+        return Frames(pixels, tuple(reply["indices"]), tuple(reply["times"]))
+
+    def _read_line(self, timeout: float) -> bytes:
+        """The next line of the reply, less than a line at the end of the process; a TimeoutError where none comes."""
+        poll = select.poll()
+        poll.register(self._replies, select.POLLIN)
+        if not poll.poll(timeout * 1000):
+            raise TimeoutError
+        return self._replies.readline()
+
+    def _crashed(self, request: FrameRequest) -> MediaError:
+        status = self.end(_GRACE)
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return MediaError(f"{request.path}: decoding it brought the decoder down ({how})")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked for more."""
+        return not self._requests.closed and self._process.poll() is None
+
+    def end(self, patience: float = 0.0) -> int:
+        """End the process, by force after ``patience`` seconds, and give its exit status."""
+        self.forget()
+        try:
+            return self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def forget(self) -> None:
+        """Close this process's ends of the pipes."""
+        for pipe in (self._requests, self._replies):
+            with contextlib.suppress(BrokenPipeError):  # a request that nobody took
+                pipe.close()
+
+
+_own: DecoderProcess | None = None
+
+
+def decode_within(request: FrameRequest, timeout: float) -> Frames:
+    """As ``decode_frames``, in this process's decoder process, within ``timeout`` seconds."""
+    global _own
+    if _own is None or not _own.alive:
+        _own = DecoderProcess()
+    return _own.decode(request, timeout)
+
+
+def _forget_inherited() -> None:
+    """In a forked process: the decoder is the parent's."""
+    global _own
+    if _own is not None:
+        _own.forget()
+    _own = None
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

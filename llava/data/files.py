@@ -1,0 +1,32 @@
+"""What can be said of a media file before a decoder looks at it."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+
+class MediaError(ValueError):
+    """A file that is missing, broken or not what it should be; the message names it.
+
+    ``path`` is the file, where the message stands for a sample and not for the file alone.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def check_file(path: str) -> int:
+    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path!r}: cannot be opened: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
+    if status.st_size == 0:
+        raise MediaError(f"{path}: the file is empty")
+    return status.st_size
