@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava.config import VisionConfig
 from llava.data.dataset import make_supervised_data_module
@@ -18,11 +17,14 @@ from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
 from llava.model.loading import LoadedModel, load_model
+from llava.train.agreement import AgreedError, decide_once, is_first_rank
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.checkpoint import choose_checkpoint, clear_leftovers
 from llava.train.command_line import parse_arguments
 from llava.train.lora import lora_loading, set_up_adapters
 from llava.train.ownership import check_pickles_are_ours
 from llava.train.parts import parts_table, set_trainable_parts
+from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import budget_table, supervision_table
 from llava.train.trainer import LlavaTrainer
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
 
     Raises:
         ValueError: a flag, a file or a sample is wrong; the message names it and the remedy.
+        Preempted: the run was asked to stop, and has saved a checkpoint to go on from.
     """
     trainer = build_trainer(argv)
     train(trainer)
@@ -63,9 +66,15 @@ def train(trainer: LlavaTrainer) -> None:
     checkpoint = find_checkpoint(trainer.args)
     if checkpoint is not None:
         check_pickles_are_ours(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
-    trainer.save_model()
+    with trainer.stop_request:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.preempted:
+            raise Preempted(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as a signal asked; go "
+                "on with --resume_from_checkpoint auto"
+            )
+        trainer.save_state()
+        trainer.save_model()
 
 
 def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
@@ -192,15 +201,14 @@ def choose_format(name: str, tokenizer: Any, config: Any) -> Format:
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one that was named, or with ``auto`` the last one, if any."""
-    asked = training_args.resume_from_checkpoint
-    if asked in (None, "", "false", "False"):
-        return None
-    if asked not in ("auto", "true", "True"):
-        return asked
-    last = get_last_checkpoint(training_args.output_dir)
-    logger.info("resuming from %s", last) if last else logger.info("no checkpoint in %s", training_args.output_dir)
-    return last
+    """The checkpoint to go on from, the same on all ranks: the one that was named, or with ``auto`` the last one."""
+
+    def choose() -> str | None:
+        output_dir = str(training_args.output_dir)
+        clear_leftovers(output_dir)
+        return choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
+
+    return decide_once(choose)
 
 
 def cli(run: Callable[[], Any] = main) -> int:
@@ -208,13 +216,24 @@ def cli(run: Callable[[], Any] = main) -> int:
 
     Args:
         run: what to do; an int that it returns is the exit status.
+
+    Returns:
+        The exit status: 0, 2 after an error, 85 if the run was asked to stop and can be resumed.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
         status = run()
+    except Preempted as stopped:
+        status = PREEMPTED
+        if is_first_rank():
+            print(stopped, file=sys.stderr)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = 2
+        agreed = isinstance(error, AgreedError)
+        if is_first_rank() or not agreed:
+            print(f"error: {error}", file=sys.stderr)
+        if not agreed:  # The other ranks may wait for this one: leave without them.
+            return status
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Left to the interpreter's end, a thread of the process group can abort a run that is complete.
         torch.distributed.destroy_process_group()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava.constants import IGNORE_INDEX
@@ -16,9 +15,10 @@ from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.ledger import BadSampleLedger, EvaluationTally
 from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
+from llava.train.preemption import PreemptibleTrainer
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(PreemptibleTrainer):
     """Trains a multimodal model.
 
     The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step

@@ -1,0 +1,255 @@
+"""Checkpoints as folders: written beside and renamed, checked by their checksums, found and rotated.
+
+A folder ``checkpoint-N`` is complete from the moment it has that name. Until then its files lie in
+``tmp-checkpoint-N``, a name that nothing resumes from.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+"""Lists every other file of a checkpoint: its path in the folder, its size in bytes and its SHA-256."""
+
+_STAGING = "tmp-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_BLOCK = 1 << 20
+_READERS = 8
+
+
+def staging_of(folder: Path) -> Path:
+    """Where the files of a folder lie until they are complete: beside it, on the same disk."""
+    return folder.with_name(_STAGING + folder.name)
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def seal(folder: Path) -> None:
+    """Write ``checksums.json``, and let every file of the folder reach the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    with ThreadPoolExecutor(_READERS) as readers:  # Reading, hashing and waiting for the disk free the interpreter.
+        entries = list(readers.map(_sync_and_hash, files))
+    listed = {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, entries, strict=True)}
+    write_durably(folder / CHECKSUMS, json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync_folder(inner)
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Give a sealed folder its name; what had that name before is gone afterwards."""
+    replaced = staging_of(folder.with_name(f"{folder.name}-replaced"))
+    if folder.exists():
+        folder.rename(replaced)
+    staged.rename(folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_files(staged: Path, folder: Path) -> None:
+    """Move the files of a saved model into a folder that may hold an older one, and remove ``staged``.
+
+    Each file changes at once. Of a model in several files, the index goes first and comes last: in
+    between the folder is one that cannot be loaded, never a mixture of two models.
+    """
+    files = sorted(path for path in staged.iterdir() if path.name != SAFE_WEIGHTS_INDEX_NAME)
+    files.sort(key=lambda path: path.suffix == ".safetensors")
+    for path in files:
+        if path.is_file():
+            _sync_and_hash(path)
+    (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    for path in files:
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    kept = {path.name for path in files}
+    for shard in folder.glob("model-*-of-*.safetensors"):
+        if shard.name not in kept:
+            shard.unlink()
+    index = staged / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        index.replace(folder / index.name)
+    staged.rmdir()
+    _sync_folder(folder)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it has its old content or the new one, whatever happens."""
+    beside = path.with_name(_STAGING + path.name)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _sync_and_hash(path: Path) -> dict[str, Any]:
+    """A file's entry in ``checksums.json``; the file is on the disk when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network disks cannot, and need not.
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# --- finding ----------------------------------------------------------------------------------------
+
+
+def choose_checkpoint(asked: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        asked: a folder, ``auto`` (or ``true``) for the last complete one of ``output_dir``, or nothing.
+        output_dir: the run's folder.
+
+    Returns:
+        A folder; None for a run that starts anew.
+
+    Raises:
+        ValueError: the folder that was named is no checkpoint to resume from.
+    """
+    if asked in (None, "", "false", "False"):
+        return None
+    if asked not in ("auto", "true", "True"):
+        folder = Path(str(asked))
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give one, or auto for the last one")
+        if damage := find_damage(folder):
+            raise ValueError(
+                f"--resume_from_checkpoint {asked}: {damage}; give another, or auto for the last complete one"
+            )
+        return str(asked)
+    for folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            logger.info("resuming from %s", folder)
+            return str(folder)
+        logger.warning("skipping %s: %s", folder, damage)
+    logger.info("no complete checkpoint in %s: starting anew", output_dir)
+    return None
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders with the name of a checkpoint, by step."""
+    if not Path(output_dir).is_dir():
+        return []
+    found = [path for path in Path(output_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What keeps a run from going on from a folder; None if nothing does.
+
+    A checkpoint of an earlier version, without ``checksums.json``, counts as complete if the file that
+    was written last is there.
+    """
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return f"it is incomplete (no {TRAINER_STATE_NAME})"
+    if not any(folder.glob("rng_state*.pth")):
+        return "it holds a model only, as --save_only_model asks, without the optimizer and the random states"
+    if not (folder / CHECKSUMS).is_file():
+        logger.warning("%s has no %s (an earlier version wrote it): taken as it is", folder, CHECKSUMS)
+        return None
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {CHECKSUMS} is damaged"
+    for path, (size, _) in expected.items():
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
+    with ThreadPoolExecutor(_READERS) as readers:
+        digests = readers.map(_hash, expected)
+        changed = [path.name for path, digest in zip(expected, digests, strict=True) if digest != expected[path][1]]
+    return f"{', '.join(changed)} changed since it was written (checksum)" if changed else None
+
+
+def measure(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _step(folder: Path) -> int:
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None
+    return int(found[1])
+
+
+# --- removing ---------------------------------------------------------------------------------------
+
+
+def clear_leftovers(output_dir: str | Path) -> None:
+    """Remove what a killed run left half-written; a checkpoint that lacked but its name gets it."""
+    if not Path(output_dir).is_dir():
+        return
+    for left in sorted(Path(output_dir).glob(f"{_STAGING}checkpoint-*")):
+        staged = left / left.name.removeprefix(_STAGING)
+        folder = left.with_name(staged.name)
+        if (staged / CHECKSUMS).is_file() and not folder.exists() and find_damage(staged) is None:
+            logger.info("%s was complete when the run before this was ended: kept as %s", left, folder)
+            publish(staged, folder)
+        else:
+            logger.info("removing %s, which a run that was ended left incomplete", left)
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(staging_of(Path(output_dir, "model")), ignore_errors=True)
+
+
+def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> None:
+    """Remove checkpoints beside the newest one until no more than ``limit`` are left.
+
+    Those of later steps go first: they are another run's, which this one went back from. Then the
+    oldest. The newest is complete and stays, so there is always one to go on from.
+
+    Args:
+        newest: the checkpoint that has just been published.
+        limit: None or 0 for no limit.
+        keep: more checkpoints that must stay, such as the best one; they count.
+    """
+    if not limit or limit < 0:
+        return
+    stays = {os.path.abspath(path) for path in (newest, *keep) if path is not None}
+    found = list_checkpoints(newest.parent)
+    removable = [path for path in found if os.path.abspath(path) not in stays]
+    removable.sort(key=lambda path: (_step(path) < _step(newest), _step(path)))
+    for path in removable[: max(0, len(found) - limit)]:
+        gone = staging_of(path)
+        try:
+            path.rename(gone)  # At once: a kill while it is removed leaves no half of a checkpoint.
+        except OSError as error:
+            logger.warning("--save_total_limit: %s cannot be removed: %s", path, error)
+            continue
+        shutil.rmtree(gone, ignore_errors=True)
