@@ -1,0 +1,218 @@
+"""Runs in processes of their own that share one start-up, and the record of what each trained on.
+
+As a program it is the nursery: it imports what training needs once, then forks a process for each command
+line that it reads; or, with words, one such run. As a module it is what tests say to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECORD = "record_{rank}.jsonl"
+"""Beside each run: a line for every batch that was trained on, and one for each start."""
+
+
+def read_record(folder: Path, rank: int = 0) -> list[list[dict[str, Any]]]:
+    """The batches of each start of a run: step and samples (a line that a kill cut off is left out)."""
+    starts: list[list[dict[str, Any]]] = []
+    path = folder / RECORD.format(rank=rank)
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # Cut off, or the empty line that a start begins with.
+            continue
+        if "start" in entry:
+            starts.append([])
+        else:
+            starts[-1].append(entry)
+    return starts
+
+
+def trained_on(folder: Path, rank: int = 0) -> dict[int, list[Any]]:
+    """The samples of each step, as the start that came last trained it."""
+    steps: dict[int, list[Any]] = {}
+    for start in read_record(folder, rank):
+        taken: dict[int, list[Any]] = {}
+        for entry in start:
+            taken.setdefault(entry["step"], []).append(entry["samples"])
+        steps |= taken
+    return steps
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The lines of the log about steps, without times."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+class Nursery:
+    """Starts runs quickly, and waits for them or ends them."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def start(self, argv: list[str], folder: Path, **hooks: Any) -> int:
+        """Start a run.
+
+        Args:
+            argv: its command line.
+            folder: for its record and its output (``said``), made where it is missing.
+            hooks: what ``train`` takes beside these.
+
+        Returns:
+            Its process id.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        return self._ask({"argv": argv, "folder": str(folder), "hooks": hooks})
+
+    def wait(self, pid: int) -> int:
+        """A run's exit status; minus the signal's number if one killed it."""
+        return self._ask({"wait": pid})
+
+    def run(self, argv: list[str], folder: Path, **hooks: Any) -> int:
+        return self.wait(self.start(argv, folder, **hooks))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def _ask(self, question: dict[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+# --- in the runs themselves ---------------------------------------------------------------------------
+
+
+def keep_record(folder: Path) -> None:
+    """Let the trainer write down what each micro-batch is, as its forward pass sees it."""
+    from llava.train.trainer import LlavaTrainer
+
+    path = folder / RECORD.format(rank=int(os.environ.get("RANK", "0")))
+    record = path.open("a", buffering=1)
+    record.write("\n" + json.dumps({"start": True}) + "\n")
+    step = LlavaTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        samples = inputs.get("sample_ids", inputs["input_ids"].tolist())
+        record.write(json.dumps({"step": self.state.global_step, "time": time.time(), "samples": samples}) + "\n")
+        return step(self, model, inputs, *rest)
+
+    LlavaTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+class Moments:
+    """Counts the accesses to files from the first step on, and signals at one of them.
+
+    They are the same in every run, so a moment can be named; most of them are in saves.
+    """
+
+    def __init__(self, moment: int | None, number: int) -> None:
+        self.moment, self.number, self.count, self.counting = moment, number, 0, False
+
+    def __call__(self, name: str, _: Any) -> None:
+        if self.counting and name.startswith(("open", "os.", "shutil.")):
+            self.count += 1
+            if self.count == self.moment:
+                os.kill(os.getpid(), self.number)
+
+
+def count_moments(moment: int | None = None, number: int = signal.SIGKILL) -> Moments:
+    """Let the process signal itself at that moment of the training; None only counts."""
+    from llava.train.trainer import LlavaTrainer
+
+    moments, run_epoch = Moments(moment, number), LlavaTrainer._run_epoch
+    sys.addaudithook(moments)
+
+    def counted(self: Any, *words: Any, **named: Any) -> Any:
+        moments.counting = True
+        return run_epoch(self, *words, **named)
+
+    LlavaTrainer._run_epoch = counted  # type: ignore[method-assign]
+    return moments
+
+
+def signal_in(method: str, step: int, number: int, times: int = 1) -> None:
+    """Let the process signal itself so often as it enters a method of the trainer after that step."""
+    from llava.train.trainer import LlavaTrainer
+
+    original = getattr(LlavaTrainer, method)
+
+    def signalled(self: Any, *words: Any, **named: Any) -> Any:
+        if self.state.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(self, *words, **named)
+
+    setattr(LlavaTrainer, method, signalled)
+
+
+def train(argv: list[str], folder: Path, moment: int | None = None, inside: dict[str, Any] | None = None) -> int:
+    """A whole run, recorded; its exit status.
+
+    Args:
+        argv: its command line.
+        folder: for its record, and the number of its moments (``moments``).
+        moment: when it kills itself, see ``Moments``.
+        inside: what ``signal_in`` takes.
+    """
+    from llava.train.train import cli, main
+
+    keep_record(folder)
+    moments = count_moments(moment)
+    if inside is not None:
+        signal_in(**inside)
+    status = cli(lambda: main(argv) and None)
+    (folder / "moments").write_text(str(moments.count))
+    return status
+
+
+def tend() -> None:
+    """The nursery: fork a run for each line of standard input."""
+    for module in ("llava.train.train", "deepspeed"):  # accelerate imports the second where it finds it.
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "wait" in question:
+            _, status = os.waitpid(question["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        pid = os.fork()
+        if pid:
+            print(pid, flush=True)
+            continue
+        folder = Path(question["folder"])
+        said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        status = 1
+        try:
+            status = train(question["argv"], folder, **question["hooks"])
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        tend()
+    else:  # A run of its own, as a rank: its folder, then its command line.
+        sys.exit(train(sys.argv[2:], Path(sys.argv[1])))

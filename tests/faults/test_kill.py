@@ -1,0 +1,158 @@
+"""A run that is killed, or asked to stop, at any moment goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ITALIAN, turns
+from runs import Nursery, losses, read_record, trained_on
+from safetensors.torch import load_file
+
+from llava.train.preemption import PREEMPTED
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def data(media_dir: Path) -> Path:
+    """Texts and images, of which four steps make an epoch."""
+    samples = [
+        {"id": f"sample-{i}", "conversations": turns("<image>" if i % 2 else "", f"{i} {ITALIAN[i % 5]}")}
+        | ({"image": "a.png"} if i % 2 else {})
+        for i in range(7)
+    ]
+    path = media_dir / "kill.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(backbone_dirs, tower_dir: Path, data: Path, dropout_dir: Path):
+    """The command line of the run, which draws random numbers (dropout) and logs between its saves."""
+
+    def line(output: Path, **changes: object) -> list[str]:
+        values = {
+            "model_name_or_path": dropout_dir, "vision_tower": tower_dir, "data_path": data, "output_dir": output,
+            "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 3,
+            "report_to": "none", "save_steps": 2, "save_total_limit": 2, "use_cpu": "true", "disable_tqdm": "true",
+            "resume_from_checkpoint": "auto", **changes,
+        }  # fmt: skip
+        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+    return line
+
+
+@pytest.fixture(scope="module")
+def dropout_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny GPT-2 with dropout."""
+    folder = tmp_path_factory.mktemp("dropout")
+    for file in gpt2_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery, flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    assert nursery.run(flags(output), output) == 0, (output / "said").read_text()[-3000:]
+    assert [len(start) for start in read_record(output)] == [STEPS]
+    return output
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    """Samples, losses and weights are those of the whole run."""
+    assert trained_on(output) == trained_on(whole)
+    assert losses(output) == losses(whole)
+    one, other = (load_file(folder / "model.safetensors") for folder in (output, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert not list(output.glob("tmp-*"))
+
+
+def said(output: Path) -> str:
+    return (output / "said").read_text()
+
+
+@pytest.mark.parametrize("share", [random.Random(seed).random() for seed in range(3)])
+def test_killed_at_any_moment(nursery: Nursery, flags, whole: Path, tmp_path: Path, share: float) -> None:
+    moment = 1 + int(share * int((whole / "moments").read_text()))
+    assert nursery.run(flags(tmp_path), tmp_path, moment=moment) == -signal.SIGKILL, said(tmp_path)[-2000:]
+    assert nursery.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("inside", "last"),
+    [
+        ({"method": "training_step", "step": 2, "number": signal.SIGTERM}, 3),
+        ({"method": "get_batch_samples", "step": 2, "number": signal.SIGUSR1}, 3),
+        # While step 4 is saved, twice: the save goes on, and the next step is the last.
+        ({"method": "_save_rng_state", "step": 4, "number": signal.SIGTERM, "times": 2}, 5),
+    ],
+)
+def test_asked_to_stop(nursery: Nursery, flags, whole: Path, tmp_path: Path, inside: dict, last: int) -> None:
+    assert nursery.run(flags(tmp_path), tmp_path, inside=inside) == PREEMPTED, said(tmp_path)[-2000:]
+    assert f"stopped after step {last} of {STEPS}" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert nursery.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    assert [entry["step"] for entry in read_record(tmp_path)[1]] == list(range(last, STEPS))
+    assert_same(tmp_path, whole)
+
+
+def test_asked_to_stop_in_an_evaluation(nursery: Nursery, flags, data: Path, tmp_path: Path) -> None:
+    evaluate = {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert nursery.run(flags(whole, **evaluate), whole) == 0, said(whole)[-2000:]
+    inside = {"method": "prediction_step", "step": 4, "number": signal.SIGUSR1}
+    assert nursery.run(flags(parted, **evaluate), parted, inside=inside) == PREEMPTED, said(parted)[-2000:]
+    assert "stopped after step 4" in said(parted)
+    assert nursery.run(flags(parted, **evaluate), parted) == 0, said(parted)[-2000:]
+    assert_same(parted, whole)
+    assert evaluations(parted) == evaluations(whole)
+    assert len(evaluations(whole)) == STEPS / 2
+
+
+def evaluations(output: Path) -> list[tuple[int, float]]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+
+
+def test_asked_to_stop_in_the_last_step(nursery: Nursery, flags, whole: Path, tmp_path: Path) -> None:
+    inside = {"method": "training_step", "step": STEPS - 1, "number": signal.SIGTERM}
+    assert nursery.run(flags(tmp_path), tmp_path, inside=inside) == 0
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_has_nothing_left(nursery: Nursery, flags, tmp_path: Path) -> None:
+    # Seven steps end within an epoch, where transformers alone would take another.
+    argv = flags(tmp_path, max_steps=7, save_steps=7)
+    assert nursery.run(argv, tmp_path) == 0
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert nursery.run(argv, tmp_path) == 0
+    assert [len(start) for start in read_record(tmp_path)] == [7, 0]
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+def test_a_model_only_run_can_still_be_stopped(nursery: Nursery, flags, whole: Path, tmp_path: Path) -> None:
+    inside = {"method": "training_step", "step": 4, "number": signal.SIGTERM}
+    argv = flags(tmp_path, save_only_model="true")
+    assert nursery.run(argv, tmp_path, inside=inside) == PREEMPTED
+    assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    assert nursery.run(argv, tmp_path) == 0
+    assert_same(tmp_path, whole)
