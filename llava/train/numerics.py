@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llava.train.agreement import AgreedError
 from llava.train.bad_step import MODEL_FOLDER, RankBatch, RunSettings, random_states, write_batch, write_run
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class NumberGuard:
             trouble = error
         try:
             self.save_model(str(folder / MODEL_FOLDER))
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, AgreedError) as error:
             trouble = error
         if trouble is not None:
             return f"The batch could not be written to {folder}: {trouble}"

@@ -185,6 +185,8 @@ def train(argv: list[str], folder: Path, moment: int | None = None, inside: dict
 
 def tend() -> None:
     """The nursery: fork a run for each line of standard input."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # Some modules print while they are imported.
     for module in ("llava.train.train", "deepspeed"):  # accelerate imports the second where it finds it.
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
@@ -192,11 +194,11 @@ def tend() -> None:
         question = json.loads(line)
         if "wait" in question:
             _, status = os.waitpid(question["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            print(os.waitstatus_to_exitcode(status), file=answers)
             continue
         pid = os.fork()
         if pid:
-            print(pid, flush=True)
+            print(pid, file=answers)
             continue
         folder = Path(question["folder"])
         said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
