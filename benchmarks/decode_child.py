@@ -1,0 +1,92 @@
+"""What decoding in a second process costs, against decoding in the one that asks.
+
+Both decode the same clips with the same settings, in turns, in one run; reported are milliseconds a clip
+(medians over repeats) and their ratio, for each kind of clip, and what it takes to start the second process
+and the memory it holds.
+
+    python benchmarks/decode_child.py --output benchmarks/decode_child.json [CLIP...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+from llava.data import decoder_process
+from llava.data.media import sample_video
+
+SIZES = {"64x48": (64, 48, 12), "320x240": (320, 240, 75), "640x480": (640, 480, 75), "1280x720": (1280, 720, 75)}
+"""Width, height and number of frames of the clips that are made here."""
+LIMIT = 600.0
+
+
+def write_clip(path: Path, width: int, height: int, num_frames: int) -> Path:
+    """An H.264 clip of smooth noise that scrolls."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    picture = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def measure(path: Path, num_frames: int, repeats: int) -> dict[str, float]:
+    """Decode a clip here and there in turns."""
+    seconds: dict[str, list[float]] = {"here": [], "there": []}
+    for repeat in range(repeats + 1):
+        for where in ("here", "there") if repeat % 2 else ("there", "here"):
+            start = time.perf_counter()
+            sample_video(str(path), num_frames, timeout=LIMIT if where == "there" else 0.0)
+            if repeat:  # the first round warms up
+                seconds[where].append(time.perf_counter() - start)
+    here, there = (statistics.median(seconds[where]) * 1000 for where in ("here", "there"))
+    return {"here_ms": round(here, 2), "there_ms": round(there, 2), "ratio": round(there / here, 3)}
+
+
+def start() -> dict[str, float]:
+    """Seconds from nothing to a process that is ready, and its memory in MiB then."""
+    begin = time.perf_counter()
+    process = decoder_process.DecoderProcess()
+    seconds = time.perf_counter() - begin
+    status = Path(f"/proc/{process._process.pid}/status").read_text()
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    process.end()
+    return {"start_seconds": round(seconds, 2), "resident_mib": round(resident / 1024, 1)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", nargs="*", type=Path, help="clips of your own, beside those made here")
+    parser.add_argument("--num_frames", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = {name: write_clip(Path(folder) / f"{name}.mp4", *size) for name, size in SIZES.items()}
+        clips |= {path.name: path for path in args.clips}
+        result = {
+            "num_frames": args.num_frames,
+            "process": start(),
+            "clips": {name: measure(path, args.num_frames, args.repeats) for name, path in clips.items()},
+        }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

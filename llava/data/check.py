@@ -1,0 +1,182 @@
+"""``python -m llava.data.check``: decode all media of data files before a long run, and list what is bad."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
+
+from torch.utils.data import DataLoader, Dataset
+
+from llava.data.bad_samples import describe_error
+from llava.data.files import MediaError
+from llava.data.media import load_image, sample_video
+from llava.data.records import read_records
+from llava.types import BadSample, Record
+
+
+@dataclass(frozen=True)
+class MediaCheck(Dataset["BadSample | None"]):
+    """Decodes the media of records as training would, and keeps nothing but what is wrong.
+
+    Attributes:
+        records: whose media to decode.
+        num_frames, video_fps, frames_upbound: which frames of videos, as the flags of training.
+        decode_timeout: seconds that decoding a video may take; 0 sets no limit.
+    """
+
+    records: Sequence[Record]
+    num_frames: int
+    video_fps: float
+    frames_upbound: int
+    decode_timeout: float
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> BadSample | None:
+        record = self.records[index]
+        try:
+            self.decode(record)
+        except ValueError as error:
+            return describe_error(record, error)
+        return None
+
+    def decode(self, record: Record) -> None:
+        """A ValueError over the first of a record's media that cannot be decoded."""
+        for media in record.media:
+            try:
+                if media.kind == "image":
+                    load_image(media.path)
+                else:
+                    sample_video(
+                        media.path,
+                        self.num_frames,
+                        fps=self.video_fps,
+                        max_frames=self.frames_upbound,
+                        split=record.split,
+                        timeout=self.decode_timeout,
+                    )
+            except MediaError as error:
+                raise MediaError(str(error), media.path) from error
+
+
+@dataclass
+class Report:
+    """What a check has found.
+
+    Attributes:
+        samples: how many were checked.
+        media: how many files of each kind they name.
+        bad: how many samples are bad for each reason, numbers in it being ``N``.
+        workers: processes that decoded.
+        seconds: how long it took.
+    """
+
+    samples: int
+    media: dict[str, int]
+    workers: int
+    bad: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def add(self, bad: BadSample) -> None:
+        """Count a bad sample."""
+        self.bad[re.sub(r"\d+(\.\d+)?", "N", bad.reason)] += 1
+
+    def __str__(self) -> str:
+        media = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in self.media.items())
+        lines = [
+            f"{self.samples} samples ({media or 'no media'}) in {self.seconds:.1f} s, workers: {self.workers}",
+            f"{sum(self.bad.values())} bad",
+        ]
+        return "\n".join([*lines, *(f"{count:>8}  {reason}" for reason, count in self.bad.most_common())])
+
+
+def check_data(check: MediaCheck, num_workers: int, rows: TextIO | None = None) -> Report:
+    """Decode everything, with a progress bar where somebody watches.
+
+    Args:
+        check: what to decode.
+        num_workers: processes that decode; 0 decodes here.
+        rows: where bad samples are written as they are found, as JSON, and at the end the report; without
+            it they are printed.
+    """
+    media = Counter(media.kind for record in check.records for media in record.media)
+    report = Report(len(check), dict(sorted(media.items())), num_workers)
+    start = time.perf_counter()
+    for bad in _find_bad(check, num_workers):
+        report.add(bad)
+        if rows is None:
+            print(bad)
+        else:
+            print(json.dumps(asdict(bad), ensure_ascii=False), file=rows, flush=True)
+    report.seconds = round(time.perf_counter() - start, 3)
+    if rows is not None:
+        print(json.dumps({"summary": vars(report)}, ensure_ascii=False), file=rows)
+    return report
+
+
+def _find_bad(check: MediaCheck, num_workers: int) -> Iterator[BadSample]:
+    from tqdm import tqdm
+
+    # Out of order: a file that hangs holds up nobody but its worker.
+    loader: Any = DataLoader(check, batch_size=None, num_workers=num_workers, in_order=False)
+    for bad in tqdm(loader, total=len(check), unit="sample", disable=None):
+        if bad is not None:
+            yield bad
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what it does not know ends the process with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.data.check",
+        allow_abbrev=False,
+        description="Decode the images and videos of data files and list the bad ones.",
+        epilog="Exit status: 0 where all is well, 1 where samples are bad, 2 for a wrong command line or data file.",
+    )
+    parser.add_argument("data", nargs="+", metavar="DATA", help="data files, as for --data_path of training")
+    parser.add_argument("--image_folder", help="what relative image paths start from")
+    parser.add_argument("--video_folder", help="what relative video paths start from")
+    parser.add_argument("--num_frames", type=int, default=4, help="frames sampled from a video (default 4)")
+    parser.add_argument("--video_fps", type=float, default=0.0, help="so many a second instead (default 0: not)")
+    parser.add_argument("--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32)")
+    parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write bad samples there, one a line, and the summary last")
+    args = parser.parse_args(argv)
+    for name, least in (("num_frames", 1), ("frames_upbound", 1), ("workers", 0), ("video_fps", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check data files and print a summary; the exit status is 0, 1 or 2, as ``--help`` says."""
+    args = parse_arguments(argv)
+    try:
+        records = read_records(args.data, args.image_folder, args.video_folder)
+        check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout)
+        with ExitStack() as files:
+            rows = None
+            if args.report:
+                rows = files.enter_context(open(args.report, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123
+            report = check_data(check, args.workers, rows)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""``python -m llava.data.check``: what it reports, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import turns
+
+from llava.data.check import main
+
+
+def write_data(path: Path, media: dict[str, str]) -> Path:
+    """A sample for each file name, of the kind that goes with it."""
+    samples = [{"id": name, kind: name, "conversations": turns(f"<{kind}>", "ciao")} for name, kind in media.items()]
+    path.write_text(json.dumps([*samples, {"id": "text", "conversations": turns("", "ciao")}]))
+    return path
+
+
+@pytest.fixture
+def data(media_dir: Path, tmp_path: Path) -> Path:
+    """Two good clips, a good image, three bad files and a text."""
+    for name in ("a.mp4", "b.mp4", "a.png"):
+        (tmp_path / name).write_bytes((media_dir / name).read_bytes())
+    (tmp_path / "text.mp4").write_text("questo non è un video")
+    (tmp_path / "text.png").write_text("questa non è un'immagine")
+    kinds = {"a.mp4": "video", "b.mp4": "video", "text.mp4": "video", "none.mp4": "video",
+             "a.png": "image", "text.png": "image"}  # fmt: skip
+    return write_data(tmp_path / "data.json", kinds)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_report(data: Path, tmp_path: Path, capsys, workers: int) -> None:
+    report = tmp_path / "report.jsonl"
+    assert main([str(data), "--workers", str(workers), "--report", str(report)]) == 1
+    *rows, last = map(json.loads, report.read_text().splitlines())
+    assert sorted(row["id"] for row in rows) == ["none.mp4", "text.mp4", "text.png"]
+    for row in rows:
+        assert set(row) == {"id", "source", "file", "reason"}
+        assert row["file"] == str(tmp_path / row["id"])
+        assert row["source"].startswith("data.json, sample ")
+    summary = last["summary"]
+    assert summary.pop("seconds") > 0
+    reasons = {row["id"]: row["reason"] for row in rows}
+    assert reasons["none.mp4"] == "no such file"
+    assert summary == {
+        "samples": 7, "media": {"image": 2, "video": 4}, "workers": workers,
+        "bad": dict.fromkeys(reasons.values(), 1),
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.startswith("7 samples (2 images, 4 videos) in ")
+    assert "3 bad\n" in printed
+
+
+def test_without_a_report_bad_samples_are_printed(data: Path, tmp_path: Path, capsys) -> None:
+    assert main([str(data), "--workers", "0"]) == 1
+    assert (
+        f"sample 'none.mp4' (data.json, sample 4): {tmp_path / 'none.mp4'}: no such file\n" in capsys.readouterr().out
+    )
+
+
+def test_all_good(media_dir: Path, tmp_path: Path, capsys) -> None:
+    data = write_data(tmp_path / "data.json", {"a.mp4": "video", "b.mp4": "video"})
+    assert main([str(data), "--workers", "0", "--video_folder", str(media_dir)]) == 0
+    assert capsys.readouterr().out.endswith("\n0 bad\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.json"], "nothing.json: no such file"),
+        (["data.json", "--num_frames", "0"], "--num_frames is 0; it must be at least 1"),
+        (["data.json", "--frames", "4"], "unrecognized arguments"),
+        ([], "DATA"),
+        (["data.json", "--report", "nowhere/report.jsonl"], "nowhere/report.jsonl"),
+    ],
+)
+def test_wrong_usage(data: Path, monkeypatch, capsys, words: list[str], message: str) -> None:
+    monkeypatch.chdir(data.parent)
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "llava.data.check",
+        str(shared_data / "real_video_it.json"),
+        "--report",
+        str(report),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("16 samples (16 videos) in ")
+    assert json.loads(report.read_text())["summary"]["bad"] == {}
