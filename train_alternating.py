@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.data.records import read_samples
+from llava.data.data_files import find_entries
+from llava.data.raw_samples import read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport
@@ -114,19 +115,22 @@ def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
         raise ValueError("--force needs a --variant to force: " + ", ".join(VARIANTS))
     if own.backbone_model:
         read_model_type(own.backbone_model, "--backbone_model")
-    for flag in ("data_path", "eval_data_path", "image_folder", "video_folder"):
-        paths = values[flag] or []
-        for path in [paths] if isinstance(paths, str) else paths:
-            if not Path(path).exists():
-                raise ValueError(f"--{flag} {path}: no such file or folder")
+    for flag in ("data_path", "eval_data_path"):
+        find_entries(values[flag] or [], f"--{flag}")
+    for flag in ("image_folder", "video_folder"):
+        if values[flag] and not Path(values[flag]).exists():
+            raise ValueError(f"--{flag} {values[flag]}: no such folder")
 
 
 def inspect_data(paths: Sequence[str]) -> None:
     """Print how many samples there are, and the first as its file has it; no image and no video is opened."""
     count, first = 0, None
-    for path in paths:
-        for sample, where in read_samples(path):
-            count, first = count + 1, first or (sample, where)
+    for entry in find_entries(paths):
+        of_entry = 0
+        for path in entry.files:
+            for sample, where in read_samples(path):
+                of_entry, first = of_entry + 1, first or (sample, where)
+        count += entry.sampling.count(of_entry)
     print(f"{count} samples")
     if first is not None:
         print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2)}")

@@ -33,7 +33,8 @@ class Record:
     """One validated sample of a data file.
 
     ``source`` names the file and the place in it ("captions.json, sample 12"), for error messages.
-    ``split`` is the first and last frame of the clip that the sample speaks of, or None.
+    ``split`` is the first and last frame of the clip that the sample speaks of, or None. ``fault`` is
+    what is wrong with a bad sample, whose record has no turns and no media; None for a good one.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Record:
     media: tuple[Media, ...] = ()
     source: str = ""
     split: tuple[int, int] | None = None
+    fault: str | None = None
 
     def __str__(self) -> str:
         return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"

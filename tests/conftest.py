@@ -36,6 +36,14 @@ def define_torchvision_operators() -> torch.library.Library | None:
 TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_spec("timm") else None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_dir(tmp_path_factory: pytest.TempPathFactory):
+    """Indexes of the tests' data files, those of the commands they start included, stay out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real media; tests that need it are skipped without it."""

@@ -1,7 +1,11 @@
 """Data: from files to batches.
 
-records.py        a line of a file      -> Record
-record_store.py   Records               -> a file that workers share
+data_files.py     what --data_path says -> data files, and how much of each
+raw_samples.py    a data file           -> raw samples, one by one
+records.py        a raw sample          -> Record, validated
+record_store.py   Records of a file     -> a table that workers share
+record_index.py   the tables and arrays -> a folder that the next start reads
+mixture.py        chosen rows of tables -> one sequence of Records
 media.py          a file                -> squares of an image or of sampled frames
   files.py          is it a file?
   frames.py         which frames, and their pixels
@@ -14,5 +18,6 @@ image_ops.py      pixels                -> uint8 squares for the tower
 placeholders.py   turns                 -> text with visual spans, within the context
 preprocess/       turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example
+survey.py         all Records           -> their lengths, and what has something to learn
 collator.py       Examples              -> Batch
 """

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
@@ -19,12 +21,11 @@ from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
+from llava.data.survey import survey_lengths, survey_long, survey_media, survey_targets
 from llava.types import BadSample, Example, Record, VisualInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TEXTS_AT_ONCE = 1000
 
 
 class SupervisedDataset(Dataset["Example | BadSample"]):
@@ -86,6 +87,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
 
     def load_example(self, record: Record) -> Example:
         """Decode and tokenise a record; a ValueError if it cannot be used."""
+        if record.fault is not None:
+            raise ValueError(record.fault)
         media = self.load_media(record)
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         ids, labels = self.tokenize(record, frame_counts, [m.original_size for m in media if m.kind == "image"])
@@ -170,17 +173,15 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         return images + videos
 
     @cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each example before truncation, its own media's positions included.
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each example before truncation, its own media's positions included; 0 for a bad sample.
 
         They are exact, but for videos under ``video_fps``, which count with the most frames they may have.
+        All texts are tokenised for them when they are first asked for, and not again while there is an index.
         """
-        lengths: list[int] = []
-        for start in range(0, len(self.records), _TEXTS_AT_ONCE):
-            lengths += self._count_tokens(self.records[start : start + _TEXTS_AT_ONCE])
-        return lengths
+        return survey_lengths(self)
 
-    def _count_tokens(self, records: Sequence[Record]) -> list[int]:
+    def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Tokens of each record; their texts are tokenised in one call."""
         for record in records:
             self.check_turns(record)
@@ -195,12 +196,11 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             raise ValueError(f"{record}: {error}") from error
 
     @property
-    def modality_lengths(self) -> list[int]:
+    def modality_lengths(self) -> NDArray[np.int32]:
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
-        return [
-            length if record.media or self.early_mix_text else -length
-            for length, record in zip(self.lengths, self.records, strict=True)
-        ]
+        if self.early_mix_text:
+            return self.lengths
+        return np.where(survey_media(self) > 0, self.lengths, -self.lengths)
 
 
 def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[VisualInput]:
@@ -220,15 +220,15 @@ def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
 
     Under ``plain_lm`` those are records without media and without text.
     """
-    return [record for record in dataset.records if not dataset.text_format.has_target(record.turns)]
+    return [dataset.records[i] for i in np.flatnonzero(~survey_targets(dataset)).tolist()]
 
 
 def check_supervision(dataset: SupervisedDataset) -> None:
     """Check before training that every sample has something to learn, and keeps it within ``max_length``.
 
     Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this;
-    nor are videos whose number of frames shows only when they are opened. With ``on_bad_sample="skip"``
-    samples that do not fit are left out when their turn comes.
+    nor are videos whose number of frames shows only when they are opened, and texts that are short anyway.
+    With ``on_bad_sample="skip"`` samples that do not fit are left out when their turn comes.
 
     Raises:
         ValueError: names the samples.
@@ -240,8 +240,9 @@ def check_supervision(dataset: SupervisedDataset) -> None:
     if not dataset.text_format.has_prompts or dataset.on_bad_sample == SKIP:
         return
     open_ended = dataset.vision is not None and dataset.vision.video_fps > 0
-    for record, length in zip(dataset.records, dataset.lengths, strict=True):
-        if length > dataset.max_length and not (open_ended and any(m.kind == "video" for m in record.media)):
+    for i in np.flatnonzero(survey_long(dataset)).tolist():
+        record = dataset.records[i]
+        if not (open_ended and any(m.kind == "video" for m in record.media)):
             dataset.tokenize(record)
 
 
@@ -256,15 +257,17 @@ def make_supervised_data_module(
     vision: VisionConfig | None,
     max_length: int,
     text_format: Format | None = None,
+    seed: int = 42,
 ) -> dict[str, Any]:
     """Datasets and collator for the trainer.
 
     Args:
         tokenizer: of the model.
-        data_args: ``DataArguments`` (paths and folders).
+        data_args: ``DataArguments`` (paths, folders, the folder of indexes).
         vision: None for a model without vision.
         max_length: most tokens of an example.
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
+        seed: of the random samples that a mixture asks for.
 
     Returns:
         ``{"train_dataset", "eval_dataset", "data_collator"}``, the second None without ``eval_data_path``.
@@ -273,10 +276,20 @@ def make_supervised_data_module(
         ValueError: a file is not as it should be, or samples have nothing to learn from.
     """
 
-    def build(paths: Sequence[str] | None) -> SupervisedDataset | None:
+    def build(flag: str) -> SupervisedDataset | None:
+        paths: Sequence[str] | None = getattr(data_args, flag)
         if not paths:
             return None
-        records = read_records(paths, data_args.image_folder, data_args.video_folder)
+        records = read_records(
+            paths,
+            data_args.image_folder,
+            data_args.video_folder,
+            cache_dir=data_args.data_cache_dir,
+            seed=seed,
+            on_bad_sample=data_args.on_bad_sample,
+            allow_duplicate_ids=data_args.allow_duplicate_ids,
+            flag=f"--{flag}",
+        )
         dataset = SupervisedDataset(
             records,
             tokenizer,
@@ -291,7 +304,7 @@ def make_supervised_data_module(
         return dataset
 
     return {
-        "train_dataset": build(data_args.data_path),
-        "eval_dataset": build(data_args.eval_data_path),
+        "train_dataset": build("data_path"),
+        "eval_dataset": build("eval_data_path"),
         "data_collator": SupervisedCollator(tokenizer.pad_token_id),
     }

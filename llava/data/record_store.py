@@ -1,61 +1,154 @@
-"""Records on disk, in a form that worker processes share."""
+"""Records of one data file in an Arrow table, on disk or in memory, that worker processes share.
+
+A stored file is a stream of Arrow batches (what ``datasets.Dataset.from_file`` opens), and behind it a
+footer: JSON that says what the stream holds, its length and a magic number. A file that was cut off has no
+footer, one that was damaged another checksum.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-import weakref
+import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llava.types import Media, Record, Turn
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+VERSION = 1
+"""Of the stored form; a file of another version is not read but written anew."""
+
+_MAGIC = b"LLAVAREC"
+_LENGTH_BYTES = 8
 _ROWS_AT_ONCE = 4096
+_BYTES_AT_ONCE = 1 << 24
+NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes")
+"""Columns beside the record itself, for questions that are asked of all records at once."""
+
+
+class DamagedStoreError(ValueError):
+    """A stored file that is cut off, changed or of another version."""
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a store says of itself.
+
+    Attributes:
+        origin: what it was made from, as its maker describes it.
+        faults: rows of bad samples, with what is wrong with each.
+        repeated: rows whose id an earlier row has already, each with that row.
+        size, checksum: bytes of the stream and their CRC-32; 0 in memory.
+    """
+
+    origin: dict[str, Any] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+    repeated: dict[int, int] = field(default_factory=dict)
+    size: int = 0
+    checksum: int = 0
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        text = json.dumps(asdict(self)).encode()
+        return text + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC
+
+    @classmethod
+    def read(cls, path: Path) -> Footer:
+        """The footer of a stored file.
+
+        Raises:
+            DamagedStoreError: there is none, or it is another version's.
+        """
+        tail = len(_MAGIC) + _LENGTH_BYTES
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - tail, 0))
+            length, magic = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read()
+            if magic != _MAGIC or length + tail > size:
+                raise DamagedStoreError("it is cut off")
+            file.seek(size - tail - length)
+            try:
+                entries = json.loads(file.read(length))
+            except ValueError as error:
+                raise DamagedStoreError("its end is damaged") from error
+        if entries["version"] != VERSION:
+            raise DamagedStoreError("another version of llava wrote it")
+        if entries["size"] != size - tail - length:
+            raise DamagedStoreError("its length is wrong")
+        for name in ("faults", "repeated"):
+            entries[name] = {int(row): value for row, value in entries[name].items()}
+        return cls(**entries)
 
 
 class RecordStore(Sequence[Record]):
-    """Validated records in a memory-mapped Arrow file.
+    """The records of a data file.
 
     A million small Python objects would be copied into every worker as reference counts touch them;
-    pages of a mapped file are shared, by forked and by spawned processes alike. ``write`` makes a
-    temporary file, which goes with the store it returns.
+    pages of a mapped file are shared, by forked and by spawned processes alike, and the buffers of a table in
+    memory by forked ones.
 
     Args:
-        path: the Arrow file, with one column of records as JSON.
+        data: the Arrow stream, or the file that begins with it.
+        footer: what is known of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, data: Path | Any, footer: Footer) -> None:
         from datasets import Dataset
 
-        self._path = path
-        self._column = Dataset.from_file(str(path)).data.column("record")
+        self._data = data
+        self.footer = footer
+        dataset = Dataset.from_file(str(data)) if isinstance(data, Path) else Dataset.from_buffer(data)
+        self._table = dataset.data
+        self._column = self._table.column("record")
 
     @classmethod
-    def write(cls, records: Iterable[Record]) -> RecordStore:
-        """Store records, one by one as they come."""
+    def open(cls, path: Path) -> RecordStore:
+        """Map a stored file.
+
+        Raises:
+            DamagedStoreError: it is not what was written, or another version wrote it.
+        """
+        footer = Footer.read(path)
+        if _checksum(path, footer.size) != footer.checksum:
+            raise DamagedStoreError("its checksum is wrong")
+        return cls(path, footer)
+
+    @classmethod
+    def write(
+        cls, records: Iterable[Record], path: Path | None = None, origin: dict[str, Any] | None = None
+    ) -> RecordStore:
+        """Store records, one by one as they come.
+
+        Args:
+            records: in order, those of bad samples (which have a ``fault``) among them.
+            path: the file to write, with its footer; without it the records stay in memory.
+            origin: for the footer.
+        """
         import pyarrow as pa
 
-        folder = tempfile.mkdtemp(prefix="llava-records-")
-        path = Path(folder) / "records.arrow"
-        schema = pa.schema({"record": pa.large_string()})
-        rows = map(_dump, records)
-        try:
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-                while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-                    writer.write_batch(pa.record_batch([pa.array(chunk, pa.large_string())], schema=schema))
-            store = cls(path)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        weakref.finalize(store, _remove, folder, os.getpid())
-        return store
+        with pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb") as sink:
+            faults, hashes = _write_stream(records, sink)
+            data = sink.getvalue() if path is None else path
+        draft = cls(data, Footer())
+        repeated = _find_repeated(draft, faults, hashes)
+        if path is None:
+            return cls(data, Footer(origin or {}, faults, repeated))
+        size = path.stat().st_size
+        footer = Footer(origin or {}, faults, repeated, size, _checksum(path, size))
+        del draft
+        with path.open("ab") as file:
+            file.write(footer.to_bytes())
+        return cls(path, footer)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RecordStore, (self._path,)
+        return RecordStore, (self._data, self.footer)
 
     def __len__(self) -> int:
         return len(self._column)
@@ -63,33 +156,85 @@ class RecordStore(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
+        row = int(index) + len(self) if index < 0 else int(index)
+        if not 0 <= row < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return _load(self._column[int(position)].as_py())
+        return _load(self._column[row].as_py())
 
-    def __iter__(self) -> Iterator[Record]:
-        return (_load(row.as_py()) for row in self._column)
+    def numbers(self, name: str) -> NDArray[np.int32]:
+        """One of the columns ``NUMBERS``; zero at bad samples."""
+        return self._table.column(name).to_numpy()
 
 
-def _remove(folder: str, owner: int) -> None:
-    """Take the files away, unless this is a process that was forked from the one that wrote them."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+def _write_stream(records: Iterable[Record], sink: Any) -> tuple[dict[int, str], array[int]]:
+    """Write the batches; the faults by row, and for all other rows in order the hash of their ids."""
+    import pyarrow as pa
+
+    faults: dict[int, str] = {}
+    hashes: array[int] = array("q")
+    schema = pa.schema({"record": pa.large_string(), **dict.fromkeys(NUMBERS, pa.int32())})
+    numbered = enumerate(records)
+    with pa.ipc.new_stream(sink, schema) as writer:
+        while chunk := list(islice(numbered, _ROWS_AT_ONCE)):
+            faults |= {row: record.fault for row, record in chunk if record.fault is not None}
+            hashes.extend(hash(record.id) for _, record in chunk if record.fault is None)
+            columns = zip(*(_columns(record) for _, record in chunk), strict=True)
+            batch = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(batch, schema=schema))
+    return faults, hashes
+
+
+def _columns(record: Record) -> tuple[str, int, int, int, int]:
+    kinds = [media.kind for media in record.media]
+    text_bytes = sum(len(turn.text.encode()) for turn in record.turns)
+    return _dump(record), kinds.count("image"), kinds.count("video"), len(record.turns), text_bytes
+
+
+def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]) -> dict[int, int]:
+    """Rows whose id stands in an earlier row, each with the first such row."""
+    import numpy as np
+
+    rows = np.delete(np.arange(len(store)), list(faults))
+    values = np.frombuffer(hashes, np.int64)
+    order = np.argsort(values, kind="stable")
+    same = np.flatnonzero(np.diff(values[order]) == 0)
+    # Equal hashes are only likely to be equal ids.
+    candidates = sorted({int(rows[order[i]]) for pair in same for i in (pair, pair + 1)})
+    repeated, seen = {}, dict[str, int]()
+    for row in candidates:
+        first = seen.setdefault(store[row].id, row)
+        if first != row:
+            repeated[row] = first
+    return repeated
+
+
+def _checksum(path: Path, size: int) -> int:
+    with path.open("rb") as file:
+        checksum = 0
+        for piece in _pieces(file, size):
+            checksum = zlib.crc32(piece, checksum)
+        return checksum
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size > 0 and (piece := file.read(min(size, _BYTES_AT_ONCE))):
+        size -= len(piece)
+        yield piece
 
 
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
     media = [[media.kind, media.path] for media in record.media]
-    return json.dumps([record.id, turns, media, record.source, record.split])
+    return json.dumps([record.id, turns, media, record.source, record.split, record.fault])
 
 
 def _load(row: str) -> Record:
-    identity, turns, media, source, split = json.loads(row)
+    identity, turns, media, source, split, fault = json.loads(row)
     return Record(
         id=identity,
         turns=tuple(Turn(*turn) for turn in turns),
         media=tuple(Media(*medium) for medium in media),
         source=source,
         split=None if split is None else (split[0], split[1]),
+        fault=fault,
     )

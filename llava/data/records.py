@@ -1,17 +1,26 @@
-"""Data files: each line read and validated once."""
+"""Data files: each sample read and validated once."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
+from llava.data.data_files import DataEntry, find_entries
+from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
+from llava.data.raw_samples import read_samples, read_values
+from llava.data.record_index import open_store
 from llava.data.record_store import RecordStore
 from llava.types import Media, MediaKind, Record, Role, Turn
+
+__all__ = ["parse_record", "read_records", "read_samples"]
+
+logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -21,76 +30,123 @@ _RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 
 
 def read_records(
-    paths: str | Sequence[str], image_folder: str | None = None, video_folder: str | None = None
-) -> RecordStore:
+    paths: str | Sequence[str],
+    image_folder: str | None = None,
+    video_folder: str | None = None,
+    *,
+    cache_dir: str | None = None,
+    seed: int = 42,
+    on_bad_sample: str = "error",
+    allow_duplicate_ids: bool = False,
+    flag: str = "--data_path",
+) -> Mixture:
     """Read and validate data files.
 
     Args:
-        paths: one file or several, ``.json`` (a list of samples) or ``.jsonl`` (one a line).
+        paths: one word or several: ``.json`` (a list of samples) and ``.jsonl`` (one a line) files, patterns such
+            as ``prefix{a,b}.json``, YAML mixtures.
         image_folder: what relative image paths start from; by default the folder of their data file.
         video_folder: the same for videos.
+        cache_dir: where the records are indexed; without it they stay in memory and are parsed every time.
+        seed: of random samples.
+        on_bad_sample: ``error`` raises over the first bad sample, ``skip`` keeps its place: its record has a ``fault``.
+        allow_duplicate_ids: whether samples of one file may share an id.
+        flag: its name, for errors.
 
     Raises:
         ValueError: a file or a sample is not as ``docs/data.md`` describes; names file and sample.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
-    store = RecordStore.write(_parse_files(paths, image_folder, video_folder))
-    if not len(store):
-        raise ValueError(f"--data_path {' '.join(paths)}: no samples, there is nothing to train on")
-    return store
+    cache = Path(cache_dir) if cache_dir else None
+    parts: list[Part] = []
+    drawn: Counter[str] = Counter()
+    for entry in find_entries(paths, flag):
+        folders = (entry.data_folder or image_folder, entry.data_folder or video_folder)
+        stores = [_open_file(file, *folders, entry.source, cache, on_bad_sample) for file in entry.files]
+        faults = [_judge(store, on_bad_sample, allow_duplicate_ids) for store in stores]
+        # The names of its files, and how often they were drawn from before, tell an entry: not its place, which
+        # changes with its neighbours, nor its folder, which changes with the machine.
+        names = "/".join(Path(file).name for file in entry.files)
+        parts += _sample(entry, stores, faults, f"{seed} {names} {drawn[names]}")
+        drawn[names] += 1
+    if not sum(len(part.rows) for part in parts):
+        raise ValueError(f"{flag} {' '.join(paths)}: no samples, there is nothing to train on")
+    return Mixture(parts, cache)
 
 
-def _parse_files(paths: Iterable[str], image_folder: str | None, video_folder: str | None) -> Iterator[Record]:
-    for path in paths:
-        home = str(Path(path).absolute().parent)
-        folders = [os.path.abspath(folder) if folder else home for folder in (image_folder, video_folder)]
-        for sample, source in read_samples(path):
-            yield parse_record(sample, source, *folders)
+def _open_file(
+    path: str,
+    image_folder: str | None,
+    video_folder: str | None,
+    media_source: str | None,
+    cache: Path | None,
+    on_bad_sample: str,
+) -> RecordStore:
+    """The records of one data file, from its index or newly parsed."""
+    home = str(Path(path).absolute().parent)
+    settings: dict[str, Any] = {
+        "image_folder": os.path.abspath(image_folder or home),
+        "video_folder": os.path.abspath(video_folder or home),
+        "media_source": media_source,
+    }
+
+    def records() -> Iterator[Record]:
+        for sample, source in read_values(path):
+            try:
+                if isinstance(sample, ValueError):
+                    raise sample
+                yield parse_record(sample, source, **settings)
+            except ValueError as error:
+                if on_bad_sample == "error":
+                    raise
+                identity = sample.get("id", "") if isinstance(sample, dict) else ""
+                yield Record(str(identity), (), source=source, fault=str(error))
+
+    def write(index: Path, origin: dict[str, Any]) -> RecordStore:
+        logger.info("indexing %s", path)
+        return RecordStore.write(records(), index, origin)
+
+    return RecordStore.write(records()) if cache is None else open_store(cache, Path(path), settings, write)
 
 
-def read_samples(path: str) -> Iterator[tuple[Any, str]]:
-    """The raw samples of a file, each with the words that say where it stands."""
-    file = Path(path)
-    if not file.exists():
-        raise ValueError(f"--data_path {path}: no such file")
-    if not file.is_file():
-        raise ValueError(f"--data_path {path}: not a file")
-    if file.suffix == ".jsonl":
-        # Lines end with a newline only: JSON strings may hold the other characters that split text.
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_json(line, f"{path}, line {number}"), f"{file.name}, line {number}"
-    elif file.suffix == ".json":
-        samples = _parse_json(file.read_bytes(), path)
-        if not isinstance(samples, list):
-            raise ValueError(f"{path}: expected a list of samples, found {_name(samples)}; use .jsonl for one a line")
-        for number, sample in enumerate(samples, start=1):
-            yield sample, f"{file.name}, sample {number}"
-    else:
-        raise ValueError(f"--data_path {path}: unknown kind of file {file.suffix!r}; known: .json, .jsonl")
+def _judge(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
+    """What is wrong with rows of a store, repeated ids among it; the first is raised if bad samples are an error."""
+    faults = dict(store.footer.faults)
+    for row, first in {} if allow_duplicate_ids else store.footer.repeated.items():
+        faults[row] = (
+            f"{store[row]}: {store[first].source} has the same id; give each its own, or allow it with "
+            "--allow_duplicate_ids"
+        )
+    if faults and on_bad_sample == "error":
+        raise ValueError(faults[min(faults)])
+    return faults
 
 
-def _parse_json(data: bytes, where: str) -> Any:
-    if not data.strip():
-        raise ValueError(f"{where}: the file is empty; expected a list of samples")
+def _sample(
+    entry: DataEntry, stores: Sequence[RecordStore], faults: Sequence[dict[int, str]], seed: str
+) -> Iterator[Part]:
+    """The parts that an entry takes of its stores."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: not a sample: brackets within brackets without end") from error
+        rows = choose_rows(entry.sampling, sum(map(len, stores)), seed)
+    except ValueError as error:
+        raise ValueError(f"{entry.name}: {error}") from error
+    start = 0
+    for store, of_store in zip(stores, faults, strict=True):
+        yield Part(store, cut_rows(rows, start, start + len(store)), of_store)
+        start += len(store)
 
 
-def parse_record(sample: Any, source: str, image_folder: str, video_folder: str) -> Record:
+def parse_record(
+    sample: Any, source: str, image_folder: str, video_folder: str, media_source: str | None = None
+) -> Record:
     """Validate one raw sample, see ``docs/data.md``.
 
     Args:
         sample: the parsed JSON.
         source: where it stands, for errors.
-        image_folder, video_folder: what its relative paths start from.
+        image_folder, video_folder: what its relative paths start from, or the folders that its source is in.
+        media_source: the sub-folder of both that its relative paths start from, in place of the sample's
+            own ``source``; "" is none.
     """
     if not isinstance(sample, dict):
         raise ValueError(f"{source}: expected an object, found {_name(sample)}")
@@ -99,12 +155,13 @@ def parse_record(sample: Any, source: str, image_folder: str, video_folder: str)
         raise ValueError(f'{source}: needs an "id", a string or a number, found {identity!r}')
     where = f"sample {str(identity)!r} ({source})"
     _check_no_variables(sample.get("variables"), where)
+    folder = _parse_source(sample.get("source"), where) if media_source is None else media_source
     record = Record(
         id=str(identity),
         turns=tuple(_parse_turns(sample.get("conversations"), where)),
         media=(
-            *_parse_media(sample.get("image"), "image", image_folder, where),
-            *_parse_media(sample.get("video"), "video", video_folder, where),
+            *_parse_media(sample.get("image"), "image", os.path.join(image_folder, folder), where),
+            *_parse_media(sample.get("video"), "video", os.path.join(video_folder, folder), where),
         ),
         source=source,
         split=_parse_split(sample.get("meta"), where),
@@ -119,6 +176,12 @@ def _check_no_variables(variables: Any, where: str) -> None:
         raise ValueError(f'{where}: "variables" must be an object of lists, found {_name(variables)}')
     if any((variables or {}).values()):
         raise ValueError(f'{where}: has "variables" (coordinates), which this version cannot train on yet')
+
+
+def _parse_source(value: Any, where: str) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f'{where}: "source" must be the name of a folder, found {_name(value)}')
+    return value or ""
 
 
 def _parse_media(value: Any, kind: MediaKind, folder: str, where: str) -> list[Media]:

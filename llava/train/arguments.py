@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -167,9 +168,21 @@ class ModelArguments:
 class DataArguments(BadSampleArguments):
     """Which data, and how media and text are read."""
 
-    data_path: list[str] = field(metadata={"help": "Data files to train on, .json or .jsonl; several are joined."})
+    data_path: list[str] = field(
+        metadata={
+            "help": "Data to train on: .json or .jsonl files, patterns of them such as 'part{1,2}.json', YAML "
+            "mixtures; several are joined."
+        }
+    )
     eval_data_path: list[str] | None = field(
-        default=None, metadata={"help": "Data files to evaluate on, see --eval_strategy."}
+        default=None, metadata={"help": "Data to evaluate on, in the same forms; see --eval_strategy."}
+    )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the indexes that data files are read into once (default: ~/.cache/llava-babylm)."},
+    )
+    allow_duplicate_ids: bool = field(
+        default=False, metadata={"help": "Let several samples of one data file have the same id."}
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "What relative image paths start from (default: the data file's folder)."}
@@ -221,6 +234,8 @@ class DataArguments(BadSampleArguments):
         # Recipes of the family leave folders empty to say "none".
         self.image_folder = self.image_folder or None
         self.video_folder = self.video_folder or None
+        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        self.data_cache_dir = self.data_cache_dir or os.path.join(caches, "llava-babylm")
         if os.environ.get("USE_PLAIN_LM", "").lower() in _TRUE:
             transformers.logging.get_logger(__name__).warning("USE_PLAIN_LM is honoured; its name now is --plain_lm")
             self.plain_lm, self.version = True, None

@@ -101,7 +101,8 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
 
     max_length = choose_max_length(training_args.model_max_length, model, vision)
     text_format = choose_format(data_args.format_name, tokenizer, model.config)
-    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format)
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed)
     if training_args.process_index == 0:
         if loaded.transfer is not None:
             print(loaded.transfer)

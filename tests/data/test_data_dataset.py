@@ -12,6 +12,7 @@ from conftest import ITALIAN, turns, write_video
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
+from llava.data import survey
 from llava.data.bad_samples import BadSample, BadSampleError
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
 from llava.data.media import load_media
@@ -108,18 +109,18 @@ def test_text_only_sample_stays_text(mixed, monkeypatch):
 @pytest.mark.parametrize("texts", TEXTS + MEDIA_TEXTS, ids=str)
 def test_lengths_are_the_real_numbers_of_tokens(either_tokenizer, tiny_vision, texts):
     dataset = SupervisedDataset([with_media(texts)], either_tokenizer, tiny_vision, 10_000)
-    assert dataset.lengths == [len(dataset.tokenize(dataset.records[0])[0])]
+    assert dataset.lengths.tolist() == [len(dataset.tokenize(dataset.records[0])[0])]
 
 
 def test_lengths_of_many_records(either_tokenizer, tiny_vision, monkeypatch):
-    monkeypatch.setattr(dataset_module, "_TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(survey, "_RECORDS_AT_ONCE", 3)
     records = [with_media(texts) for texts in TEXTS + MEDIA_TEXTS]
     dataset = SupervisedDataset(records, either_tokenizer, tiny_vision, 10_000)
-    assert dataset.lengths == [len(dataset.tokenize(r)[0]) for r in records]
+    assert dataset.lengths.tolist() == [len(dataset.tokenize(r)[0]) for r in records]
     signs = [1 if r.media else -1 for r in records]
-    assert dataset.modality_lengths == [n * sign for n, sign in zip(dataset.lengths, signs, strict=True)]
+    assert dataset.modality_lengths.tolist() == [n * sign for n, sign in zip(dataset.lengths, signs, strict=True)]
     mixing = SupervisedDataset(records, either_tokenizer, tiny_vision, 10_000, early_mix_text=True)
-    assert mixing.modality_lengths == dataset.lengths
+    assert mixing.modality_lengths.tolist() == dataset.lengths.tolist()
 
 
 def test_lengths_count_what_truncation_cuts(visual_tokenizer):

@@ -6,7 +6,6 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ITALIAN, turns
@@ -18,6 +17,7 @@ from llava.data.preprocess import FORMATS, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
 from llava.data.preprocess.templates import TEMPLATES, Template, register_template
 from llava.data.records import read_records
+from llava.train.arguments import DataArguments
 from llava.types import Media, Record, Turn
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -279,7 +279,7 @@ def test_counts_are_exact_in_bulk(name, any_tokenizer, tiny_vision):
     dataset = SupervisedDataset(
         records, any_tokenizer, tiny_vision, 10_000, text_format=build_format(name, any_tokenizer)
     )
-    assert dataset.lengths == [len(dataset.tokenize(record)[0]) for record in records]
+    assert dataset.lengths.tolist() == [len(dataset.tokenize(record)[0]) for record in records]
 
 
 @pytest.mark.parametrize("name", FORMATS.names())
@@ -490,11 +490,9 @@ def test_roles_out_of_turn_are_an_error_of_chat_formats_alone(gpt2_tokenizer, sa
     assert SupervisedDataset([record], gpt2_tokenizer, None, 512)[0].labels[-1] == 0
 
 
-def write_data(path: Path, *conversations: list[dict[str, str]]) -> SimpleNamespace:
+def write_data(path: Path, *conversations: list[dict[str, str]]) -> DataArguments:
     path.write_text(json.dumps([{"id": f"s{i}", "conversations": c} for i, c in enumerate(conversations)]))
-    return SimpleNamespace(
-        data_path=[str(path)], eval_data_path=None, image_folder=None, video_folder=None, early_mix_text=False
-    )
+    return DataArguments(data_path=[str(path)])
 
 
 def test_samples_without_an_answer_are_reported_before_training(tmp_path, gpt2_tokenizer):

@@ -160,7 +160,7 @@ def test_samples_count_their_own_images(visual_tokenizer, tiled, two_images: Rec
     visual = 5 * 16 + 4 * 16 if merge_type == "flat" else 16 + 6 * 9 + 16 + 2 * 13
     assert [len(m.frames) for m in example.media] == [5, 4]
     assert example.labels.count(IGNORE_INDEX) == visual == dataset.visual_tokens(two_images)
-    assert dataset.lengths == [len(example.input_ids)]
+    assert dataset.lengths.tolist() == [len(example.input_ids)]
     assert dataset.tokenize(two_images) == (example.input_ids, example.labels)
     assert SupervisedCollator(0)([example])["image_sizes"] == [(60, 90), (20, 300)]
 

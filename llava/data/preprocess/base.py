@@ -55,6 +55,11 @@ class Format(ABC):
         self.tokenizer = tokenizer
 
     @property
+    def fingerprint(self) -> str:
+        """Another one for a format that writes conversations otherwise; the tokenizer aside."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return [self.tokenizer.eos_token_id]

@@ -30,6 +30,10 @@ class ChatFormat(ConversationFormat):
             )
         super().__init__(tokenizer)
 
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self.tokenizer.chat_template}"
+
     def markup(self, roles: Sequence[Role]) -> list[str]:
         import jinja2
 

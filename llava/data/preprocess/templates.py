@@ -68,6 +68,10 @@ class TemplateFormat(ConversationFormat):
         }
         super().__init__(tokenizer)
 
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self.template}"
+
     def content(self, turn: Turn) -> str:
         if self.template.media_only and turn.role == "user":
             return "".join(piece for piece, visual in split_at_spans(turn.text) if visual)
