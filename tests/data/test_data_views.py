@@ -12,12 +12,12 @@ from PIL import Image, ImageFile
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
+from llava.data.bad_samples import BadSampleError
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
 from llava.data.image_ops import cut_views, fit_frames
 from llava.data.media import MediaError, load_image, load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
-from llava.data.preprocess.base import ContextError
 from llava.train.report import supervision_table
 from llava.types import Media, Record, Turn
 
@@ -174,7 +174,7 @@ def test_a_decoded_image_is_counted_by_its_pixels(visual_tokenizer, unpadded, tw
 def test_an_image_that_does_not_fit_is_named_with_the_remedy(visual_tokenizer, unpadded, two_images: Record) -> None:
     dataset = SupervisedDataset([two_images], visual_tokenizer, unpadded, 100)
     message = r"sample 's1' .*at least 114 tokens \(112 of them visual\), but the limit is 100.*--image_grid_pinpoints"
-    with pytest.raises(ContextError, match=message):
+    with pytest.raises(BadSampleError, match=message):
         _ = dataset[0]
 
 
