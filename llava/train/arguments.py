@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
+from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.ledger import BadSampleArguments
@@ -267,6 +268,13 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     model_max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a sample, visual ones included (default: the model's context)."}
     )
+    train_sampling_strategy: str = field(
+        default=RANDOM,
+        metadata={
+            "help": f"Order of the samples: {', '.join(STRATEGIES)}. Those that group put samples of similar length "
+            "into a step, the largest batch first; by modality, text-only samples apart from the others."
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flash_attention_2 (default: what transformers picks)."}
     )
@@ -305,6 +313,15 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         # Every trainable parameter takes part in every step, on every rank: nothing to look for.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        if self.train_sampling_strategy not in STRATEGIES:
+            raise ValueError(
+                f"--train_sampling_strategy is {self.train_sampling_strategy!r}; known: {', '.join(STRATEGIES)}"
+            )
+        if not self.dataloader_in_order:
+            raise ValueError(
+                "--dataloader_in_order false trains batches in the order in which workers happen to finish, which no "
+                "resumed run can repeat; leave it out"
+            )
         if self.attn_implementation not in (None, "sdpa", "eager", "flash_attention_2"):
             raise ValueError(
                 f"--attn_implementation is {self.attn_implementation!r}; known: sdpa, eager, flash_attention_2"

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
 from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -27,6 +29,8 @@ _RENAMED = {
     "no_cuda": "use_cpu",
     "mm_image_grid_pinpoints": "image_grid_pinpoints",
 }
+# Switches of the family's scripts that are values of --train_sampling_strategy now; the first that is on counts.
+_GROUPING = (BY_MODALITY, BY_LENGTH)
 # Flags that ask for what is always so, or for nothing.
 _RETIRED = {
     "lazy_preprocess": "samples are always read when they are needed",
@@ -147,6 +151,7 @@ def _as_word(value: Any) -> str:
 def _translate(words: list[str]) -> list[str]:
     """Map flags that the family's scripts still pass to today's, with a note for each."""
     translated: list[str] = []
+    grouping: dict[str, bool] = {}
     skipping = False
     for i, word in enumerate(words):
         if not word.startswith("--"):
@@ -154,7 +159,7 @@ def _translate(words: list[str]) -> list[str]:
             continue
         name, equals, value = word[2:].partition("=")
         given = value if equals else (words[i + 1] if i + 1 < len(words) else "")
-        skipping = name in _RETIRED or name in _ALWAYS_OFF
+        skipping = name in _RETIRED or name in _ALWAYS_OFF or name in _GROUPING
         if name in _RENAMED:
             logger.warning("--%s is now --%s", name, _RENAMED[name])
             translated.append(f"--{_RENAMED[name]}{equals}{value}")
@@ -164,9 +169,20 @@ def _translate(words: list[str]) -> list[str]:
             if given.lower() not in ("false", "0", "no", "none"):
                 raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
             logger.warning("--%s is not needed any more: off is all there is", name)
+        elif name in _GROUPING:
+            grouping[name] = given.startswith("--") or string_to_bool(given or "true")
         else:
             translated.append(word)
-    return translated
+    return _translate_grouping(grouping) + translated
+
+
+def _translate_grouping(switches: dict[str, bool]) -> list[str]:
+    """The family's switches for grouping as words; they come first, so that the flag of today overrides them."""
+    if not switches:
+        return []
+    strategy = next((name for name in _GROUPING if switches.get(name)), RANDOM)
+    logger.warning("--%s is now --train_sampling_strategy %s", " and --".join(switches), strategy)
+    return ["--train_sampling_strategy", strategy]
 
 
 def _explain_unknown(word: str, parser: HfArgumentParser) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,32 +142,6 @@ class BadSampleLedger(TrainerCallback):
             f"{self.num_bad} of the {self.num_seen} samples seen are bad, more than --max_bad_share "
             f"{self.max_share:g}; {self.path} lists them: mend or remove them, or raise the share"
         )
-
-
-@dataclass
-class EvaluationTally:
-    """The loss of an evaluation over its good samples, and its bad ones.
-
-    transformers takes the mean over all batches, where one without a good sample would count as a perfect zero.
-    """
-
-    bad: list[BadSample] = field(default_factory=list)
-    loss: float = 0.0
-    num_good: int = 0
-
-    def add(self, batch: Mapping[str, Any], loss: torch.Tensor) -> None:
-        """Take in a batch and the mean loss of its samples."""
-        self.bad += batch.get("bad_samples", ())
-        self.num_good += len(batch["sample_ids"])
-        self.loss += float(loss) * len(batch["sample_ids"])
-
-    def mean_loss(self) -> float | None:
-        """The mean over the good samples of all ranks, which call this together; None where none was bad."""
-        sums = torch.tensor([self.loss, self.num_good, len(self.bad)], device=PartialState().device)
-        loss, num_good, num_bad = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
-        if not num_bad:
-            return None
-        return loss / num_good if num_good else math.nan
 
 
 def read_ledger(path: Path) -> list[dict[str, str]]:

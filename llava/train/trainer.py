@@ -1,4 +1,4 @@
-"""The trainer: transformers' own, with groups for the parts and lengths that need no decoding."""
+"""The trainer: transformers' own, with groups for the parts, an exact order of the data and losses by token."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
-from llava.train.ledger import BadSampleLedger, EvaluationTally
+from llava.train.data_order import OrderedDataTrainer
+from llava.train.evaluation import EvaluationTally
+from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
 from llava.train.preemption import PreemptibleTrainer
 
 
-class LlavaTrainer(PreemptibleTrainer):
+class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     """Trains a multimodal model.
 
     The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step
-    and over ranks alike.
+    and over ranks alike; that of an evaluation is one over all its predicted tokens.
 
     Args:
         ledger: where bad samples are written down; None where they are errors.
         *args, **kwargs: as for transformers' ``Trainer``.
     """
-
-    args: Any
 
     def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,18 +46,6 @@ class LlavaTrainer(PreemptibleTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy == "group_by_length":
-            dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(batch, lengths=dataset.lengths)
-        return super()._get_train_sampler(train_dataset)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy == "group_by_length":
-            return LengthGroupedSampler(self.args.eval_batch_size, lengths=eval_dataset.lengths)
-        return super()._get_eval_sampler(eval_dataset)
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step and their predicted tokens; their bad samples go into the ledger."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -72,18 +59,22 @@ class LlavaTrainer(PreemptibleTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """One batch of an evaluation, as in transformers; the tally remembers what was good and what bad."""
         result: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
-        if self.tally is not None:
+        if self.tally is not None and result[0] is not None:
             self.tally.add(inputs, result[0])
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; skipped samples go into the ledger and do not count."""
-        self.tally = None if self.ledger is None else EvaluationTally()
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        if self.ledger is not None and self.tally is not None:
-            self.ledger.add(self.tally.bad)
-            if (loss := self.tally.mean_loss()) is not None:
-                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
+        """As in transformers, with the loss by token; skipped samples go into the ledger and do not count."""
+        self.tally = tally = EvaluationTally()
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.tally = None
+        if self.ledger is not None:
+            self.ledger.add(tally.bad)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if name in output.metrics:
+            output.metrics[name] = tally.mean_loss()
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -116,6 +107,8 @@ class LlavaTrainer(PreemptibleTrainer):
         return grad_norm
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self.tally is not None:
+            return None  # In an evaluation the loss of a batch is its own mean, on every rank.
         # The first label of a row is predicted by nothing. transformers knows that only for the
         # model classes it knows, and older releases for none.
         counted = []

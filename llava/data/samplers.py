@@ -1,0 +1,256 @@
+"""The order in which samples are trained on, and each rank's share of it.
+
+The order of an epoch is defined for the whole run first: a sequence of steps (updates of the weights), each a
+piece of one array of indices. Only then is a step dealt to ranks and micro-batches. So the samples of a step
+do not depend on how many ranks there are, and a position in the data is two numbers: an epoch and a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import repeat
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+RANDOM = "random"
+SEQUENTIAL = "sequential"
+BY_LENGTH = "group_by_length"
+BY_MODALITY = "group_by_modality_length"
+STRATEGIES = (RANDOM, SEQUENTIAL, BY_LENGTH, BY_MODALITY)
+GROUPED = (BY_LENGTH, BY_MODALITY)
+"""The strategies that need lengths: their steps hold samples of similar length."""
+
+# So many steps' worth of random samples are sorted by length together: little is left to pad, and yet other samples
+# meet in a step in every epoch.
+_STEPS_SORTED_TOGETHER = 50
+_MOST_IDS_HASHED = 1000
+
+Piece = TypeVar("Piece")
+
+
+class DataOrder:
+    """Which samples each step of each epoch trains on; a pure function of the arguments.
+
+    Every sample comes once an epoch. A step has ``step_size`` samples, but for incomplete ones, which hold
+    what is left over:
+
+    - ``random``: all samples, shuffled by ``torch.randperm`` from ``seed + epoch``.
+    - ``sequential``: the samples as they stand in the data.
+    - ``group_by_length``: steps of samples of similar length, longest first. The step with the longest sample of
+      all comes first, so that a batch too large for the memory shows at once; the others are shuffled.
+    - ``group_by_modality_length``: the same, and no step has both samples with media and samples without.
+      Each of the two may leave an incomplete step.
+
+    Args:
+        num_samples: of the data set.
+        step_size: samples of a step, over all ranks and micro-batches.
+        strategy: one of ``STRATEGIES``.
+        seed: of the shuffling.
+        lengths: (num_samples,), tokens of each sample, for the strategies that group; for
+            ``group_by_modality_length`` negative where a sample has no media.
+        drop_last: leave the samples of incomplete steps out.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        step_size: int,
+        strategy: str = RANDOM,
+        seed: int = 0,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        assert strategy in STRATEGIES, strategy
+        self.num_samples = num_samples
+        self.step_size = step_size
+        self.strategy = strategy
+        self.seed = seed
+        self.lengths = np.asarray([] if lengths is None else lengths, np.int32)
+        self.drop_last = drop_last
+        self._newest: tuple[int, np.ndarray] | None = None
+        assert strategy not in GROUPED or len(self.lengths) == num_samples
+        if num_samples == 0:
+            raise ValueError("there is not a single sample to train on; see --data_path")
+        if self.num_steps == 0:
+            raise ValueError(
+                f"--dataloader_drop_last leaves nothing to train on: {num_samples} samples do not fill a step of "
+                f"{step_size}; leave the flag out, or lower the batch size"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, incomplete ones included."""
+        return len(self.bounds) - 1
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """int64 (steps + 1,): step ``s`` is from ``bounds[s]`` to ``bounds[s + 1]`` in the order of any epoch."""
+        sizes = [len(group) for group in self._groups]
+        complete = [self.step_size] * sum(size // self.step_size for size in sizes)
+        steps = [size for size in self._arrange(complete, [size % self.step_size for size in sizes]) if size]
+        return np.concatenate(([0], np.cumsum(steps, dtype=np.int64)))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int32 or int64: the indices of an epoch's samples, step after step. The newest is kept."""
+        if self._newest is None or self._newest[0] != epoch:
+            self._newest = (epoch, self._make_order(torch.Generator().manual_seed(self.seed + epoch)))
+        return self._newest[1]
+
+    def _make_order(self, generator: torch.Generator) -> np.ndarray:
+        if self.strategy in GROUPED:
+            return self._similar_lengths(generator)
+        order = self._groups[0]
+        if self.strategy == RANDOM:
+            order = order[shuffled(len(order), generator)]
+        return order[: self.bounds[-1]]
+
+    def _similar_lengths(self, generator: torch.Generator) -> np.ndarray:
+        """An epoch in steps of similar length, the largest first."""
+        lengths = np.abs(self.lengths)
+        parts = [cut_by_length(group, lengths, self.step_size, generator) for group in self._groups]
+        steps = np.concatenate([complete for complete, _ in parts])
+        if len(steps):
+            largest = int(lengths[steps[:, 0]].argmax())  # The first sample of a step is its longest.
+            others = np.delete(np.arange(len(steps)), largest)
+            steps = steps[[largest, *others[shuffled(len(others), generator)]]]
+        return np.concatenate(self._arrange([steps.ravel()], [rest for _, rest in parts]))
+
+    @cached_property
+    def _groups(self) -> list[np.ndarray]:
+        """Indices of the samples that may meet in a step; first the group of the longest sample."""
+        everything = np.arange(self.num_samples, dtype=np.int32 if self.num_samples < 2**31 else np.int64)
+        if self.strategy != BY_MODALITY:
+            return [everything]
+        halves = [everything[self.lengths >= 0], everything[self.lengths < 0]]
+        groups = [half for half in halves if len(half)]
+        return sorted(groups, key=lambda group: -int(np.abs(self.lengths[group]).max()))
+
+    def _arrange(self, complete: list[Piece], rests: list[Piece]) -> list[Piece]:
+        """Pieces of an epoch, or their sizes, in order: complete steps, then each group's rest.
+
+        Where the longest sample's group does not fill a step, its rest leads: the largest batch comes first.
+        """
+        if self.drop_last:
+            return complete
+        leading = len(rests) > 1 and len(self._groups[0]) < self.step_size
+        return [*rests[:leading], *complete, *rests[leading:]]
+
+    def fingerprint(self, id_of: Callable[[int], str]) -> dict[str, Any]:
+        """What the order was made from: a position means the same wherever this is the same.
+
+        Args:
+            id_of: gives the id of the sample at an index; asked at 1,000 evenly spaced ones at most.
+        """
+        places = np.linspace(0, self.num_samples - 1, min(self.num_samples, _MOST_IDS_HASHED)).astype(int)
+        ids = "\n".join(id_of(place) for place in places.tolist())
+        return {
+            "samples": self.num_samples,
+            "ids": hashlib.sha256(ids.encode()).hexdigest(),
+            "lengths": hashlib.sha256(self.lengths.tobytes()).hexdigest() if self.strategy in GROUPED else None,
+            "strategy": self.strategy,
+            "seed": None if self.strategy == SEQUENTIAL else self.seed,
+            "step_size": self.step_size,
+            "drop_last": self.drop_last,
+        }
+
+
+def shuffled(number: int, generator: torch.Generator) -> np.ndarray:
+    """int64 (number,): 0 to number - 1 in random order."""
+    return torch.randperm(number, generator=generator).numpy()
+
+
+def cut_by_length(
+    group: np.ndarray, lengths: np.ndarray, step_size: int, generator: torch.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a group of samples into steps of similar length; which samples meet is random.
+
+    Args:
+        group: indices of the samples.
+        lengths: of all samples, not only of these.
+        step_size: samples of a step.
+        generator: of the shuffling.
+
+    Returns:
+        The complete steps, (steps, step_size), each from its longest sample to its shortest, and the rest, random
+        samples too few for a step, longest first. The longest of all is in a complete step, if there is one.
+    """
+    group = group[shuffled(len(group), generator)]
+    longest = int(lengths[group].argmax())
+    group[[0, longest]] = group[[longest, 0]]
+    end = len(group) - len(group) % step_size
+    sorted_together = np.arange(end) // (step_size * _STEPS_SORTED_TOGETHER)
+    complete = group[:end][np.lexsort((-lengths[group[:end]], sorted_together))]
+    rest = group[end:]
+    return complete.reshape(-1, step_size), rest[np.argsort(-lengths[rest], kind="stable")]
+
+
+class RankBatchSampler(Sampler[list[int]]):
+    """The batches of one rank: lists of indices, micro-batch after micro-batch.
+
+    Every rank gets as many. Of the samples of a micro-batch over all ranks, at most ``batch_size * num_ranks``,
+    each rank gets the same number, or one fewer; where there are fewer samples than ranks, some ranks get an
+    empty list. In groups of similar length, which are sorted, rank ``r`` gets samples r, r + ranks, ...: the ranks'
+    sums of tokens then differ by no more than the longest sample and the shortest do. Otherwise it gets
+    neighbours.
+
+    Args:
+        order: of the whole run.
+        batch_size: of one rank's micro-batch.
+        accumulation: micro-batches of a step; batch_size * accumulation * num_ranks is ``order.step_size``.
+        num_ranks: how many there are.
+        rank: whose batches these are.
+    """
+
+    def __init__(
+        self, order: DataOrder, batch_size: int, accumulation: int = 1, num_ranks: int = 1, rank: int = 0
+    ) -> None:
+        assert batch_size * accumulation * num_ranks == order.step_size
+        assert 0 <= rank < num_ranks
+        self.order = order
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.num_ranks = num_ranks
+        self.rank = rank
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch: ``accumulation`` a step, but as few as it takes in the last."""
+        last = int(self.order.bounds[-1] - self.order.bounds[-2])
+        together = self.batch_size * self.num_ranks
+        return (self.order.num_steps - 1) * self.accumulation + -(-last // together)
+
+    def seek(self, epoch: int, start: int = 0) -> None:
+        """Let iteration be over that epoch; its first ``start`` micro-batches are then empty lists.
+
+        Whoever resumes leaves those out uncounted: no index of theirs is looked up.
+        """
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start = self.epoch, self.start
+        yield from repeat([], start)
+        order = self.order.order(epoch)
+        for number in range(start, len(self)):
+            yield self._deal(order, number)
+
+    def _deal(self, order: np.ndarray, number: int) -> list[int]:
+        """This rank's share of an epoch's micro-batch."""
+        step, micro = divmod(number, self.accumulation)
+        begin, end = self.order.bounds[step : step + 2].tolist()
+        together = self.batch_size * self.num_ranks
+        begin += micro * together
+        count = min(end - begin, together)
+        if count <= 0:
+            return []
+        if self.order.strategy in GROUPED:
+            return order[begin + self.rank : begin + count : self.num_ranks].tolist()
+        first, behind = (begin + count * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
+        return order[first:behind].tolist()
