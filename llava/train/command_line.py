@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
 from llava.plugins import import_plugins
@@ -38,6 +37,7 @@ _RETIRED = {
     "save_safetensors": "checkpoints are always safetensors",
     "is_multimodal": "a sample's own media decide",
 }
+_OFF = ("false", "0", "no", "none")
 # Switches of the family's scripts that are accepted only as what happens anyway: off.
 _ALWAYS_OFF = (
     "force_sample",
@@ -166,11 +166,11 @@ def _translate(words: list[str]) -> list[str]:
         elif name in _RETIRED:
             logger.warning("--%s is not needed any more: %s", name, _RETIRED[name])
         elif name in _ALWAYS_OFF:
-            if given.lower() not in ("false", "0", "no", "none"):
+            if given.lower() not in _OFF:
                 raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
             logger.warning("--%s is not needed any more: off is all there is", name)
         elif name in _GROUPING:
-            grouping[name] = given.startswith("--") or string_to_bool(given or "true")
+            grouping[name] = given.lower() not in _OFF
         else:
             translated.append(word)
     return _translate_grouping(grouping) + translated

@@ -88,6 +88,48 @@ def test_older_flags_are_mapped_in_recipes_too(tmp_path: Path) -> None:
     assert parse_arguments([*REQUIRED, "--config", str(recipe)])[2].warmup_steps == 0.2
 
 
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        ([], "random"),
+        (["--group_by_modality_length", "True"], "group_by_modality_length"),
+        (["--group_by_length"], "group_by_length"),
+        (["--group_by_length=False"], "random"),
+        (["--group_by_length", "True", "--group_by_modality_length", "True"], "group_by_modality_length"),
+        (["--group_by_modality_length", "True", "--group_by_length", "False"], "group_by_modality_length"),
+        (["--train_sampling_strategy", "sequential", "--group_by_length", "False"], "sequential"),
+        (["--train_sampling_strategy", "group_by_modality_length"], "group_by_modality_length"),
+    ],
+)
+def test_switches_for_grouping_are_a_strategy(
+    words: list[str], strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert parse_arguments([*REQUIRED, *words])[2].train_sampling_strategy == strategy
+    if any("=" not in word and word.startswith("--group") for word in words):
+        assert "is now --train_sampling_strategy" in caplog.text
+
+
+def test_a_switch_overrides_that_of_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "grouped.yaml"
+    recipe.write_text("group_by_modality_length: true\n")
+    argv = [*REQUIRED, "--config", str(recipe)]
+    assert parse_arguments(argv)[2].train_sampling_strategy == "group_by_modality_length"
+    assert parse_arguments([*argv, "--group_by_modality_length", "False"])[2].train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train_sampling_strategy", "batch_rebalance"], "is 'batch_rebalance'; known: random, sequential, group"),
+        (["--dataloader_in_order", "false"], "no resumed run can repeat"),
+    ],
+)
+def test_an_order_that_cannot_be_kept_is_an_error(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*REQUIRED, *words])
+
+
 def test_flash_attention_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llava-babylm\[flash-attn\]'"):
