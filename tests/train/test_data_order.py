@@ -259,7 +259,7 @@ def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained) -> N
     steps = [one + other for one, other in zip(ranks[0]["train"], ranks[1]["train"], strict=True)]
     assert ids(steps[:3]) == EVERYTHING[:9]
     assert sorted(len(rank["train"][2]) for rank in ranks) == [0, 1]
-    assert ids(ranks[0]["eval"] + ranks[1]["eval"]) == sorted(2 * EVERYTHING[:9])
+    assert ids(ranks[0]["eval"][:3] + ranks[1]["eval"][:3]) == EVERYTHING[:9]
 
     # The same samples in the same steps as one process with twice the batch, and the same losses.
     single = {**common, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3}
