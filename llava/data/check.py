@@ -1,4 +1,4 @@
-"""``python -m llava.data.check``: decode all media of data files before a long run, and list what is bad."""
+"""``python -m llava.data.check``: read data files and decode all their media before a long run; list what is bad."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
-from llava.data.bad_samples import describe_error
+from llava.data.bad_samples import SKIP, describe_error
 from llava.data.files import MediaError
 from llava.data.media import load_image, sample_video
 from llava.data.records import read_records
@@ -44,6 +44,8 @@ class MediaCheck(Dataset["BadSample | None"]):
 
     def __getitem__(self, index: int) -> BadSample | None:
         record = self.records[index]
+        if record.fault is not None:
+            return describe_error(record, ValueError(record.fault))
         try:
             self.decode(record)
         except ValueError as error:
@@ -149,6 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--video_fps", type=float, default=0.0, help="so many a second instead (default 0: not)")
     parser.add_argument("--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32)")
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
+    parser.add_argument("--allow_duplicate_ids", action="store_true", help="samples of a file may share an id")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
     )
@@ -164,7 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check data files and print a summary; the exit status is 0, 1 or 2, as ``--help`` says."""
     args = parse_arguments(argv)
     try:
-        records = read_records(args.data, args.image_folder, args.video_folder)
+        records = read_records(
+            args.data,
+            args.image_folder,
+            args.video_folder,
+            on_bad_sample=SKIP,
+            allow_duplicate_ids=args.allow_duplicate_ids,
+            flag="DATA",
+        )
         check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout)
         with ExitStack() as files:
             rows = None

@@ -24,7 +24,8 @@ def check_file(path: str) -> int:
     except FileNotFoundError as error:
         raise MediaError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise MediaError(f"{path!r}: cannot be opened: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MediaError(f"{path}: cannot be opened: {reason}") from error
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
     if status.st_size == 0:

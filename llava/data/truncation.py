@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 _EBML_HEADER = b"\x1a\x45\xdf\xa3"
 _MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
+_MP4_NEEDED = (b"mdat", b"moov", b"moof")
 
 
 def check_complete(path: str, size: int) -> None:
@@ -50,7 +51,7 @@ def _read_size(file: BinaryIO) -> int | None:
 
 
 def _mp4_end(file: BinaryIO, size: int) -> int:
-    """Where the frames (the ``mdat`` boxes) end; 0 for what is no row of boxes."""
+    """Where the frames and their index end; 0 for what is no row of boxes."""
     start = end = 0
     while start + 8 <= size:
         file.seek(start)
@@ -61,6 +62,6 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
         if length < 8:  # 0: the box lasts to the end of the file
             break
         start += length
-        if kind == b"mdat":
+        if kind in _MP4_NEEDED:
             end = start
     return end

@@ -38,6 +38,8 @@ class Video:
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("it has no video stream")
+        if stream.codec_context is None:
+            raise ValueError("its video stream is of an unknown kind")
         stream.thread_type = "NONE"
         self._path, self._container, self._stream = path, container, stream
         self._index = index_packets(container, stream)

@@ -68,6 +68,17 @@ def test_all_good(media_dir: Path, tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out.endswith("\n0 bad\n")
 
 
+def test_lines_that_are_no_samples_are_rows_too(tmp_path: Path, capsys) -> None:
+    good = {"id": "a", "conversations": turns("", "ciao")}
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(["no JSON", json.dumps(good), json.dumps(good | {"id": "b", "conversations": 3})]))
+    assert main([str(data), "--workers", "0"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("sample '' (data.jsonl, line 1): ")
+    assert "not JSON" in printed[0]
+    assert printed[1].startswith("sample 'b' (data.jsonl, line 3): needs \"conversations\"")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
