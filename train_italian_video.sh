@@ -7,11 +7,16 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=48G
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
 #
 # Trains one phase of the Italian video pipeline, under Slurm or as a plain shell script:
 #
 #   mkdir -p logs && EXP_ID=1 sbatch train_italian_video.sh
 #   EXP_ID=2 DATA_PATH=captions.json VIDEO_FOLDER=clips ./train_italian_video.sh --num_train_epochs 10
+#
+# It goes on from the last complete checkpoint in OUTPUT_DIR, if there is one. On SIGUSR1, which Slurm sends two
+# minutes before the time is up, it saves a checkpoint and requeues its job (docs/running.md).
 #
 # Arguments go on to the trainer and override the recipe. Settings come from the environment:
 #
@@ -168,6 +173,7 @@ trainer=(
     --model_name_or_path "$MODEL_PATH"
     --data_path "$DATA_PATH"
     --output_dir "$OUTPUT_DIR"
+    --resume_from_checkpoint auto
 )
 if ((EXP_ID == 2)); then
     trainer+=(--vision_tower "$VISION_MODEL")
@@ -190,7 +196,7 @@ elif ((NUM_GPUS == 1)); then
     visible=${CUDA_VISIBLE_DEVICES:-0}
     export CUDA_VISIBLE_DEVICES=${visible%%,*}
 else
-    launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS")
+    launcher+=(-m llava.train.launch --standalone --nproc_per_node "$NUM_GPUS")
     if ((has_deepspeed)); then
         trainer+=(--deepspeed "$ROOT/llava/train/deepspeed/zero2.json")
     else
@@ -209,4 +215,39 @@ mkdir -p "$ROOT/logs"
 echo "phase _$phase, $NUM_GPUS of $gpus_found GPUs, $precision:"
 printf '%q ' "${command[@]}"
 echo
-exec "${command[@]}"
+
+# --- the run ----------------------------------------------------------------------------------------
+
+readonly PREEMPTED=85   # the trainer's status when it was asked to stop, and has saved a checkpoint
+readonly NOT_YET=138    # and when that was so early that it did not listen yet
+requeue=0
+interrupted=0
+# shellcheck disable=SC2329 # The traps below invoke it.
+hand_on() {
+    interrupted=1
+    kill "-$1" "$trainer_pid" 2>/dev/null || true
+}
+
+set -m # In the background without it, the trainer would ignore an interrupt.
+"${command[@]}" &
+trainer_pid=$!
+trap 'requeue=1; hand_on USR1' USR1
+trap 'hand_on USR1' TERM # Slurm itself requeues a job that it preempts; one that was cancelled stays so.
+trap 'hand_on INT' INT
+trap 'hand_on HUP' HUP
+
+status=0
+wait "$trainer_pid" || status=$?
+while ((interrupted)); do # It was the signal that ended the wait.
+    interrupted=0
+    status=0
+    wait "$trainer_pid" || status=$?
+done
+
+if ((requeue && (status == PREEMPTED || status == NOT_YET))) && [[ -n ${SLURM_JOB_ID:-} ]]; then
+    if command -v scontrol >/dev/null; then
+        echo "note: requeueing job $SLURM_JOB_ID, which goes on from its last checkpoint" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+fi
+exit "$status"

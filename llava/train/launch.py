@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run.main(list(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
-        # The ranks stop together; torchrun may end one of them on its last lines, after another has gone.
-        if any(failure.exitcode == PREEMPTED for failure in error.failures.values()):
+        # The ranks stop together; torchrun may end one of them on its last lines, after another has gone. One that
+        # is asked before it listens dies of the signal, and nothing is lost.
+        if any(failure.exitcode in (PREEMPTED, -signal.SIGUSR1) for failure in error.failures.values()):
             return PREEMPTED
         raise
     return 0

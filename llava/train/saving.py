@@ -180,8 +180,12 @@ class CheckpointTrainer(Trainer):
         with self._writing(Path(self.args.output_dir)):
             if self.args.should_save:
                 path = Path(self.args.output_dir, TRAINER_STATE_NAME)
-                self.state.save_to_json(str(staging_of(path)))
-                staging_of(path).replace(path)
+                beside = staging_of(path)
+                try:
+                    self.state.save_to_json(str(beside))
+                    beside.replace(path)
+                finally:
+                    beside.unlink(missing_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._keeping_failure():

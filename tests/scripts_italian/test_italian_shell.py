@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,11 +117,16 @@ def test_output_over_the_model_is_refused(script: Path, places: dict[str, Path])
 @pytest.mark.parametrize(
     ("found", "settings", "expected", "absent"),
     [
-        ("1 bf16 1", {}, ["ran: -m llava.train.train", "--bf16 true"], ["torch.distributed", "--use_cpu"]),
+        (
+            "1 bf16 1",
+            {},
+            ["ran: -m llava.train.train", "--resume_from_checkpoint auto", "--bf16 true"],
+            ["launch", "--use_cpu"],
+        ),
         ("1 fp16 0", {"EXP_ID": 1}, ["--config italian_text.yaml", "--fp16 true"], ["--vision_tower", "--bf16"]),
-        ("4 bf16 1", {}, ["torch.distributed.run --standalone --nproc_per_node 4", "zero2.json"], ["note: deepspeed"]),
+        ("4 bf16 1", {}, ["llava.train.launch --standalone --nproc_per_node 4", "zero2.json"], ["note: deepspeed"]),
         ("4 bf16 0", {"NUM_GPUS": 2}, ["--nproc_per_node 2", "plain DDP"], ["--deepspeed"]),
-        ("4 bf16 1", {"NUM_GPUS": 1}, ["ran: -m llava.train.train"], ["torch.distributed"]),
+        ("4 bf16 1", {"NUM_GPUS": 1}, ["ran: -m llava.train.train"], ["launch"]),
         ("4 bf16 1", {"NUM_GPUS": 0}, ["--use_cpu true", "NUM_GPUS is 0"], ["--bf16"]),
         ("0 fp32 1", {}, ["--config italian_video.yaml", "no GPU found"], ["--bf16", "--fp16"]),
         ("1 bf16 1", {"VISION_MODEL": "facebook/dinov2-large"}, ["it will be downloaded"], ["error"]),
@@ -147,6 +154,53 @@ def test_the_trainers_exit_status_is_handed_on(script: Path, places: dict[str, P
     python.write_text('#!/bin/bash\n[[ $1 == - ]] && echo "1 bf16 1" || exit 7\n')
     python.chmod(0o755)
     assert run(script, **{**places, "PYTHON": python}).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "slurm", "requeued"),
+    [
+        (signal.SIGUSR1, 85, True, True),
+        (signal.SIGUSR1, 85, False, False),
+        (signal.SIGUSR1, 2, True, False),
+        (signal.SIGUSR1, 138, True, True),
+        (signal.SIGTERM, 85, True, False),
+    ],
+)
+def test_a_signal_reaches_the_trainer_and_requeues_the_job(
+    script: Path,
+    places: dict[str, Path],
+    tmp_path: Path,
+    sent: signal.Signals,
+    status: int,
+    slurm: bool,
+    requeued: bool,
+) -> None:
+    python, scontrol = tmp_path / "python", tmp_path / "scontrol"
+    python.write_text(f"""#!/bin/bash
+if [[ $1 == - ]]; then echo "1 bf16 1"; exit; fi
+stop() {{ echo "the trainer saves"; exit {status}; }}
+trap stop USR1
+touch {tmp_path}/started
+while true; do sleep 0.02; done
+""")
+    scontrol.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued\n')
+    for stub in (python, scontrol):
+        stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "SLURM_JOB_ID")}
+    environment |= {name: str(place) for name, place in places.items()}
+    environment |= {"PYTHON": str(python), "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "17"} if slurm else {}
+    process = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "the trainer saves" in said
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
 def test_slurm_runs_a_copy_elsewhere(

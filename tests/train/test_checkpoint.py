@@ -1,0 +1,194 @@
+"""Checkpoint folders: sealed, found, judged, rotated, and left alone by what fails beside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llava.train.checkpoint import (
+    CHECKSUMS,
+    choose_checkpoint,
+    clear_leftovers,
+    find_damage,
+    list_checkpoints,
+    publish,
+    replace_files,
+    rotate,
+    seal,
+    staging_of,
+)
+
+
+def write_checkpoint(output: Path, step: int, sealed: bool = True) -> Path:
+    """A checkpoint's files, with contents that stand for real ones."""
+    folder = output / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    for name in ("model.safetensors", "rng_state.pth", "global_step/shard.pt"):
+        (folder / name).write_bytes(f"{name} {step}".encode() * 100)
+    (folder / "trainer_state.json").write_text("{}")
+    if sealed:
+        seal(folder)
+    return folder
+
+
+def steps(output: Path) -> list[int]:
+    return [int(folder.name.split("-")[1]) for folder in list_checkpoints(output)]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "truncated": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors has 1999 bytes, expected 2000"),
+    "flipped": (lambda folder: flip(folder / "global_step/shard.pt"), "shard.pt changed since it was written"),
+    "missing": (lambda folder: (folder / "global_step/shard.pt").unlink(), "shard.pt is missing"),
+    "unsealed": (lambda folder: (folder / "trainer_state.json").unlink(), "incomplete"),
+    "list cut": (lambda folder: cut(folder / CHECKSUMS) or cut(folder / CHECKSUMS), "checksums.json is damaged"),
+    "list of nothing": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "checksums.json is damaged"),
+    "model only": (lambda folder: (folder / "rng_state.pth").unlink(), "--save_only_model"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_and_said(spoil, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, damaged = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 10)
+    assert choose_checkpoint("auto", tmp_path) == str(damaged)
+    spoil(damaged)
+    assert choose_checkpoint("auto", tmp_path) == str(good)
+    assert message in caplog.text
+    assert str(damaged) in caplog.text
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {damaged}") as error:
+        choose_checkpoint(str(damaged), tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "global_step/shard.pt", CHECKSUMS])
+def test_any_flipped_byte_is_found(name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    assert find_damage(folder) is None
+    flip(folder / name)
+    assert find_damage(folder) is not None
+
+
+def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for nothing in (None, "", "false", "False"):
+        assert choose_checkpoint(nothing, tmp_path) is None
+    assert choose_checkpoint("auto", tmp_path / "nowhere") is None
+    assert choose_checkpoint("true", tmp_path) is None
+    assert "starting anew" in caplog.text
+    with pytest.raises(ValueError, match="--resume_from_checkpoint nowhere: no such folder"):
+        choose_checkpoint("nowhere", tmp_path)
+
+
+def test_an_earlier_versions_checkpoint_is_taken_with_a_warning(tmp_path: Path, caplog) -> None:
+    folder = write_checkpoint(tmp_path, 2, sealed=False)
+    assert choose_checkpoint("auto", tmp_path) == str(folder)
+    assert "an earlier version wrote it" in caplog.text
+
+
+def test_leftovers_go_and_what_lacked_only_its_name_gets_it(tmp_path: Path) -> None:
+    kept = write_checkpoint(tmp_path, 2)
+    for step, sealed in ((4, False), (6, True)):
+        staging = staging_of(tmp_path / f"checkpoint-{step}")
+        write_checkpoint(staging, step, sealed)
+    (staging_of(tmp_path / "checkpoint-8") / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "tmp-model").mkdir()
+    assert choose_checkpoint("auto", tmp_path) == str(kept)
+    clear_leftovers(tmp_path)
+    assert steps(tmp_path) == [2, 6]
+    assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+    old, new = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path / "beside", 2)
+    (old / "old").touch()
+    publish(new, old)
+    assert not (old / "old").exists()
+    assert find_damage(old) is None
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp-")] == []
+
+
+@pytest.mark.parametrize(
+    ("found", "newest", "limit", "keep", "left"),
+    [
+        ([2, 4, 6], 6, 2, [], [4, 6]),
+        ([2, 4, 6], 6, 1, [], [6]),
+        ([2, 4, 6], 6, 1, [2], [2, 6]),
+        ([2, 4, 6], 6, 2, [2], [2, 6]),
+        ([2, 4, 10], 10, 3, [], [2, 4, 10]),
+        ([2, 4, 10], 10, None, [], [2, 4, 10]),
+        # A run that went back to step 2 writes step 4: 6 and 8 are of the run before.
+        ([2, 4, 6, 8], 4, 2, [], [2, 4]),
+        ([4, 6, 8], 4, 1, [], [4]),
+    ],
+)
+def test_rotation(
+    found: list[int], newest: int, limit: int | None, keep: list[int], left: list[int], tmp_path: Path
+) -> None:
+    folders = {step: write_checkpoint(tmp_path, step) for step in found}
+    rotate(folders[newest], limit, [None, *(str(folders[step]) for step in keep)])
+    assert steps(tmp_path) == left
+    assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_model_in_several_files_replaces_another(tmp_path: Path) -> None:
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ):
+        (tmp_path / name).write_text("old")
+    staged = tmp_path / "tmp-model"
+    staged.mkdir()
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "config.json"):
+        (staged / name).write_text("new")
+    (tmp_path / "trainer_state.json").touch()
+    replace_files(staged, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "model-00001-of-00001.safetensors": "new", "model.safetensors.index.json": "new", "config.json": "new",
+        "trainer_state.json": "",
+    }  # fmt: skip
+
+
+def test_a_kill_between_two_files_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("old")
+    staged = tmp_path / "tmp-model"
+    staged.mkdir()
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ):
+        (staged / name).write_text("new")
+    move = Path.replace
+
+    def killed_at_the_second(self: Path, target: Path) -> Path:
+        if "00002-of" in self.name:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        replace_files(staged, tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_the_list_names_every_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    listed = json.loads((folder / CHECKSUMS).read_text())
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(listed) == files - {CHECKSUMS}
+    shutil.copytree(folder, tmp_path / "copy")
+    assert find_damage(tmp_path / "copy") is None
