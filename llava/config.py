@@ -96,6 +96,7 @@ class VisionConfig:
         slow_frames: temporal length of the slow stream; 0 keeps every frame.
         video_fps: frames sampled a second instead of ``num_frames``; 0 switches this off.
         frames_upbound: most frames that ``video_fps`` may sample.
+        add_time_instruction: whether the user's turn tells how long a video is and when its frames were taken.
         token_ids: ids of the visual tokens in the model's vocabulary.
     """
 
@@ -130,6 +131,7 @@ class VisionConfig:
     slow_frames: int = 0
     video_fps: float = 0.0
     frames_upbound: int = 32
+    add_time_instruction: bool = False
     token_ids: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

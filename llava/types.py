@@ -54,13 +54,14 @@ class VisualInput:
 
     ``frames`` is uint8, (frames, 3, side, side), one frame for an image, or the views of an anyres
     image. ``original_size`` is (height, width) in pixels before resizing; ``times`` are the frames'
-    times in seconds.
+    times in seconds from the first frame of a video, ``duration`` the seconds that all of it lasts.
     """
 
     kind: MediaKind
     frames: Tensor
     original_size: tuple[int, int]
     times: tuple[float, ...] = ()
+    duration: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ bad_samples.py    an error              -> BadSample
 image_ops.py      pixels                -> uint8 squares for the tower
 placeholders.py   turns                 -> text with visual spans, within the context
 preprocess/       turns                 -> ids and labels, in one of the formats
+time_instruction.py turns               -> turns that tell the times of frames
 dataset.py        Record                -> Example
 survey.py         all Records           -> their lengths, and what has something to learn
 collator.py       Examples              -> Batch

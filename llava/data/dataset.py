@@ -22,7 +22,8 @@ from llava.data.preprocess.base import ContextError, label_segments, truncate_se
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
 from llava.data.survey import survey_lengths, survey_long, survey_media, survey_targets
-from llava.types import BadSample, Example, Record, VisualInput
+from llava.data.time_instruction import Clip, add_time_instruction, check_format, clips_of, stand_in
+from llava.types import BadSample, Example, Record, Turn, VisualInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.early_mix_text = early_mix_text
         self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
         self.on_bad_sample = on_bad_sample
+        if vision is not None and vision.add_time_instruction:
+            check_format(self.text_format)
         self.decode_timeout = decode_timeout
 
     def __len__(self) -> int:
@@ -91,7 +94,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             raise ValueError(record.fault)
         media = self.load_media(record)
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
-        ids, labels = self.tokenize(record, frame_counts, [m.original_size for m in media if m.kind == "image"])
+        image_sizes = [m.original_size for m in media if m.kind == "image"]
+        ids, labels = self.tokenize(record, frame_counts, image_sizes, clips_of(media))
         return Example(record.id, ids, labels, media)
 
     def check_vision(self, record: Record) -> None:
@@ -116,6 +120,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         record: Record,
         frame_counts: Sequence[int] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        clips: Sequence[Clip] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a record, within ``max_length``.
 
@@ -123,19 +128,32 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             frame_counts: frames of its videos; by default what the settings sample at most.
             image_sizes: original (height, width) of its images; by default, where the number of tokens
                 depends on them, what their files' headers say.
+            clips: duration and frame times of its videos, for ``add_time_instruction``; by default stand-ins.
         """
         if frame_counts is None and self.vision is not None:
             frame_counts = [self.vision.max_frames for media in record.media if media.kind == "video"]
         if image_sizes is None:
             image_sizes = self.image_sizes(record)
         try:
-            turns = expand_placeholders(record.turns, self.vision, frame_counts, image_sizes)
+            turns = expand_placeholders(self.write_turns(record, clips), self.vision, frame_counts, image_sizes)
             return label_segments(truncate_segments(self.text_format.encode(turns), self.max_length))
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
+
+    def write_turns(self, record: Record, clips: Sequence[Clip] | None = None) -> Sequence[Turn]:
+        """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
+
+        Args:
+            clips: of its videos, in reading order; by default stand-ins, whose sentences are about as long.
+        """
+        if self.vision is None or not self.vision.add_time_instruction:
+            return record.turns
+        if clips is None:
+            clips = [stand_in(self.vision.max_frames) for media in record.media if media.kind == "video"]
+        return add_time_instruction(record.turns, clips)
 
     def _shorter_spans(self, record: Record) -> str:
         """The settings that make the spans of a record shorter, as the end of a sentence."""
@@ -176,7 +194,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each example before truncation, its own media's positions included; 0 for a bad sample.
 
-        They are exact, but for videos under ``video_fps``, which count with the most frames they may have.
+        They are exact, but for videos under ``video_fps``, which count with the most frames they may have, and
+        under ``add_time_instruction``, which count with the times of a stand-in.
         All texts are tokenised for them when they are first asked for, and not again while there is an index.
         """
         return survey_lengths(self)
@@ -185,13 +204,13 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Tokens of each record; their texts are tokenised in one call."""
         for record in records:
             self.check_turns(record)
-        counts = self.text_format.count_tokens([record.turns for record in records])
+        counts = self.text_format.count_tokens([self.write_turns(record) for record in records])
         return [count + self.visual_tokens(record) for count, record in zip(counts, records, strict=True)]
 
     def check_turns(self, record: Record) -> None:
         """A ValueError that names the record if the format cannot write turns like its own."""
         try:
-            self.text_format.check(record.turns)
+            self.text_format.check(self.write_turns(record))
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
 
@@ -227,7 +246,7 @@ def check_supervision(dataset: SupervisedDataset) -> None:
     """Check before training that every sample has something to learn, and keeps it within ``max_length``.
 
     Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this;
-    nor are videos whose number of frames shows only when they are opened, and texts that are short anyway.
+    nor are videos whose number of frames or times show only when they are opened, and texts that are short anyway.
     With ``on_bad_sample="skip"`` samples that do not fit are left out when their turn comes.
 
     Raises:
@@ -239,7 +258,8 @@ def check_supervision(dataset: SupervisedDataset) -> None:
         )
     if not dataset.text_format.has_prompts or dataset.on_bad_sample == SKIP:
         return
-    open_ended = dataset.vision is not None and dataset.vision.video_fps > 0
+    vision = dataset.vision
+    open_ended = vision is not None and (vision.video_fps > 0 or vision.add_time_instruction)
     for i in np.flatnonzero(survey_long(dataset)).tolist():
         record = dataset.records[i]
         if not (open_ended and any(m.kind == "video" for m in record.media)):

@@ -1,8 +1,8 @@
 """The decoder process: reads requests from its standard input and writes frames to its standard output.
 
 A request is a line of JSON with the fields of ``FrameRequest`` and ``limit``, in seconds. The reply is a line
-of JSON, {"error": message}, or {"shape", "indices", "times"} followed by the bytes of the pixels. Before the
-first request the process says ``READY``. It ends with its input, which ends with the process that asks.
+of JSON, {"error": message}, or {"shape", "indices", "times", "duration"} followed by the bytes of the pixels.
+Before the first request the process says ``READY``. It ends with its input, which ends with the process that asks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ def _answer(request: FrameRequest, replies: BinaryIO) -> None:
         header = {"error": f"{request.path}: its frames do not fit into memory"}
     else:
         pixels = frames.pixels
-        header = {"shape": pixels.shape, "indices": frames.indices, "times": frames.times}
+        header = {
+            "shape": pixels.shape,
+            "indices": frames.indices,
+            "times": frames.times,
+            "duration": frames.duration,
+        }
     replies.write(json.dumps(header).encode() + b"\n")
     if pixels is not None:
         replies.write(pixels.data if pixels.flags.c_contiguous else pixels.tobytes())

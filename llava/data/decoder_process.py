@@ -72,7 +72,7 @@ class DecoderProcess:
         pixels = np.empty(reply["shape"], np.uint8)
         if self._replies.readinto(pixels.data.cast("B")) < pixels.nbytes:  # type: ignore[attr-defined]
             raise self._crashed(request)
-        return Frames(pixels, tuple(reply["indices"]), tuple(reply["times"]))
+        return Frames(pixels, tuple(reply["indices"]), tuple(reply["times"]), reply["duration"])
 
     def _read_line(self, timeout: float) -> bytes:
         """The next line of the reply, less than a line at the end of the process; a TimeoutError where none comes."""

@@ -38,6 +38,7 @@ class Frames:
     pixels: NDArray[np.uint8]
     indices: tuple[int, ...]
     times: tuple[float, ...]
+    duration: float
 
 
 def decode_frames(request: FrameRequest) -> Frames:
@@ -54,7 +55,7 @@ def decode_frames(request: FrameRequest) -> Frames:
             indices = choose_frames(
                 len(video.times), video.fps, request.num_frames, request.fps, request.max_frames, request.split
             )
-            return Frames(video.read(indices), tuple(indices), tuple(video.times[i] for i in indices))
+            return Frames(video.read(indices), tuple(indices), tuple(video.times[i] for i in indices), video.duration)
     except (OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 

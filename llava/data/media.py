@@ -29,12 +29,13 @@ class SampledVideo:
     """Frames sampled from a clip.
 
     ``frames`` is uint8 (frames, height, width, 3); ``indices`` are positions in the clip and
-    ``times`` seconds from its first frame.
+    ``times`` seconds from its first frame; ``duration`` is the seconds that all of the clip lasts.
     """
 
     frames: Tensor
     indices: tuple[int, ...]
     times: tuple[float, ...]
+    duration: float
 
 
 def load_media(
@@ -63,7 +64,7 @@ def load_media(
         split=split,
         timeout=timeout,
     )
-    return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times)
+    return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times, video.duration)
 
 
 def _size_of(pixels: Tensor) -> tuple[int, int]:
@@ -151,4 +152,4 @@ def sample_video(
     """
     request = FrameRequest(path, num_frames, fps, max_frames, split)
     frames = decode_within(request, timeout) if timeout > 0 else decode_frames(request)
-    return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times)
+    return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times, frames.duration)

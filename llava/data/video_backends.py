@@ -48,6 +48,11 @@ class Video:
         if not self.times:
             raise ValueError("it has no frames")
 
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last, which is shown as long as an average one."""
+        return self.times[-1] + 1 / self.fps
+
     def _seconds(self) -> list[float]:
         if self._index is not None:
             times: list[int | None] = list(self._index.times)

@@ -13,6 +13,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.media import load_media
 from llava.data.placeholders import expand_placeholders
 from llava.data.preprocess import PLAIN_LM, build_format
+from llava.data.time_instruction import add_time_instruction, clips_of
 from llava.model.loading import LoadedModel, load_model
 from llava.model.quantization import Quantization
 from llava.model.quiet import quiet_transformers
@@ -135,6 +136,8 @@ class Captioner:
         words = [*(_PLACEHOLDERS[medium.kind] for medium in media), request.prompt.strip()]
         turns = [Turn("system", request.system)] if request.system else []
         turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
+        if self.vision is not None and self.vision.add_time_instruction:
+            turns = add_time_instruction(turns, clips_of(media))
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         image_sizes = [m.original_size for m in media if m.kind == "image"]
         expanded = expand_placeholders(turns, self.vision, frame_counts, image_sizes)

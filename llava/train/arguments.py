@@ -212,6 +212,14 @@ class DataArguments(BadSampleArguments):
     frames_upbound: int | None = field(
         default=None, metadata={"help": "Most frames that --video_fps samples (default 32)."}
     )
+    add_time_instruction: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Tell the user's turn how long its videos are and when their frames were taken; needs --version.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     plain_lm: bool | None = field(
         default=None,
         metadata={
@@ -257,7 +265,10 @@ class DataArguments(BadSampleArguments):
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
-        names = ("image_aspect_ratio", "image_grid_pinpoints", "num_frames", "video_fps", "frames_upbound")
+        names = (
+            "image_aspect_ratio", "image_grid_pinpoints", "num_frames", "video_fps", "frames_upbound",
+            "add_time_instruction",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 

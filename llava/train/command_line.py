@@ -42,7 +42,6 @@ _OFF = ("false", "0", "no", "none")
 _ALWAYS_OFF = (
     "force_sample",
     "use_downsample_image",
-    "add_time_instruction",
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
     "lora_bias",

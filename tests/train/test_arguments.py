@@ -50,7 +50,7 @@ def test_every_shipped_recipe_parses_by_its_name(recipe: str) -> None:
         (["--version", "qwen_9"], "unknown --version .* 'qwen_9'; known: chat, gemma, llama_2, llama_v3, mpt, plain"),
         (["--plain_lm", "true", "--version", "qwen"], "--version qwen asks for a chat format, but --plain_lm is true"),
         (["--config", "italian_text.yaml", "--version", "v1"], "give --plain_lm false where a recipe says true"),
-        (["--add_time_instruction", "True"], "--add_time_instruction True: not available"),
+        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True: not available"),
     ],
 )
 def test_mistakes_are_one_clear_error(argv: list[str], message: str) -> None:

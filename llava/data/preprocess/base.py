@@ -51,6 +51,11 @@ class Format(ABC):
     has_prompts: ClassVar[bool] = True
     """Whether there is text that is given and not learned."""
 
+    @property
+    def writes_user_text(self) -> bool:
+        """Whether the words of user turns are written, and not only their media."""
+        return True
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 

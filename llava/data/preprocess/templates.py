@@ -69,6 +69,10 @@ class TemplateFormat(ConversationFormat):
         super().__init__(tokenizer)
 
     @property
+    def writes_user_text(self) -> bool:
+        return not self.template.media_only
+
+    @property
     def fingerprint(self) -> str:
         return f"{super().fingerprint} {self.template}"
 
