@@ -132,7 +132,8 @@ class BadSampleLedger(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             for sample in new.values():
-                logger.warning("skipped %s", sample)
+                # A name from a data file may hold halves of characters, which no terminal can be sent.
+                logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
                 file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
