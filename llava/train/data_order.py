@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
@@ -189,7 +191,7 @@ class OrderedDataTrainer(Trainer):
         super()._run_epoch(*args, **epoch)
 
 
-def read_lengths(dataset: Any, strategy: str) -> list[int] | None:
+def read_lengths(dataset: Any, strategy: str) -> NDArray[np.int32] | None:
     """What a strategy has to know of the samples' lengths; None where it is nothing."""
     if strategy == BY_LENGTH:
         return dataset.lengths
