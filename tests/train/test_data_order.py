@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.data.dataset import SupervisedDataset
+from llava.data.samplers import DataOrder, RankBatchSampler
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 
@@ -101,7 +102,7 @@ def log_of(trainer: LlavaTrainer) -> Log:
     ids=["mid-epoch", "accumulation", "workers", "epochs", "drop-last", "epoch's-end", "saved-by-epoch"],
 )
 def test_resumed_run_sees_what_an_uninterrupted_one_sees(
-    gpt2_dir, texts: Path, tmp_path: Path, trained, read, changes: dict
+    gpt2_dir, texts: Path, tmp_path: Path, trained, read, monkeypatch, changes: dict
 ) -> None:
     argv = flags(gpt2_dir, texts, tmp_path / "out", **changes)
     whole = main(argv)
@@ -110,13 +111,29 @@ def test_resumed_run_sees_what_an_uninterrupted_one_sees(
     start = first_micro_batch(first, whole)
     trained.clear()
     read.clear()
+    dealt = count_dealt(monkeypatch)
     resumed = main([*argv, "--resume_from_checkpoint", str(tmp_path / "out" / f"checkpoint-{first}")])
     assert trained == expected[start:]
     assert log_of(resumed) == losses
+    # Of the epoch that was left in the middle, the sampler looks nothing up that was trained.
+    assert dealt[0] == start % len(whole._train_batches)
     if not changes.get("dataloader_num_workers"):
         assert read == [name for batch in trained for name in batch]
     one, other = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def count_dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers, in their epochs, of the micro-batches that samplers look up."""
+    dealt: list[int] = []
+    deal = RankBatchSampler._deal
+
+    def record(self, order, number):
+        dealt.append(number)
+        return deal(self, order, number)
+
+    monkeypatch.setattr(RankBatchSampler, "_deal", record)
+    return dealt
 
 
 def first_micro_batch(step: int, trainer: LlavaTrainer) -> int:
@@ -140,6 +157,14 @@ def test_every_sample_is_trained_once_an_epoch(
     # The schedule ends where the data do.
     assert trainer.state.global_step == trainer.state.max_steps == 2 * -(-11 // (batch * accumulation))
     assert log_of(trainer)[-1]["epoch"] == 2.0
+
+
+def test_epochs_have_orders_of_their_own_from_the_data_seed(gpt2_dir, texts, tmp_path: Path, trained) -> None:
+    main(flags(gpt2_dir, texts, tmp_path / "out", max_steps=-1, num_train_epochs=2, save_strategy="no", data_seed=5))
+    order = DataOrder(11, 2, seed=5)
+    expected = [EVERYTHING[index] for epoch in (0, 1) for index in order.order(epoch)]
+    assert [name for batch in trained for name in batch] == expected
+    assert expected[:11] != expected[11:]
 
 
 def test_a_checkpoint_says_where_it_stands(gpt2_dir, texts, tmp_path: Path) -> None:
