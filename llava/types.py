@@ -14,10 +14,15 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Media:
-    """An image or a video of a record: its kind and the resolved path of its file."""
+    """An image or a video of a record: its kind and the resolved path of its file.
+
+    ``root`` is how many characters of the path name the folder that the file may not lie outside of,
+    links followed; 0 lets it lie anywhere.
+    """
 
     kind: MediaKind
     path: str
+    root: int = 0
 
 
 @dataclass(frozen=True)

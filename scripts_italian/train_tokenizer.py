@@ -101,8 +101,10 @@ def read_texts(path: str) -> Iterator[str]:
         from llava.data.dataset import text_without_media
         from llava.data.records import parse_record, read_samples
 
-        texts = (text_without_media(parse_record(sample, source, "", "")) for sample, source in read_samples(path))
-        yield from filter(None, texts)
+        # Media are not opened, wherever they are said to lie.
+        for sample, source in read_samples(path):
+            if text := text_without_media(parse_record(sample, source, "", "", allow_outside_paths=True)):
+                yield text
         return
     if not path.endswith((".txt", ".txt.gz")):
         raise ValueError(f"--data {path}: unknown kind of file; known: .txt, .txt.gz, .json, .jsonl")

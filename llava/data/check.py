@@ -11,14 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
 from llava.data.bad_samples import SKIP, describe_error
 from llava.data.files import MediaError
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_image, sample_video
+from llava.data.media_folder import check_links
 from llava.data.records import read_records
 from llava.types import BadSample, Record
 
@@ -31,6 +33,7 @@ class MediaCheck(Dataset["BadSample | None"]):
         records: whose media to decode.
         num_frames, video_fps, frames_upbound: which frames of videos, as the flags of training.
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
+        limits: how large an image or a video may be.
     """
 
     records: Sequence[Record]
@@ -38,6 +41,7 @@ class MediaCheck(Dataset["BadSample | None"]):
     video_fps: float
     frames_upbound: int
     decode_timeout: float
+    limits: MediaLimits = DEFAULT_LIMITS
 
     def __len__(self) -> int:
         return len(self.records)
@@ -56,8 +60,9 @@ class MediaCheck(Dataset["BadSample | None"]):
         """A ValueError over the first of a record's media that cannot be decoded."""
         for media in record.media:
             try:
+                check_links(media)
                 if media.kind == "image":
-                    load_image(media.path)
+                    load_image(media.path, self.limits)
                 else:
                     sample_video(
                         media.path,
@@ -66,6 +71,7 @@ class MediaCheck(Dataset["BadSample | None"]):
                         max_frames=self.frames_upbound,
                         split=record.split,
                         timeout=self.decode_timeout,
+                        limits=self.limits,
                     )
             except MediaError as error:
                 raise MediaError(str(error), media.path) from error
@@ -152,6 +158,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32)")
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
     parser.add_argument("--allow_duplicate_ids", action="store_true", help="samples of a file may share an id")
+    parser.add_argument("--allow_outside_paths", action="store_true", help="let paths lead out of these folders")
+    for limit in fields(MediaLimits):
+        parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="as for training")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
     )
@@ -173,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.video_folder,
             on_bad_sample=SKIP,
             allow_duplicate_ids=args.allow_duplicate_ids,
+            allow_outside_paths=args.allow_outside_paths,
             flag="DATA",
         )
-        check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout)
+        limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
+        check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
         with ExitStack() as files:
             rows = None
             if args.report:

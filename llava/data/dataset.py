@@ -15,6 +15,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.collator import SupervisedCollator
 from llava.data.files import MediaError
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
 from llava.data.preprocess import PLAIN_LM, Format, build_format
@@ -42,6 +43,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample``
             in its place.
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
+        limits: how large an image or a video may be.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         text_format: Format | None = None,
         on_bad_sample: str = ERROR,
         decode_timeout: float = 0.0,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ) -> None:
         check_on_bad_sample(on_bad_sample)
         self.records = records
@@ -66,6 +69,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if vision is not None and vision.add_time_instruction:
             check_format(self.text_format)
         self.decode_timeout = decode_timeout
+        self.limits = limits
 
     def __len__(self) -> int:
         return len(self.records)
@@ -110,7 +114,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         for media in record.media:
             assert self.vision is not None
             try:
-                loaded.append(load_media(media, self.vision, record.split, self.decode_timeout))
+                loaded.append(load_media(media, self.vision, record.split, self.decode_timeout, self.limits))
             except MediaError as error:
                 raise MediaError(f"{record}: {error}", media.path) from error
         return in_reading_order(record, loaded)
@@ -309,6 +313,7 @@ def make_supervised_data_module(
             on_bad_sample=data_args.on_bad_sample,
             allow_duplicate_ids=data_args.allow_duplicate_ids,
             flag=f"--{flag}",
+            allow_outside_paths=data_args.allow_outside_paths,
         )
         dataset = SupervisedDataset(
             records,
@@ -319,6 +324,7 @@ def make_supervised_data_module(
             text_format=text_format,
             on_bad_sample=data_args.on_bad_sample,
             decode_timeout=data_args.decode_timeout,
+            limits=data_args.media_limits,
         )
         check_supervision(dataset)
         return dataset

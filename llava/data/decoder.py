@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from llava.data.files import MediaError
 from llava.data.frames import FrameRequest, decode_frames
+from llava.data.limits import MediaLimits
 from llava.data.video_backends import import_decoders
 
 READY = b"ready\n"
@@ -39,7 +40,7 @@ def main() -> None:
         request: dict[str, Any] = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, request.pop("limit"))
         try:
-            _answer(FrameRequest(**request), replies)
+            _answer(FrameRequest(**request | {"limits": MediaLimits(**request["limits"])}), replies)
         except BrokenPipeError:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)

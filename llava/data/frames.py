@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.data.files import MediaError, check_file
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.truncation import check_complete
 from llava.data.video_backends import open_video
 
@@ -22,6 +23,7 @@ class FrameRequest:
         fps: above zero, so many a second instead, at most ``max_frames``.
         max_frames: see ``fps``.
         split: first and last frame of the part to sample from; by default the whole clip.
+        limits: how large the file and its frames may be.
     """
 
     path: str
@@ -29,6 +31,7 @@ class FrameRequest:
     fps: float = 0.0
     max_frames: int = 32
     split: tuple[int, int] | None = None
+    limits: MediaLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ def decode_frames(request: FrameRequest) -> Frames:
     """Decode the frames that a request asks for.
 
     Raises:
-        MediaError: the file is missing, broken, cut off or no video, or ends before ``split`` does.
+        MediaError: the file is missing, broken, cut off, too large or no video, or ends before ``split`` does.
     """
     path = request.path
     size = check_file(path)
     try:
         check_complete(path, size)
-        with open_video(path) as video:
+        with open_video(path, request.limits) as video:
             indices = choose_frames(
                 len(video.times), video.fps, request.num_frames, request.fps, request.max_frames, request.split
             )

@@ -224,7 +224,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
-    media = [[media.kind, media.path] for media in record.media]
+    media = [[media.kind, media.path, media.root] for media in record.media]
     return json.dumps([record.id, turns, media, record.source, record.split, record.fault])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
 from llava.data.data_files import DataEntry, find_entries
+from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.raw_samples import read_samples, read_values
 from llava.data.record_index import open_store
@@ -38,6 +39,7 @@ def read_records(
     seed: int = 42,
     on_bad_sample: str = "error",
     allow_duplicate_ids: bool = False,
+    allow_outside_paths: bool = False,
     flag: str = "--data_path",
 ) -> Mixture:
     """Read and validate data files.
@@ -51,6 +53,7 @@ def read_records(
         seed: of random samples.
         on_bad_sample: ``error`` raises over the first bad sample, ``skip`` keeps its place: its record has a ``fault``.
         allow_duplicate_ids: whether samples of one file may share an id.
+        allow_outside_paths: whether the paths of media may lead out of the folders that they start from.
         flag: its name, for errors.
 
     Raises:
@@ -62,7 +65,9 @@ def read_records(
     drawn: Counter[str] = Counter()
     for entry in find_entries(paths, flag):
         folders = (entry.data_folder or image_folder, entry.data_folder or video_folder)
-        stores = [_open_file(file, *folders, entry.source, cache, on_bad_sample) for file in entry.files]
+        stores = [
+            _open_file(file, *folders, entry.source, cache, on_bad_sample, allow_outside_paths) for file in entry.files
+        ]
         faults = [_judge(store, on_bad_sample, allow_duplicate_ids) for store in stores]
         # The names of its files, and how often they were drawn from before, tell an entry: not its place, which
         # changes with its neighbours, nor its folder, which changes with the machine.
@@ -81,6 +86,7 @@ def _open_file(
     media_source: str | None,
     cache: Path | None,
     on_bad_sample: str,
+    allow_outside_paths: bool,
 ) -> RecordStore:
     """The records of one data file, from its index or newly parsed."""
     home = str(Path(path).absolute().parent)
@@ -88,6 +94,7 @@ def _open_file(
         "image_folder": os.path.abspath(image_folder or home),
         "video_folder": os.path.abspath(video_folder or home),
         "media_source": media_source,
+        "allow_outside_paths": allow_outside_paths,
     }
 
     def records() -> Iterator[Record]:
@@ -137,7 +144,12 @@ def _sample(
 
 
 def parse_record(
-    sample: Any, source: str, image_folder: str, video_folder: str, media_source: str | None = None
+    sample: Any,
+    source: str,
+    image_folder: str,
+    video_folder: str,
+    media_source: str | None = None,
+    allow_outside_paths: bool = False,
 ) -> Record:
     """Validate one raw sample, see ``docs/data.md``.
 
@@ -147,6 +159,7 @@ def parse_record(
         image_folder, video_folder: what its relative paths start from, or the folders that its source is in.
         media_source: the sub-folder of both that its relative paths start from, in place of the sample's
             own ``source``; "" is none.
+        allow_outside_paths: whether its paths may lead out of both folders.
     """
     if not isinstance(sample, dict):
         raise ValueError(f"{source}: expected an object, found {_name(sample)}")
@@ -160,8 +173,8 @@ def parse_record(
         id=str(identity),
         turns=tuple(_parse_turns(sample.get("conversations"), where)),
         media=(
-            *_parse_media(sample.get("image"), "image", os.path.join(image_folder, folder), where),
-            *_parse_media(sample.get("video"), "video", os.path.join(video_folder, folder), where),
+            *_parse_media(sample.get("image"), "image", image_folder, folder, allow_outside_paths, where),
+            *_parse_media(sample.get("video"), "video", video_folder, folder, allow_outside_paths, where),
         ),
         source=source,
         split=_parse_split(sample.get("meta"), where),
@@ -184,11 +197,11 @@ def _parse_source(value: Any, where: str) -> str:
     return value or ""
 
 
-def _parse_media(value: Any, kind: MediaKind, folder: str, where: str) -> list[Media]:
+def _parse_media(value: Any, kind: MediaKind, root: str, source: str, anywhere: bool, where: str) -> list[Media]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r}')
-    return [Media(kind, os.path.normpath(os.path.join(folder, path))) for path in paths]
+    return [find_media(os.path.join(source, path), kind, root, anywhere, where) for path in paths]
 
 
 def _parse_turns(value: Any, where: str) -> Iterator[Turn]:

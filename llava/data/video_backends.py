@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.video_index import VideoIndex, index_packets
 
 logger = logging.getLogger(__name__)
 
 _DECORD_CODECS = ("h264", "libvpx", "vp8", "vp9")
+# Files that name other files, which may lie anywhere.
+_PLAYLISTS = {"hls", "applehttp", "concat", "dash", "imf"}
 _DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
@@ -34,15 +37,17 @@ class Video:
         times: seconds of each frame from the first one; their number is the number of frames.
     """
 
-    def __init__(self, path: str, container: Any) -> None:
+    def __init__(self, path: str, container: Any, limits: MediaLimits = DEFAULT_LIMITS) -> None:
+        if _PLAYLISTS & set(container.format.name.split(",")):
+            raise ValueError("it is a list of other files, not a video")
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("it has no video stream")
         if stream.codec_context is None:
             raise ValueError("its video stream is of an unknown kind")
-        stream.thread_type = "NONE"
-        self._path, self._container, self._stream = path, container, stream
-        self._index = index_packets(container, stream)
+        self._path, self._container, self._stream, self._limits = path, container, stream, limits
+        self._prepare(stream)
+        self._index = index_packets(container, stream, limits)
         self.fps = float(stream.average_rate or stream.guessed_rate or 1)
         self.times = self._seconds()
         if not self.times:
@@ -53,11 +58,26 @@ class Video:
         """Seconds from the first frame to the end of the last, which is shown as long as an average one."""
         return self.times[-1] + 1 / self.fps
 
+    def _prepare(self, stream: Any) -> None:
+        """Set up the decoder of a stream; a ValueError if its frames are too large."""
+        stream.thread_type = "NONE"
+        self._limits.check_picture(*self._size)
+        # The frames themselves may be of another size than the container declares.
+        stream.codec_context.options = {"max_pixels": str(self._limits.max_image_pixels)}
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Width and height that the container declares, 0 where it does not say."""
+        return self._stream.codec_context.width or 0, self._stream.codec_context.height or 0
+
     def _seconds(self) -> list[float]:
         if self._index is not None:
             times: list[int | None] = list(self._index.times)
         else:
-            times = [frame.pts for frame in self._decode_all()]
+            times = []
+            for frame in self._decode_all():
+                times.append(frame.pts)
+                self._limits.check_length(len(times))
         known = [time for time in times if time is not None]
         if len(known) < len(times) or sorted(set(known)) != known:
             return [i / self.fps for i in range(len(times))]
@@ -72,6 +92,7 @@ class Video:
         Returns:
             (frames, height, width, 3), upright.
         """
+        self._limits.check_frames(len(indices), *self._size)
         if self._decord_is_exact():
             frames = _read_with_decord(self._path, indices, len(self.times))
             if frames is not None:
@@ -130,7 +151,7 @@ class Video:
     def _decode_all(self) -> Iterator[Any]:
         with _open(self._path) as container:
             stream = container.streams.best("video")
-            stream.thread_type = "NONE"
+            self._prepare(stream)
             yield from container.decode(stream)
 
     def _pick_frames(self, indices: Sequence[int]) -> list[Any]:
@@ -150,18 +171,18 @@ class _SeekError(Exception):
 
 
 @contextmanager
-def open_video(path: str) -> Iterator[Video]:
+def open_video(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Video]:
     """Open a video.
 
     Raises:
-        ValueError: it is not one, or is broken; the message is one line without the path.
+        ValueError: it is not one, is broken, or exceeds the limits; the message is one line without the path.
         OSError: it cannot be read.
     """
     import av
 
     try:
         with _open(path) as container:
-            yield Video(path, container)
+            yield Video(path, container, limits)
     except av.FFmpegError as error:
         raise ValueError(str(error.strerror)) from error
 

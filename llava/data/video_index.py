@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,22 @@ class VideoIndex:
         return bisect_right(self.keys, time) - 1
 
 
-def index_packets(container: Any, stream: Any) -> VideoIndex | None:
+class _Packet(NamedTuple):
+    """What a packet says of itself, without its data."""
+
+    pts: int | None
+    dts: int | None
+    is_keyframe: bool
+    is_discard: bool
+
+
+def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIMITS) -> VideoIndex | None:
     """Read the packets of a stream, which takes milliseconds: nothing is decoded.
 
     Args:
         container: an open PyAV container, at its beginning.
         stream: the video stream.
+        limits: say how many frames there may be; more are a ValueError.
 
     Returns:
         The index, or None where packets do not say when they are shown (in AVI they guess), or name no
@@ -42,7 +54,11 @@ def index_packets(container: Any, stream: Any) -> VideoIndex | None:
     """
     if container.format.name == "avi":
         return None
-    packets = [packet for packet in container.demux(stream) if packet.size]
+    packets: list[Any] = []
+    for packet in container.demux(stream):
+        if packet.size:
+            packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+            limits.check_length(len(packets))
     times = [packet.pts for packet in packets]
     if None in times or len(set(times)) < len(times):
         return None

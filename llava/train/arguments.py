@@ -16,6 +16,7 @@ from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
+from llava.train.media_arguments import MediaArguments
 from llava.train.parts import PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
@@ -166,7 +167,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(BadSampleArguments):
+class DataArguments(MediaArguments, BadSampleArguments):
     """Which data, and how media and text are read."""
 
     data_path: list[str] = field(
@@ -256,6 +257,7 @@ class DataArguments(BadSampleArguments):
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
+        self.check_media()
         self.check_bad_samples()
 
     @property

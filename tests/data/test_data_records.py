@@ -59,16 +59,16 @@ def test_json_lines_end_with_newlines_only(tmp_path):
 
 def test_relative_paths_start_from_their_data_file_or_the_given_folder(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
-    conversation = [{"from": "human", "value": "<image> <video> <image>"}]
-    sample = {"id": 1, "image": ["a.png", "/b.png"], "video": "c.mp4", "conversations": conversation}
-    path = write(tmp_path / "sub", [sample])
     home = str(tmp_path / "sub")
-    assert read_records(path)[0].media == (
-        Media("image", f"{home}/a.png"), Media("image", "/b.png"), Media("video", f"{home}/c.mp4"),
-    )  # fmt: skip
+    conversation = [{"from": "human", "value": "<image> <video> <image>"}]
+    sample = {"id": 1, "image": ["a.png", f"{home}/b.png"], "video": "c.mp4", "conversations": conversation}
+    path = write(tmp_path / "sub", [sample])
+    images = (Media("image", f"{home}/a.png", len(home)), Media("image", f"{home}/b.png", len(home)))
+    assert read_records(path)[0].media == (*images, Media("video", f"{home}/c.mp4", len(home)))
     monkeypatch.chdir(tmp_path)
+    clips = f"{tmp_path}/clips"
     assert read_records("sub/data.json", video_folder="clips")[0].media == (
-        Media("image", f"{home}/a.png"), Media("image", "/b.png"), Media("video", f"{tmp_path}/clips/c.mp4"),
+        *images, Media("video", f"{clips}/c.mp4", len(clips)),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -167,8 +168,8 @@ def partly_bad(media_dir: Path, tmp_path: Path) -> Path:
     (tmp_path / "text.mp4").write_text("questo non è un video")
     samples = [{"id": f"text-{i}", "conversations": turns("", ITALIAN[i])} for i in range(4)]
     for name in ("a.mp4", "b.mp4"):
-        samples.append({"id": name, "video": str(media_dir / name), "conversations": turns("<video>", ITALIAN[0])})
-    for name in ("none.mp4", "text.mp4"):
+        shutil.copy(media_dir / name, tmp_path)
+    for name in ("a.mp4", "b.mp4", "none.mp4", "text.mp4"):
         samples.append({"id": name, "video": name, "conversations": turns("<video>", ITALIAN[0])})
     path = tmp_path / "data.json"
     path.write_text(json.dumps(samples))

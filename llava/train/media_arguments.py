@@ -1,0 +1,46 @@
+"""Flags about what media files may ask for: how large they are, and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
+
+
+@dataclass(kw_only=True)
+class MediaArguments:
+    """Limits of media files; one that exceeds them is a bad sample."""
+
+    allow_outside_paths: bool = field(
+        default=False,
+        metadata={
+            "help": "Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of "
+            "the data file's folder), be it by .., as absolute paths or through links."
+        },
+    )
+    max_image_pixels: int = field(
+        default=DEFAULT_LIMITS.max_image_pixels,
+        metadata={"help": "Most pixels of an image, or of one frame of a video (default 100 million)."},
+    )
+    max_image_bytes: int = field(
+        default=DEFAULT_LIMITS.max_image_bytes, metadata={"help": "Largest image file, in bytes (default 512 MiB)."}
+    )
+    max_video_pixels: int = field(
+        default=DEFAULT_LIMITS.max_video_pixels,
+        metadata={
+            "help": "Most pixels of the frames sampled from a clip, before they are fitted to the tower (default 500 "
+            "million, which take 1.5 GB)."
+        },
+    )
+    max_video_frames: int = field(
+        default=DEFAULT_LIMITS.max_video_frames, metadata={"help": "Most frames of a clip (default 1 million)."}
+    )
+
+    def check_media(self) -> None:
+        """A ValueError for values that do not fit."""
+        self.media_limits  # noqa: B018  (is checked where it is made)
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """The limits for the data."""
+        return MediaLimits(**{limit.name: getattr(self, limit.name) for limit in fields(MediaLimits)})

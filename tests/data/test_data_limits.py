@@ -1,0 +1,167 @@
+"""Media that ask for too much are an error before they are decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.data.files import MediaError
+from llava.data.limits import DEFAULT_LIMITS, PILLOW_LIMIT, MediaLimits
+from llava.data.media import load_image, load_media, read_image_size, sample_video
+from llava.data.video_backends import open_video
+from llava.train.arguments import DataArguments
+from llava.types import Media
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_png(path: Path, width: int, height: int, *chunks: bytes, depth: int = 8) -> Path:
+    """A PNG that declares a size; of its pixels there are none."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    ending = png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + ending)
+    return path
+
+
+@pytest.fixture
+def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding any pixel of an image fails the test."""
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *args: pytest.fail("decoded"))
+
+
+@pytest.mark.usefixtures("no_pixels")
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (10_001, 10_000, r"it is 10001 x 10000 pixels, 100010000, but --max_image_pixels is 100000000"),
+        (100_000, 100_000, r"10000000000 pixels.* limit of 178956970 .*--max_image_pixels is 100000000"),
+        (2**31 - 1, 2**31 - 1, r"--max_image_pixels is 100000000"),
+    ],
+)
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_declares_too_much(tmp_path, depth: int, width: int, height: int, message: str) -> None:
+    path = write_png(tmp_path / "bomb.png", width, height, depth=depth)
+    assert path.stat().st_size < 200
+    with pytest.raises(MediaError, match=message) as caught:
+        load_image(str(path))
+    assert str(path) in str(caught.value)
+    assert Image.MAX_IMAGE_PIXELS == PILLOW_LIMIT // 2, "this is the process's, not ours, to set"
+
+
+def test_text_that_unpacks_to_too_much(tmp_path) -> None:
+    text = png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(200_000_000)))
+    path = write_png(tmp_path / "text.png", 4, 4, text)
+    for read in (load_image, read_image_size):
+        with pytest.raises(MediaError, match=r"text\.png: cannot be read as an image"):
+            read(str(path))
+
+
+def test_an_image_within_its_limits(media_dir) -> None:
+    path = media_dir / "a.png"  # 90 x 60
+    size = path.stat().st_size
+    assert load_image(str(path), MediaLimits(max_image_pixels=5400, max_image_bytes=size)).shape == (60, 90, 3)
+    with pytest.raises(MediaError, match=r"a\.png.*it is 90 x 60 pixels, 5400, but --max_image_pixels is 5399"):
+        load_image(str(path), MediaLimits(max_image_pixels=5399))
+    with pytest.raises(MediaError, match=rf"a\.png.*its file has {size} bytes, but --max_image_bytes is {size - 1}"):
+        load_image(str(path), MediaLimits(max_image_bytes=size - 1))
+
+
+def test_of_a_large_animation_one_picture_is_decoded(tmp_path) -> None:
+    pictures = [Image.new("P", (200, 200), i) for i in range(2)] * 100
+    pictures[0].save(tmp_path / "long.gif", save_all=True, append_images=pictures[1:])
+    assert load_image(str(tmp_path / "long.gif"), MediaLimits(max_image_pixels=40_000)).shape == (200, 200, 3)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_absurd_orientation_is_upright(tmp_path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 4)).save(tmp_path / "absurd.jpg", exif=exif)
+    assert load_image(str(tmp_path / "absurd.jpg")).shape == (4, 8, 3)
+    assert read_image_size(str(tmp_path / "absurd.jpg")) == (4, 8)
+
+
+@pytest.mark.parametrize("count", [1, 2**16, 2**32 - 1])
+@pytest.mark.parametrize("kind", range(14))
+def test_absurd_exif_is_read_or_an_error(tmp_path, kind: int, count: int) -> None:
+    entry = struct.pack("<HHII", 0x0112, kind, count, 2**31)
+    tags = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + struct.pack("<H", 1) + entry + bytes(4)
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    path = tmp_path / "exif.jpg"
+    path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(tags) + 2) + tags + jpeg[2:])
+    for read in (load_image, read_image_size):
+        with contextlib.suppress(MediaError):
+            read(str(path))
+
+
+def test_postscript_is_no_picture(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("ran a program"))
+    Image.new("RGB", (8, 4)).save(tmp_path / "program.eps")
+    (tmp_path / "program.jpg").write_bytes((tmp_path / "program.eps").read_bytes())
+    with pytest.raises(MediaError, match=r"program\.jpg: .*it is PostScript"):
+        load_image(str(tmp_path / "program.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_image_pixels": 64 * 48 - 1}, "it is 64 x 48 pixels, 3072, but --max_image_pixels is 3071"),
+        ({"max_video_pixels": 4 * 3072 - 1}, "4 frames of 64 x 48 are 12288 pixels, but --max_video_pixels is 12287"),
+        ({"max_video_frames": 11}, "it has more frames than --max_video_frames, 11"),
+    ],
+)
+@pytest.mark.parametrize("timeout", [0.0, 60.0])
+def test_a_video_that_asks_for_too_much(media_dir, timeout: float, limits: dict[str, int], message: str) -> None:
+    with pytest.raises(MediaError, match=rf"a\.mp4: .*{message}"):
+        sample_video(str(media_dir / "a.mp4"), 4, limits=MediaLimits(**limits), timeout=timeout)
+    exact = {name: value + 1 for name, value in limits.items()}
+    assert len(sample_video(str(media_dir / "a.mp4"), 4, limits=MediaLimits(**exact), timeout=timeout).frames) == 4
+
+
+def test_frames_are_not_decoded_to_be_counted_for_ever(tmp_path) -> None:
+    # An AVI does not say when its frames are shown: they are counted by decoding them.
+    with av.open(str(tmp_path / "long.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match="more frames than --max_video_frames, 29"):
+        sample_video(str(tmp_path / "long.avi"), 4, limits=MediaLimits(max_video_frames=29))
+
+
+def test_the_decoder_itself_keeps_the_limit(media_dir) -> None:
+    with open_video(str(media_dir / "a.mp4"), MediaLimits(max_image_pixels=64 * 48)) as video:
+        assert video._stream.codec_context.options["max_pixels"] == str(64 * 48)
+
+
+def test_a_list_of_other_files_is_no_video(media_dir, tmp_path) -> None:
+    (tmp_path / "a.mp4").write_bytes((media_dir / "a.mp4").read_bytes())
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    with pytest.raises(MediaError, match=r"list\.mp4: .*it is a list of other files, not a video"):
+        sample_video(str(tmp_path / "list.mp4"), 2)
+
+
+def test_flags_become_limits(media_dir, tiny_vision) -> None:
+    assert DataArguments(data_path=["x"]).media_limits == DEFAULT_LIMITS
+    limits = DataArguments(data_path=["x"], max_image_pixels=99).media_limits
+    with pytest.raises(MediaError, match="--max_image_pixels is 99"):
+        load_media(Media("image", str(media_dir / "a.png")), tiny_vision, limits=limits)
+    with pytest.raises(ValueError, match="--max_video_frames is 0; it must be at least 1"):
+        DataArguments(data_path=["x"], max_video_frames=0)
+    with pytest.raises(ValueError, match=r"--max_image_pixels is 200000000; it can be at most 178956970"):
+        DataArguments(data_path=["x"], max_image_pixels=200_000_000)
