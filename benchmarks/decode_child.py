@@ -1,8 +1,8 @@
 """What decoding in a second process costs, against decoding in the one that asks.
 
-Both decode the same clips with the same settings, in turns, in one run; reported are milliseconds a clip
-(medians over repeats) and their ratio, for each kind of clip, and what it takes to start the second process
-and the memory it holds.
+Both decode the same clips with the same settings, in turns, in one run; reported are milliseconds a clip (of the
+fastest repeat, which other work of the machine disturbs least) and their ratio, for each kind of clip, and what
+it takes to start the second process and the memory it holds.
 
     python benchmarks/decode_child.py --output benchmarks/decode_child.json [CLIP...]
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def measure(path: Path, num_frames: int, repeats: int) -> dict[str, float]:
             sample_video(str(path), num_frames, timeout=LIMIT if where == "there" else 0.0)
             if repeat:  # the first round warms up
                 seconds[where].append(time.perf_counter() - start)
-    here, there = (statistics.median(seconds[where]) * 1000 for where in ("here", "there"))
+    here, there = (min(seconds[where]) * 1000 for where in ("here", "there"))
     return {"here_ms": round(here, 2), "there_ms": round(there, 2), "ratio": round(there / here, 3)}
 
 

@@ -116,6 +116,16 @@ def test_fault_ends_the_process_and_not_the_next_file(media_dir, tmp_path, fault
     assert decoder_process._own._process.pid != pid
 
 
+def test_forked_process_lets_go_of_its_parent_s_decoder(media_dir):
+    sample_video(str(media_dir / "a.mp4"), 2, timeout=60)
+    pipe = decoder_process._own._requests
+    child = os.fork()
+    if not child:
+        os._exit(0 if decoder_process._own is None and pipe.closed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not pipe.closed
+
+
 def test_memory_that_is_not_there(tmp_path, faulty):
     with pytest.raises(MediaError, match=r"huge\.mp4: its frames do not fit into memory"):
         sample_video(str(tmp_path / "huge.mp4"), 2, timeout=60)
