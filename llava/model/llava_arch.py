@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.config import VisionConfig
+from llava.model.gate import encode_through_gate
 from llava.model.lora import has_adapters, save_adapters
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
@@ -27,7 +28,7 @@ from llava.model.multimodal_projector.builder import build_projector
 from llava.model.multimodal_resampler.builder import build_resampler
 from llava.model.splice import splice
 from llava.model.views import ViewMerger
-from llava.model.visual import as_media, encode_nothing, encode_visual, infer_modalities
+from llava.model.visual import as_media, encode_visual, infer_modalities
 from llava.tiles import SPATIAL_UNPAD
 from llava.types import MediaKind
 
@@ -45,6 +46,7 @@ class LlavaMetaModel:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision = VisionConfig.from_model_config(config)
+        self.used_vision_modules: set[str] = set()
         if self.vision is not None:
             self.vision_tower = build_tower(self.vision)
             self.vision_tower.requires_grad_(False)
@@ -237,29 +239,27 @@ class LlavaMetaForCausalLM:
 
         Returns:
             (batch, length, width). Plain text gives None, so that it takes the backbone's own way from
-            ids to logits; only a training rank among several gets its embeddings tied to the vision
-            modules, see ``encode_nothing``.
+            ids to logits; only a rank among several embeds it here, as it does a batch with media:
+            ranks must call the same modules in the same order.
         """
         model, vision = self.get_model(), self.vision
-        features: list[Tensor] = []
-        if images is not None and len(images):
-            features += model.encode_media(images, modalities, image_sizes)
-        if vision is not None and self._shares_gradients():
-            # Even beside media: images alone may leave the resampler out.
-            modules = (model.vision_tower, model.mm_projector, model.vision_resampler)
-            features.append(encode_nothing(*modules, vision, model.image_newline))
-        if vision is None or not features:
+        media = (images, modalities, image_sizes) if images is not None and len(images) else None
+        if media is None and (vision is None or not self._is_rank()):
             return None
+        if self._is_rank() and self.training and torch.is_grad_enabled():
+            features = encode_through_gate(model, media)
+        else:
+            features = [] if media is None else model.encode_media(*media)
+        assert vision is not None
         return splice(input_ids, self.get_input_embeddings()(input_ids), features, vision.visual_token_ids)
 
     def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """What a decoder wants to know about a batch with media, beside its embeddings; most want nothing."""
         return {}
 
-    def _shares_gradients(self) -> bool:
-        """Whether this is a training step of one rank among several, which may hold other modalities."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return distributed and torch.distributed.get_world_size() > 1 and self.training and torch.is_grad_enabled()
+    def _is_rank(self) -> bool:
+        """Whether this process is one of a group, whose other ranks may hold other modalities."""
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
     @torch.no_grad()
     def generate(
@@ -349,6 +349,10 @@ class LlavaMetaForCausalLM:
         **kwargs: Any,
     ) -> None:
         """As in transformers; a model with adapters leaves these and its vision modules, not its base."""
+        if state_dict is not None:
+            # DeepSpeed copies what is tied, and a file would hold the embeddings twice.
+            tied: Any = self.all_tied_weights_keys  # type: ignore[attr-defined]
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         if not has_adapters(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
         elif is_main_process:

@@ -34,5 +34,7 @@ def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual
             f"{num_features} features (by medium: {[len(feature) for feature in features]}); pass exactly the "
             "media whose placeholders stand in the text, with the number of frames they were expanded for"
         )
+    if not features:
+        return embeddings
     flat = embeddings.flatten(0, 1)
     return flat.index_copy(0, positions, torch.cat(features).to(flat.dtype)).view_as(embeddings)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from llava.config import VisionConfig
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.views import ViewMerger
 from llava.types import MediaKind
@@ -81,28 +79,3 @@ def encode_visual(
             else:
                 encoded[i] = parts.flatten(0, 1)
     return [encoded[i] for i in range(len(media))]
-
-
-def encode_nothing(
-    tower: VisionTower,
-    projector: nn.Module,
-    resampler: nn.Module | None,
-    vision: VisionConfig,
-    newline: Tensor | None = None,
-) -> Tensor:
-    """Run zero media through the trainable vision modules.
-
-    The (0, width) result joins no token, yet ties the modules into the graph with gradients of
-    exactly zero. A rank whose batch is text alone needs this: collectives of DDP and ZeRO wait for
-    every parameter on every rank.
-    """
-    # A projector without parameters hands on what the tower gives, in the tower's dtype.
-    weight = next(chain(projector.parameters(), tower.parameters()))
-    if tower.trainable:
-        # Not every vision model takes no frames at all: of one, nothing is kept.
-        patches = tower(weight.new_zeros((1, 3, vision.image_size, vision.image_size)))[:0]
-    else:
-        patches = weight.new_zeros((0, vision.num_patches, vision.hidden_size))
-    features = projector(patches).unflatten(0, (0, vision.max_frames))
-    tokens = (features.flatten(1, 2) if resampler is None else resampler(features, "video")).flatten(0, 1)
-    return tokens if newline is None else torch.cat([tokens, newline.expand(0, -1)])

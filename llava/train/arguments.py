@@ -14,6 +14,7 @@ from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
+from llava.train.engines import find_deepspeed_config
 from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
 from llava.train.media_arguments import MediaArguments
@@ -317,6 +318,8 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            self.deepspeed = find_deepspeed_config(self.deepspeed)
         super().__post_init__()
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.

@@ -9,6 +9,7 @@ from torch import nn
 
 from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
 from llava.model.quantization import count_weights
+from llava.model.visual import vision_module_of
 
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 """Names of the parts, as ``--mm_tunable_parts`` spells them."""
@@ -61,27 +62,30 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
 def parameter_groups(
     model: nn.Module, learning_rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters, by part and by whether they decay.
+    """Optimizer groups of the trainable parameters, by vision module and by whether they decay.
 
-    Matrices decay; biases, norms and other vectors do not.
+    Matrices decay; biases, norms and other vectors do not. A group's entries say its ``part`` and its
+    ``vision_module``, None for the language model.
 
     Args:
         model: its ``requires_grad`` flags are set.
         learning_rates: by part.
         weight_decay: of the matrices.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, str | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+            key = (part_of(name), vision_module_of(name), parameter.ndim >= 2)
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": learning_rates[part],
             "weight_decay": weight_decay if decays else 0.0,
             "part": part,
+            "vision_module": module,
         }
-        for (part, decays), parameters in groups.items()
+        for (part, module, decays), parameters in groups.items()
     ]
 
 

@@ -27,6 +27,7 @@ from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import budget_table, supervision_table
 from llava.train.trainer import LlavaTrainer
+from llava.train.zero3 import loading_whole
 
 __all__ = [
     "DataArguments",
@@ -89,12 +90,13 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     set_seed(training_args.seed)
 
     loading |= lora_loading(model_args.model_name_or_path, training_args)
-    loaded = load_from_arguments(model_args, data_args, training_args.attn_implementation, **loading)
-    model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
-    if model_args.pretrain_mm_mlp_adapter:
-        load_adapter(model, model_args.pretrain_mm_mlp_adapter)
-    if training_args.lora_enable:
-        set_up_adapters(loaded, loading["model_name_or_path"], model_args.tunable_parts, training_args)
+    with loading_whole(training_args):
+        loaded = load_from_arguments(model_args, data_args, training_args.attn_implementation, **loading)
+        model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
+        if model_args.pretrain_mm_mlp_adapter:
+            load_adapter(model, model_args.pretrain_mm_mlp_adapter)
+        if training_args.lora_enable:
+            set_up_adapters(loaded, loading["model_name_or_path"], model_args.tunable_parts, training_args)
     set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
     lower_frozen_precision(model, training_args)
     balance_experts(model, training_args.router_aux_loss_coef)

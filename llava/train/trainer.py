@@ -13,10 +13,12 @@ from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.data_order import OrderedDataTrainer
 from llava.train.evaluation import EvaluationTally
+from llava.train.idle_vision import IdleVision
 from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
 from llava.train.preemption import PreemptibleTrainer
+from llava.train.zero3 import gather_vision_together
 
 
 class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
@@ -30,8 +32,11 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         *args, **kwargs: as for transformers' ``Trainer``.
     """
 
+    model: Any
+
     def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        gather_vision_together(self.model)
         self.ledger = ledger
         self.tally: EvaluationTally | None = None
         if ledger is not None:
@@ -44,6 +49,9 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = parameter_groups(trained, self.args.part_learning_rates(), self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
+            idle = IdleVision(self.model.get_model().used_vision_modules, self.args.device)
+            self.optimizer.register_step_pre_hook(idle.before_optimizer_step)
+            self.add_callback(idle)
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

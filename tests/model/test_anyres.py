@@ -121,8 +121,8 @@ def test_image_video_and_text_in_one_batch(load_tiny, mixed_data: Path, settings
 
 def test_a_rank_without_images_gives_the_newline_a_gradient_of_zero(load_tiny, mixed_data, monkeypatch) -> None:
     loaded = load_tiny(**UNPADDED)
-    monkeypatch.setattr(type(loaded.model), "_shares_gradients", lambda model: True)
-    loaded.model(**batch_of(loaded, mixed_data, [0, 5])).loss.backward()
+    monkeypatch.setattr(type(loaded.model), "_is_rank", lambda model: True)
+    loaded.model.train()(**batch_of(loaded, mixed_data, [0, 5])).loss.backward()
     assert torch.equal(loaded.model.get_model().image_newline.grad, torch.zeros(32))
 
 

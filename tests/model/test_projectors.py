@@ -13,7 +13,6 @@ from llava.config import VisionConfig
 from llava.model.loading import load_model
 from llava.model.multimodal_projector.builder import build_projector
 from llava.model.multimodal_projector.projectors import PROJECTORS
-from llava.model.visual import encode_nothing
 
 NAMES = [*PROJECTORS.names(), "mlp1x_gelu", "mlp3x_gelu", "mlp1x_res1x_gelu", "mlp2x_res3x_gelu"]
 WIDTH = 10
@@ -79,27 +78,6 @@ def test_a_model_saves_and_reloads_exactly(load_tiny, tmp_path: Path, name: str,
     for one, other, kind, frames in zip(*features, ("image", "video"), (1, 2), strict=True):
         assert torch.equal(one, other)
         assert len(one) == again.vision.num_tokens(kind, frames)
-
-
-@pytest.mark.parametrize("resampler", [None, "fast_slow_resampler", "masked_drop"])
-@pytest.mark.parametrize("name", ["identity", "linear", "pooler", "mlp1x_res1x_gelu"])
-def test_a_rank_without_media_ties_the_modules_into_the_graph(load_tiny, name: str, resampler: str | None) -> None:
-    loaded = load_tiny(projector_type=name, resampler_type=resampler, perceiver_latents=4)
-    decoder = loaded.model.train().get_model()
-    parts = (decoder.vision_tower, decoder.mm_projector, decoder.vision_resampler)
-    nothing = encode_nothing(*parts, loaded.vision)
-    assert nothing.shape == (0, 32)
-    trainable = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
-    if trainable:
-        nothing.sum().backward()
-    assert all(p.grad is not None and (p.grad == 0).all() for p in trainable)
-    # With the tower in training there is always something to tie in.
-    decoder.vision_tower.requires_grad_(True)
-    decoder.vision_tower.freeze_unused()
-    encode_nothing(*parts, loaded.vision).sum().backward()
-    trained = [p for p in decoder.vision_tower.parameters() if p.requires_grad]
-    assert trained
-    assert all(p.grad is not None and (p.grad == 0).all() for p in trained)
 
 
 @pytest.mark.parametrize("name", ["pooler", "mlp2x_res2x_gelu"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
@@ -29,9 +28,6 @@ class Resampler(nn.Module, ABC):
     structure: ClassVar[tuple[str, ...]] = ()
     """Fields of ``VisionConfig`` that decide which parameters there are, or what they mean."""
 
-    takes_no_media: ClassVar[bool] = False
-    """Whether ``resample`` works for no media at all, as attention in transformers and fused kernels need not."""
-
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         self.vision = vision
@@ -41,9 +37,7 @@ class Resampler(nn.Module, ABC):
         """Resample a group of media of one kind and length.
 
         Args:
-            features: (media, frames, patches, width), patches row by row on a square grid. The number of
-                media may be zero only if ``takes_no_media``; the result must then still depend on
-                every parameter.
+            features: (media, frames, patches, width), patches row by row on a square grid.
             kind: "image" (one frame each) or "video".
 
         Returns:
@@ -55,20 +49,13 @@ class Resampler(nn.Module, ABC):
         return sum(self.vision.stream_lengths(kind, num_frames))
 
     def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
-        """As ``resample``, in the dtype of ``features``, for any number of media.
-
-        Images pass as they are if they are not to be resampled. No media give no tokens, which depend
-        on every parameter all the same: a rank without media waits for the others with gradients of
-        zero.
+        """As ``resample``, in the dtype of ``features``; images pass as they are if they are not to be resampled.
 
         Raises:
             ValueError: the subclass and its law do not agree on the number of tokens.
         """
         if not self.vision.resamples(kind):
             return features.flatten(1, 2)
-        if len(features) == 0 and not self.takes_no_media:
-            stand_in = features.new_zeros((1, *features.shape[1:]))
-            return self.forward(torch.cat([features, stand_in]), kind)[:0]
         tokens = self.resample(features, kind).to(features.dtype)
         expected = self.output_tokens(kind, features.shape[1])
         if tokens.shape[1] != expected:

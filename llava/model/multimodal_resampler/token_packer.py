@@ -100,7 +100,6 @@ class TokenPacker(Resampler):
     """
 
     structure = ("resampler_width", "resampler_heads")
-    takes_no_media = True
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__(vision, hidden_size)

@@ -1,0 +1,114 @@
+"""On ranks, trained vision parameters share one node of the graph: the same gradients, or zeros without media."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava.model.gate import encode_through_gate
+from llava.model.multimodal_projector.projectors import PROJECTORS
+from llava.model.multimodal_resampler.base import RESAMPLERS
+
+PROJECTOR_NAMES = [*PROJECTORS.names(), "mlp2x_gelu", "mlp1x_res1x_gelu"]
+SMALL = {"perceiver_latents": 4, "perceiver_depth": 1, "qformer_depth": 1}
+
+every_resampler = pytest.mark.parametrize("resampler", [None, *RESAMPLERS.names()])
+every_projector = pytest.mark.parametrize("projector", PROJECTOR_NAMES)
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Lets a model take itself for one rank among several, or no longer."""
+    return lambda model, rank=True: monkeypatch.setattr(type(model), "_is_rank", lambda _: rank)
+
+
+def text_batch(loaded: Any) -> dict[str, Tensor]:
+    ids = loaded.tokenizer("Il gatto dorme sul divano.", return_tensors="pt")["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+def video_batch(loaded: Any) -> dict[str, Any]:
+    text = "".join(span.text for span in loaded.vision.spans("video", 3)) + "ciao"
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+    labels = torch.where(torch.isin(ids, torch.tensor(loaded.vision.visual_token_ids)), -100, ids)
+    frames = torch.randint(0, 255, (3, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": labels, "images": [frames], "modalities": ["video"]}
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Loss and gradients of one training step."""
+    model.train().zero_grad()
+    torch.manual_seed(0)  # masked_drop draws.
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@every_resampler
+@every_projector
+def test_text_gives_zeros_whatever_the_vision_modules_hold(
+    load_tiny, as_rank, projector: str, resampler: str | None
+) -> None:
+    loaded = load_tiny(projector_type=projector, resampler_type=resampler, **SMALL)
+    decoder = loaded.model.get_model()
+    vision = [module for module in (decoder.mm_projector, decoder.vision_resampler) if module is not None]
+    for module in vision:
+        module.register_forward_hook(lambda *_: pytest.fail("a vision module ran for a batch of text"))
+        for parameter in module.parameters():
+            parameter.data.fill_(float("inf"))
+    loss, expected = step(loaded.model, text_batch(loaded))
+    as_rank(loaded.model)
+    rank_loss, gradients = step(loaded.model, text_batch(loaded))
+    assert torch.equal(loss, rank_loss)
+    of_vision = {id(parameter) for module in vision for parameter in module.parameters()}
+    for name, parameter in loaded.model.named_parameters():
+        if id(parameter) in of_vision:
+            assert expected[name] is None
+            assert torch.equal(gradients[name], torch.zeros_like(parameter)), name
+        elif parameter.requires_grad:
+            assert torch.equal(gradients[name], expected[name]), name
+    assert decoder.used_vision_modules == set()
+
+
+@every_resampler
+def test_a_video_gives_the_gradients_of_one_process(load_tiny, as_rank, resampler: str | None) -> None:
+    loaded = load_tiny(resampler_type=resampler, **SMALL)
+    loss, expected = step(loaded.model, video_batch(loaded))
+    as_rank(loaded.model)
+    rank_loss, gradients = step(loaded.model, video_batch(loaded))
+    assert torch.equal(loss, rank_loss)
+    assert all(torch.equal(gradients[name], grad) for name, grad in expected.items() if grad is not None)
+    has_weights = resampler in ("fast_slow_resampler", "perceiver", "qformer")
+    trained = {"mm_projector", "vision_resampler"} if has_weights else {"mm_projector"}
+    assert loaded.model.get_model().used_vision_modules == trained
+
+
+def test_vision_gradients_follow_the_language_models_in_one_order(load_tiny, as_rank) -> None:
+    loaded = load_tiny(resample_images=True)
+    as_rank(loaded.model)
+    arrived: list[str] = []
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    orders = []
+    for batch in (text_batch(loaded), video_batch(loaded)):
+        step(loaded.model, batch)
+        orders.append(list(arrived))
+        arrived.clear()
+    assert orders[0] == orders[1]
+    vision = [name for name in orders[0] if "mm_projector" in name or "vision_resampler" in name]
+    assert orders[0][-len(vision) :] == vision
+
+
+def test_frozen_vision_modules_need_no_gate(load_tiny) -> None:
+    decoder = load_tiny().model.get_model()
+    decoder.requires_grad_(False)
+    (anchor,) = encode_through_gate(decoder, None)
+    assert anchor.shape == (0, 32)
+    assert not anchor.requires_grad
+    features, _ = encode_through_gate(decoder, ([torch.zeros(3, 3, 56, 56)],))
+    assert features.shape == (39, 32)
