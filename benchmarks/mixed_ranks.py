@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -240,11 +241,17 @@ def launch(engine: str, jobs: Sequence[Job], timeout: float = 600) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         # DeepSpeed builds a small operator with ninja, which stands beside the interpreter.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False, cwd=folder
+        launcher = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
         )
-    if ended.returncode:
-        raise RuntimeError(f"{engine} ended with {ended.returncode}:\n{ended.stderr[-6000:]}")
+        try:
+            _, errors = launcher.communicate(timeout=timeout)
+        finally:
+            # Asked to end, torchrun ends its ranks; killed, it would leave them waiting for each other.
+            launcher.terminate()
+            launcher.wait()
+    if launcher.returncode:
+        raise RuntimeError(f"{engine} ended with {launcher.returncode}:\n{errors[-6000:]}")
 
 
 # What is compared.
@@ -330,8 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{variant:<16}{each}; moved by {figures['largest movement']:.1e}")
     worst = max(value for figures in report.values() for value in figures["largest difference"].values())
     if args.output:
-        versions = {"torch": torch.__version__, "steps": args.steps, "ranks": RANKS, "allowed": ALLOWED_DIFFERENCE}
-        args.output.write_text(json.dumps({**versions, "variants": report}, indent=1) + "\n")
+        versions = {package: version(package) for package in ("torch", "transformers", "deepspeed")}
+        setting = {"steps": args.steps, "ranks": RANKS, "allowed": ALLOWED_DIFFERENCE}
+        args.output.write_text(json.dumps({**versions, **setting, "variants": report}, indent=1) + "\n")
     return int(worst > ALLOWED_DIFFERENCE)
 
 
