@@ -214,7 +214,13 @@ def train(job: Job, engine: str | None) -> None:
         collator([make_example(kind, seed, tokenizer, vision) for kind, seed in batch])
         for batch in micro_batches(job.schedule, rank)
     ]
-    trainer.get_train_dataloader = lambda: DataLoader(batches, batch_size=None)
+    build_loader = trainer.get_train_dataloader
+
+    def load_schedule() -> DataLoader:
+        build_loader()  # The trainer keeps the order that it makes; only the batches are others.
+        return DataLoader(batches, batch_size=None)
+
+    trainer.get_train_dataloader = load_schedule
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()

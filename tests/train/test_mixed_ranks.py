@@ -39,7 +39,7 @@ def jobs(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory):
 
         return {
             "mixed": job("mixed", ranks.AWKWARD),
-            "checkpointed": job("checkpointed", ranks.AWKWARD[1:5], **ranks.VARIANTS["trained tower"]),
+            "checkpointed": job("checkpointed", ranks.AWKWARD[1:4], **ranks.VARIANTS["trained tower"]),
             "blind": job("blind", texts, tower=None),
             "seeing": job("seeing", texts),
         }
