@@ -5,7 +5,8 @@
 A mixture of text samples in four files is generated, and read in processes that are started anew for each
 line of the table: cold, which parses and indexes it, then warm with 0, 2 and 8 workers. "first batch" counts
 from the start of the process, "import" being the part of it that loads the libraries, "data" what reads
-and checks the records. Lengths, which only grouping by length asks for, are measured beside them.
+and checks the records. Lengths, which only grouping by length asks for, are measured beside them. Seconds are
+those of the clock: the committed ones come from two busy cores, on which other work came first (nice).
 
 Memory is read from the kernel after every worker has given as many batches of random samples as ``--batches``
 says. PSS counts a page that several processes share in parts, USS not at all. A worker's cost is what the PSS
