@@ -16,6 +16,8 @@ KNOWN_SUFFIXES = (".json", ".jsonl")
 _BYTES_AT_ONCE = 1 << 22
 _LONG_FILE = 1 << 26
 """Bytes from which on reading a file is shown with a progress bar."""
+LONGEST_SAMPLE = 1 << 26
+"""Bytes that the text of one sample may have: a file without line ends is no reason to read all of it."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -53,7 +55,7 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
     if file.suffix == ".jsonl":
         # Lines end with a newline only: JSON strings may hold the other characters that split text.
         with _open(file) as (lines, advance):
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_read_lines(lines), start=1):
                 advance(len(line))
                 if line.strip():
                     yield _parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
@@ -62,8 +64,18 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
             yield sample, f"{file.name}, sample {number}"
 
 
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, ``LONGEST_SAMPLE`` bytes and one more."""
+    while line := file.readline(LONGEST_SAMPLE + 1):
+        yield line
+        while len(line) > LONGEST_SAMPLE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_SAMPLE + 1)
+
+
 def _parse_line(data: bytes, where: str) -> Any:
     """The value of a line, or the ValueError that says what is wrong with it."""
+    if len(data) > LONGEST_SAMPLE:
+        return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -151,7 +163,7 @@ class _Text:
                 value, end = self._decoder.raw_decode(self._buffer, start)
             except json.JSONDecodeError as error:
                 # Perhaps only the window ends here.
-                if not self._read_on():
+                if len(self._buffer) - start > LONGEST_SAMPLE or not self._read_on():
                     raise self.error(error.msg, error.pos - start) from error
             except RecursionError as error:
                 raise ValueError(f"{self._path}: not a sample: brackets within brackets without end") from error

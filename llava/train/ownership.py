@@ -1,9 +1,13 @@
-"""Whose files a run unpickles: DeepSpeed's, and so only this user's own."""
+"""What a resumed run unpickles: plain tensors, and DeepSpeed's files, which must be this user's own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from llava.model.foreign_code import UNSAFE_WEIGHTS
 
 _STEP_FOLDER = "global_step*"
 """Folders in which DeepSpeed keeps its state, inside a checkpoint."""
@@ -33,3 +37,15 @@ def check_pickles_are_ours(checkpoint: str) -> None:
                     f"--resume_from_checkpoint {checkpoint}: {file} {whose}, and DeepSpeed runs what its files hold; "
                     "if you trust whoever wrote them, copy the checkpoint to a folder of your own and resume from there"
                 )
+
+
+@contextmanager
+def plain_tensors_only(checkpoint: str | None) -> Iterator[None]:
+    """Within it a file of a checkpoint that holds more than tensors, which is not unpickled, is a ValueError."""
+    try:
+        yield
+    except UNSAFE_WEIGHTS as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: one of its files (optimizer.pt, scheduler.pt, scaler.pt, "
+            "rng_state*.pth) holds more than plain tensors, or is damaged, and is not read; resume from another"
+        ) from error

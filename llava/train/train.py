@@ -22,7 +22,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.checkpoint import choose_checkpoint, clear_leftovers
 from llava.train.command_line import parse_arguments
 from llava.train.lora import lora_loading, set_up_adapters
-from llava.train.ownership import check_pickles_are_ours
+from llava.train.ownership import check_pickles_are_ours, plain_tensors_only
 from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import budget_table, supervision_table
@@ -67,7 +67,7 @@ def train(trainer: LlavaTrainer) -> None:
     checkpoint = find_checkpoint(trainer.args)
     if checkpoint is not None:
         check_pickles_are_ours(checkpoint)
-    with trainer.stop_request:
+    with trainer.stop_request, plain_tensors_only(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.preempted:
             raise Preempted(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.data import raw_samples
 from llava.data.record_store import RecordStore
 from llava.data.records import parse_record, read_records, read_samples
 from llava.types import Media, Record, Turn
@@ -224,3 +225,34 @@ def test_errors_of_the_document_are_the_real_ones():
     for sample, message in rows:
         with pytest.raises(ValueError, match=re.escape(message)):
             parse_record(json.loads(sample), "captions.json, sample 1", "", "")
+
+
+def test_a_sample_without_an_end_is_not_read_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.data.raw_samples.LONGEST_SAMPLE", 200)
+    monkeypatch.setattr("llava.data.raw_samples._BYTES_AT_ONCE", 50)
+    good = json.dumps({"id": 1, "conversations": TEXT})
+    long = json.dumps({"id": 2, "conversations": [{"from": "gpt", "value": "a" * 1000}]})
+    lines = write(tmp_path, "\n".join([good, long, good.replace("1", "3", 1)]).encode(), "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: longer than 200 bytes; a sample is one line"):
+        read_records(lines)
+    found = read_records(lines, on_bad_sample="skip")
+    assert [(record.id, bool(record.fault)) for record in found] == [("1", False), ("", True), ("3", False)]
+    (tmp_path / "open.json").write_text('[{"id": "' + "a" * 100_000)
+    read = _count_reads(monkeypatch)
+    with pytest.raises(ValueError, match=r"open\.json: not JSON: line 1: Unterminated string"):
+        read_records(str(tmp_path / "open.json"))
+    assert sum(read) < 1000
+
+
+def _count_reads(monkeypatch) -> list[int]:
+    """The characters of each piece of a ``.json`` file that is read from now on."""
+    sizes: list[int] = []
+    decode = raw_samples._decode_chunks
+
+    def watch(path):
+        for chunk in decode(path):
+            sizes.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(raw_samples, "_decode_chunks", watch)
+    return sizes
