@@ -29,6 +29,7 @@ class RunSettings:
 
     Attributes:
         world_size: number of ranks.
+        loss_factor: what the losses of ranks were multiplied by, because their gradients are averaged.
         precision: "fp32", "bf16" or "fp16".
         casts_weights: whether the weights themselves are held in that precision (DeepSpeed), rather than
             cast where they are used.
@@ -39,6 +40,7 @@ class RunSettings:
     """
 
     world_size: int
+    loss_factor: int
     precision: str
     casts_weights: bool
     attn_implementation: str | None

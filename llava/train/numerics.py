@@ -158,6 +158,7 @@ def build_guard(trainer: Any) -> NumberGuard:
     args = trainer.args
     settings = RunSettings(
         world_size=args.world_size,
+        loss_factor=args.world_size if args.average_tokens_across_devices else 1,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         casts_weights=trainer.is_deepspeed_enabled,
         attn_implementation=args.attn_implementation,

@@ -110,7 +110,7 @@ def _step(
 
     def run() -> Tensor:
         with _precision(settings, device):
-            loss = model(**inputs, num_items_in_batch=share).loss
+            loss = model(**inputs, num_items_in_batch=share).loss * settings.loss_factor
         loss.backward()
         return loss.detach()
 

@@ -131,7 +131,7 @@ def test_without_the_guard_the_weights_are_lost(overflowing_dir, tower_dir, two_
     assert not list((tmp_path / "out").glob("bad_step-*"))
 
 
-def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path: Path) -> None:
+def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path: Path, capsys) -> None:
     samples = json.loads(two_kinds.read_text())
     data = two_kinds.with_name("rank-1-is-bad.json")
     data.write_text(json.dumps([samples[0], samples[2], samples[1], samples[3]]))
@@ -150,11 +150,14 @@ def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path
         assert "Traceback" not in logs[rank]
     stored = {path.name for path in (output / "bad_step-1").iterdir()}
     assert stored == {"run.json", "model", *(f"rank-{r}.{end}" for r in "01" for end in ("json", "safetensors"))}
+    capsys.readouterr()
     assert replay([str(output / "bad_step-1"), "--rank", "0"]) == 1
+    (loss,) = json.loads((output / "bad_step-1" / "rank-0.json").read_text())["losses"]
+    assert f"micro-batch 0: loss {loss} (in the run {loss})" in capsys.readouterr().out
     assert replay([str(output / "bad_step-1"), "--rank", "1"]) == 0
 
 
-SETTINGS = RunSettings(1, "fp32", False, None, False, 16, "nf4", True, ["weight"])
+SETTINGS = RunSettings(1, 1, "fp32", False, None, False, 16, "nf4", True, ["weight"])
 
 
 def make_guard(folder: Path, scales_loss: bool = False, save_model=lambda path: None) -> NumberGuard:
