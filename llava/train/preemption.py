@@ -76,10 +76,20 @@ class StopRequest(AbstractContextManager):
 
 
 class PreemptionCallback(TrainerCallback):
-    """Asks the ranks, after every step and within evaluations, whether to stop."""
+    """Asks the ranks, after every step and within evaluations, whether to stop.
+
+    Attributes:
+        first_step: where this training began; above zero for a resumed one.
+    """
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # After its last step a run ends anyway, in less time than it takes to start again.
@@ -99,7 +109,8 @@ class PreemptibleTrainer(CheckpointTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_request = StopRequest()
-        self.add_callback(PreemptionCallback(self.stop_request))
+        self.preemption = PreemptionCallback(self.stop_request)
+        self.add_callback(self.preemption)
 
     @property
     def preempted(self) -> bool:
@@ -135,7 +146,7 @@ class PreemptibleTrainer(CheckpointTrainer):
         """Evaluate first, where the checkpoint was saved in place of the evaluation that its step was due."""
         callbacks: Any = self.state.stateful_callbacks or {}
         saved = callbacks.get("TrainerControl", {})
-        if self.state.global_step != self._initial_global_step or not saved.get("args", {}).get("should_evaluate"):
+        if self.state.global_step != self.preemption.first_step or not saved.get("args", {}).get("should_evaluate"):
             return
         saved["args"]["should_evaluate"] = False
         self.control.should_evaluate = True
