@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -76,6 +77,14 @@ def train(trainer: LlavaTrainer) -> None:
             )
         trainer.save_state()
         trainer.save_model()
+    # Also where a program of one's own calls this: see leave_process_group.
+    atexit.register(leave_process_group)
+
+
+def leave_process_group() -> None:
+    """End what the ranks of a finished run have in common; left to the interpreter's end, its threads can abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
@@ -237,9 +246,7 @@ def cli(run: Callable[[], Any] = main) -> int:
             print(f"error: {error}", file=sys.stderr)
         if not agreed:  # The other ranks may wait for this one: leave without them.
             return status
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Left to the interpreter's end, a thread of the process group can abort a run that is complete.
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     return status if isinstance(status, int) else 0
 
 
