@@ -50,6 +50,7 @@ from transformers import (
 from llava.config import VisionConfig
 from llava.constants import VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator
+from llava.train.agreement import leave_process_group
 from llava.train.train import build_trainer
 from llava.types import Batch, Example, VisualInput
 
@@ -234,7 +235,7 @@ def work(path: Path) -> None:
     orders = json.loads(path.read_text())
     for job in orders["jobs"]:
         train(Job(**job), orders["engine"])
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def launch(engine: str, jobs: Sequence[Job], timeout: float = 600) -> None:

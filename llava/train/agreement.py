@@ -1,7 +1,8 @@
-"""Ranks that decide together: a choice of the first one, a mistake of any, a wish of any."""
+"""Ranks that decide together, a choice of the first one, a mistake of any, a wish of any; and their parting."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -59,3 +60,18 @@ def is_wanted_by_any(wanted: bool, device: torch.device) -> bool:
     votes = torch.tensor(int(wanted), device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def leave_process_group() -> None:
+    """End what this rank has in common with the others; to be called once a run needs them no more.
+
+    A thread of gloo may still hold the tensors of the last exchange, and it needs the interpreter to let go of
+    them. One that asks for it after the interpreter has begun to end aborts the process. Neither
+    ``destroy_process_group`` nor dropping the trainer ends these threads, so they are given their turn here.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    threads_may_linger = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if threads_may_linger:
+        time.sleep(0.5)

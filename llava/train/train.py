@@ -18,7 +18,7 @@ from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
 from llava.model.loading import LoadedModel, load_model
-from llava.train.agreement import AgreedError, decide_once, is_first_rank
+from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import choose_checkpoint, clear_leftovers
 from llava.train.command_line import parse_arguments
@@ -79,12 +79,6 @@ def train(trainer: LlavaTrainer) -> None:
         trainer.save_model()
     # Also where a program of one's own calls this: see leave_process_group.
     atexit.register(leave_process_group)
-
-
-def leave_process_group() -> None:
-    """End what the ranks of a finished run have in common; left to the interpreter's end, its threads can abort it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
