@@ -34,6 +34,29 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Coordinates:
+    """The coordinates of a sample, each list in the order in which its placeholders stand in the text.
+
+    What a data file calls ``variables``.
+    """
+
+    temporal_input_locations: tuple[float, ...] = ()
+    temporal_output_locations: tuple[float, ...] = ()
+    spatial_height_input_locations: tuple[float, ...] = ()
+    spatial_height_output_locations: tuple[float, ...] = ()
+    spatial_width_input_locations: tuple[float, ...] = ()
+    spatial_width_output_locations: tuple[float, ...] = ()
+
+    def to_variables(self) -> dict[str, list[float]]:
+        """The lists as a data file and ``forward`` have them."""
+        return {name: list(numbers) for name, numbers in vars(self).items()}
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(vars(self).values())
+
+
+@dataclass(frozen=True)
 class Record:
     """One validated sample of a data file.
 

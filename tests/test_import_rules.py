@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config", "plugins"}
+FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config", "framing", "coordinates", "plugins"}
 MAY_IMPORT = {
     "constants": set(),
     "registry": set(),
@@ -20,11 +20,13 @@ MAY_IMPORT = {
     "streams": {"registry", "types", "config"},
     "tiles": set(),
     "config": {"constants", "types", "streams", "tiles"},
+    "framing": {"config"},
+    "coordinates": {"types"},
     "plugins": set(),
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},
-    "eval": {*FOUNDATION, "data", "model", "train", "eval"},
+    "eval": {*FOUNDATION, "data", "model", "train", "serve", "eval"},
     "inspect": {*FOUNDATION, "data", "model", "train", "inspect"},
     "serve": {*FOUNDATION, "data", "model", "train", "serve"},
     "demo": {*FOUNDATION, "data", "model", "train", "serve", "eval", "inspect", "demo"},

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.config import VisionConfig
+from llava.framing import frame_picture
 
 
 def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
@@ -25,16 +26,14 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     Returns:
         uint8 (frames, 3, side, side).
     """
-    side = vision.image_size
     pixels = frames.permute(0, 3, 1, 2)
     height, width = pixels.shape[-2:]
-    if vision.image_aspect_ratio == "pad":
-        fitted = resize(pixels, *_scaled(height, width, side / max(height, width)))
-        return _pad_around(fitted, side, side, vision)
-    if vision.image_resize_size is None:
-        return resize(pixels, side, side)
-    scale = vision.image_resize_size / min(height, width)
-    return _crop_centre(resize(pixels, *_scaled(height, width, scale)), side, vision)
+    framing = frame_picture((height, width), vision)
+    side, top, left = framing.side, framing.top, framing.left
+    fitted = resize(pixels, framing.height, framing.width)
+    if min(top, left) < 0:
+        return fitted[..., -top : side - top, -left : side - left].contiguous()
+    return fitted if fitted.shape[-2:] == (side, side) else _pad_around(fitted, side, side, vision)
 
 
 def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:
@@ -65,22 +64,9 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
 
 
-def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    # Cut, not rounded, as image processors of transformers do; a hair more against 0.999... of a pixel.
-    return max(int(height * scale + 1e-6), 1), max(int(width * scale + 1e-6), 1)
-
-
 def _pad_around(pixels: Tensor, height: int, width: int, vision: VisionConfig) -> Tensor:
     mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
     padded = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
     top, left = (height - pixels.shape[-2]) // 2, (width - pixels.shape[-1]) // 2
     padded[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
     return padded
-
-
-def _crop_centre(pixels: Tensor, side: int, vision: VisionConfig) -> Tensor:
-    height, width = pixels.shape[-2:]
-    if min(height, width) < side:
-        return resize(pixels, side, side)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[..., top : top + side, left : left + side].contiguous()
