@@ -188,8 +188,10 @@ def count_bins(text: str) -> int:
     return len(_BIN.findall(text))
 
 
-def parse_boxes(text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None) -> list[Box]:
-    """The boxes that a text of bins tells, in reading order; what is no whole box is passed over.
+def parse_places(
+    text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None
+) -> list[Box | TimeSpan]:
+    """The boxes and spans of time that a text of bins tells, in reading order; what is no whole one is passed over.
 
     Args:
         text: such as "the star [<WIDTH-010><HEIGHT-020><WIDTH-030><HEIGHT-040>]".
@@ -197,12 +199,27 @@ def parse_boxes(text: str, grounding: GroundingConfig, positions: Sequence[float
         positions: the position of every bin in the text, in reading order, where it is known more precisely than
             by the bin's number; see ``expected_positions`` of ``llava.model.coordinates``.
     """
-    return [Box(*numbers) for opening, numbers in _parse(text, grounding, positions) if opening == "["]
+    places: list[Box | TimeSpan] = []
+    for opening, numbers in _parse(text, grounding, positions):
+        places.append(Box(*numbers) if opening == "[" else TimeSpan(*numbers))
+    return places
+
+
+def parse_boxes(text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None) -> list[Box]:
+    """The boxes that a text of bins tells; see ``parse_places``."""
+    return [place for place in parse_places(text, grounding, positions) if isinstance(place, Box)]
 
 
 def parse_spans(text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None) -> list[TimeSpan]:
-    """The spans of time that a text tells; see ``parse_boxes``."""
-    return [TimeSpan(*numbers) for opening, numbers in _parse(text, grounding, positions) if opening == "{"]
+    """The spans of time that a text tells; see ``parse_places``."""
+    return [place for place in parse_places(text, grounding, positions) if isinstance(place, TimeSpan)]
+
+
+def strip_coordinates(text: str) -> str:
+    """A text without its boxes and spans, loose bins and placeholders, and the spaces that these leave doubled."""
+    for coordinates in (_LOCATED, _BIN, _PLACEHOLDER):
+        text = coordinates.sub(" ", text)
+    return " ".join(text.split())
 
 
 def _parse(

@@ -1,0 +1,37 @@
+"""The metrics of all tasks, in one place.
+
+=======  ==================================  ======================================================
+task     scores of each sample               scores of all samples
+=======  ==================================  ======================================================
+rec      ``score_rec``                       ``bootstrap(rows)``
+tvg      ``score_tvg``                       ``bootstrap(rows)``
+stvg     ``parse_tube``, ``score_stvg``      ``bootstrap(rows)``
+svg      ``parse_tube``, ``score_svg``       ``bootstrap(rows)``
+elc      ``parse_tube``, ``score_elc``       ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
+caption  ``score_caption``                   ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
+=======  ==================================  ======================================================
+"""
+
+from llava.eval.bootstrap import bootstrap
+from llava.eval.boxes import box_iou, box_ious, score_rec
+from llava.eval.captions import CaptionScorer, score_caption, score_elc
+from llava.eval.ngrams import split_words
+from llava.eval.spans import score_tvg, span_iou
+from llava.eval.tubes import Tube, parse_tube, score_stvg, score_svg
+
+__all__ = [
+    "CaptionScorer",
+    "Tube",
+    "bootstrap",
+    "box_iou",
+    "box_ious",
+    "parse_tube",
+    "score_caption",
+    "score_elc",
+    "score_rec",
+    "score_stvg",
+    "score_svg",
+    "score_tvg",
+    "span_iou",
+    "split_words",
+]

@@ -1,0 +1,126 @@
+"""How well moving things are found in a video: boxes over a stretch of time (STVG, SVG)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.coordinates import Box, GroundingConfig, TimeSpan, parse_places
+from llava.eval.boxes import box_ious
+from llava.eval.thresholds import shares_reaching
+
+NUM_FRAMES = 100
+
+_FRAME_TIMES = np.arange(NUM_FRAMES) / (NUM_FRAMES - 1)
+"""The first frame lies at 0 and the last at 1: where the bins of time lie, when there are 100 of them too."""
+_TOLERANCE = 1e-9
+"""A frame at the edge of a span is in it, however the two were rounded."""
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A box that moves over a stretch of a video.
+
+    Attributes:
+        span: in [0, 1] of the clip.
+        boxes: one or more, evenly spaced in time from the span's start to its end; between two of them the box is
+            interpolated linearly. A single one stays all the time.
+    """
+
+    span: TimeSpan
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        if not self.boxes:
+            raise ValueError(f"the tube over {tuple(self.span)} has no box; it needs one or more")
+
+    def box_at(self, time: float) -> Box | None:
+        """The box at a time in [0, 1] of the clip; None outside of the span."""
+        if not self.span.start - _TOLERANCE <= time <= self.span.end + _TOLERANCE:
+            return None
+        return Box(*self.boxes_at(np.array([time]))[0].tolist())
+
+    def boxes_at(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(len(times), 4): the boxes at times; before the span the first of them, after it the last."""
+        corners = np.array(self.boxes)
+        known = np.linspace(self.span.start, self.span.end, len(corners))
+        if self.span.start >= self.span.end:  # No time passes, in which it could move.
+            return np.repeat(corners[:1], len(times), axis=0)
+        return np.stack([np.interp(times, known, column) for column in corners.T], axis=-1)
+
+
+def parse_tube(
+    text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None, span: TimeSpan | None = None
+) -> Tube | None:
+    """The tube that an answer tells, or None where it tells none.
+
+    It is the first span of time and the boxes after it, up to a second span, which would be another tube's.
+
+    Args:
+        text, grounding, positions: see ``llava.coordinates.parse_places``.
+        span: where the question gives it (SVG). The answer is then boxes alone: all of them count, and a span
+            that it tells nevertheless is passed over.
+    """
+    places = parse_places(text, grounding, positions)
+    boxes = []
+    if span is not None:
+        boxes = [place for place in places if isinstance(place, Box)]
+    else:
+        for place in places:
+            if isinstance(place, Box):
+                boxes += [place] if span is not None else []
+            elif span is None:
+                span = place
+            else:
+                break
+    return Tube(span, tuple(boxes)) if span is not None and boxes else None
+
+
+def frames_in(span: TimeSpan) -> NDArray[np.bool_]:
+    """(100,): which of the video's 100 uniform frames lie in a span, its ends included.
+
+    A span so short that it falls between two frames has the one nearest to its middle, so that it can be found at
+    all. A reversed span has none, nor has one that lies wholly outside of [0, 1].
+    """
+    times = _FRAME_TIMES
+    inside = (times >= span.start - _TOLERANCE) & (times <= span.end + _TOLERANCE)
+    if not inside.any() and 0 <= span.start <= span.end <= 1:
+        inside[np.abs(times - (span.start + span.end) / 2).argmin()] = True
+    return inside
+
+
+def score_stvg(tube: Tube | None, reference: Tube) -> dict[str, float]:
+    """Score the answer to "where and when is it?" in a video; a report has the means over all samples.
+
+    Of 100 frames evenly spread over the clip, with "both" those in the answer's span and in the reference's, and
+    "either" those in one of the two at least:
+
+    - ``tIoU`` = both / either;
+    - ``sIoU`` = sum over both of the boxes' IoU / both, and 0 without a frame in both;
+    - ``vIoU`` = sum over both of the boxes' IoU / either, which is ``tIoU`` times ``sIoU``;
+    - for each of the three, whether it is at least 0.3, 0.5 and 0.7.
+
+    Args:
+        tube: of the answer; None for an unparsable one, which scores 0.
+        reference: its span and boxes in the units of the tube.
+    """
+    temporal = spatial = volume = 0.0
+    if tube is not None:
+        answered, wanted = frames_in(tube.span), frames_in(reference.span)
+        both, either = answered & wanted, int((answered | wanted).sum())
+        if both.any():
+            times = _FRAME_TIMES[both]
+            overlap = float(box_ious(tube.boxes_at(times), reference.boxes_at(times)).sum())
+            temporal, spatial, volume = len(times) / either, overlap / len(times), overlap / either
+    scores = {"tIoU": temporal, "sIoU": spatial, "vIoU": volume}
+    for name, score in tuple(scores.items()):
+        scores |= shares_reaching(name, score)
+    return {**scores, "unparsable": float(tube is None)}
+
+
+def score_svg(tube: Tube | None, reference: Tube) -> dict[str, float]:
+    """Score the answer to "where is it?" over a given time: ``score_stvg``, the answer's span being the reference's."""
+    return score_stvg(None if tube is None else Tube(reference.span, tube.boxes), reference)
