@@ -69,7 +69,7 @@ class GroundingConfig:
     """How a model reads and writes coordinates.
 
     A model's ``config.json`` holds it under ``grounding``, ``num_temporal_tokens``, ``num_spatial_tokens``,
-    ``coordinate_token_ids`` and ``first_bin_token_id``.
+    ``coordinate_token_ids`` and ``first_coordinate_bin``.
 
     Attributes:
         mode: ``lape`` (tables of bins, which text and pictures share) or ``placeholder`` (a placeholder is a word
@@ -113,6 +113,11 @@ class GroundingConfig:
         return self.first_bin + sum(map(self.num_bins, AXES[: AXES.index(axis)]))
 
     @property
+    def filled_token_ids(self) -> list[int]:
+        """Ids of the placeholders where these are filled with coordinates, and so are never an answer."""
+        return list(self.token_ids.values()) if self.has_tables else []
+
+    @property
     def new_tokens(self) -> list[str]:
         """The tokens that join a vocabulary, in order."""
         return [*COORDINATE_PLACEHOLDERS, *self.bin_tokens()]
@@ -127,7 +132,7 @@ class GroundingConfig:
             config.num_temporal_tokens,
             config.num_spatial_tokens,
             config.coordinate_token_ids,
-            config.first_bin_token_id,
+            config.first_coordinate_bin,
         )
 
     def to_model_config(self) -> dict[str, Any]:
@@ -137,8 +142,37 @@ class GroundingConfig:
             "num_temporal_tokens": self.num_temporal,
             "num_spatial_tokens": self.num_spatial,
             "coordinate_token_ids": dict(self.token_ids),
-            "first_bin_token_id": self.first_bin,
+            "first_coordinate_bin": self.first_bin,
         }
+
+
+def choose_grounding(
+    trained: GroundingConfig | None, mode: str | None, num_temporal: int | None, num_spatial: int | None
+) -> GroundingConfig | None:
+    """What coordinates are to a model: what they are to its checkpoint, or what flags ask for where that is new.
+
+    Args:
+        trained: of the checkpoint; None without coordinates.
+        mode: of ``GROUNDING_MODES``; None asks for nothing.
+        num_temporal, num_spatial: bins; None asks for nothing.
+
+    Raises:
+        ValueError: what is asked for is not what the checkpoint was trained with.
+    """
+    if mode is not None and mode not in GROUNDING_MODES:
+        raise ValueError(f"--grounding is {mode!r}; known: {', '.join(GROUNDING_MODES)}")
+    if trained is None or (trained.mode == PLACEHOLDER and mode == LAPE):
+        if mode in (None, NONE):
+            return None
+        return GroundingConfig(str(mode), num_temporal or DEFAULT_BINS, num_spatial or DEFAULT_BINS)
+    for flag, asked, has in (
+        ("--grounding", mode, trained.mode),
+        ("--num_temporal_tokens", num_temporal, trained.num_temporal),
+        ("--num_spatial_tokens", num_spatial, trained.num_spatial),
+    ):
+        if asked is not None and asked != has:
+            raise ValueError(f"{flag} is {asked}, but the checkpoint was trained with {has}; leave the flag out")
+    return trained
 
 
 def bin_token(axis: Axis, index: int) -> str:

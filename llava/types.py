@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -51,9 +52,17 @@ class Coordinates:
         """The lists as a data file and ``forward`` have them."""
         return {name: list(numbers) for name, numbers in vars(self).items()}
 
+    @classmethod
+    def from_variables(cls, variables: Mapping[str, Sequence[float]]) -> Coordinates:
+        """From lists; a missing one is empty."""
+        return cls(**{name: tuple(numbers) for name, numbers in variables.items()})
+
     def __bool__(self) -> bool:
         """Whether there are any."""
         return any(vars(self).values())
+
+
+NO_COORDINATES = Coordinates()
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Record:
     ``source`` names the file and the place in it ("captions.json, sample 12"), for error messages.
     ``split`` is the first and last frame of the clip that the sample speaks of, or None. ``fault`` is
     what is wrong with a bad sample, whose record has no turns and no media; None for a good one.
+    ``coordinates`` are in the picture that they speak of, as the data file has them.
     """
 
     id: str
@@ -71,6 +81,7 @@ class Record:
     source: str = ""
     split: tuple[int, int] | None = None
     fault: str | None = None
+    coordinates: Coordinates = NO_COORDINATES
 
     def __str__(self) -> str:
         return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
@@ -94,12 +105,13 @@ class VisualInput:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: equal-length ids and labels, and its media in reading order."""
+    """One tokenised sample: equal-length ids and labels, its media in reading order, and coordinates in the square."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     media: list[VisualInput] = field(default_factory=list)
+    coordinates: Coordinates = NO_COORDINATES
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,8 @@ class Batch(TypedDict, total=False):
     shape with ones exactly over each sample's own length. ``images`` holds one uint8
     (frames, 3, side, side) tensor a medium, over the whole batch in reading order, ``modalities``
     their kinds and ``image_sizes`` their original (height, width); the three are absent from a
-    batch without media. ``sample_ids`` are the ids of the rows, none of an empty batch's one;
+    batch without media. ``variables`` has the coordinates of each row, in the tower's square; it is absent
+    from a batch without any. ``sample_ids`` are the ids of the rows, none of an empty batch's one;
     ``bad_samples``, absent where there are none, are those that got no row. The trainer takes both out.
     """
 
@@ -137,5 +150,6 @@ class Batch(TypedDict, total=False):
     images: list[Tensor]
     modalities: list[MediaKind]
     image_sizes: list[tuple[int, int]]
+    variables: list[dict[str, list[float]]]
     sample_ids: list[str]
     bad_samples: list[BadSample]

@@ -55,6 +55,8 @@ class SupervisedCollator:
             batch["images"] = [medium.frames for medium in media]
             batch["modalities"] = [medium.kind for medium in media]
             batch["image_sizes"] = [medium.original_size for medium in media]
+        if any(example.coordinates for example in examples):
+            batch["variables"] = [example.coordinates.to_variables() for example in examples]
         if bad_samples:
             batch["bad_samples"] = bad_samples
         return batch

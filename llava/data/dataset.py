@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IGNORE_INDEX
+from llava.coordinates import GroundingConfig
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.collator import SupervisedCollator
+from llava.data.coordinates import move_to_square
 from llava.data.files import MediaError
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_media, read_image_size
@@ -22,9 +24,9 @@ from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
-from llava.data.survey import survey_lengths, survey_long, survey_media, survey_targets
+from llava.data.survey import survey_coordinates, survey_lengths, survey_long, survey_media, survey_targets
 from llava.data.time_instruction import Clip, add_time_instruction, check_format, clips_of, stand_in
-from llava.types import BadSample, Example, Record, Turn, VisualInput
+from llava.types import NO_COORDINATES, BadSample, Coordinates, Example, Record, Turn, VisualInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +46,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             in its place.
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
         limits: how large an image or a video may be.
+        grounding: what coordinates are to the model; None for one without them.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         on_bad_sample: str = ERROR,
         decode_timeout: float = 0.0,
         limits: MediaLimits = DEFAULT_LIMITS,
+        grounding: GroundingConfig | None = None,
     ) -> None:
         check_on_bad_sample(on_bad_sample)
         self.records = records
@@ -70,6 +74,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             check_format(self.text_format)
         self.decode_timeout = decode_timeout
         self.limits = limits
+        self.grounding = grounding
 
     def __len__(self) -> int:
         return len(self.records)
@@ -80,10 +85,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         Raises:
             BadSampleError: its media cannot be decoded or do not fit the context; names sample and file.
                 With ``on_bad_sample="skip"`` the same comes back as a ``BadSample``.
-            ValueError: the model has no vision, for which no sample is to blame.
+            ValueError: the model has no vision or no coordinates, for which no sample is to blame.
         """
         record = self.records[index]
-        self.check_vision(record)
+        self.check_model(record)
         try:
             return self.load_example(record)
         except ValueError as error:
@@ -100,16 +105,24 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         image_sizes = [m.original_size for m in media if m.kind == "image"]
         ids, labels = self.tokenize(record, frame_counts, image_sizes, clips_of(media))
-        return Example(record.id, ids, labels, media)
+        return Example(record.id, ids, labels, media, self.place(record, media))
 
-    def check_vision(self, record: Record) -> None:
-        """A ValueError that names the record if it has media and the model no vision."""
+    def check_model(self, record: Record) -> None:
+        """A ValueError that names the record if it has what the model does not know: media, or coordinates."""
         if record.media and self.vision is None:
             raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
+        if record.coordinates and self.grounding is None:
+            raise ValueError(f"{record} has coordinates (variables), but the model has none; give --stage 2")
+
+    def place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
+        """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""
+        if self.grounding is None or not self.grounding.has_tables or self.vision is None:
+            return NO_COORDINATES
+        return move_to_square(record.turns, record.coordinates, [m.original_size for m in media], self.vision)
 
     def load_media(self, record: Record) -> list[VisualInput]:
         """Decode the media of a record, in reading order; a text-only one has none."""
-        self.check_vision(record)
+        self.check_model(record)
         loaded = []
         for media in record.media:
             assert self.vision is not None
@@ -140,7 +153,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             image_sizes = self.image_sizes(record)
         try:
             turns = expand_placeholders(self.write_turns(record, clips), self.vision, frame_counts, image_sizes)
-            return label_segments(truncate_segments(self.text_format.encode(turns), self.max_length))
+            ids, labels = label_segments(truncate_segments(self.text_format.encode(turns), self.max_length))
+            return ids, self._unlearn_inputs(labels)
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
@@ -158,6 +172,13 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if clips is None:
             clips = [stand_in(self.vision.max_frames) for media in record.media if media.kind == "video"]
         return add_time_instruction(record.turns, clips)
+
+    def _unlearn_inputs(self, labels: list[int]) -> list[int]:
+        """Labels without coordinates that are given, not asked for, which tables do not learn to write."""
+        if self.grounding is None or not self.grounding.has_tables:
+            return labels
+        given = {i for token, i in self.grounding.token_ids.items() if token.endswith("-INPUT>")}
+        return [IGNORE_INDEX if label in given else label for label in labels]
 
     def _shorter_spans(self, record: Record) -> str:
         """The settings that make the spans of a record shorter, as the end of a sentence."""
@@ -270,6 +291,13 @@ def check_supervision(dataset: SupervisedDataset) -> None:
             dataset.tokenize(record)
 
 
+def check_grounding(dataset: SupervisedDataset) -> None:
+    """A ValueError before training where samples have coordinates and the model none."""
+    if dataset.grounding is None:
+        for i in np.flatnonzero(survey_coordinates(dataset))[:1].tolist():
+            dataset.check_model(dataset.records[i])
+
+
 def _name_some(records: Sequence[Record], most: int = 5) -> str:
     more = f" and {len(records) - most} more" if len(records) > most else ""
     return ", ".join(map(str, records[:most])) + more
@@ -282,6 +310,7 @@ def make_supervised_data_module(
     max_length: int,
     text_format: Format | None = None,
     seed: int = 42,
+    grounding: GroundingConfig | None = None,
 ) -> dict[str, Any]:
     """Datasets and collator for the trainer.
 
@@ -292,6 +321,7 @@ def make_supervised_data_module(
         max_length: most tokens of an example.
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
         seed: of the random samples that a mixture asks for.
+        grounding: what coordinates are to the model; None for one without them.
 
     Returns:
         ``{"train_dataset", "eval_dataset", "data_collator"}``, the second None without ``eval_data_path``.
@@ -325,7 +355,9 @@ def make_supervised_data_module(
             on_bad_sample=data_args.on_bad_sample,
             decode_timeout=data_args.decode_timeout,
             limits=data_args.media_limits,
+            grounding=grounding,
         )
+        check_grounding(dataset)
         check_supervision(dataset)
         return dataset
 

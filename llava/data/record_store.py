@@ -16,20 +16,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from llava.types import Media, Record, Turn
+from llava.types import NO_COORDINATES, Coordinates, Media, Record, Turn
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 """Of the stored form; a file of another version is not read but written anew."""
 
 _MAGIC = b"LLAVAREC"
 _LENGTH_BYTES = 8
 _ROWS_AT_ONCE = 4096
 _BYTES_AT_ONCE = 1 << 24
-NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes")
+NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
 """Columns beside the record itself, for questions that are asked of all records at once."""
 
 
@@ -184,10 +184,12 @@ def _write_stream(records: Iterable[Record], sink: Any) -> tuple[dict[int, str],
     return faults, hashes
 
 
-def _columns(record: Record) -> tuple[str, int, int, int, int]:
+def _columns(record: Record) -> tuple[str, int, int, int, int, int]:
     kinds = [media.kind for media in record.media]
     text_bytes = sum(len(turn.text.encode()) for turn in record.turns)
-    return _dump(record), kinds.count("image"), kinds.count("video"), len(record.turns), text_bytes
+    num_coordinates = sum(map(len, record.coordinates.to_variables().values()))
+    media = kinds.count("image"), kinds.count("video")
+    return _dump(record), *media, len(record.turns), text_bytes, num_coordinates
 
 
 def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]) -> dict[int, int]:
@@ -225,11 +227,12 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
     media = [[media.kind, media.path, media.root] for media in record.media]
-    return json.dumps([record.id, turns, media, record.source, record.split, record.fault])
+    coordinates = record.coordinates.to_variables() if record.coordinates else None
+    return json.dumps([record.id, turns, media, record.source, record.split, record.fault, coordinates])
 
 
 def _load(row: str) -> Record:
-    identity, turns, media, source, split, fault = json.loads(row)
+    identity, turns, media, source, split, fault, coordinates = json.loads(row)
     return Record(
         id=identity,
         turns=tuple(Turn(*turn) for turn in turns),
@@ -237,4 +240,5 @@ def _load(row: str) -> Record:
         source=source,
         split=None if split is None else (split[0], split[1]),
         fault=fault,
+        coordinates=NO_COORDINATES if coordinates is None else Coordinates.from_variables(coordinates),
     )

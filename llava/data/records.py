@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
+from llava.data.coordinates import check_coordinates, parse_variables
 from llava.data.data_files import DataEntry, find_entries
 from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
@@ -167,7 +168,6 @@ def parse_record(
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
         raise ValueError(f'{source}: needs an "id", a string or a number, found {identity!r}')
     where = f"sample {str(identity)!r} ({source})"
-    _check_no_variables(sample.get("variables"), where)
     folder = _parse_source(sample.get("source"), where) if media_source is None else media_source
     record = Record(
         id=str(identity),
@@ -178,17 +178,12 @@ def parse_record(
         ),
         source=source,
         split=_parse_split(sample.get("meta"), where),
+        coordinates=parse_variables(sample.get("variables"), where),
     )
     _check_placeholders(record)
+    check_coordinates(record)
     _check_split(record)
     return record
-
-
-def _check_no_variables(variables: Any, where: str) -> None:
-    if variables is not None and not isinstance(variables, dict):
-        raise ValueError(f'{where}: "variables" must be an object of lists, found {_name(variables)}')
-    if any((variables or {}).values()):
-        raise ValueError(f'{where}: has "variables" (coordinates), which this version cannot train on yet')
 
 
 def _parse_source(value: Any, where: str) -> str:

@@ -77,6 +77,13 @@ def survey_media(dataset: SupervisedDataset) -> NDArray[np.int32]:
     return np.array([len(record.media) for record in dataset.records], np.int32)
 
 
+def survey_coordinates(dataset: SupervisedDataset) -> NDArray[np.int32]:
+    """How many coordinates each sample has."""
+    if isinstance(dataset.records, Mixture):
+        return dataset.records.numbers("num_coordinates")
+    return np.array([sum(map(len, vars(record.coordinates).values())) for record in dataset.records], np.int32)
+
+
 def _go_through(
     dataset: SupervisedDataset,
     rows: NDArray[np.intp],

@@ -6,8 +6,7 @@ the model with its head one ``forward`` and one ``generate``, the same for every
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,14 +18,25 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.config import VisionConfig
+from llava.coordinates import GroundingConfig
+from llava.model.coordinates import (
+    CoordinateRows,
+    CoordinateTables,
+    PlacedTokens,
+    Variables,
+    embed_tokens,
+    place_tokens,
+    two_hot_targets,
+)
 from llava.model.gate import encode_through_gate
-from llava.model.lora import has_adapters, save_adapters
+from llava.model.generation import MultimodalGeneration
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_tower
 from llava.model.multimodal_projector.builder import build_projector
 from llava.model.multimodal_resampler.builder import build_resampler
 from llava.model.splice import splice
+from llava.model.tower_weights import TowerWeights
 from llava.model.views import ViewMerger
 from llava.model.visual import as_media, encode_visual, infer_modalities
 from llava.tiles import SPATIAL_UNPAD
@@ -34,7 +44,7 @@ from llava.types import MediaKind
 
 
 class LlavaMetaModel:
-    """Mixin for a decoder: holds the vision modules that its configuration describes.
+    """Mixin for a decoder: holds the vision modules and the tables of coordinates that its configuration describes.
 
     Put it before the decoder's class. Without ``mm_`` entries in the configuration there are no
     vision modules and the decoder is the plain one.
@@ -46,6 +56,7 @@ class LlavaMetaModel:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.vision = VisionConfig.from_model_config(config)
+        self.grounding = GroundingConfig.from_model_config(config)
         self.used_vision_modules: set[str] = set()
         if self.vision is not None:
             self.vision_tower = build_tower(self.vision)
@@ -59,6 +70,8 @@ class LlavaMetaModel:
                 self.image_newline = nn.Parameter(torch.empty(width))
                 # The plain decoder has marked itself as filled, and would be passed over.
                 self._is_hf_initialized = False
+            if self.grounding is not None and self.grounding.has_tables:
+                self.coordinates = CoordinateTables(self.grounding, width)
             self.post_init()  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,17 +81,28 @@ class LlavaMetaModel:
         if newline is not None:
             # Of length one, whatever the width, as in the LLaVA family.
             init.normal_(newline, std=newline.numel() ** -0.5)
+        if isinstance(module, CoordinateTables):
+            for table in module.parameters():
+                init.normal_(table, std=getattr(self.config, "initializer_range", 0.02))  # type: ignore[attr-defined]
 
     def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
+
+    def coordinate_rows(self) -> CoordinateRows | None:
+        """The tables of coordinates for one step, None without any; to be called once a step, on every rank alike."""
+        return self.coordinates() if hasattr(self, "coordinates") else None
 
     def encode_media(
         self,
         images: list[Tensor] | Tensor,
         modalities: list[MediaKind] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
+        rows: CoordinateRows | None = None,
     ) -> list[Tensor]:
-        """One (tokens, width) tensor of features for each image or video, see ``encode_visual``."""
+        """One (tokens, width) tensor of features for each image or video, see ``encode_visual``.
+
+        ``rows``, of a model with tables of coordinates, tell the features where and when they are.
+        """
         if self.vision is None:
             raise ValueError(
                 "this model has no vision modules; load it with --vision_tower to give it images or videos"
@@ -87,10 +111,11 @@ class LlavaMetaModel:
         kinds = modalities if modalities is not None else infer_modalities(images)
         merger = None if self.vision.anyres is None else ViewMerger(self.vision.anyres, self.image_newline)
         modules = (self.vision_tower, self.mm_projector, self.vision_resampler)
-        return encode_visual(*modules, media, kinds, image_sizes, merger)
+        positions = None if rows is None else partial(rows.of_patches, grid_side=self.vision.grid_side)
+        return encode_visual(*modules, media, kinds, image_sizes, merger, positions)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
     """Mixin for a language model with head: images and videos in, text out.
 
     Put it before the language model's class and name, in the subclass, the decoder's class and the
@@ -103,8 +128,6 @@ class LlavaMetaForCausalLM:
 
     config: Any
     training: bool
-    _keys_to_ignore_on_save: Any
-    _keys_to_ignore_on_load_missing: Any
 
     def __init__(self, config: Any) -> None:
         # The parent builds its plain decoder, which is replaced at once: no time is spent to fill it.
@@ -132,6 +155,10 @@ class LlavaMetaForCausalLM:
     def vision(self) -> VisionConfig | None:
         return self.get_model().vision
 
+    @property
+    def grounding(self) -> GroundingConfig | None:
+        return self.get_model().grounding
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -144,7 +171,7 @@ class LlavaMetaForCausalLM:
         images: list[Tensor] | Tensor | None = None,
         modalities: list[MediaKind] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
-        variables: Any = None,
+        variables: Variables | None = None,
         pixel_values: list[Tensor] | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -168,7 +195,8 @@ class LlavaMetaForCausalLM:
                 floats normalised already. ``pixel_values`` is another name of it.
             modalities: "image" or "video" for each entry; by default told from its axes.
             image_sizes: original (height, width) of each entry; needed for anyres images alone.
-            variables: coordinates for grounding, which no model of this version has; an error if given.
+            variables: for each row its six lists of coordinates (``Coordinates.to_variables``) or None, in the
+                tower's square; an error for a model without tables of coordinates.
             logits_to_keep: as in transformers: how many last positions, or which, get logits.
             num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
             return_logits: whether to return logits beside a loss; by default only without labels.
@@ -181,15 +209,16 @@ class LlavaMetaForCausalLM:
             Loss (with labels), logits (without labels, or when asked for) and cache; for a mixture of
             experts that balances its load, ``aux_loss`` and ``router_logits`` too.
         """
-        if variables:
-            raise ValueError("variables (coordinates) were given, but this model has no coordinate tables")
         images = pixel_values if images is None else images
+        rows, tokens = self.get_model().coordinate_rows(), None
+        if input_ids is not None:
+            tokens = self.place_coordinates(input_ids, variables)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("pass input_ids or inputs_embeds")
-            inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes)
+            inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)
             if inputs_embeds is not None:
-                kwargs |= self.decoder_inputs(input_ids)
+                kwargs = self.decoder_inputs(input_ids) | kwargs
                 input_ids = None
         elif images is not None:
             raise ValueError("pass either inputs_embeds or input_ids with images, not both")
@@ -207,9 +236,13 @@ class LlavaMetaForCausalLM:
             **kwargs,
         )
         hidden, head = outputs.last_hidden_state, self.get_output_embeddings()  # type: ignore[attr-defined]
+        targets: Any = labels
+        if rows is not None:
+            head = rows.extend(head)
+            targets = labels if labels is None or tokens is None else two_hot_targets(labels, rows.grounding, tokens)
         loss = logits = None
         if labels is not None:
-            loss = supervised_loss(hidden, labels, head, num_items_in_batch)
+            loss = supervised_loss(hidden, targets, head, num_items_in_batch)
         if labels is None or return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(hidden[:, kept])
@@ -228,30 +261,52 @@ class LlavaMetaForCausalLM:
                 result.loss = loss + weight * balance
         return result if return_dict is not False else result.to_tuple()
 
+    def place_coordinates(self, input_ids: Tensor, variables: Variables | None) -> PlacedTokens | None:
+        """The tokens of a batch that stand for coordinates, None for a model without tables of them."""
+        if self.grounding is not None and self.grounding.has_tables:
+            return place_tokens(input_ids, self.grounding, variables)
+        if variables is not None and any(any((row or {}).values()) for row in variables):
+            raise ValueError(
+                "variables (coordinates) were given, but this model has no coordinate tables; train it with --stage 2"
+            )
+        return None
+
     def embed_multimodal(
         self,
         input_ids: Tensor,
         images: list[Tensor] | Tensor | None,
         modalities: list[MediaKind] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
+        rows: CoordinateRows | None = None,
+        tokens: PlacedTokens | None = None,
     ) -> Tensor | None:
-        """Embeddings of a batch with its media in place, or None for plain text.
+        """Embeddings of a batch with its media and coordinates in place, or None for plain text.
+
+        Args:
+            input_ids: int64 (batch, length).
+            images, modalities, image_sizes: as for ``forward``.
+            rows, tokens: of the step, for a model with tables of coordinates.
 
         Returns:
             (batch, length, width). Plain text gives None, so that it takes the backbone's own way from
-            ids to logits; only a rank among several embeds it here, as it does a batch with media:
-            ranks must call the same modules in the same order.
+            ids to logits; only a model with tables of coordinates, and a rank among several, embeds it here
+            as it does a batch with media: ranks must call the same modules in the same order.
         """
         model, vision = self.get_model(), self.vision
-        media = (images, modalities, image_sizes) if images is not None and len(images) else None
-        if media is None and (vision is None or not self._is_rank()):
+        media = (images, modalities, image_sizes, rows) if images is not None and len(images) else None
+        if media is None and rows is None and (vision is None or not self._is_rank()):
             return None
         if self._is_rank() and self.training and torch.is_grad_enabled():
             features = encode_through_gate(model, media)
         else:
             features = [] if media is None else model.encode_media(*media)
         assert vision is not None
-        return splice(input_ids, self.get_input_embeddings()(input_ids), features, vision.visual_token_ids)
+        embed = self.get_input_embeddings()
+        if rows is not None and tokens is not None:
+            embeddings = embed_tokens(input_ids, embed, rows, tokens)
+        else:
+            embeddings = embed(input_ids)
+        return splice(input_ids, embeddings, features, vision.visual_token_ids)
 
     def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """What a decoder wants to know about a batch with media, beside its embeddings; most want nothing."""
@@ -260,130 +315,3 @@ class LlavaMetaForCausalLM:
     def _is_rank(self) -> bool:
         """Whether this process is one of a group, whose other ranks may hold other modalities."""
         return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        images: list[Tensor] | Tensor | None = None,
-        modalities: list[MediaKind] | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
-        pixel_values: list[Tensor] | Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate`` for prompts with images and videos.
-
-        The media are encoded once, whatever the number of beams and with or without the cache.
-        Visual tokens are never produced.
-
-        Args:
-            inputs: int64 (batch, length) prompt, left-padded where lengths differ; also ``input_ids``.
-            images, modalities, image_sizes, pixel_values: as for ``forward``.
-            **kwargs: as for transformers' ``generate``.
-
-        Returns:
-            int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for.
-        """
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        images = pixel_values if images is None else images
-        if self.vision is not None and self.vision.token_ids:
-            visual = self.vision.visual_token_ids
-            if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
-                raise ValueError("the prompt has places for images or videos, but no images were given")
-            kwargs["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *visual]
-        if images is not None:
-            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes)
-        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As in transformers, with ``prompt_embeds`` (batch, prompt, width) in place of the prompt's ids.
-
-        A step whose input still holds the prompt (the first one, or every one without the cache)
-        gets the prompt's embeddings followed by those of the tokens generated since.
-        """
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        step_ids = model_inputs.get("input_ids")
-        if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
-            generated = self.get_input_embeddings()(input_ids[:, prompt_embeds.shape[1] :])  # type: ignore[attr-defined]
-            model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
-            model_inputs["input_ids"] = None
-        return model_inputs
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, vision_tower: str | None = None, **kwargs: Any) -> Any:
-        """transformers' ``from_pretrained``; a frozen tower's weights come from their own source.
-
-        Args:
-            vision_tower: another place of the same tower, where it has moved; its weights must hash
-                to what the checkpoint says.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.vision is not None:
-            # Loading replaces parameters, and with them what the structure said about gradients.
-            model.get_vision_tower().requires_grad_(False)
-            if not model.vision.save_vision_tower:
-                model.load_vision_tower(vision_tower)
-        return loaded
-
-    def load_vision_tower(self, source: str | None = None) -> None:
-        """Fill the tower with its weights.
-
-        Args:
-            source: folder or hub name; by default what the configuration says. What it is goes into the
-                configuration, with the hash of the weights.
-        """
-        assert self.vision is not None
-        source = source or self.vision.vision_tower
-        found = self.get_model().vision_tower.load_weights(source)
-        source = os.path.abspath(source) if os.path.isdir(source) else source
-        self.set_vision(replace(self.vision, vision_tower=source, vision_tower_hash=found))
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As in transformers; a model with adapters leaves these and its vision modules, not its base."""
-        if state_dict is not None:
-            # DeepSpeed copies what is tied, and a file would hold the embeddings twice.
-            tied: Any = self.all_tied_weights_keys  # type: ignore[attr-defined]
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        if not has_adapters(self):
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
-        elif is_main_process:
-            save_adapters(self, os.fspath(save_directory), state_dict)
-
-    def set_vision(self, vision: VisionConfig) -> None:
-        """Record changed visual settings in the model and in its configuration."""
-        self.get_model().vision = vision
-        self.config.update(vision.to_model_config())
-        self.keep_tower_weights_out(not vision.save_vision_tower)
-
-    def keep_trained_tower(self) -> None:
-        """Let checkpoints hold the tower's weights: trained ones stand nowhere else."""
-        assert self.vision is not None
-        self.set_vision(replace(self.vision, save_vision_tower=True))
-
-    def keep_tower_weights_out(self, out: bool) -> None:
-        """Whether checkpoints leave the tower's weights to their source (its name and hash are in the config)."""
-        names = {name for name, _ in self.named_parameters() if ".vision_tower." in name}  # type: ignore[attr-defined]
-        names |= {name for name, _ in self.named_buffers() if ".vision_tower." in name}  # type: ignore[attr-defined]
-        pattern = r"\.vision_tower\."
-        if out:
-            self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) | names
-            self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) | {pattern}
-        else:
-            self._keys_to_ignore_on_save = set(self._keys_to_ignore_on_save or ()) - names
-            self._keys_to_ignore_on_load_missing = set(self._keys_to_ignore_on_load_missing or ()) - {pattern}
-
-    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
-        # Random values for hundreds of millions of tower weights that load_weights is about to overwrite.
-        if self.vision is not None and not self.vision.save_vision_tower:
-            for parameter in self.get_model().vision_tower.parameters():
-                parameter._is_hf_initialized = True
-        super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]

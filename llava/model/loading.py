@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
+from llava.coordinates import GroundingConfig, choose_grounding
 from llava.model.checkpoint import (
     choose_classes,
     find_weights,
@@ -21,6 +22,7 @@ from llava.model.checkpoint import (
     read_model_type,
     vocab_size,
 )
+from llava.model.coordinates import COORDINATES
 from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters
@@ -29,8 +31,13 @@ from llava.model.multimodal_resampler.builder import structural_settings
 from llava.model.quantization import Quantization, quantization_options
 from llava.model.quiet import quiet_transformers
 from llava.model.transfer import TransferReport, copy_parameters
-from llava.model.visual import vision_module_of
-from llava.model.vocabulary import add_visual_tokens, check_vocabulary, grow_vocabulary
+from llava.model.visual import is_added, vision_module_of
+from llava.model.vocabulary import (
+    add_coordinate_tokens,
+    add_visual_tokens,
+    check_vocabulary,
+    grow_vocabulary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +70,9 @@ def load_model(
     attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
+    grounding: str | None = None,
+    num_temporal_tokens: int | None = None,
+    num_spatial_tokens: int | None = None,
     **settings: Any,
 ) -> LoadedModel:
     """Load a plain language model or a multimodal checkpoint, with its tokenizer.
@@ -80,6 +90,9 @@ def load_model(
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
         dtype: of the weights.
         quantization: holds the linear layers of the language model in fewer bits.
+        grounding: of ``llava.coordinates.GROUNDING_MODES``, what coordinates are to the model; by default what they
+            are to the checkpoint. New tables of coordinates have random rows.
+        num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
 
     Raises:
@@ -92,10 +105,15 @@ def load_model(
     config_class, model_class = choose_classes(read_model_type(model_name_or_path), model_name_or_path, variant)
     config_dict = read_config(model_name_or_path) | {"model_type": config_class.model_type}
     tokenizer = load_tokenizer(model_name_or_path)
-    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path)
+    stored = config_class.from_dict(dict(config_dict))
+    trained = GroundingConfig.from_model_config(stored)
+    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained)
 
     given = {name: value for name, value in settings.items() if value is not None}
-    vision = _build_vision(config_class.from_dict(dict(config_dict)), vision_tower, given)
+    vision = _build_vision(stored, vision_tower, given)
+    coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens)
+    if coordinates is not None and vision is None:
+        raise ValueError("--grounding needs a model that sees; give --vision_tower")
     if weights_from is not None and (quantization is not None or is_adapter_folder(model_name_or_path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
     known = set(tokenizer.get_vocab())
@@ -105,6 +123,9 @@ def load_model(
     if vision is not None:
         vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
         config_dict |= vision.to_model_config()
+    if coordinates is not None:
+        coordinates = add_coordinate_tokens(tokenizer, coordinates)
+        config_dict |= coordinates.to_model_config()
     config = config_class.from_dict(config_dict)
 
     options: dict[str, Any] = {"config": config, "dtype": dtype}
@@ -118,7 +139,8 @@ def load_model(
         model, new = _read_model(model_class, source, options, vision_tower)
     transfer = None if weights_from is None else copy_parameters(model, weights_from)
     if vision is not None:
-        grow_vocabulary(model, [i for token, i in vision.token_ids.items() if token not in known])
+        new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
+        grow_vocabulary(model, [i for token, i in new_tokens.items() if token not in known])
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
     if source != model_name_or_path:
         load_adapters(model, model_name_or_path, source)
@@ -184,13 +206,13 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
 def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     """Names of the new parameters; anything but vision modules missing or left over is an error."""
     missing = sorted(info["missing_keys"])
-    foreign = [name for name in missing if vision_module_of(name) is None]
+    foreign = [name for name in missing if not is_added(name)]
     unexpected = sorted(info["unexpected_keys"])
     if foreign or unexpected:
         what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
         raise ValueError(f"the checkpoint {path!r} does not fit its config.json: it {what}")
     if missing:
-        modules = ", ".join(sorted({module for name in missing if (module := vision_module_of(name))}))
+        modules = ", ".join(sorted({vision_module_of(name) or COORDINATES for name in missing}))
         logger.info("new parameters, not in %r: %d tensors of %s", path, len(missing), modules)
     return missing
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llava.model.linear_layers import find_linear_layers
 from llava.model.quantization import quantized_bits
-from llava.model.visual import vision_module_of
+from llava.model.visual import is_added
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -161,7 +161,7 @@ def load_adapter_weights(model: Any, folder: str) -> None:
     tables = _token_tables(model)
     for name, tensor in _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS).items():
         if name in tables:
-            state[tables[name]][model.vision.visual_token_ids] = tensor.to(state[tables[name]])
+            state[tables[name]][_new_token_ids(model)] = tensor.to(state[tables[name]])
         else:
             state[name].copy_(tensor)
 
@@ -205,13 +205,18 @@ def _adapter_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _other_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a base model may lack beside the adapters: vision modules and the rows of visual tokens."""
+    """What a base model may lack beside the adapters: vision modules, coordinates and the rows of new tokens."""
     if model.vision is None:
         return {}
     left_out = set(model._keys_to_ignore_on_save or ())
-    weights = {name: tensor for name, tensor in state.items() if vision_module_of(name) and name not in left_out}
-    rows = {name: state[table][model.vision.visual_token_ids] for name, table in _token_tables(model).items()}
+    weights = {name: tensor for name, tensor in state.items() if is_added(name) and name not in left_out}
+    rows = {name: state[table][_new_token_ids(model)] for name, table in _token_tables(model).items()}
     return weights | rows
+
+
+def _new_token_ids(model: Any) -> list[int]:
+    """Tokens that this library has added to the vocabulary."""
+    return [*model.vision.visual_token_ids, *(model.grounding.token_ids.values() if model.grounding else ())]
 
 
 def _token_tables(model: Any) -> dict[str, str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llava.constants import IGNORE_INDEX
+from llava.model.coordinates import TwoHot, two_hot_cross_entropy
 
 
 def supervised_loss(
-    hidden: Tensor, labels: Tensor, head: nn.Module, num_items_in_batch: Tensor | int | None = None
+    hidden: Tensor,
+    labels: Tensor | TwoHot,
+    head: Callable[[Tensor], Tensor],
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Next-token cross entropy; the head runs only where a label is predicted.
 
@@ -21,7 +26,8 @@ def supervised_loss(
 
     Args:
         hidden: (batch, length, width), the decoder's last hidden states.
-        labels: int64 (batch, length); the label at position t + 1 is predicted at position t.
+        labels: int64 (batch, length); the label at position t + 1 is predicted at position t. ``TwoHot`` for
+            a model with tables of coordinates.
         head: maps (..., width) to (..., vocabulary).
         num_items_in_batch: number of predicted labels of the global batch, which the sum is divided
             by. None divides by the number in ``labels``: the mean over this batch.
@@ -29,13 +35,15 @@ def supervised_loss(
     Returns:
         The fp32 loss; zero, with a graph, for a batch that predicts nothing.
     """
-    targets = labels[:, 1:]
-    predicted = targets != IGNORE_INDEX
+    ids = labels.lower if isinstance(labels, TwoHot) else labels
+    predicted = ids[:, 1:] != IGNORE_INDEX
     logits = head(hidden[:, :-1][predicted]).float()
-    targets = targets[predicted]
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    if isinstance(labels, TwoHot):
+        total = two_hot_cross_entropy(logits, *(target[:, 1:][predicted] for target in labels))
+    else:
+        total = F.cross_entropy(logits, ids[:, 1:][predicted], reduction="sum")
     if num_items_in_batch is None:
-        return total / max(len(targets), 1)
+        return total / max(len(logits), 1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 

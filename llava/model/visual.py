@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from llava.model.coordinates import COORDINATES
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.views import ViewMerger
 from llava.types import MediaKind
@@ -18,6 +19,11 @@ VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_new
 def vision_module_of(name: str) -> str | None:
     """Which of ``VISION_MODULES`` a parameter or a module belongs to by its name, None for the language model's."""
     return next((module for module in VISION_MODULES if module in name.split(".")), None)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter belongs to what this library adds to a language model: vision modules, coordinates."""
+    return vision_module_of(name) is not None or COORDINATES in name.split(".")
 
 
 def as_media(images: list[Tensor] | Tensor) -> list[Tensor]:
@@ -44,6 +50,7 @@ def encode_visual(
     modalities: list[MediaKind],
     image_sizes: Sequence[tuple[int, int]] | None = None,
     merger: ViewMerger | None = None,
+    positions: Callable[[int], Tensor] | None = None,
 ) -> list[Tensor]:
     """Encode all media of a batch: one call of the tower, one of the resampler for images and each length of video.
 
@@ -55,6 +62,8 @@ def encode_visual(
         modalities: the kind of each medium.
         image_sizes: original (height, width) of each medium; needed for anyres images alone.
         merger: puts the views of anyres images together; None where an image is one frame.
+        positions: from a number of frames to (frames, patches, width) embeddings of where and when the patches are,
+            added before the resampler; None adds nothing.
 
     Returns:
         One (tokens, width) tensor a medium, in order.
@@ -64,6 +73,8 @@ def encode_visual(
     if merger is not None:
         merger.check(media, modalities, image_sizes)
     features = projector(tower(torch.cat(media))).split([len(frames) for frames in media])
+    if positions is not None:
+        features = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in features)
     groups: dict[tuple[MediaKind, int], list[int]] = {}
     for i, (kind, frames) in enumerate(zip(modalities, media, strict=True)):
         # Each view of an image is resampled on its own; the frames of a video are together.

@@ -1,8 +1,9 @@
-"""Room for the visual tokens in tokenizer, embeddings and head."""
+"""Room for visual tokens and coordinates in tokenizer, embeddings and head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,20 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import VISUAL_TOKENS
+from llava.coordinates import COORDINATE_PLACEHOLDERS, GroundingConfig
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
-    """A ValueError if the tokenizer has ids that the model has no embedding for."""
-    if len(tokenizer) > vocab_size:
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str, grounding: GroundingConfig | None = None
+) -> None:
+    """A ValueError if the tokenizer has ids that the model has no embedding for.
+
+    The bins of coordinates, which come last, have tables of their own.
+    """
+    num_tokens = len(tokenizer) if grounding is None or grounding.first_bin is None else grounding.first_bin
+    if num_tokens > vocab_size:
         raise ValueError(
-            f"the tokenizer of {path!r} has {len(tokenizer)} tokens, but the model has embeddings for "
+            f"the tokenizer of {path!r} has {num_tokens} tokens, but the model has embeddings for "
             f"{vocab_size}; put the tokenizer that the model was trained with into its folder"
         )
 
@@ -27,11 +35,39 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     Returns:
         The id of every visual token.
     """
+    return _add_tokens(tokenizer, VISUAL_TOKENS, special=True)
+
+
+def add_coordinate_tokens(tokenizer: PreTrainedTokenizerBase, grounding: GroundingConfig) -> GroundingConfig:
+    """Add the placeholders and, behind all other tokens, the bins of coordinates that the tokenizer does not know yet.
+
+    They are no special tokens: they are written in texts and stay in answers.
+
+    Returns:
+        The same with the tokens' ids.
+
+    Raises:
+        ValueError: the tokenizer has other bins, or tokens behind them.
+    """
+    token_ids = _add_tokens(tokenizer, COORDINATE_PLACEHOLDERS, special=False)
+    if not grounding.has_tables:
+        return replace(grounding, token_ids=token_ids, first_bin=None)
+    ids = list(_add_tokens(tokenizer, grounding.bin_tokens(), special=False).values())
+    if ids != list(range(len(tokenizer) - len(ids), len(tokenizer))):
+        raise ValueError(
+            f"the bins of coordinates must be the tokenizer's last {len(ids)} tokens, in order, but "
+            f"{tokenizer.name_or_path!r} has tokens behind or between them; begin from a tokenizer without bins"
+        )
+    return replace(grounding, token_ids=token_ids, first_bin=ids[0])
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], special: bool) -> dict[str, int]:
+    """Add those tokens that are new; the ids of all of them."""
     vocabulary = tokenizer.get_vocab()
-    new = [token for token in VISUAL_TOKENS if token not in vocabulary]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    new = [AddedToken(token, special=special, normalized=False) for token in tokens if token not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=special)
     vocabulary = tokenizer.get_vocab()
-    return {token: vocabulary[token] for token in VISUAL_TOKENS}
+    return {token: vocabulary[token] for token in tokens}
 
 
 def grow_vocabulary(model: Any, new_ids: Sequence[int]) -> None:

@@ -15,17 +15,18 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.engines import find_deepspeed_config
+from llava.train.grounding_arguments import CONTENT, GroundingArguments
 from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
 from llava.train.media_arguments import MediaArguments
-from llava.train.parts import PARTS
+from llava.train.parts import COORDINATES_PART, PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
 _TRUE = ("1", "true", "yes", "on")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(GroundingArguments):
     """Which model, which vision modules, what is trained."""
 
     model_name_or_path: str = field(
@@ -121,9 +122,6 @@ class ModelArguments:
             "help": "Checkpoint folder or file (.safetensors, .bin) to take projector and resampler weights from."
         },
     )
-    stage: str = field(
-        default="1", metadata={"help": "Training stage; 1 (content) is the only one so far, 2 and 3 need coordinates."}
-    )
 
     def __post_init__(self) -> None:
         if self.mm_resampler_type == "none":
@@ -133,17 +131,22 @@ class ModelArguments:
                 f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "
                 "before a frame is masked, so the number of patches cannot vary"
             )
-        if self.stage != "1":
-            raise ValueError(f"--stage is {self.stage!r}, but only stage 1 (content) exists; 2 and 3 need coordinates")
-        unknown = [part for part in self.tunable_parts if part not in PARTS]
+        self.check_grounding()
+        unknown = [part for part in self.named_parts if part not in PARTS]
         if unknown:
             raise ValueError(f"--mm_tunable_parts names {', '.join(unknown)}; known: {', '.join(PARTS)}")
-        if not self.tunable_parts:
+        if not self.named_parts:
             raise ValueError(f"--mm_tunable_parts is empty, nothing would be trained; known: {', '.join(PARTS)}")
 
     @property
-    def tunable_parts(self) -> list[str]:
+    def named_parts(self) -> list[str]:
         return [part.strip() for part in self.mm_tunable_parts.split(",") if part.strip()]
+
+    @property
+    def tunable_parts(self) -> list[str]:
+        """The named parts and, from stage 2 on, the tables of coordinates."""
+        learns_coordinates = self.stage != CONTENT and not self.freeze_coordinates
+        return [*self.named_parts, *([COORDINATES_PART] if learns_coordinates else [])]
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
@@ -302,6 +305,10 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         default=None, metadata={"help": "Learning rate of the vision tower, if trained (default: --learning_rate)."}
     )
 
+    mm_coordinates_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the tables of coordinates (default: --learning_rate)."}
+    )
+
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -352,8 +359,10 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
             "mm_mlp_adapter": self.mm_projector_lr,
             "mm_vision_resampler": self.mm_vision_resampler_lr,
             "mm_vision_tower": self.mm_vision_tower_lr,
+            COORDINATES_PART: self.mm_coordinates_lr,
         }
-        return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in PARTS}
+        parts = (*PARTS, COORDINATES_PART)
+        return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in parts}
 
 
 def check_flash_attention() -> None:

@@ -1,4 +1,4 @@
-"""The four parts of a model: which of them train, at what rate, and the table that says so."""
+"""The parts of a model: which of them train, at what rate, and the table that says so."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import Any
 
 from torch import nn
 
+from llava.model.coordinates import COORDINATES
 from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
 from llava.model.quantization import count_weights
 from llava.model.visual import vision_module_of
 
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 """Names of the parts, as ``--mm_tunable_parts`` spells them."""
+COORDINATES_PART = "mm_coordinates"
+"""The tables of coordinates: in which stages they train, ``GroundingArguments`` says."""
 
 _MODULE_PARTS = {
     "vision_tower": "mm_vision_tower",
     "mm_projector": "mm_mlp_adapter",
     "image_newline": "mm_mlp_adapter",
     "vision_resampler": "mm_vision_resampler",
+    COORDINATES: COORDINATES_PART,
 }
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a parameter belongs to: what is in no vision module is the language model."""
+    """The part that a parameter belongs to: what is in none of the others is the language model."""
     for component in parameter_name.split("."):
         if component in _MODULE_PARTS:
             return _MODULE_PARTS[component]
@@ -35,8 +39,8 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
 
     Args:
         model: a language model with head.
-        tunable_parts: names of ``PARTS``. The language model includes embeddings, head and the rows
-            of new tokens; where a model has LoRA adapters, these alone stand for it.
+        tunable_parts: names of ``PARTS``, and ``COORDINATES_PART``. The language model includes embeddings,
+            head and the rows of new tokens; where a model has LoRA adapters, these alone stand for it.
         freeze_embeddings: keeps embeddings and head of the language model as they are.
 
     A trained vision tower is no longer its source's: its weights join the checkpoints.
@@ -98,7 +102,7 @@ def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
         total[part] = total.get(part, 0) + count_weights(parameter)
         trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
     lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]
-    for part in (part for part in PARTS if part in total):
+    for part in (part for part in (*PARTS, COORDINATES_PART) if part in total):
         rate = f"{learning_rates[part]:g}" if trainable[part] else "frozen"
         lines.append(f"{part:<22}{total[part]:>14,}{trainable[part]:>14,}  {rate}")
     lines.append(f"{'all':<22}{sum(total.values()):>14,}{sum(trainable.values()):>14,}")

@@ -17,6 +17,7 @@ from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.model.adapter import load_adapter
+from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
 from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -107,7 +108,7 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     max_length = choose_max_length(training_args.model_max_length, model, vision)
     text_format = choose_format(data_args.format_name, tokenizer, model.config)
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed)
+    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed, model.grounding)
     if training_args.process_index == 0:
         if loaded.transfer is not None:
             print(loaded.transfer)
@@ -123,8 +124,12 @@ def load_from_arguments(
     model_args: ModelArguments, data_args: DataArguments, attn_implementation: str | None = None, **loading: Any
 ) -> LoadedModel:
     """The model that the arguments describe; ``loading`` is as for ``build_trainer``."""
+    path = loading.pop("model_name_or_path", model_args.model_name_or_path)
     return load_model(
-        loading.pop("model_name_or_path", model_args.model_name_or_path),
+        path,
+        grounding=model_args.choose_grounding(read_config(path).get("grounding")),
+        num_temporal_tokens=model_args.num_temporal_tokens,
+        num_spatial_tokens=model_args.num_spatial_tokens,
         vision_tower=model_args.vision_tower,
         save_vision_tower=model_args.save_vision_tower,
         attn_implementation=attn_implementation,

@@ -122,7 +122,7 @@ MALFORMED = {
     "split of two": (conversation("<video> <video>", video=["a", "b"], meta={"split": [0, 2]}), "2 videos"),
     "list for meta": (conversation("ciao", meta=[1]), '"meta" must be an object'),
     "list for variables": (conversation("ciao", variables=[1]), '"variables" must be an object'),
-    "coordinates": (conversation("ciao", variables={"temporal_input_locations": [0.5]}), "cannot train on yet"),
+    "coordinates": (conversation("ciao", variables={"temporal_input_locations": [0.5]}), "text has 0 <TEMP-INPUT>"),
 }
 
 

@@ -1,0 +1,235 @@
+"""Tables of coordinates: places and times as rows that text and pictures share.
+
+For each of time, height and width there is a table of input rows (what a coordinate is in the text) and one
+of output rows (what the decoder's last states are compared with). Both together, averaged, are also what tells
+a visual feature where it lies: the language-aligned positional embedding of LLaVA-ST (arXiv 2501.08282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX
+from llava.coordinates import AXES, LOCATIONS, Axis, GroundingConfig
+
+Variables = Sequence[Mapping[str, Sequence[float]] | None]
+"""For each row of a batch its lists of coordinates, as ``Coordinates.to_variables`` gives them, or None."""
+
+COORDINATES = "coordinates"
+"""Attribute of a decoder that holds its tables."""
+
+
+def propagate(table: Tensor) -> Tensor:
+    """A table whose rows learn from their neighbours too.
+
+    With R_ij = 2^-|i-j|, W + RW - stopgrad(RW): the value is that of W, bit by bit, the gradient (I + R^T) g.
+
+    Args:
+        table: (bins, width).
+    """
+    bins = torch.arange(len(table), device=table.device, dtype=table.dtype)
+    spread = torch.exp2(-(bins[:, None] - bins).abs()) @ table
+    return table + (spread - spread.detach())
+
+
+class Place(NamedTuple):
+    """Where positions lie among the bins: between ``lower`` and ``upper``, ``fraction`` of the way to the latter."""
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+
+
+def place(positions: Tensor, num_bins: int) -> Place:
+    """Bins of positions in [0, 1]: of e = p (N - 1) the floor, the ceiling and the rest."""
+    exact = positions.clamp(0, 1) * (num_bins - 1)
+    lower = exact.floor()
+    return Place(lower.long(), exact.ceil().long(), exact - lower)
+
+
+@dataclass(frozen=True)
+class CoordinateRows:
+    """The tables as they are used in one step, those of time, height and width below one another.
+
+    Attributes:
+        grounding: says how many rows each has.
+        inputs, outputs: (all bins, width).
+    """
+
+    grounding: GroundingConfig
+    inputs: Tensor
+    outputs: Tensor
+
+    def first_row(self, axis: Axis) -> int:
+        return self.grounding.first_bin_of(axis) - self.grounding.first_bin_of(AXES[0])
+
+    def interpolate(self, table: Tensor, at: Place) -> Tensor:
+        """Rows of a table between two bins, (positions, width)."""
+        return torch.lerp(table[at.lower], table[at.upper], at.fraction.to(table.dtype).unsqueeze(-1))
+
+    def _where(self, axis: Axis, positions: Tensor) -> Tensor:
+        """The embedding of positions that visual features get: the mean of both tables."""
+        at = place(positions, self.grounding.num_bins(axis))
+        first = self.first_row(axis)
+        moved = Place(at.lower + first, at.upper + first, at.fraction)
+        return (self.interpolate(self.inputs, moved) + self.interpolate(self.outputs, moved)) / 2
+
+    def of_patches(self, num_frames: int, grid_side: int) -> Tensor:
+        """What tells the patches of an image (one frame, time 0) or of a video where and when they are.
+
+        A patch lies at its centre, frame i of n at i / (n - 1).
+
+        Returns:
+            (frames, grid_side ** 2, width).
+        """
+        device = self.inputs.device
+        centres = (torch.arange(grid_side, device=device, dtype=torch.float32) + 0.5) / grid_side
+        times = torch.linspace(0, 1, num_frames, device=device)
+        rows, columns = self._where("HEIGHT", centres), self._where("WIDTH", centres)
+        grid = (rows[:, None] + columns[None]).flatten(0, 1)
+        return self._where("TEMP", times)[:, None] + grid
+
+    def extend(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+        """A head whose logits are those of the vocabulary, up to the first bin, and then those of the bins."""
+
+        def logits(hidden: Tensor) -> Tensor:
+            words = head(hidden)[..., : self.grounding.first_bin]
+            return torch.cat([words, F.linear(hidden, self.outputs)], dim=-1)
+
+        return logits
+
+
+class CoordinateTables(nn.Module):
+    """The six tables.
+
+    Args:
+        grounding: how many bins.
+        width: of token embeddings.
+    """
+
+    def __init__(self, grounding: GroundingConfig, width: int) -> None:
+        super().__init__()
+        self.grounding = grounding
+        for name, axis in zip(("temporal", "height", "width"), AXES, strict=True):
+            for direction in ("input", "output"):
+                table = nn.Parameter(torch.empty(grounding.num_bins(axis), width))
+                self.register_parameter(f"{name}_{direction}", table)
+
+    def forward(self) -> CoordinateRows:
+        """All tables for one step; every gradient is shared with neighbours."""
+        inputs = [propagate(self.get_parameter(f"{name}_input")) for name in ("temporal", "height", "width")]
+        outputs = [propagate(self.get_parameter(f"{name}_output")) for name in ("temporal", "height", "width")]
+        return CoordinateRows(self.grounding, torch.cat(inputs), torch.cat(outputs))
+
+
+class PlacedTokens(NamedTuple):
+    """The tokens of a batch that stand for coordinates.
+
+    Attributes:
+        positions: int64 (tokens,), in the flattened batch.
+        at: rows of the tables, for each token.
+    """
+
+    positions: Tensor
+    at: Place
+
+
+def place_tokens(input_ids: Tensor, grounding: GroundingConfig, variables: Variables | None) -> PlacedTokens:
+    """Find the placeholders and bins of a batch, and the rows of the tables that they stand for.
+
+    Args:
+        input_ids: int64 (batch, length).
+        grounding: with tables.
+        variables: the coordinates of each row, in the order of its placeholders.
+
+    Raises:
+        ValueError: a row has more placeholders than coordinates; names the row and the list.
+    """
+    assert grounding.first_bin is not None
+    given = [None] * len(input_ids) if variables is None else variables
+    if len(given) != len(input_ids):
+        raise ValueError(f"variables has {len(given)} entries for a batch of {len(input_ids)}; pass one for each row")
+    kinds = torch.tensor([grounding.token_ids[placeholder] for placeholder in LOCATIONS], device=input_ids.device)
+    # One wait for the device: how many placeholders of each kind each row has.
+    matches = input_ids == kinds[:, None, None]
+    counts = matches.sum(-1).tolist()
+    flat, bins = input_ids.flatten(), (input_ids >= grounding.first_bin).flatten().nonzero().squeeze(1)
+    rows = flat[bins] - grounding.first_bin
+    positions, places = [bins], [Place(rows, rows, torch.zeros(len(rows), device=rows.device))]
+    for (placeholder, name), of_rows, match in zip(LOCATIONS.items(), counts, matches, strict=True):
+        if not any(of_rows):
+            continue
+        numbers: list[float] = []
+        for row, count in enumerate(of_rows):
+            own = list((given[row] or {}).get(name) or ())
+            if len(own) < count:
+                raise ValueError(
+                    f"row {row} of the batch has {count} {placeholder}, but its variables have {len(own)} {name}; "
+                    "pass one number for each"
+                )
+            numbers += own[:count]
+        axis: Any = placeholder[1:].split("-")[0]
+        first = grounding.first_bin_of(axis) - grounding.first_bin
+        at = place(torch.tensor(numbers, dtype=torch.float32, device=input_ids.device), grounding.num_bins(axis))
+        positions.append(match.flatten().nonzero().squeeze(1))
+        places.append(Place(at.lower + first, at.upper + first, at.fraction))
+    return PlacedTokens(torch.cat(positions), Place(*map(torch.cat, zip(*places, strict=True))))
+
+
+def embed_tokens(input_ids: Tensor, embed: nn.Module, rows: CoordinateRows, tokens: PlacedTokens) -> Tensor:
+    """Token embeddings of a batch, those of coordinates from the tables.
+
+    Without a coordinate the tables are still part of the graph, with gradients of zero: ranks wait for each other's.
+
+    Returns:
+        (batch, length, width).
+    """
+    assert rows.grounding.first_bin is not None
+    words = input_ids.masked_fill(input_ids >= rows.grounding.first_bin, 0)
+    embeddings = embed(words)
+    own = rows.interpolate(rows.inputs, tokens.at).to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, tokens.positions, own).view_as(embeddings)
+
+
+class TwoHot(NamedTuple):
+    """Targets between two entries of the logits; (batch, length) each, -100 in both where nothing is predicted."""
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+
+
+def two_hot_targets(labels: Tensor, grounding: GroundingConfig, tokens: PlacedTokens) -> TwoHot:
+    """Labels with those of coordinates between two bins: 1 - r of the floor and r of the ceiling.
+
+    Args:
+        labels: int64 (batch, length), the ids of the same batch or -100.
+        tokens: of the batch's ids.
+    """
+    assert grounding.first_bin is not None
+    flat = labels.flatten()
+    learned = flat[tokens.positions] != IGNORE_INDEX
+    positions = tokens.positions[learned]
+    lower = flat.index_copy(0, positions, tokens.at.lower[learned] + grounding.first_bin)
+    upper = flat.index_copy(0, positions, tokens.at.upper[learned] + grounding.first_bin)
+    fraction = torch.zeros(len(flat), device=labels.device)
+    fraction = fraction.index_copy(0, positions, tokens.at.fraction[learned])
+    return TwoHot(lower.view_as(labels), upper.view_as(labels), fraction.view_as(labels))
+
+
+def two_hot_cross_entropy(logits: Tensor, lower: Tensor, upper: Tensor, fraction: Tensor) -> Tensor:
+    """The sum of the cross entropies of targets that share their weight among two entries.
+
+    Args:
+        logits: fp32 (tokens, entries).
+        lower, upper: int64 (tokens,); ``upper`` has the weight ``fraction``, ``lower`` the rest.
+        fraction: (tokens,).
+    """
+    chosen = logits.gather(1, torch.stack([lower, upper], dim=1))
+    return (logits.logsumexp(1) - torch.lerp(chosen[:, 0], chosen[:, 1], fraction)).sum()

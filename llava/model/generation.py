@@ -1,0 +1,81 @@
+"""``generate`` for prompts with images, videos and coordinates, the same for every backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.model.coordinates import Variables, embed_tokens
+from llava.types import MediaKind
+
+
+class MultimodalGeneration:
+    """The part of ``LlavaMetaForCausalLM`` that generates."""
+
+    get_model: Any
+    get_input_embeddings: Any
+    place_coordinates: Any
+    embed_multimodal: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: list[Tensor] | Tensor | None = None,
+        modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        pixel_values: list[Tensor] | Tensor | None = None,
+        variables: Variables | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` for prompts with images, videos and coordinates.
+
+        The media are encoded once, whatever the number of beams and with or without the cache.
+        Visual tokens and placeholders of coordinates are never produced; bins may be.
+
+        Args:
+            inputs: int64 (batch, length) prompt, left-padded where lengths differ; also ``input_ids``.
+            images, modalities, image_sizes, pixel_values, variables: as for ``forward``.
+            **kwargs: as for transformers' ``generate``.
+
+        Returns:
+            int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        images = pixel_values if images is None else images
+        tokens = None if input_ids is None else self.place_coordinates(input_ids, variables)
+        vision, grounding = self.get_model().vision, self.get_model().grounding
+        if vision is not None and vision.token_ids:
+            visual = vision.visual_token_ids
+            if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
+                raise ValueError("the prompt has places for images or videos, but no images were given")
+            placeholders = [] if grounding is None else grounding.filled_token_ids
+            kwargs["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *visual, *placeholders]
+        if images is not None or tokens is not None:
+            rows = self.get_model().coordinate_rows()
+            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)
+        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, with ``prompt_embeds`` (batch, prompt, width) in place of the prompt's ids.
+
+        A step whose input still holds the prompt (the first one, or every one without the cache)
+        gets the prompt's embeddings followed by those of the tokens generated since.
+        """
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        step_ids = model_inputs.get("input_ids")
+        if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
+            generated = self._embed_generated(input_ids[:, prompt_embeds.shape[1] :])
+            model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
+            model_inputs["input_ids"] = None
+        return model_inputs
+
+    def _embed_generated(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of generated tokens, bins of coordinates among them."""
+        rows, tokens = self.get_model().coordinate_rows(), self.place_coordinates(input_ids, None)
+        embed = self.get_input_embeddings()
+        return embed(input_ids) if rows is None or tokens is None else embed_tokens(input_ids, embed, rows, tokens)
