@@ -92,7 +92,7 @@ DAMAGES = {
     "first bit": (lambda b: flip(b, 0), "checksum"),
     "hole": (lambda b: b[:100] + b[200:], "length is wrong"),
     "footer": (lambda b: b[:-30] + b"\xff" + b[-29:], "end is damaged"),
-    "version": (lambda b: b.replace(b'"version": 1', b'"version": 0'), "another version"),
+    "version": (lambda b: b.replace(b'"version": 2', b'"version": 0'), "another version"),
 }
 
 

@@ -43,7 +43,7 @@ def test_every_shipped_recipe_parses_by_its_name(recipe: str) -> None:
         (["--mm_proj", "linear"], "unknown flag --mm_proj"),
         (["--learning_rate", "1e-4", "stray"], "unexpected 'stray'"),
         (["--config", "nothing.yaml"], "no such file; recipes that come with llava"),
-        (["--stage", "2"], "--stage is '2'"),
+        (["--stage", "4"], "--stage is '4'"),
         (["--mm_tunable_parts", "mm_everything"], "--mm_tunable_parts names mm_everything; known: mm_vision_tower"),
         (["--mm_tunable_parts", ","], "--mm_tunable_parts is empty"),
         (["--attn_implementation", "fast"], "--attn_implementation is 'fast'"),
