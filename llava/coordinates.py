@@ -35,6 +35,9 @@ _LOCATED = re.compile(
     r"\[\s*(?:<WIDTH-\d{3}>\s*<HEIGHT-\d{3}>\s*){2}\]|\{\s*(?:<TEMP-\d{3}>\s*){2}\}"
 )  # fmt: skip
 
+Positions = Sequence[float | None]
+"""Of the bins of a text, in reading order: where each is exactly, None for one of which only its number is known."""
+
 
 class Box(NamedTuple):
     """A box in a picture, each number in [0, 1]: (x1, y1) is its upper left corner, (x2, y2) its lower right."""
@@ -222,16 +225,13 @@ def count_bins(text: str) -> int:
     return len(_BIN.findall(text))
 
 
-def parse_places(
-    text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None
-) -> list[Box | TimeSpan]:
+def parse_places(text: str, grounding: GroundingConfig, positions: Positions | None = None) -> list[Box | TimeSpan]:
     """The boxes and spans of time that a text of bins tells, in reading order; what is no whole one is passed over.
 
     Args:
         text: such as "the star [<WIDTH-010><HEIGHT-020><WIDTH-030><HEIGHT-040>]".
         grounding: of the model that wrote it.
-        positions: the position of every bin in the text, in reading order, where it is known more precisely than
-            by the bin's number; see ``expected_positions`` of ``llava.model.coordinates``.
+        positions: where they are known more precisely than bins tell, see ``llava.model.coordinate_positions``.
     """
     places: list[Box | TimeSpan] = []
     for opening, numbers in _parse(text, grounding, positions):
@@ -239,14 +239,30 @@ def parse_places(
     return places
 
 
-def parse_boxes(text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None) -> list[Box]:
+def parse_boxes(text: str, grounding: GroundingConfig, positions: Positions | None = None) -> list[Box]:
     """The boxes that a text of bins tells; see ``parse_places``."""
     return [place for place in parse_places(text, grounding, positions) if isinstance(place, Box)]
 
 
-def parse_spans(text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None) -> list[TimeSpan]:
+def parse_spans(text: str, grounding: GroundingConfig, positions: Positions | None = None) -> list[TimeSpan]:
     """The spans of time that a text tells; see ``parse_places``."""
     return [place for place in parse_places(text, grounding, positions) if isinstance(place, TimeSpan)]
+
+
+def write_numbers(text: str, boxes: Sequence[Box], spans: Sequence[TimeSpan]) -> str:
+    """Put numbers in the place of bins, to be read by people: "the star [0.12 0.34 0.56 0.78]".
+
+    Args:
+        text: of bins.
+        boxes, spans: one for each that ``parse_boxes`` and ``parse_spans`` find in the text, in reading order.
+    """
+    waiting: dict[str, Iterator[Sequence[float]]] = {"[": iter(boxes), "{": iter(spans)}
+
+    def write(match: re.Match[str]) -> str:
+        opening, closing = match.group()[0], match.group()[-1]
+        return f"{opening}{' '.join(f'{number:.2f}' for number in next(waiting[opening]))}{closing}"
+
+    return _LOCATED.sub(write, text)
 
 
 def strip_coordinates(text: str) -> str:
@@ -256,9 +272,7 @@ def strip_coordinates(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parse(
-    text: str, grounding: GroundingConfig, positions: Sequence[float] | None
-) -> Iterator[tuple[str, list[float]]]:
+def _parse(text: str, grounding: GroundingConfig, positions: Positions | None) -> Iterator[tuple[str, list[float]]]:
     """The opening bracket and the numbers of each box and span."""
     places = [match.start() for match in _BIN.finditer(text)]
     if positions is not None and len(positions) != len(places):
