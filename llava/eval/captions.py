@@ -75,7 +75,8 @@ def score_caption(caption: Words) -> dict[str, float]:
 
 
 def score_elc(tube: Tube | None, caption: Words, reference: Tube) -> dict[str, float]:
-    """Score where and when the answer says that something happens: ``score_stvg``; ``CaptionScorer`` scores what it
-    says that happens. It is unparsable where it lacks one of the two; the other is scored all the same.
+    """Score an answer that says what happens, where and when: ``score_stvg``; ``CaptionScorer`` scores the caption.
+
+    Without a tube, or without a word, it is unparsable; the part that it has is scored all the same.
     """
     return {**score_stvg(tube, reference), "unparsable": float(tube is None or not caption)}

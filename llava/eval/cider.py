@@ -65,6 +65,5 @@ def _similarity(candidate: Sequence[Vector], reference: Sequence[Vector]) -> flo
 
 
 def _length_penalty(candidate: NgramCounts, reference: NgramCounts) -> float:
-    # The COCO evaluation takes the number of pairs of words for a caption's length.
-    difference = candidate[1].total() - reference[1].total()
+    difference = candidate[0].total() - reference[0].total()
     return math.exp(-(difference**2) / (2 * _SIGMA**2))

@@ -10,6 +10,8 @@ svg      ``parse_tube``, ``score_svg``       ``bootstrap(rows)``
 elc      ``parse_tube``, ``score_elc``       ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
 caption  ``score_caption``                   ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
 =======  ==================================  ======================================================
+
+Every row has ``unparsable``, 0 or 1, whose mean is the share of answers that say nothing of what was asked.
 """
 
 from llava.eval.bootstrap import bootstrap

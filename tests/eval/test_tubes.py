@@ -148,6 +148,9 @@ def test_stvg_follows_both_tubes_in_time() -> None:
         (frames(6, 6), (ALL,), frames(5.1, 5.3), [0.0, 0.0, 0.0]),
         # No frame in both: one after the other.
         (frames(0, 49), (ALL,), frames(50, 99), [0.0, 0.0, 0.0]),
+        # A frame at an end of the span is in it, however its time was rounded.
+        (TimeSpan(0.33333333334, 0.66666666666), (ALL,), frames(33, 66), [1.0, 1.0, 1.0]),
+        (frames(33, 66), (ALL,), TimeSpan(0.33333333334, 0.66666666666), [1.0, 1.0, 1.0]),
         # Reversed, and several boxes of it.
         (frames(59, 20), (ALL,), frames(20, 59), [0.0, 0.0, 0.0]),
         (frames(59, 20), (ALL, LEFT), frames(59, 20), [0.0, 0.0, 0.0]),
