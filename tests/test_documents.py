@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
 from llava.model.merge_lora import build_parser as merge_parser
 from llava.serve.cli import build_parser
@@ -67,6 +68,11 @@ def test_alternating_commands_parse(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.model.merge_lora" in c])
 def test_merging_commands_parse(command: str) -> None:
     merge_parser().parse_args(words_after(command, "llava.model.merge_lora"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.data.localized_narratives" in c])
+def test_commands_for_narratives_parse(command: str) -> None:
+    narratives_parser().parse_args(words_after(command, "llava.data.localized_narratives"))
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if re.match(r"\s*make ", c)])

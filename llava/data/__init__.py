@@ -21,4 +21,5 @@ time_instruction.py turns               -> turns that tell the times of frames
 dataset.py        Record                -> Example
 survey.py         all Records           -> their lengths, and what has something to learn
 collator.py       Examples              -> Batch
+localized_narratives/ rows of Localized Narratives -> data files, a command
 """

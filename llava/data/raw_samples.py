@@ -55,16 +55,16 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
     if file.suffix == ".jsonl":
         # Lines end with a newline only: JSON strings may hold the other characters that split text.
         with _open(file) as (lines, advance):
-            for number, line in enumerate(_read_lines(lines), start=1):
+            for number, line in enumerate(read_lines(lines), start=1):
                 advance(len(line))
                 if line.strip():
-                    yield _parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
+                    yield parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
     else:
         for number, sample in enumerate(iterate_list(file), start=1):
             yield sample, f"{file.name}, sample {number}"
 
 
-def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, ``LONGEST_SAMPLE`` bytes and one more."""
     while line := file.readline(LONGEST_SAMPLE + 1):
         yield line
@@ -72,7 +72,7 @@ def _read_lines(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(LONGEST_SAMPLE + 1)
 
 
-def _parse_line(data: bytes, where: str) -> Any:
+def parse_line(data: bytes, where: str) -> Any:
     """The value of a line, or the ValueError that says what is wrong with it."""
     if len(data) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")

@@ -1,0 +1,212 @@
+"""Rows of Localized Narratives: what an annotator said of an image and when, and where the pointer was meanwhile.
+
+A row is an object with ``dataset_id``, ``image_id``, ``annotator_id``, ``caption``, ``timed_caption``, a list of
+``{"utterance", "start_time", "end_time"}``, and ``traces``, a list of lists of ``{"x", "y", "t"}``. Times are
+seconds, x and y fractions of the image's width and height.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
+from llava.coordinates import count_bins, find_placeholders
+from llava.data.raw_samples import parse_line, read_lines
+
+_LARGEST = 1e9
+"""No time or place is beyond: what is not a finite number is not, either."""
+
+
+class Point(NamedTuple):
+    """Where the pointer was in the image, from 0 to 1 or a little outside, and when, in seconds."""
+
+    x: float
+    y: float
+    t: float
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Some words that were said together; ``interval`` is (start, end) in seconds, None where it is not known."""
+
+    text: str
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a row: a reason in words that many rows may share, and what it is about in this one."""
+
+    reason: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Narrative:
+    """A row that can become a sample.
+
+    Attributes:
+        dataset_id, image_id, annotator_id: as in the row, "" where it has none.
+        caption: with single spaces.
+        utterances: in the order of the row.
+        points: of all traces, in order of time.
+        findings: what of the row could not be used.
+    """
+
+    dataset_id: str
+    image_id: str
+    annotator_id: str
+    caption: str
+    utterances: tuple[Utterance, ...]
+    points: tuple[Point, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+class RowError(ValueError):
+    """A row that can be no sample, with the finding that says why."""
+
+    def __init__(self, reason: str, *details: str) -> None:
+        super().__init__(reason)
+        self.finding = Finding(reason, details)
+
+
+def read_rows(paths: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """The values of JSONL files' lines, one by one, each with the words that say where it stands.
+
+    Files whose names end with ``.gz`` are decompressed. The place of a line that is no JSON takes the ValueError
+    that says so; blank lines are skipped. A progress bar counts the bytes, where somebody watches.
+
+    Raises:
+        ValueError: a compressed file is broken.
+    """
+    from tqdm import tqdm
+
+    total = sum(Path(path).stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading rows", disable=None) as bar:
+        behind = 0
+        for path in paths:
+            with Path(path).open("rb") as file:
+                for number, line in enumerate(_read_lines(path, file), start=1):
+                    bar.update(behind + file.tell() - bar.n)
+                    if line.strip():
+                        where = f"{Path(path).name}, line {number}"
+                        yield parse_line(line, where), where
+                behind += file.tell()
+
+
+def _read_lines(path: str, file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, decompressed if its name says that it is compressed."""
+    compressed = path.endswith(".gz")
+    try:
+        with gzip.open(file) if compressed else nullcontext(file) as lines:
+            yield from read_lines(cast("BinaryIO", lines))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+
+
+def parse_narrative(row: Any) -> Narrative:
+    """Validate a row.
+
+    A row without traces or times is a narrative nevertheless, whose findings say what is missing.
+
+    Raises:
+        RowError: it has no image or no caption that a model could learn.
+    """
+    if isinstance(row, ValueError):
+        raise RowError("the line is not JSON", str(row))
+    if not isinstance(row, dict):
+        raise RowError("the line is no object", f"found {type(row).__name__}")
+    image_id = _parse_name(row, "image_id")
+    if not image_id:
+        raise RowError("no image_id")
+    findings: list[Finding] = []
+    return Narrative(
+        dataset_id=_parse_name(row, "dataset_id"),
+        image_id=image_id,
+        annotator_id=_parse_name(row, "annotator_id"),
+        caption=_parse_caption(row.get("caption")),
+        utterances=_parse_utterances(row.get("timed_caption"), findings),
+        points=_parse_traces(row.get("traces"), findings),
+        findings=tuple(findings),
+    )
+
+
+def _parse_name(row: dict[str, Any], key: str) -> str:
+    name = row.get(key)
+    if name is None:
+        return ""
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise RowError(f"{key} is neither a string nor a whole number", repr(name)[:80])
+    if not _is_unicode(str(name)):
+        raise RowError(f"{key} has half a character", repr(name))
+    return str(name)
+
+
+def _parse_caption(caption: Any) -> str:
+    if not isinstance(caption, str) or not caption.strip():
+        raise RowError("no caption")
+    if not _is_unicode(caption):
+        raise RowError("the caption has half a character")
+    kept = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, *VISUAL_TOKENS)
+    reserved = [name for name in kept if name in caption] + find_placeholders(caption)
+    if reserved or count_bins(caption):
+        raise RowError("the caption has a name kept for images, videos or coordinates", *reserved)
+    return " ".join(caption.split())
+
+
+def _parse_utterances(value: Any, findings: list[Finding]) -> tuple[Utterance, ...]:
+    if value is None or value == []:
+        findings.append(Finding("no timed_caption"))
+        return ()
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("utterance"), str) for entry in entries):
+        findings.append(Finding("timed_caption is not a list of utterances"))
+        return ()
+    return tuple(
+        Utterance(
+            # An utterance is only shown and compared: half a character does no harm once it is none.
+            text=" ".join(entry["utterance"].encode(errors="replace").decode().split()),
+            interval=_parse_interval(entry.get("start_time"), entry.get("end_time")),
+        )
+        for entry in entries
+    )
+
+
+def _parse_interval(start: Any, end: Any) -> tuple[float, float] | None:
+    return (float(start), float(end)) if _is_number(start) and _is_number(end) and start <= end else None
+
+
+def _parse_traces(value: Any, findings: list[Finding]) -> tuple[Point, ...]:
+    if value is None or value == []:
+        findings.append(Finding("no trace"))
+        return ()
+    segments = value if isinstance(value, list) else [value]
+    if not all(isinstance(segment, list) and all(map(_is_point, segment)) for segment in segments):
+        findings.append(Finding("traces is not a list of lists of points with x, y and t"))
+        return ()
+    points = [Point(float(point["x"]), float(point["y"]), float(point["t"])) for part in segments for point in part]
+    if not points:
+        findings.append(Finding("no trace"))
+    return tuple(sorted(points, key=lambda point: point.t))
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in "xyt")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
