@@ -1,38 +1,24 @@
-"""Captions and continuations from a trained checkpoint."""
+"""Captions, answers and continuations from a trained checkpoint."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from llava.data.media import load_media
-from llava.data.placeholders import expand_placeholders
+from llava.coordinates import GroundingConfig
 from llava.data.preprocess import PLAIN_LM, build_format
-from llava.data.time_instruction import add_time_instruction, clips_of
+from llava.model.coordinate_positions import expected_positions
+from llava.model.coordinate_syntax import CoordinateSyntax
 from llava.model.loading import LoadedModel, load_model
 from llava.model.quantization import Quantization
 from llava.model.quiet import quiet_transformers
-from llava.types import Media, Turn, VisualInput
-
-_PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to describe, to answer or to continue.
-
-    Media, in order, then the text so far or, for a model trained on conversations, the user's question;
-    ``system`` is a system turn before both.
-    """
-
-    media: Sequence[Media | VisualInput] = ()
-    prompt: str = ""
-    system: str = ""
+from llava.serve.answer import Answer, read_answer
+from llava.serve.requests import Prompt, PromptWriter, Request
 
 
 class Captioner:
@@ -48,7 +34,12 @@ class Captioner:
         self.model = loaded.model.to(self.device).eval()
         self.tokenizer = loaded.tokenizer
         self.vision: VisionConfig | None = loaded.vision
+        self.grounding: GroundingConfig | None = self.model.grounding
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
+        self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding)
+        self.syntax: CoordinateSyntax | None = None
+        if self.grounding is not None and self.grounding.has_tables:
+            self.syntax = CoordinateSyntax(self.tokenizer, self.grounding, self.device)
 
     @classmethod
     def from_checkpoint(
@@ -74,31 +65,62 @@ class Captioner:
         )
 
     def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:
-        """Generate text for each request.
+        """The text alone of what ``answer`` returns for the same arguments."""
+        return [answer.text for answer in self.answer(requests, batch_size, **options)]
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        batch_size: int = 16,
+        *,
+        sub_bin: bool = False,
+        constrain: bool = True,
+        **options: Any,
+    ) -> list[Answer]:
+        """Generate an answer to each request.
 
         Args:
             requests: any mix of images, videos and plain prompts.
             batch_size: requests that are decoded together.
+            sub_bin: whether boxes and spans are told more precisely than by bins, see ``expected_positions``;
+                takes the memory of every step's logits.
+            constrain: whether bins come only where boxes and spans want them, see ``CoordinateSyntax``.
             **options: for transformers' ``generate``, such as ``num_beams``; greedy and 64 new
                 tokens by default.
 
         Returns:
-            The new text of each request, without the prompt.
+            The answer to each request (or ``num_return_sequences`` of them); without tables of coordinates text alone.
 
         Raises:
-            ValueError: a file cannot be read, or a request leaves no room in the context.
+            ValueError: a file cannot be read, a request leaves no room in the context, or its coordinates
+                are not those of its prompt or are given to a model that has none.
         """
-        answers: list[str] = []
+        syntax = [self.syntax] if constrain and self.syntax is not None else []
+        options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), *syntax])
+        answers: list[Answer] = []
         for start in range(0, len(requests), batch_size):
-            answers += self._generate_batch(requests[start : start + batch_size], options)
+            prompts = [self.prompts.write(request) for request in requests[start : start + batch_size]]
+            generated, positions = self._generate(prompts, sub_bin and self.syntax is not None, options)
+            each = len(generated) // len(prompts)
+            answers += [
+                self._read(prompts[i // each], ids, None if positions is None else positions[i])
+                for i, ids in enumerate(generated)
+            ]
         return answers
 
-    def _generate_batch(self, requests: Sequence[Request], options: dict[str, Any]) -> list[str]:
-        stop = self.text_format.stop_token_ids
-        options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": stop, **options}
-        media = [[self._load(m) for m in request.media] for request in requests]
-        prompts = [self._prompt_ids(request, loaded) for request, loaded in zip(requests, media, strict=True)]
-        longest = max(map(len, prompts))
+    def _generate(
+        self, prompts: Sequence[Prompt], sub_bin: bool, options: dict[str, Any]
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """The new tokens of each row and, with ``sub_bin``, their ``expected_positions``."""
+        options = {
+            "max_new_tokens": 64,
+            "do_sample": False,
+            "eos_token_id": self.text_format.stop_token_ids,
+            **options,
+        }
+        if sub_bin:
+            options |= {"return_dict_in_generate": True, "output_logits": True}
+        longest = max(len(prompt.ids) for prompt in prompts)
         room = self.model.config.max_position_embeddings - longest
         if room < 1:
             raise ValueError(
@@ -106,41 +128,42 @@ class Captioner:
                 "lower num_frames"
             )
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):
-            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, longest - len(ids) :] = 1
-        flat = [medium for loaded in media for medium in loaded]
-        visual: dict[str, Any] = {}
-        if flat:
-            visual = {"images": [m.frames for m in flat], "modalities": [m.kind for m in flat]}
-            visual["image_sizes"] = [m.original_size for m in flat]
         # transformers drops a mask of ones and then warns that an end of text might be padding.
         with quiet_transformers():
-            output = self.model.generate(
-                input_ids.to(self.device), attention_mask=attention_mask.to(self.device), **visual, **options
-            )
-        answers = [[i for i in row if i not in stop] for row in output[:, longest:].tolist()]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            output = self.model.generate(**self._collate(prompts, longest), **options)
+        if not sub_bin:
+            return output[:, longest:].tolist(), None
+        assert self.grounding is not None
+        generated = output.sequences[:, longest:]
+        positions = expected_positions(generated, output.logits, self.grounding, output.get("beam_indices"))
+        return generated.tolist(), positions.tolist()
 
-    def _load(self, medium: Media | VisualInput) -> VisualInput:
-        if isinstance(medium, VisualInput):
-            return medium
-        if self.vision is None:
-            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at a {medium.kind}")
-        return load_media(medium, self.vision)
+    def _collate(self, prompts: Sequence[Prompt], longest: int) -> dict[str, Any]:
+        """A batch of prompts, padded on the left, with media and coordinates where there are any."""
+        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            attention_mask[row, longest - len(prompt.ids) :] = 1
+        batch: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
+        batch["attention_mask"] = attention_mask.to(self.device)
+        media = [medium for prompt in prompts for medium in prompt.media]
+        if media:
+            batch |= {"images": [m.frames for m in media], "modalities": [m.kind for m in media]}
+            batch["image_sizes"] = [m.original_size for m in media]
+        if any(prompt.coordinates for prompt in prompts):
+            batch["variables"] = [prompt.coordinates.to_variables() for prompt in prompts]
+        return batch
 
-    def _prompt_ids(self, request: Request, media: Sequence[VisualInput]) -> list[int]:
-        words = [*(_PLACEHOLDERS[medium.kind] for medium in media), request.prompt.strip()]
-        turns = [Turn("system", request.system)] if request.system else []
-        turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
-        if self.vision is not None and self.vision.add_time_instruction:
-            turns = add_time_instruction(turns, clips_of(media))
-        frame_counts = [len(m.frames) for m in media if m.kind == "video"]
-        image_sizes = [m.original_size for m in media if m.kind == "image"]
-        expanded = expand_placeholders(turns, self.vision, frame_counts, image_sizes)
-        ids = [i for segment in self.text_format.encode_prompt(expanded) for i in segment.ids]
-        # A text model that is asked to begin on its own starts behind an end of text.
-        return ids or [self.tokenizer.eos_token_id]
+    def _read(self, prompt: Prompt, ids: Sequence[int], positions: Sequence[float] | None) -> Answer:
+        """The answer that new tokens are; a box that the prompt began belongs to it."""
+        begun = prompt.ids[len(prompt.ids) - self.syntax.count_open(prompt.ids) :] if self.syntax is not None else []
+        stop = self.text_format.stop_token_ids
+        written = [*begun, *(i for i in ids if i not in stop)]
+        text = self.tokenizer.batch_decode([written], skip_special_tokens=True)[0].strip()
+        if self.grounding is None or positions is None:
+            return read_answer(text, self.grounding, prompt.framing)
+        assert self.grounding.first_bin is not None
+        known = [None for i in begun if i >= self.grounding.first_bin]
+        finer = [position for position in positions if not math.isnan(position)]
+        return read_answer(text, self.grounding, prompt.framing, [*known, *finer])

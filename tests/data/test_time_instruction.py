@@ -136,8 +136,8 @@ def test_a_checkpoint_asks_as_it_was_trained(load_tiny, media_dir, tmp_path):
     captioner = Captioner(load_model(str(tmp_path)), "cpu")
     assert captioner.vision.add_time_instruction
     clip = load_media(Media("video", str(media_dir / "a.mp4")), captioner.vision)
-    prompt = captioner.tokenizer.decode(captioner._prompt_ids(Request([clip], "Che cosa vedi?"), [clip]))
+    prompt = captioner.tokenizer.decode(captioner.prompts.write(Request([clip], "Che cosa vedi?")).ids)
     assert f"USER: {SENTENCE}\n<vid_start>" in prompt
     unknown = VisualInput("video", torch.zeros(3, 3, 56, 56, dtype=torch.uint8), (56, 56))
     with pytest.raises(ValueError, match="times of a video's frames are not known"):
-        captioner._prompt_ids(Request([unknown], "ciao"), [unknown])
+        captioner.prompts.write(Request([unknown], "ciao"))

@@ -64,7 +64,7 @@ def test_visual_tokens_are_never_produced(captioner: Captioner, media_dir: Path)
         model.lm_head.bias[vision.visual_token_ids] = 100.0
     video = load_media(Media("video", str(media_dir / "a.mp4")), vision)
     for do_sample in (False, True):
-        prompt = torch.tensor([captioner._prompt_ids(Request([video]), [video])])
+        prompt = torch.tensor([captioner.prompts.write(Request([video])).ids])
         output = model.generate(
             prompt, images=[video.frames], modalities=["video"], max_new_tokens=10, do_sample=do_sample
         )

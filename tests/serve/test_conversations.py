@@ -117,8 +117,7 @@ def test_prompts_are_the_beginnings_of_training_samples(trained: Path, data: Pat
     requests = [Request([Media("image", image)], "Che cosa vedi?"), Request([], "Dove dorme?"),
                 Request([], "Chi sei?", system="Sei un cane.")]  # fmt: skip
     for i, request in enumerate(requests):
-        media = [captioner._load(medium) for medium in request.media]
-        prompt = captioner._prompt_ids(request, media)
+        prompt = captioner.prompts.write(request).ids
         example = dataset[i]
         assert example.input_ids[: len(prompt)] == prompt
         assert example.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
