@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.coordinates import LOCATIONS, box_text, find_placeholders
+from llava.coordinates import LOCATIONS, GroundingConfig, box_text, find_placeholders, parse_boxes, write_bins
 from llava.data.localized_narratives.__main__ import main
 from llava.data.records import read_records
 
@@ -93,11 +93,23 @@ def test_the_three_files_share_ids_and_captions() -> None:
     assert len({sample["id"] for sample in text}) == len(text)
 
 
-@pytest.mark.parametrize("kind", ["t", "ti"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_library_reads_the_files(kind: str, images: Path) -> None:
     records = read_records(str(GOLDEN / f"narratives_{kind}.jsonl"), str(images))
     assert [bool(record.media) for record in records] == [kind != "t"] * 5
     assert all(Path(media.path).is_file() for record in records for media in record.media)
+    assert [bool(record.coordinates) for record in records] == [kind == "tim" and i in (0, 1, 3) for i in range(5)]
+
+
+def test_what_a_model_reads_and_writes_of_a_grounded_caption(images: Path) -> None:
+    record = read_records(str(GOLDEN / "narratives_tim.jsonl"), str(images))[0]
+    grounding = GroundingConfig(num_spatial=101)
+    text = write_bins(record.turns[1].text, record.coordinates, grounding)
+    assert text.startswith(
+        "In this image there is a brown dog, [<WIDTH-022><HEIGHT-032><WIDTH-058><HEIGHT-068>] and on "
+    )
+    # The ball's edges, 0.895 and 0.945, lie between two bins.
+    assert parse_boxes(text, grounding)[1] == pytest.approx((0.0, 0.895, 0.05, 0.945), abs=0.006)
 
 
 def test_several_and_compressed_files_give_the_same_samples(images: Path, tmp_path: Path) -> None:
@@ -338,6 +350,11 @@ def test_a_picture_shows_the_box(images: Path, tmp_path: Path) -> None:
         assert (red > 200, green < 60, blue < 60) == (True, True, True)
         red, green, blue = picture.getpixel((24 + int(0.9 * 720), 24 + int(0.32 * 540) + 1))
         assert abs(red - 120) + abs(green - 140) + abs(blue - 90) < 12
+
+
+def test_an_id_that_can_be_no_file_has_a_picture(images: Path, tmp_path: Path) -> None:
+    prepare_one(make_row(dataset_id="../a b/" + "c" * 300), images, tmp_path, "--preview", "1")
+    assert [path.name[:10] for path in (tmp_path / "out" / "preview").iterdir()] == [".._a_b_ccc"]
 
 
 def test_an_image_that_is_none_has_no_picture(images: Path, tmp_path: Path, capsys) -> None:

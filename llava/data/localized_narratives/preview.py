@@ -26,6 +26,7 @@ _LEGEND_WIDTH = 380
 _MARGIN = 24
 _SWATCH = 14
 _LINE_HEIGHT = 21
+_LONGEST_NAME = 200
 _FONT_SIZE, _SMALL_FONT_SIZE = 15, 13
 
 _PAPER = (250, 249, 246)
@@ -88,7 +89,7 @@ class Preview:
         failed: list[MediaError] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         for sample in samples:
-            path = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', sample.identity)}.png"
+            path = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', sample.identity)[:_LONGEST_NAME]}.png"
             try:
                 self.draw(sample).save(path)
             except MediaError as error:
