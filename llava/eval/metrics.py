@@ -19,7 +19,7 @@ from llava.eval.boxes import box_iou, box_ious, score_rec
 from llava.eval.captions import CaptionScorer, score_caption, score_elc
 from llava.eval.ngrams import split_words
 from llava.eval.spans import score_tvg, span_iou
-from llava.eval.tubes import Tube, parse_tube, score_stvg, score_svg
+from llava.eval.tubes import Tube, find_tube, parse_tube, score_stvg, score_svg
 
 __all__ = [
     "CaptionScorer",
@@ -27,6 +27,7 @@ __all__ = [
     "bootstrap",
     "box_iou",
     "box_ious",
+    "find_tube",
     "parse_tube",
     "score_caption",
     "score_elc",

@@ -64,7 +64,11 @@ def parse_tube(
         span: where the question gives it (SVG). The answer is then boxes alone: all of them count, and a span
             that it tells nevertheless is passed over.
     """
-    places = parse_places(text, grounding, positions)
+    return find_tube(parse_places(text, grounding, positions), span)
+
+
+def find_tube(places: Sequence[Box | TimeSpan], span: TimeSpan | None = None) -> Tube | None:
+    """The tube that the boxes and spans of an answer make up, in its order; see ``parse_tube``."""
     boxes = []
     if span is not None:
         boxes = [place for place in places if isinstance(place, Box)]

@@ -1,0 +1,89 @@
+"""Annotation files of all tasks, as samples to ask a model about; ``docs/evaluation.md`` shows the layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from llava.data.data_files import MIXTURE_SUFFIXES, expand_braces
+from llava.data.raw_samples import read_samples as read_raw_samples
+from llava.eval.annotations.captions import read_captions
+from llava.eval.annotations.conversations import read_conversations
+from llava.eval.annotations.entries import MediaFolders, read_entries
+from llava.eval.annotations.expressions import AUTO, BOX_FORMATS, read_expressions
+from llava.eval.annotations.moments import read_moments
+from llava.eval.annotations.tubes import is_st_align, read_tubes
+from llava.eval.samples import EvalSample
+
+__all__ = ["BOX_FORMATS", "MediaFolders", "read_annotations"]
+
+NO_FOLDERS = MediaFolders()
+"""Media lie beside the file that names them."""
+
+_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", *MIXTURE_SUFFIXES)
+_PICKLES = (".p", ".pkl", ".pickle")
+
+
+def read_annotations(
+    layout: str,
+    paths: Sequence[str],
+    folders: MediaFolders = NO_FOLDERS,
+    box_format: str = AUTO,
+    split: str | None = None,
+) -> list[EvalSample]:
+    """Read what a task is scored on.
+
+    Args:
+        layout: what annotation files hold: ``expressions``, ``moments``, ``tubes`` or ``captions``. Data files of the
+            library are known by their conversations and may serve any.
+        paths: of files, or patterns such as ``prefix{a,b}.json``.
+        folders: where the media lie.
+        box_format, split: see ``read_expressions``.
+
+    Raises:
+        ValueError: names the file and the entry that cannot be read, or there is no sample.
+    """
+    files = [file for path in paths for file in expand_braces(path, f"--data {path}")]
+    for file in files:
+        _check_file(file)
+    if all(Path(file).suffix in MIXTURE_SUFFIXES or _has_conversations(file) for file in files):
+        samples = read_conversations(paths, folders)
+    elif layout == "expressions":
+        samples = read_expressions(files, folders, box_format, split)
+    elif layout == "moments":
+        samples = read_moments(files, folders)
+    elif layout == "tubes":
+        samples = read_tubes([entry for file in files for entry in read_entries(file)], folders)
+    else:
+        samples = read_captions(files, folders)
+    if not samples:
+        only = f" whose split is {split!r}" if split else ""
+        raise ValueError(f"--data {' '.join(paths)}: no samples{only}, there is nothing to score")
+    return samples
+
+
+def _check_file(file: str) -> None:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--data {file}: {'not a file' if path.exists() else 'no such file'}")
+    if path.suffix in _PICKLES:
+        raise ValueError(
+            f"--data {file}: a pickle runs whatever code it holds and is not read; where you trust it, write what it "
+            "holds to a .json file first"
+        )
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"--data {file}: unknown kind of file {path.suffix!r}; known: {', '.join(_SUFFIXES)}")
+
+
+def _has_conversations(file: str) -> bool:
+    """Whether a file is one of the library's own data files."""
+    if Path(file).suffix not in (".json", ".jsonl") or _is_object(file):
+        return False
+    first = next(iter(islice(read_raw_samples(file), 1)), (None, ""))[0]
+    return isinstance(first, dict) and "conversations" in first and not is_st_align(first)
+
+
+def _is_object(file: str) -> bool:
+    with Path(file).open("rb") as stream:
+        return Path(file).suffix == ".json" and stream.read(64).lstrip().startswith(b"{")

@@ -1,0 +1,232 @@
+"""``python -m llava.eval.run``: ask a model about every sample of a file, and score what it says.
+
+parse_arguments           this file
+read_annotations          annotations/     files -> samples
+PredictionStore           store.py         the folder: what is done, and with which settings
+run_shares                workers.py       one process or several, each with a device
+  answer_batches          engine.py        samples -> questions -> the model -> rows on disk
+    task.ask              tasks.py
+score_all                 tasks.py         rows -> scores, with llava.eval.metrics
+write_report              report.py        scores.json
+write_pictures            pictures.py      the best and the worst answers, drawn
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava.data.bad_samples import ERROR, ON_BAD_SAMPLE
+from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
+from llava.eval.samples import EvalSample, Prediction
+from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
+from llava.eval.tasks import TASKS, Task
+
+_NUM_RESAMPLES = 1000
+_COUNTS = {"batch_size": 1, "num_processes": 1, "max_new_tokens": 1, "num_beams": 1, "num_pictures": 0, "limit": 1}
+"""Flags that count something, and the least they may be."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.run",
+        allow_abbrev=False,
+        description="Ask a model about every sample of annotation files, and score its answers.",
+        epilog="The same command goes on where it was interrupted. Exit status: 0, or 2 for a user's mistake.",
+    )
+    parser.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(TASKS)} (docs/evaluation.md)")
+    parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="annotation files or data files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where predictions, scores and pictures go")
+    parser.add_argument(
+        "--image_folder", metavar="DIR", help="what image paths start from (default: the file's folder)"
+    )
+    parser.add_argument("--video_folder", metavar="DIR", help="the same for videos")
+    parser.add_argument("--allow_outside_paths", action="store_true", help="let paths lead out of these folders")
+    parser.add_argument("--split", metavar="NAME", help="only entries of this split, such as testA (rec)")
+    parser.add_argument(
+        "--box_format", default=BOX_FORMATS[0], choices=BOX_FORMATS, help="what four numbers of a row tell (rec)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    parser.add_argument("--prompt", metavar="TEMPLATE", help="the question, with {expression}, {span}, {box}")
+    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument(
+        "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
+    )
+    parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers")
+    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
+    parser.add_argument("--sub_bin", action="store_true", help="tell coordinates between bins")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="answered together (default 16)")
+    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: GPUs if there are any)")
+    parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
+    parser.add_argument(
+        "--on_bad_sample", default=ERROR, choices=ON_BAD_SAMPLE, help="stop, or count it 0 and go on (default error)"
+    )
+    parser.add_argument("--num_pictures", type=int, default=8, metavar="N", help="best and worst to draw (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals' resamples (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="delete what another evaluation left in --out")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what it does not know ends the process with status 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name, least in _COUNTS.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    return args
+
+
+def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
+    """Answer what is not answered yet, score everything and write it down.
+
+    Args:
+        args: the command line.
+        source: makes what is asked, on a device; by default a ``CaptionerSource`` of the checkpoint.
+
+    Returns:
+        What ``scores.json`` holds.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    from llava.eval.pictures import write_pictures
+    from llava.eval.report import write_report
+    from llava.eval.tasks import score_all
+    from llava.plugins import import_plugins
+
+    import_plugins(args.plugins)
+    task = TASKS.get(args.task)
+    samples = read_samples(args, task)
+    settings = describe(args, samples)
+    store = PredictionStore(args.out, settings, args.overwrite)
+    rows = answer_all(args, samples, store, source)
+    predictions = [Prediction.from_json(row) for row in rows]
+    scored = score_all(task, predictions, [sample.reference for sample in samples], _NUM_RESAMPLES, args.seed)
+    rows = [{**row, "scores": scores} for row, scores in zip(rows, scored.rows, strict=True)]
+    store.finish(rows)
+    content = write_report(
+        store.folder / SCORES, settings, scored.report, rows, seed=args.seed, num_resamples=_NUM_RESAMPLES, level=0.95
+    )
+    write_pictures(store.folder / PICTURES, samples, rows, task, args.num_pictures)
+    return content
+
+
+def read_samples(args: argparse.Namespace, task: Task) -> list[EvalSample]:
+    """The samples to ask about, each with all that the task needs."""
+    folders = MediaFolders(args.image_folder, args.video_folder, args.allow_outside_paths)
+    samples = read_annotations(task.layout, args.data, folders, args.box_format, args.split)[: args.limit]
+    if args.prompt is not None:
+        task.check_template(args.prompt)
+    for sample in samples:
+        task.check_reference(sample)
+        if sample.fault is not None and args.on_bad_sample == ERROR:
+            raise ValueError(f"{sample}: {sample.fault}; go on without such samples with --on_bad_sample skip")
+    return samples
+
+
+def describe(args: argparse.Namespace, samples: Sequence[EvalSample]) -> dict[str, Any]:
+    """What the answers depend on: a run with other settings does not go on with them."""
+    model = Path(args.model_path)
+    if not model.is_dir():
+        raise ValueError(f"--model_path {args.model_path!r} is no folder; give that of a checkpoint")
+    weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
+    asked = [{**asdict(sample), "fault": None} for sample in samples]
+    return {
+        "task": args.task,
+        "model": os.path.abspath(model),
+        # A checkpoint that was trained on, or another in its place, has files of another size or time.
+        "model_files": _digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]),
+        "model_base": args.model_base and os.path.abspath(args.model_base),
+        "data": list(args.data),
+        **{name: getattr(args, name) for name in ("limit", "prompt", "bits", "max_new_tokens", "num_beams", "sub_bin")},
+        "samples": _digest(asked),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answer_all(
+    args: argparse.Namespace, samples: Sequence[EvalSample], store: PredictionStore, source: Any
+) -> list[Row]:
+    """The rows of all samples: those of the store, and where there is none, or a bad one is an error, new ones."""
+    rows = store.read()
+    done = {index for index, row in rows.items() if "bad" not in row or args.on_bad_sample != ERROR}
+    if len(done) < len(samples):
+        _answer_missing(args, samples, done, store, source)
+        rows = store.read()
+    found = [rows[index] for index in range(len(samples))]
+    if all("bad" in row for row in found):
+        raise ValueError(
+            f"all {len(found)} samples are bad; the first: {found[0]['id']!r}: {found[0]['bad']['reason']}"
+        )
+    return found
+
+
+def _answer_missing(
+    args: argparse.Namespace, samples: Sequence[EvalSample], done: set[int], store: PredictionStore, source: Any
+) -> None:
+    """Ask about the samples that are not done, with a progress bar where somebody watches."""
+    from tqdm import tqdm
+
+    from llava.eval.engine import Asking, CaptionerSource, find_batches
+    from llava.eval.workers import Share, choose_devices, run_shares
+
+    batches = find_batches(len(samples), args.batch_size, done)
+    devices = choose_devices(args.device, args.num_processes)[: len(batches)]
+    asking = Asking(
+        args.task,
+        args.prompt,
+        args.batch_size,
+        args.sub_bin,
+        args.on_bad_sample,
+        args.decode_timeout,
+        {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams},
+    )
+    source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1) if len(devices) > 1 else 0
+    shares = [
+        Share(
+            source, samples, batches[number :: len(devices)], asking, device, store.part(number),
+            tuple(args.plugins or ()), threads,
+        )
+        for number, device in enumerate(devices)
+    ]  # fmt: skip
+    waiting = sum(map(len, batches))
+    with tqdm(total=len(samples), initial=len(samples) - waiting, unit="sample", disable=None) as bar:
+        run_shares(shares, bar.update)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and print the scores; returns the exit status, 2 with one line for a user's mistake."""
+    args = parse_arguments(argv)
+
+    from transformers import logging
+
+    from llava.eval.report import format_report
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        print(format_report(evaluate(args)))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
