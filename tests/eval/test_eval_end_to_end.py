@@ -1,0 +1,80 @@
+"""The evaluation command with a tiny grounded model, from the command line to the scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.eval.run import main
+from llava.serve.generate import Captioner, Request
+from llava.types import Coordinates, Media
+
+
+@pytest.fixture(scope="module")
+def checkpoint(load_tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grounded")
+    loaded = load_tiny("llava_llama", grounding="lape", image_aspect_ratio="pad")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluate(checkpoint: Path, out: Path, task: str, rows: list[dict], media_dir: Path, *more: str) -> list[dict]:
+    data = out.with_suffix(".jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--task", task, "--model_path", str(checkpoint), "--data", str(data), "--out", str(out), "--device", "cpu"]
+    folders = ["--image_folder", str(media_dir), "--video_folder", str(media_dir)]
+    assert main([*words, *folders, "--batch_size", "2", "--max_new_tokens", "12", *more]) == 0
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_boxes_of_a_model(checkpoint: Path, media_dir: Path, tmp_path: Path, capsys) -> None:
+    """A question that ends where a box begins is answered with a box, whatever the weights."""
+    rows = [
+        {"id": name, "image": name, "sent": f"the {place} one", "bbox": [0.2, 0.2, 0.8, 0.8]}
+        for name, place in (("a.png", "left"), ("b.jpg", "right"), ("a.png", "very last"))
+    ]
+    found = evaluate(checkpoint, tmp_path / "out", "rec", rows, media_dir, "--prompt", "{expression} [")
+    assert [row["scores"]["unparsable"] for row in found] == [0, 0, 0]
+    captioner = Captioner.from_checkpoint(str(checkpoint), device="cpu")
+    for row in found:
+        request = Request([Media("image", row["media"][0])], row["question"])
+        (answer,) = captioner.answer([request], max_new_tokens=12)
+        assert row["answer"] == answer.text
+        assert row["boxes"] == [pytest.approx(box, abs=1e-6) for box in answer.boxes]
+    assert "mIoU" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3
+
+
+def test_a_time_that_the_question_gives(checkpoint: Path, media_dir: Path, tmp_path: Path) -> None:
+    row = {"video": "a.mp4", "caption": "it moves", "span": [0.2, 0.6], "boxes": [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]]}
+    template = "{expression} {span} ["
+    (found,) = evaluate(checkpoint, tmp_path / "out", "svg", [row], media_dir, "--prompt", template, "--sub_bin")
+    assert found["question"] == "it moves {<TEMP-INPUT><TEMP-INPUT>} ["
+    request = Request(
+        [Media("video", str(media_dir / "a.mp4"))],
+        found["question"],
+        "",
+        Coordinates(temporal_input_locations=(0.2, 0.6)),
+    )
+    captioner = Captioner.from_checkpoint(str(checkpoint), device="cpu")
+    (answer,) = captioner.answer([request], sub_bin=True, max_new_tokens=12)
+    assert found["boxes"] == [pytest.approx(box, abs=1e-6) for box in answer.boxes]
+    assert set(found["scores"]) >= {"tIoU", "sIoU", "vIoU"}
+
+
+def test_captions_of_a_model(checkpoint: Path, media_dir: Path, tmp_path: Path) -> None:
+    rows = [{"image": name, "captions": ["un uomo", "una donna"]} for name in ("a.png", "b.jpg")]
+    found = evaluate(checkpoint, tmp_path / "out", "caption", rows, media_dir, "--num_pictures", "0", "--limit", "1")
+    assert len(found) == 1
+    assert set(found[0]["scores"]) >= {"BLEU-4", "ROUGE-L", "CIDEr"}
+
+
+def test_other_files_are_no_models(media_dir: Path, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"image": str(media_dir / "a.png"), "caption": "x"}))
+    words = ["--task", "caption", "--data", str(data), "--image_folder", str(media_dir), "--out", str(tmp_path / "out")]
+    assert main([*words, "--model_path", str(tmp_path)]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
