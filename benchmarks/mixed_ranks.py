@@ -49,10 +49,11 @@ from transformers import (
 
 from llava.config import VisionConfig
 from llava.constants import VISUAL_TOKENS
+from llava.coordinates import GroundingConfig, span_text
 from llava.data.collator import SupervisedCollator
 from llava.train.agreement import leave_process_group
 from llava.train.train import build_trainer
-from llava.types import Batch, Example, VisualInput
+from llava.types import NO_COORDINATES, Batch, Coordinates, Example, VisualInput
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
@@ -85,6 +86,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # Views of an image leave the packer's fast stream without a gradient.
     "resampled views": {"image_aspect_ratio": "anyres", "mm_resample_images": "true"},
+    # Tables of coordinates, which text uses as heads, media as positions, and some samples as targets too.
+    "coordinates": {"stage": "2", "image_aspect_ratio": "pad", "num_spatial_tokens": 10, "num_temporal_tokens": 10},
 }
 
 _FLAGS: dict[str, Any] = {
@@ -128,8 +131,10 @@ class Job:
 # The worker: one rank of one engine, or the process that all of them are compared with.
 
 
-def make_example(kind: str, seed: int, tokenizer: Any, vision: VisionConfig | None) -> Example:
-    """A sample of random text and pixels, always the same for a seed."""
+def make_example(
+    kind: str, seed: int, tokenizer: Any, vision: VisionConfig | None, grounding: GroundingConfig | None = None
+) -> Example:
+    """A sample of random text and pixels, always the same for a seed; with coordinates, every video has a span."""
     generator = torch.Generator().manual_seed(seed)
     frames, size, modality = {"t": (0, None, None), "i": (1, (90, 60), "image"), "v": (3, (60, 60), "video"),
                               "w": (2, (60, 60), "video")}[kind]  # fmt: skip
@@ -141,9 +146,14 @@ def make_example(kind: str, seed: int, tokenizer: Any, vision: VisionConfig | No
     ids = [i for span in spans for i in tokenizer(span.text, add_special_tokens=False)["input_ids"]]
     if modality == "image" and vision.anyres is not None:
         frames = vision.anyres.num_views(size)
+    coordinates = NO_COORDINATES
+    if grounding is not None and modality == "video":
+        words += tokenizer(span_text(), add_special_tokens=False)["input_ids"]
+        coordinates = Coordinates(temporal_output_locations=tuple(torch.rand(2, generator=generator).tolist()))
     shape = (frames, 3, vision.image_size, vision.image_size)
     pixels = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
-    return Example(f"{kind}{seed}", ids + words, [-100] * len(ids) + words, [VisualInput(modality, pixels, size)])
+    media = [VisualInput(modality, pixels, size)]
+    return Example(f"{kind}{seed}", ids + words, [-100] * len(ids) + words, media, coordinates)
 
 
 def micro_batches(schedule: Sequence[str], rank: int | None) -> Iterator[list[tuple[str, int]]]:
@@ -209,10 +219,10 @@ def train(job: Job, engine: str | None) -> None:
     rank = None if engine is None else int(os.environ["RANK"])
     ranks = job.schedule[0].split(" / ")
     trainer = build_trainer(job.argv(engine, len(ranks[0].split()) * (len(ranks) if rank is None else 1)))
-    tokenizer, vision = trainer.processing_class, trainer.model.vision
+    tokenizer, vision, grounding = trainer.processing_class, trainer.model.vision, trainer.model.grounding
     collator = SupervisedCollator(tokenizer.pad_token_id)
     batches: list[Batch] = [
-        collator([make_example(kind, seed, tokenizer, vision) for kind, seed in batch])
+        collator([make_example(kind, seed, tokenizer, vision, grounding) for kind, seed in batch])
         for batch in micro_batches(job.schedule, rank)
     ]
     build_loader = trainer.get_train_dataloader

@@ -18,7 +18,7 @@ from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
 from llava.train.preemption import PreemptibleTrainer
-from llava.train.zero3 import gather_vision_together
+from llava.train.zero3 import gather_added_together
 
 
 class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
@@ -36,7 +36,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
 
     def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        gather_vision_together(self.model)
+        gather_added_together(self.model)
         self.ledger = ledger
         self.tally: EvaluationTally | None = None
         if ledger is not None:

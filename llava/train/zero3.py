@@ -8,7 +8,8 @@ DeepSpeed gathers a module's parameters when the module is called, on all ranks 
 for granted that they all call the same modules in the same order. Vision modules are called by the
 ranks that have media. So DeepSpeed leaves these alone: all of their parameters are gathered at once,
 before the forward pass of the first micro-batch, on every rank alike, and shared out again, by
-DeepSpeed itself, when the optimizer steps.
+DeepSpeed itself, when the optimizer steps. So are tables of coordinates: their gradients are made of their
+values, which must be there in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 from transformers.integrations import deepspeed as integration
 
-from llava.model.visual import VISION_MODULES, vision_module_of
+from llava.model.coordinates import COORDINATES
+from llava.model.visual import VISION_MODULES, is_added
 
 
 @contextmanager
@@ -38,14 +40,14 @@ def loading_whole(training_args: Any) -> Iterator[None]:
         integration.set_hf_deepspeed_config(announced)
 
 
-def gather_vision_together(model: Any) -> None:
-    """Let every rank gather all vision parameters before each forward pass, if DeepSpeed shares them out.
+def gather_added_together(model: Any) -> None:
+    """Let every rank gather vision modules and coordinates before each forward pass, if DeepSpeed shares them out.
 
     Args:
-        model: a language model with head. Without ZeRO-3, or without vision modules, nothing changes.
+        model: a language model with head. Without ZeRO-3, or for plain text, nothing changes.
     """
     decoder = model.get_model()
-    names = [name for name, _ in decoder.named_parameters() if vision_module_of(name)]
+    names = [name for name, _ in decoder.named_parameters() if is_added(name)]
 
     @torch.no_grad()
     def gather(*args: Any) -> None:
@@ -66,8 +68,8 @@ def gather_vision_together(model: Any) -> None:
 
 
 def _release_from_engine(decoder: nn.Module) -> None:
-    """Remove the hooks that DeepSpeed has put on the vision modules."""
-    parts = (getattr(decoder, name, None) for name in VISION_MODULES)
+    """Remove the hooks that DeepSpeed has put on the modules that were added to the language model."""
+    parts = (getattr(decoder, name, None) for name in (*VISION_MODULES, COORDINATES))
     modules = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
     for module in modules:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -40,6 +40,7 @@ def jobs(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory):
         return {
             "mixed": job("mixed", ranks.AWKWARD),
             "checkpointed": job("checkpointed", ranks.AWKWARD[1:4], **ranks.VARIANTS["trained tower"]),
+            "grounded": job("grounded", ranks.AWKWARD[1:6], **ranks.VARIANTS["coordinates"]),
             "blind": job("blind", texts, tower=None),
             "seeing": job("seeing", texts),
         }
