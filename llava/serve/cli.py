@@ -1,10 +1,18 @@
-"""``python -m llava.serve.cli``: describe a video or an image, or continue a text."""
+"""``python -m llava.serve.cli``: describe a video or an image, point at things in it, or continue a text."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava.config import VisionConfig
+    from llava.serve.answer import Answer
+    from llava.types import Media
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.0, help="above 0 samples, at this temperature (default 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: text (with bins), boxes and spans of time"
+    )
+    parser.add_argument("--draw", metavar="FILE", help="write a PNG of the image or video with the answer's boxes")
+    parser.add_argument(
+        "--sub_bin", action="store_true", help="tell boxes and spans more precisely than by bins (docs/grounding.md)"
+    )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     return parser
@@ -47,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if not (args.video or args.image or args.prompt):
         print("error: nothing to describe or to continue; give --video, --image or --prompt", file=sys.stderr)
+        return 2
+    if args.draw and not (args.video or args.image):
+        print("error: --draw has nothing to draw on; give --video or --image", file=sys.stderr)
         return 2
 
     from transformers import logging, set_seed
@@ -67,11 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         captioner = Captioner.from_checkpoint(
             args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
         )
-        print(captioner.generate([Request(media, args.prompt, args.system)], **options)[0])
+        (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
+        print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
+        if args.draw:
+            _draw(answer, media[-1], captioner.vision, args.draw)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _draw(answer: Answer, medium: Media, vision: VisionConfig | None, path: str) -> None:
+    from llava.serve.draw import draw_answer
+
+    assert vision is not None
+    try:
+        draw_answer(answer, medium, vision).save(path, format="PNG")
+    except OSError as error:
+        raise ValueError(f"--draw {path!r} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
