@@ -14,6 +14,7 @@ from llava.types import MediaKind
 class MultimodalGeneration:
     """The part of ``LlavaMetaForCausalLM`` that generates."""
 
+    config: Any
     get_model: Any
     get_input_embeddings: Any
     place_coordinates: Any
@@ -73,6 +74,20 @@ class MultimodalGeneration:
             model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
             model_inputs["input_ids"] = None
         return model_inputs
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, releases of which (5.17) take the number of scores from the configuration.
+
+        There it is the number of embeddings; a model with tables of coordinates scores its bins too.
+        """
+        config, grounding = self.config, self.get_model().grounding
+        num_embeddings = config.vocab_size
+        if grounding is not None and grounding.has_tables:
+            config.vocab_size = grounding.first_bin + grounding.total_bins
+        try:
+            return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.vocab_size = num_embeddings
 
     def _embed_generated(self, input_ids: Tensor) -> Tensor:
         """Embeddings of generated tokens, bins of coordinates among them."""
