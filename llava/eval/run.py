@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.eval.run",
         allow_abbrev=False,
         description="Ask a model about every sample of annotation files, and score its answers.",
-        epilog="The same command goes on where it was interrupted. Exit status: 0, or 2 for a user's mistake.",
+        epilog="The same command goes on where it was interrupted. Exit status: 0, 2 for a user's mistake, 130 for ^C.",
     )
     parser.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(TASKS)} (docs/evaluation.md)")
     parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint folder")
@@ -225,6 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -41,9 +41,9 @@ class EvalSample:
         source: where it stands ("testA.json, entry 3"), for errors.
         media: in the order in which they are shown.
         reference: what is right.
-        expression: what is asked about, which a template makes a question of, or all of the question.
-        is_question: whether ``expression`` is all of it, as with the user's turn of a data file.
-        coordinates: of the placeholders in ``expression``; in the picture's [0, 1].
+        expression: what is asked about, of which a template makes a question.
+        question: the whole question, if the file has one, such as the user's turn of a data file as it stands.
+        coordinates: of the placeholders in the expression, and in the question; in the picture's [0, 1].
         system: the system's turn.
         split: first and last frame of the part of the video that is shown; by default all of it.
         fault: why the sample cannot be scored, such as a file that is missing; None for a good one.
@@ -54,7 +54,7 @@ class EvalSample:
     media: tuple[Media, ...]
     reference: Reference
     expression: str = ""
-    is_question: bool = False
+    question: str | None = None
     coordinates: Coordinates = NO_COORDINATES
     system: str = ""
     split: tuple[int, int] | None = None

@@ -92,9 +92,11 @@ class Task(ABC):
     def ask(self, sample: EvalSample, template: str | None = None) -> tuple[str, Coordinates]:
         """The question, and the coordinates of its placeholders.
 
-        A sample that is a question already is asked as it stands, unless there is a template.
+        A sample's own question is asked as it stands, unless a template takes its place.
         """
-        template = template if template is not None else EXPRESSION if sample.is_question else self.template
+        if template is None and sample.question is not None:
+            return sample.question, sample.coordinates
+        template = self.template if template is None else template
         text: list[str] = []
         numbers: dict[str, list[float]] = {name: [] for name in LOCATIONS.values()}
         for piece in _FIELD.split(template):

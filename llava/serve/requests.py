@@ -12,7 +12,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.coordinates import GroundingConfig
 from llava.data.coordinates import check_coordinates, move_to_square
 from llava.data.media import load_media
-from llava.data.placeholders import expand_placeholders
+from llava.data.placeholders import expand_placeholders, placeholder_kinds
 from llava.data.preprocess import Format
 from llava.data.time_instruction import add_time_instruction, clips_of
 from llava.framing import Framing, frame_picture
@@ -26,8 +26,10 @@ class Request:
     """What to describe, to answer or to continue.
 
     Media, in order, then the text so far or, for a model trained on conversations, the user's question;
-    ``system`` is a system turn before both. ``coordinates`` are what the prompt's placeholders stand for
-    (``<WIDTH-INPUT>``), in fractions of the last picture's width and height and of the clip's time.
+    ``system`` is a system turn before both. A prompt that shows the media itself, with ``<image>`` or ``<video>`` for
+    each of them, is taken as it stands, as the user's turn of a training sample is. ``coordinates`` are what the
+    prompt's placeholders stand for (``<WIDTH-INPUT>``), in fractions of the last picture's width and height and of
+    the clip's time.
     """
 
     media: Sequence[Media | VisualInput] = ()
@@ -94,7 +96,10 @@ class PromptWriter:
 
     def _write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
-        words = [*(_PLACEHOLDERS[medium.kind] for medium in media), request.prompt.strip()]
+        kinds, shown = [medium.kind for medium in media], placeholder_kinds(request.prompt)
+        if shown and shown != kinds:
+            raise ValueError(f"the prompt {request.prompt!r} shows {shown}, but the request has {kinds}; or show none")
+        words = [*([] if shown else [_PLACEHOLDERS[kind] for kind in kinds]), request.prompt.strip()]
         turns = [Turn("system", request.system)] if request.system else []
         turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
         if self.vision is not None and self.vision.add_time_instruction:

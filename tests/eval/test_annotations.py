@@ -224,8 +224,8 @@ def test_rows_of_tubes(tmp_path: Path) -> None:
     row = {"id": 9, "video": "a.mp4", "caption": "the dog runs", "span": [0.2, 0.6], "boxes": [[0, 0, 0.5, 0.5]]}
     asked = row | {"question": "Where is it?"}
     first, second = read_annotations("tubes", [write(tmp_path / "rows.jsonl", [row, asked])])
-    assert (first.expression, first.is_question) == ("the dog runs", False)
-    assert (second.expression, second.is_question) == ("Where is it?", True)
+    assert (first.expression, first.question) == ("the dog runs", None)
+    assert (second.expression, second.question) == ("Where is it?", "Where is it?")
     assert second.reference.captions == ("the dog runs",)
 
 
@@ -279,6 +279,7 @@ def test_conversations(tmp_path: Path) -> None:
         spatial_height_output_locations=[0.123, 0.5, 0.5, 1],
     )
     (read,) = read_annotations("tubes", [write(tmp_path / "data.json", [sample])])
+    assert read.question == f"<video>\nWhat is at {box_text('INPUT')}?"
     assert read.expression == f"What is at {box_text('INPUT')}?"
     assert read.coordinates.spatial_width_input_locations == (0.1, 0.2)
     assert read.coordinates.temporal_output_locations == ()
@@ -303,11 +304,19 @@ def test_conversations_give_the_time_in_the_question(tmp_path: Path) -> None:
         TASKS.get("caption").check_reference(read)
 
 
+def test_media_are_shown_where_the_question_shows_them(tmp_path: Path) -> None:
+    sample = conversation("In <video> and <image>, and in <video>?", "x") | {
+        "image": "b.png",
+        "video": ["a.mp4", "c.mp4"],
+    }
+    (read,) = read_annotations("captions", [write(tmp_path / "data.json", [sample])])
+    assert [Path(medium.path).name for medium in read.media] == ["a.mp4", "b.png", "c.mp4"]
+    assert read.question == "In <video> and <image>, and in <video>?"
+
+
 def test_conversations_ask_one_question(tmp_path: Path) -> None:
     sample = conversation("<video>", "x")
     sample["conversations"] *= 2
     sample["video"] = ["a.mp4", "a.mp4"]
     with pytest.raises(ValueError, match="has turns of user, assistant, user, assistant"):
         read_annotations("captions", [write(tmp_path / "data.json", [sample])])
-    with pytest.raises(ValueError, match="shows media within its question"):
-        read_annotations("captions", [write(tmp_path / "data.json", [conversation("What is in <video>?", "x")])])

@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import turns
 
+from llava.coordinates import box_text
+from llava.data.dataset import SupervisedDataset
+from llava.data.records import read_records
+from llava.eval.annotations import MediaFolders, read_annotations
 from llava.eval.run import main
-from llava.serve.generate import Captioner, Request
+from llava.eval.tasks import TASKS
+from llava.serve.generate import Captioner
+from llava.serve.requests import PromptWriter, Request
 from llava.types import Coordinates, Media
 
 
@@ -63,6 +70,34 @@ def test_a_time_that_the_question_gives(checkpoint: Path, media_dir: Path, tmp_p
     (answer,) = captioner.answer([request], sub_bin=True, max_new_tokens=12)
     assert found["boxes"] == [pytest.approx(box, abs=1e-6) for box in answer.boxes]
     assert set(found["scores"]) >= {"tIoU", "sIoU", "vIoU"}
+
+
+@pytest.mark.parametrize("human", ["<image>\nDov'è {box}?", "<image> Un uomo {box}", "In {box}: <image> che cosa?"])
+def test_questions_are_the_beginnings_of_training_samples(load_tiny, media_dir: Path, tmp_path: Path, human) -> None:
+    """To the token, and in the same square."""
+    loaded = load_tiny("llava_llama", grounding="lape", image_aspect_ratio="pad")
+    numbers = {"spatial_width_input_locations": [0.1, 0.6], "spatial_height_input_locations": [0.2, 0.7]}
+    conversation = turns(human.format(box=box_text("INPUT")), "una stella")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": conversation, "variables": numbers}]))
+    dataset = SupervisedDataset(
+        read_records(str(data), str(media_dir)), loaded.tokenizer, loaded.vision, 512, grounding=loaded.model.grounding
+    )
+    (sample,) = read_annotations("captions", [str(data)], MediaFolders(images=str(media_dir)))
+    question, coordinates = TASKS.get("caption").ask(sample)
+    captioner = Captioner(loaded, "cpu")
+    writer = PromptWriter(captioner.tokenizer, captioner.text_format, captioner.vision, captioner.grounding)
+    prompt = writer.write(Request(sample.media, question, sample.system, coordinates))
+    example = dataset[0]
+    assert prompt.ids == example.input_ids[: len(prompt.ids)]
+    assert len(prompt.ids) > len(example.input_ids) - 12
+    assert prompt.coordinates == example.coordinates
+
+
+def test_a_prompt_shows_all_media_or_none(load_tiny, media_dir: Path) -> None:
+    captioner = Captioner(load_tiny("llava_llama"), "cpu")
+    with pytest.raises(ValueError, match=r"shows .*'image', 'image'.*, but the request has .*'image'"):
+        captioner.answer([Request([Media("image", str(media_dir / "a.png"))], "<image> e <image>")])
 
 
 def test_captions_of_a_model(checkpoint: Path, media_dir: Path, tmp_path: Path) -> None:

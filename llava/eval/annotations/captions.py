@@ -51,12 +51,12 @@ def _read_rows(rows: Sequence[Entry], folders: MediaFolders) -> Iterator[EvalSam
         else:
             media = folders.find(row.text(*IMAGE_KEYS), "image", row)
         # With a question of its own, a row asks it in place of the template.
-        question = row.text("question") if "question" in row else ""
+        question = row.text("question") if "question" in row else None
         yield EvalSample(
             row.identity(number),
             row.source,
             (media,),
             Reference(captions=tuple(row.texts(*SENTENCE_KEYS, "answer", "answers"))),
-            expression=question,
-            is_question=bool(question),
+            expression=question or "",
+            question=question,
         )

@@ -23,7 +23,7 @@ from llava.eval.annotations.entries import MediaFolders
 from llava.eval.samples import EvalSample, Reference
 from llava.types import Coordinates, Media, Record
 
-_LEADING_MEDIA = re.compile(rf"(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")
+_LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")
 _PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(?:INPUT|OUTPUT)>")
 
 
@@ -52,7 +52,7 @@ def _sample(record: Record) -> EvalSample:
         raise ValueError(
             f"{record}: has turns of {roles}; an evaluation asks one question: a user's turn and an answer"
         )
-    question = _without_media(turns[0].text, record)
+    question = turns[0].text.strip()
     waiting = {placeholder: list(getattr(record.coordinates, name)) for placeholder, name in LOCATIONS.items()}
     asked = _take(question, waiting)
     answered = _take(turns[1].text, waiting)
@@ -64,28 +64,18 @@ def _sample(record: Record) -> EvalSample:
     return EvalSample(
         record.id,
         record.source,
-        _in_reading_order(record, turns[0].text),
+        _in_reading_order(record, question),
         Reference(
             tuple(place for place in places if isinstance(place, Box)),
             spans[0] if spans else None,
             (caption,) if caption else (),
         ),
-        expression=question,
-        is_question=True,
+        expression=_LEADING_MEDIA.sub("", question, count=1),
+        question=question,
         coordinates=_coordinates(asked),
         system=system,
         split=record.split,
     )
-
-
-def _without_media(text: str, record: Record) -> str:
-    """What a user asks behind the media that are shown."""
-    match = _LEADING_MEDIA.match(text)
-    assert match is not None
-    question = text[match.end() :].strip()
-    if DEFAULT_IMAGE_TOKEN in question or DEFAULT_VIDEO_TOKEN in question:
-        raise ValueError(f"{record}: shows media within its question; an evaluation shows them before it")
-    return question
 
 
 def _in_reading_order(record: Record, text: str) -> tuple[Media, ...]:

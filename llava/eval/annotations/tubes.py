@@ -80,7 +80,7 @@ def _read_row(row: Entry, folders: MediaFolders, number: int) -> EvalSample:
         (media,),
         Reference(boxes, span, captions),
         expression=words,
-        is_question="question" in row,
+        question=words if "question" in row else None,
         fault=fault,
     )
 
@@ -133,7 +133,7 @@ def _read_st_align(row: Entry, folders: MediaFolders, number: int) -> EvalSample
         (find_video(row.text("video_path", "video"), folders, row),),
         Reference(_space_evenly(clip, boxes, span), span, (caption,) if caption else ()),
         expression=text,
-        is_question=True,
+        question=text,
         coordinates=coordinates,
         split=(clip.first, clip.last),
     )
