@@ -1,0 +1,108 @@
+"""``python -m llava.model.random_weights``: a language model's folder -> the same model with fresh, seeded weights.
+
+A folder that holds nothing but a ``config.json`` will do when ``--tokenizer`` names a tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a copy of a language model with the same configuration and tokenizer, but random weights.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model_path",
+        required=True,
+        metavar="DIR",
+        help="folder of a decoder-only model; of its files only config.json and the tokenizer are read",
+    )
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write to; must be new or empty")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="take the tokenizer, and the ids of its special tokens, from this folder"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the model; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    try:
+        num_parameters = create(args.model_path, args.output_dir, args.seed, args.tokenizer)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output_dir}: {num_parameters:,} random parameters, seed {args.seed}")
+    return 0
+
+
+def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | None = None) -> int:
+    """Write a model with random weights to ``output_dir``.
+
+    Args:
+        model_path: folder with a ``config.json`` and, without ``tokenizer_path``, a tokenizer.
+        output_dir: a new or empty folder.
+        seed: the same seed gives the same weights.
+        tokenizer_path: folder of another tokenizer than the model's.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        ValueError: a folder is not as it should be, or the tokenizer has more tokens than the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import llava.model.language_model  # noqa: F401  (registers the types of this library's checkpoints)
+    from llava.config import VisionConfig
+    from llava.model.checkpoint import load_tokenizer
+    from llava.model.quiet import quiet_transformers
+    from llava.model.vocabulary import check_vocabulary
+
+    if not Path(model_path, "config.json").is_file():
+        raise ValueError(f"--model_path {model_path}: expected a folder with a config.json")
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--output_dir {output_dir}: exists and is not an empty folder; choose another or remove it")
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_path {model_path}: its config.json cannot be read: {error}") from error
+    if VisionConfig.from_model_config(config) is not None:
+        raise ValueError(
+            f"--model_path {model_path}: is a checkpoint with vision ({config.model_type}); give the language model "
+            "that it was trained from"
+        )
+    tokenizer = load_tokenizer(tokenizer_path or model_path)
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None:
+        raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
+    check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path)
+    if tokenizer_path is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no decoder-only model") from error
+    with quiet_transformers():
+        model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    generation = Path(model_path, "generation_config.json")
+    if generation.is_file() and tokenizer_path is None:
+        shutil.copyfile(generation, target / generation.name)
+    return model.num_parameters()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
