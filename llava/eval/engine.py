@@ -110,7 +110,9 @@ def _answer(samples: Sequence[EvalSample], answerer: Answerer, asking: Asking) -
     rows: list[Row] = [{} for _ in samples]
     requests: dict[int, Request] = {}
     for place, sample in enumerate(samples):
-        question, coordinates = TASKS.get(asking.task).ask(sample, asking.template)
+        question, coordinates = sample.expression, sample.coordinates
+        if sample.fault is None:
+            question, coordinates = TASKS.get(asking.task).ask(sample, asking.template)
         rows[place] = {
             "id": sample.id,
             "source": sample.source,

@@ -27,7 +27,7 @@ from llava.data.bad_samples import ERROR, ON_BAD_SAMPLE
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.samples import EvalSample, Prediction
 from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
-from llava.eval.tasks import TASKS, Task
+from llava.eval.tasks import EXPRESSION, TASKS, Task
 
 _NUM_RESAMPLES = 1000
 _COUNTS = {"batch_size": 1, "num_processes": 1, "max_new_tokens": 1, "num_beams": 1, "num_pictures": 0, "limit": 1}
@@ -109,12 +109,15 @@ def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
     import_plugins(args.plugins)
     task = TASKS.get(args.task)
     samples = read_samples(args, task)
-    settings = describe(args, samples)
+    settings = describe(args, task, samples)
     store = PredictionStore(args.out, settings, args.overwrite)
     rows = answer_all(args, samples, store, source)
     predictions = [Prediction.from_json(row) for row in rows]
-    scored = score_all(task, predictions, [sample.reference for sample in samples], _NUM_RESAMPLES, args.seed)
-    rows = [{**row, "scores": scores} for row, scores in zip(rows, scored.rows, strict=True)]
+    scored = score_all(task, predictions, samples, _NUM_RESAMPLES, args.seed)
+    rows = [
+        {**row, "reference": sample.reference.to_json(), "scores": scores}
+        for row, sample, scores in zip(rows, samples, scored.rows, strict=True)
+    ]
     store.finish(rows)
     content = write_report(
         store.folder / SCORES, settings, scored.report, rows, seed=args.seed, num_resamples=_NUM_RESAMPLES, level=0.95
@@ -136,13 +139,17 @@ def read_samples(args: argparse.Namespace, task: Task) -> list[EvalSample]:
     return samples
 
 
-def describe(args: argparse.Namespace, samples: Sequence[EvalSample]) -> dict[str, Any]:
-    """What the answers depend on: a run with other settings does not go on with them."""
+def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]) -> dict[str, Any]:
+    """What the answers depend on: a run with other settings does not go on with them.
+
+    References may be corrected behind a run, which then scores again, where no question tells a part of them.
+    """
     model = Path(args.model_path)
     if not model.is_dir():
         raise ValueError(f"--model_path {args.model_path!r} is no folder; give that of a checkpoint")
     weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
-    asked = [{**asdict(sample), "fault": None} for sample in samples]
+    aside = {"source": None, "fault": None} | ({"reference": None} if task.fields == (EXPRESSION,) else {})
+    asked = [asdict(sample) | aside for sample in samples]
     return {
         "task": args.task,
         "model": os.path.abspath(model),

@@ -240,6 +240,10 @@ def answered_tube(prediction: Prediction, span: TimeSpan | None = None) -> Tube 
     return find_tube([next(boxes) if isinstance(place, Box) else next(spans) for place in order], span)
 
 
+_UNKNOWN = Reference((Box(0, 0, 1, 1),), TimeSpan(0, 1))
+"""Of a sample that could not be asked: its answer is empty, which scores 0 against any."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores of each sample, and of all with ``{"value", "low", "high"}`` each."""
@@ -251,16 +255,17 @@ class Scored:
 def score_all(
     task: Task,
     predictions: Sequence[Prediction],
-    references: Sequence[Reference],
+    samples: Sequence[EvalSample],
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Scored:
     """Score the answers of a task; an empty prediction is unparsable and counts 0."""
+    references = [sample.reference if sample.fault is None else _UNKNOWN for sample in samples]
     rows = [task.score(*pair) for pair in zip(predictions, references, strict=True)]
     report = bootstrap(rows, seed, num_resamples)
     if task.has_captions:
         scorer = CaptionScorer.from_texts(
-            [prediction.text for prediction in predictions], [reference.captions for reference in references]
+            [prediction.text for prediction in predictions], [sample.reference.captions for sample in samples]
         )
         report |= bootstrap(scorer, seed, num_resamples)
         rows = [row | more for row, more in zip(rows, scorer.rows, strict=True)]

@@ -211,6 +211,43 @@ def test_bad_samples(words, source, rec_data: Path, media_dir: Path, tmp_path: P
         run(words, source)
 
 
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("rec", [{"image": name, "sent": "it", "bbox": [9, 9, 60, 50]} for name in ("a.png", "missing.png")]),
+        ("tvg", [{"video": name, "caption": "it", "timestamp": [0.3, 0.9]} for name in ("a.mp4", "missing.mp4")]),
+        (
+            "svg",
+            [
+                {"video": name, "caption": "it", "timestamp": [0.3, 0.9], "boxes": [[0, 0, 1, 1]]}
+                for name in ("a.mp4", "missing.mp4")
+            ],
+        ),
+    ],
+)
+def test_missing_files_whose_size_or_length_is_needed(
+    words, source, media_dir: Path, tmp_path: Path, task: str, rows: list[dict]
+) -> None:
+    """Without them the reference is not known; the sample still counts 0."""
+    data = tmp_path / "needs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words, "--task", task, "--data", str(data), "--box_format", "xyxy"]
+    with pytest.raises(ValueError, match=r"sample '2' \(needs.jsonl, line 2\): .*/missing.*: no such file"):
+        run(words, source)
+    assert asked(source) == []
+    content = run(words, source, "--on_bad_sample", "skip")
+    assert content["unparsable"] == 0.5
+    assert [row["id"] for row in content["bad_samples"]] == ["2"]
+    assert len(asked(source)) == 1
+
+
+def test_references_may_be_corrected(words, source, rec_data: Path) -> None:
+    before = run(words, source)["scores"]["mIoU"]["value"]
+    rec_data.write_text(rec_data.read_text().replace("[0.1, 0.1, 0.6, 0.7]", "[0.2, 0.2, 0.8, 0.8]"))
+    assert run(words, source)["scores"]["mIoU"]["value"] != before
+    assert len(asked(source)) == NUM_SAMPLES
+
+
 def test_all_samples_bad_is_an_error(words, source) -> None:
     with pytest.raises(ValueError, match="all 11 samples are bad; the first: 's0': the prompt has 900 tokens"):
         run(words, source.changed(fails_at="thing"), "--on_bad_sample", "skip")
