@@ -68,7 +68,7 @@ def measure(images: Path, folder: Path, num_images: int, steps: int, pictures: P
     start = time.perf_counter()
     values = {
         "model_name_or_path": folder / "model", "vision_tower": TOWER, "data_path": data, "image_folder": images,
-        "output_dir": folder / "checkpoint", "stage": "2", "version": "plain", "image_aspect_ratio": "pad",
+        "output_dir": folder / "checkpoint", "stage": "2", "image_aspect_ratio": "pad",
         "mm_vision_select_layer": -1, "num_frames": 1, "max_steps": steps, "per_device_train_batch_size": 16,
         "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "save_strategy": "no",
         "logging_steps": 100, "report_to": "none", "use_cpu": "true", "disable_tqdm": "true",
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of photographs with boxes.json")
     parser.add_argument("--num_images", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--pictures", type=Path, help="folder to keep the evaluation in, with its pictures")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
