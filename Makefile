@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint types docs clean
+.PHONY: help install demo demo-grounding test lint types docs clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED) ## create .venv with everything that demo and test need
 
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## train a tiny model that describes videos in Italian
 	$(BIN)/python -m llava.demo
+
+demo-grounding: $(INSTALLED) ## train a tiny model that says where in a picture and when in a video
+	$(BIN)/python -m llava.demo.grounding
 
 test: $(INSTALLED) lint types ## lint, type checks and tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -38,4 +41,4 @@ docs: $(INSTALLED) ## write docs/models.md from the registries
 	$(BIN)/python -m llava.inspect.models > docs/models.md
 
 clean: ## remove .venv and what demo and tests left
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache

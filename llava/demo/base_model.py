@@ -22,27 +22,61 @@ _DROPOUT = 0.2
 
 def write_base_model(folder: Path, sentences: Iterable[str], *, seed: int) -> None:
     """Write a plain GPT-2 checkpoint with random weights, and a tokenizer trained on `sentences`."""
+    vocabulary_size = write_tokenizer(folder, sentences)
+    write_random_gpt2(
+        folder,
+        seed=seed,
+        vocabulary_size=vocabulary_size,
+        context_length=_CONTEXT_LENGTH,
+        num_layers=_NUM_LAYERS,
+        dropout=_DROPOUT,
+        position_range=_POSITION_RANGE,
+    )
+
+
+def write_random_gpt2(
+    folder: Path,
+    *,
+    seed: int,
+    vocabulary_size: int,
+    context_length: int,
+    num_layers: int,
+    dropout: float,
+    position_range: float,
+    range_of_new: float = 0.02,
+) -> None:
+    """Write a GPT-2 with random weights.
+
+    Args:
+        folder: where to write.
+        seed: of the weights.
+        vocabulary_size: rows of the embeddings.
+        context_length: most positions of a sample.
+        num_layers: blocks of width 128, with 4 heads.
+        dropout: share of the residual stream and of the embeddings that drops out.
+        position_range: standard deviation of the position embeddings.
+        range_of_new: standard deviation of what is added later: projector, resampler, tables of coordinates.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    vocabulary_size = write_tokenizer(folder, sentences)
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=vocabulary_size,
-        n_positions=_CONTEXT_LENGTH,
+        n_positions=context_length,
         n_embd=128,
-        n_layer=_NUM_LAYERS,
+        n_layer=num_layers,
         n_head=4,
         initializer_range=_MATRIX_RANGE,
-        resid_pdrop=_DROPOUT,
-        embd_pdrop=_DROPOUT,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    torch.nn.init.normal_(model.transformer.wpe.weight, std=_POSITION_RANGE)
-    model.config.initializer_range = GPT2Config().initializer_range
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=position_range)
+    model.config.initializer_range = range_of_new
     model.save_pretrained(folder)
 
 

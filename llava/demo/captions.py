@@ -15,11 +15,26 @@ class Noun:
     @property
     def article(self) -> str:
         """The indefinite article: un, uno (before z, or s and a consonant), una, un'."""
-        starts_with_vowel = self.word[0] in "aeiou"
         if self.gender == "f":
-            return "un'" if starts_with_vowel else "una "
-        impure = self.word[0] == "z" or (self.word[0] == "s" and self.word[1] not in "aeiou")
-        return "uno " if impure else "un "
+            return "un'" if self._starts_with_vowel else "una "
+        return "uno " if self._starts_impure else "un "
+
+    @property
+    def definite_article(self) -> str:
+        """The definite article: il, lo (before z, or s and a consonant), la, l'."""
+        if self._starts_with_vowel:
+            return "l'"
+        if self.gender == "f":
+            return "la "
+        return "lo " if self._starts_impure else "il "
+
+    @property
+    def _starts_with_vowel(self) -> bool:
+        return self.word[0] in "aeiou"
+
+    @property
+    def _starts_impure(self) -> bool:
+        return self.word[0] == "z" or (self.word[0] == "s" and self.word[1] not in "aeiou")
 
 
 @dataclass(frozen=True)

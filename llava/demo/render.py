@@ -37,11 +37,20 @@ def composite(
 
 def render_coverage(scene: Scene, frame: int) -> NDArray[np.float32]:
     """Share of each pixel that the shape covers in one frame: float (height, width) in [0, 1]."""
+    return cover_pixels(paint_mask(scene.shape, scene.centres[frame], scene.radius, scene.tilt))
+
+
+def paint_mask(shape: str, centre: Point, radius: float, tilt: float) -> Image.Image:
+    """What a shape covers, white on black, in finer pixels than a frame's; centre and radius are in a frame's."""
     side = FRAME_SIZE * _SUPERSAMPLING
     mask = Image.new("L", (side, side), 0)
-    x, y = scene.centres[frame]
-    centre = (x * _SUPERSAMPLING, y * _SUPERSAMPLING)
-    _PAINTERS[scene.shape](ImageDraw.Draw(mask), centre, scene.radius * _SUPERSAMPLING, scene.tilt)
+    fine_centre = (centre[0] * _SUPERSAMPLING, centre[1] * _SUPERSAMPLING)
+    _PAINTERS[shape](ImageDraw.Draw(mask), fine_centre, radius * _SUPERSAMPLING, tilt)
+    return mask
+
+
+def cover_pixels(mask: Image.Image) -> NDArray[np.float32]:
+    """Share of each pixel of a frame that a mask covers: float (height, width) in [0, 1]."""
     return np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from llava.demo.dataset import DemoData, read_captions, write_dataset
 from llava.demo.evaluation import CaptionedClip, Scores, caption_clips, choose_examples, score, write_captions
 from llava.demo.picture import write_picture
 from llava.demo.report import caption_table, score_lines, time_lines
+from llava.demo.timing import phase
 
 TOWER_FOLDER = Path(__file__).parent / "tower"
 
@@ -37,20 +35,20 @@ def run_demo(settings: DemoSettings) -> Scores:
     """Write data, train, caption held-out clips, and report."""
     seconds: dict[str, float] = {}
     output = settings.output_dir
-    with _phase("writing clips", seconds):
+    with phase("writing clips", seconds):
         data = write_dataset(
             output / "data",
             seed=settings.seed,
             num_train_clips=settings.num_train_clips,
             num_held_out_clips=settings.num_held_out_clips,
         )
-    with _phase("tokenizer and model", seconds):
+    with phase("tokenizer and model", seconds):
         write_base_model(output / "base_model", read_captions(data.text), seed=settings.seed)
-    with _phase("training on text", seconds):
+    with phase("training on text", seconds):
         train_on_text(settings, data)
-    with _phase("training on video", seconds):
+    with phase("training on video", seconds):
         train_on_video(settings, data)
-    with _phase("captioning held-out clips", seconds):
+    with phase("captioning held-out clips", seconds):
         clips = caption_held_out_clips(output / "checkpoint", data)
     write_captions(output / "captions.json", clips, seconds)
     write_picture(output / "captions.png", choose_examples(clips, _ROWS_OF_PICTURE))
@@ -110,12 +108,3 @@ def caption_held_out_clips(checkpoint: Path, data: DemoData) -> list[CaptionedCl
     from llava.serve.generate import Captioner
 
     return caption_clips(Captioner.from_checkpoint(str(checkpoint)), data.held_out)
-
-
-@contextmanager
-def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Announce a phase and note how long it took."""
-    print(f"\n== {name} ==", flush=True)
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

@@ -109,18 +109,28 @@ def sample_scene(rng: np.random.Generator, pairs: Sequence[Pair], num_frames: in
     shape, colour = pairs[int(rng.integers(len(pairs)))]
     movement = list(MOVEMENTS)[int(rng.integers(len(MOVEMENTS)))]
     radius = float(rng.uniform(*RADIUS_RANGE))
-    jitter = rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)
-    red, green, blue = (int(v) for v in np.clip(np.array(_RGB[colour]) + jitter, 0, 255))
     return Scene(
         shape=shape,
         colour=colour,
         movement=movement,
-        rgb=(red, green, blue),
+        rgb=sample_rgb(rng, colour),
         radius=radius,
-        tilt=float(rng.uniform(-_MAX_TILT, _MAX_TILT)),
+        tilt=sample_tilt(rng),
         centres=_sample_path(rng, movement, radius, num_frames),
-        background=_sample_background(rng),
+        background=sample_background(rng),
     )
+
+
+def sample_rgb(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
+    """A shade of a named colour."""
+    jitter = rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)
+    red, green, blue = (int(v) for v in np.clip(np.array(_RGB[colour]) + jitter, 0, 255))
+    return (red, green, blue)
+
+
+def sample_tilt(rng: np.random.Generator) -> float:
+    """By how much a shape leans, radians."""
+    return float(rng.uniform(-_MAX_TILT, _MAX_TILT))
 
 
 def recolour(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -163,7 +173,7 @@ def _sample_path(
     return tuple((float(x), float(y)) for x, y in start + offsets)
 
 
-def _sample_background(rng: np.random.Generator) -> Background:
+def sample_background(rng: np.random.Generator) -> Background:
     """Two muted, rather dark colours, so that every shape stands out."""
     first, last = (_muted_colour(rng) for _ in range(2))
     return Background(
