@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava.coordinates import Box, TimeSpan
 from llava.demo.grounding.__main__ import main
+from llava.demo.grounding.base_model import write_base_model
 from llava.demo.grounding.evaluation import best_fixed_answer, choose_examples, score_answer, summarise
 from llava.demo.grounding.report import case_lines, score_lines
 from llava.serve.answer import Answer
@@ -41,6 +42,14 @@ def test_quick_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 12
     with Image.open(tmp_path / "pictures" / "clips_0.png") as picture:
         assert picture.width > 500
+
+
+def test_brackets_of_answers_are_one_token(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_base_model(tmp_path, ["dov'è la luna rosa?"], seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert [len(tokenizer.tokenize(bracket)) for bracket in "[]{}"] == [1, 1, 1, 1]
 
 
 def test_no_sample_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:

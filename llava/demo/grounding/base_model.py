@@ -13,6 +13,8 @@ CHAT_TEMPLATE = (
 )
 """Turns behind one another, an end of text behind each answer: of a conversation only the answers are learned."""
 
+# Brackets with a space before them, as they stand in answers, are tokens of their own.
+_BRACKETS = "[ ] { }"
 _CONTEXT_LENGTH = 512
 _NUM_LAYERS = 3
 _POSITION_RANGE = 1.0
@@ -24,7 +26,7 @@ def write_base_model(folder: Path, questions: Iterable[str], *, seed: int) -> No
     """Write a plain GPT-2 checkpoint with random weights, and a tokenizer trained on ``questions``."""
     from transformers import AutoTokenizer
 
-    vocabulary_size = write_tokenizer(folder, questions)
+    vocabulary_size = write_tokenizer(folder, [*questions, _BRACKETS])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
