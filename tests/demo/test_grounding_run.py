@@ -48,7 +48,7 @@ def test_brackets_of_answers_are_one_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     write_base_model(tmp_path, ["dov'è la luna rosa?"], seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert [len(tokenizer.tokenize(bracket)) for bracket in "[]{}"] == [1, 1, 1, 1]
 
 

@@ -27,7 +27,7 @@ def write_base_model(folder: Path, questions: Iterable[str], *, seed: int) -> No
     from transformers import AutoTokenizer
 
     vocabulary_size = write_tokenizer(folder, [*questions, _BRACKETS])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     write_random_gpt2(
