@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
     for name, default, what in (
-        ("train_pictures", 15500, "pictures to train on"),
+        ("train_pictures", 14000, "pictures to train on"),
         ("train_clips", 6500, "clips to train on"),
         ("held_out_pictures", 256, "pictures to ask about at the end"),
         ("held_out_clips", 256, "clips to ask about at the end"),
