@@ -41,7 +41,9 @@ def write_data(folder: Path, clips: Sequence[str], repeats: int) -> Path:
 
 def measure(path: Path, workers: Sequence[int], rounds: int) -> dict[str, Any]:
     """Check the data with each number of workers, in turns."""
-    check = MediaCheck(read_records(str(path)), num_frames=4, video_fps=0.0, frames_upbound=32, decode_timeout=60.0)
+    # The clips of --data stay where they are, outside the folder of the data file that repeats them.
+    records = read_records(str(path), allow_outside_paths=True)
+    check = MediaCheck(records, num_frames=4, video_fps=0.0, frames_upbound=32, decode_timeout=60.0)
     seconds: dict[int, list[float]] = {number: [] for number in workers}
     found = set()
     for round_number in range(rounds):
