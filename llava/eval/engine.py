@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from llava.data.bad_samples import ERROR
 from llava.data.files import MediaError
@@ -14,7 +16,7 @@ from llava.eval.samples import EvalSample, Prediction
 from llava.eval.store import Row, write_rows
 from llava.eval.tasks import TASKS
 from llava.serve.answer import Answer
-from llava.serve.generate import Captioner
+from llava.serve.generate import Captioner, PromptTooLongError
 from llava.serve.requests import Request
 from llava.types import BadSample, Coordinates, VisualInput
 
@@ -58,7 +60,8 @@ class Asking:
         sub_bin: whether coordinates are told between bins.
         on_bad_sample: ``error`` or ``skip``.
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
-        options: for ``answer``, such as ``max_new_tokens``.
+        options: for ``answer``, such as ``max_new_tokens``: all that is in force.
+        seed: of sampling; each batch begins with it, whichever process answers it.
     """
 
     task: str
@@ -68,6 +71,7 @@ class Asking:
     on_bad_sample: str = ERROR
     decode_timeout: float = 60.0
     options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 def find_batches(num_samples: int, batch_size: int, done: Container[int]) -> list[range]:
@@ -100,6 +104,8 @@ def answer_batches(
         raise ValueError("the model was trained on text alone and cannot look at images and videos")
     with path.open("ab") as file:
         for batch in batches:
+            if asking.options.get("do_sample"):
+                torch.manual_seed(asking.seed + batch.start)
             answered = _answer([samples[index] for index in batch], answerer, asking)
             write_rows(file, [{"index": index, **row} for index, row in zip(batch, answered, strict=True)])
             on_batch(len(batch))
@@ -151,22 +157,38 @@ def _ask_model(
     """Answers with the places of their samples. A batch that fails is asked one by one, to tell whose fault it is."""
     if not requests:
         return []
+    answers: list[Answer | ValueError]
     try:
-        answers = answerer.answer(requests, len(requests), sub_bin=asking.sub_bin, **asking.options)
+        answers = [*answerer.answer(requests, len(requests), sub_bin=asking.sub_bin, **asking.options)]
+    except PromptTooLongError as error:
+        # Stops only itself, whatever bad samples do: the run fails when all others are answered.
+        answers = [found[0] if found else ValueError(error.reasons[index]) for index, found in enumerate(error.answers)]
     except ValueError as error:
         if len(requests) == 1:
             return [(places[0], _bad(samples[places[0]], error, asking))]
         alone = zip(requests, places, strict=True)
         return [row for request, place in alone for row in _ask_model([request], [place], samples, answerer, asking)]
-    found = [Prediction(answer.text, tuple(answer.boxes), tuple(answer.spans)) for answer in answers]
-    return [(place, prediction.to_json()) for place, prediction in zip(places, found, strict=True)]
+    return [
+        (place, _without_answer(answer) if isinstance(answer, ValueError) else _answered(answer))
+        for place, answer in zip(places, answers, strict=True)
+    ]
+
+
+def _answered(answer: Answer) -> Row:
+    return Prediction(answer.text, tuple(answer.boxes), tuple(answer.spans)).to_json()
+
+
+def _without_answer(error: ValueError) -> Row:
+    """The row of a sample that cannot be used: an empty answer, the file whose fault it is if it is one's, and why."""
+    file = error.path if isinstance(error, MediaError) else ""
+    reason = " ".join(str(error).removeprefix(f"{file}: ").splitlines())
+    return {**Prediction("").to_json(), "bad": {"file": file, "reason": reason}}
 
 
 def _bad(sample: EvalSample, error: ValueError, asking: Asking) -> Row:
     """The row of a sample that cannot be used, whose answer is empty; or the error, where it is one."""
-    file = error.path if isinstance(error, MediaError) else ""
-    reason = " ".join(str(error).removeprefix(f"{file}: ").splitlines())
-    bad = BadSample(sample.id, sample.source, file, reason)
+    row = _without_answer(error)
     if asking.on_bad_sample == ERROR:
+        bad = BadSample(sample.id, sample.source, **row["bad"])
         raise ValueError(f"{bad}; leave such samples out of the answers (they count 0) with --on_bad_sample skip")
-    return {**Prediction("").to_json(), "bad": {name: asdict(bad)[name] for name in ("file", "reason")}}
+    return row

@@ -28,9 +28,12 @@ from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.samples import EvalSample, Prediction
 from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
 from llava.eval.tasks import EXPRESSION, TASKS, Task
+from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
+from llava.types import BadSample
 
 _NUM_RESAMPLES = 1000
-_COUNTS = {"batch_size": 1, "num_processes": 1, "max_new_tokens": 1, "num_beams": 1, "num_pictures": 0, "limit": 1}
+_MAX_NEW_TOKENS = 128
+_COUNTS = {"batch_size": 1, "num_processes": 1, "num_pictures": 0, "limit": 1}
 """Flags that count something, and the least they may be."""
 
 
@@ -61,8 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
     )
     parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers")
-    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
-    parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
+    add_decoding_flags(parser, _MAX_NEW_TOKENS)
     parser.add_argument("--sub_bin", action="store_true", help="tell coordinates between bins")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="answered together (default 16)")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU")
@@ -85,6 +87,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in _COUNTS.items():
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
+    try:
+        decoding_options(args, _MAX_NEW_TOKENS)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -150,6 +156,7 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
     weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
     aside = {"source": None, "fault": None} | ({"reference": None} if task.fields == (EXPRESSION,) else {})
     asked = [asdict(sample) | aside for sample in samples]
+    decoding = decoding_options(args, _MAX_NEW_TOKENS)
     return {
         "task": args.task,
         "model": os.path.abspath(model),
@@ -157,7 +164,9 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
         "model_files": _digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]),
         "model_base": args.model_base and os.path.abspath(args.model_base),
         "data": list(args.data),
-        **{name: getattr(args, name) for name in ("limit", "prompt", "bits", "max_new_tokens", "num_beams", "sub_bin")},
+        **{name: getattr(args, name) for name in ("limit", "prompt", "bits", "sub_bin")},
+        **{name: decoding[name] for name in ("max_new_tokens", "num_beams")},
+        "decoding": decoding | ({"seed": args.seed} if decoding["do_sample"] else {}),
         "samples": _digest(asked),
     }
 
@@ -176,7 +185,14 @@ def answer_all(
         _answer_missing(args, samples, done, store, source)
         rows = store.read()
     found = [rows[index] for index in range(len(samples))]
-    if all("bad" in row for row in found):
+    bad = [row for row in found if "bad" in row]
+    if bad and args.on_bad_sample == ERROR:
+        first = BadSample(bad[0]["id"], bad[0]["source"], **bad[0]["bad"])
+        raise ValueError(
+            f"{len(bad)} of {len(found)} samples have no answer, all others have; the first: {first}; count them 0 "
+            "with --on_bad_sample skip"
+        )
+    if len(bad) == len(found):
         raise ValueError(
             f"all {len(found)} samples are bad; the first: {found[0]['id']!r}: {found[0]['bad']['reason']}"
         )
@@ -201,7 +217,8 @@ def _answer_missing(
         args.sub_bin,
         args.on_bad_sample,
         args.decode_timeout,
-        {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams},
+        decoding_options(args, _MAX_NEW_TOKENS),
+        args.seed,
     )
     source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
     threads = max(len(os.sched_getaffinity(0)) // len(devices), 1) if len(devices) > 1 else 0
@@ -228,7 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        print(format_report(evaluate(args)))
+        content = evaluate(args)
+        print(format_report(content))
+        print(describe_decoding(content["settings"]["decoding"], args.model_path))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ class MultimodalGeneration:
     """The part of ``LlavaMetaForCausalLM`` that generates."""
 
     config: Any
+    generation_config: Any
     get_model: Any
     get_input_embeddings: Any
     place_coordinates: Any
@@ -53,7 +54,9 @@ class MultimodalGeneration:
             if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
                 raise ValueError("the prompt has places for images or videos, but no images were given")
             placeholders = [] if grounding is None else grounding.filled_token_ids
-            kwargs["suppress_tokens"] = [*(kwargs.get("suppress_tokens") or []), *visual, *placeholders]
+            settings = kwargs.get("generation_config") or self.generation_config
+            suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
+            kwargs["suppress_tokens"] = [*suppressed, *visual, *placeholders]
         if images is not None or tokens is not None:
             rows = self.get_model().coordinate_rows()
             kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_options, describe_decoding
+
 if TYPE_CHECKING:
     from llava.config import VisionConfig
     from llava.serve.answer import Answer
@@ -39,11 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers (default 16: as they come)"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
-    parser.add_argument("--num_beams", type=int, default=1, metavar="N", help="beams; 1 (default) is greedy search")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="above 0 samples, at this temperature (default 0)"
-    )
+    add_decoding_flags(parser, MAX_NEW_TOKENS)
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: text (with bins), boxes and spans of time"
@@ -77,14 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     set_seed(args.seed)
     media = [Media("image", path) for path in args.image] + [Media("video", path) for path in args.video]
-    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
-    if args.temperature > 0:
-        options |= {"do_sample": True, "temperature": args.temperature}
     try:
+        options = decoding_options(args, MAX_NEW_TOKENS)
         import_plugins(args.plugins)
         captioner = Captioner.from_checkpoint(
             args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
         )
+        # Not on standard output, which is the answer's alone.
+        print(describe_decoding(options, args.model_path), file=sys.stderr)
         (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
         print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
         if args.draw:

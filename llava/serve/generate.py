@@ -18,7 +18,27 @@ from llava.model.loading import LoadedModel, load_model
 from llava.model.quantization import Quantization
 from llava.model.quiet import quiet_transformers
 from llava.serve.answer import Answer, read_answer
+from llava.serve.decoding import MAX_NEW_TOKENS, without_own_settings
 from llava.serve.requests import Prompt, PromptWriter, Request
+
+
+class PromptTooLongError(ValueError):
+    """Some requests leave no room for an answer in the model's context; all the others have been answered.
+
+    Attributes:
+        answers: to each request, in order: a list of ``num_return_sequences`` of them, empty where it is too long.
+        reasons: why there is none, by the number of the request.
+    """
+
+    def __init__(self, requests: Sequence[Request], answers: list[list[Answer]], reasons: dict[int, str]) -> None:
+        self.answers, self.reasons = answers, reasons
+        first = min(reasons)
+        text = reasons[first]
+        if len(requests) > 1:
+            text = f"request {first + 1} of {len(requests)} ({requests[first]}): {text}"
+            if len(reasons) > 1:
+                text += f"; {len(reasons)} requests are too long"
+        super().__init__(text)
 
 
 class Captioner:
@@ -86,57 +106,83 @@ class Captioner:
                 takes the memory of every step's logits.
             constrain: whether bins come only where boxes and spans want them, see ``CoordinateSyntax``.
             **options: for transformers' ``generate``, such as ``num_beams``; greedy and 64 new
-                tokens by default.
+                tokens by default. Nothing else is in force: a penalty or a temperature that the base model's
+                ``generation_config.json`` sets is not taken. An answer has at most the tokens that its own
+                prompt leaves in the context, whatever it is asked together with.
 
         Returns:
             The answer to each request (or ``num_return_sequences`` of them); without tables of coordinates text alone.
 
         Raises:
-            ValueError: a file cannot be read, a request leaves no room in the context, or its coordinates
-                are not those of its prompt or are given to a model that has none.
+            ValueError: a file cannot be read, or the coordinates of a request are not those of its prompt or are
+                given to a model that has none.
+            PromptTooLongError: requests leave no room in the context; the others are answered first.
         """
         syntax = [self.syntax] if constrain and self.syntax is not None else []
         options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), *syntax])
-        answers: list[Answer] = []
+        sub_bin = sub_bin and self.syntax is not None
+        answers: list[list[Answer]] = [[] for _ in requests]
+        too_long: dict[int, str] = {}
         for start in range(0, len(requests), batch_size):
-            prompts = [self.prompts.write(request) for request in requests[start : start + batch_size]]
-            generated, positions = self._generate(prompts, sub_bin and self.syntax is not None, options)
-            each = len(generated) // len(prompts)
-            answers += [
-                self._read(prompts[i // each], ids, None if positions is None else positions[i])
-                for i, ids in enumerate(generated)
-            ]
-        return answers
+            prompts = {
+                index: self.prompts.write(requests[index])
+                for index in range(start, min(start + batch_size, len(requests)))
+            }
+            too_long |= {i: reason for i, prompt in prompts.items() if (reason := self._find_excess(prompt))}
+            for group in self._group_by_room({i: p for i, p in prompts.items() if i not in too_long}, options):
+                found = self._generate([prompts[i] for i in group], sub_bin, options)
+                for index, generated in zip(group, found, strict=True):
+                    answers[index] = generated
+        if too_long:
+            raise PromptTooLongError(requests, answers, too_long)
+        return [answer for generated in answers for answer in generated]
 
-    def _generate(
-        self, prompts: Sequence[Prompt], sub_bin: bool, options: dict[str, Any]
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """The new tokens of each row and, with ``sub_bin``, their ``expected_positions``."""
-        options = {
-            "max_new_tokens": 64,
-            "do_sample": False,
-            "eos_token_id": self.text_format.stop_token_ids,
-            **options,
-        }
+    @property
+    def _context(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    def _find_excess(self, prompt: Prompt) -> str:
+        """Why a prompt leaves no room for an answer; nothing if it does."""
+        if len(prompt.ids) < self._context:
+            return ""
+        return (
+            f"the prompt has {len(prompt.ids)} tokens, but the model's context is {self._context}; shorten it or "
+            "lower num_frames"
+        )
+
+    def _group_by_room(self, prompts: dict[int, Prompt], options: dict[str, Any]) -> list[list[int]]:
+        """Parts of a batch that can be decoded together, by index.
+
+        A prompt that leaves less room than ``max_new_tokens`` gets fewer; those beside it lose nothing.
+        """
+        wanted = options.get("max_new_tokens", MAX_NEW_TOKENS)
+        groups: dict[int, list[int]] = {}
+        for index, prompt in prompts.items():
+            groups.setdefault(min(wanted, self._context - len(prompt.ids)), []).append(index)
+        return list(groups.values())
+
+    def _generate(self, prompts: Sequence[Prompt], sub_bin: bool, options: dict[str, Any]) -> list[list[Answer]]:
+        """The answers to each of the prompts, which leave the same room or all that is wanted."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        options = {"do_sample": False, "eos_token_id": self.text_format.stop_token_ids, **options}
+        room = min(options.get("max_new_tokens", MAX_NEW_TOKENS), self._context - longest)
+        options |= {"max_new_tokens": room}
+        if "min_new_tokens" in options:
+            options["min_new_tokens"] = min(options["min_new_tokens"], room)
         if sub_bin:
             options |= {"return_dict_in_generate": True, "output_logits": True}
-        longest = max(len(prompt.ids) for prompt in prompts)
-        room = self.model.config.max_position_embeddings - longest
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {longest} tokens, but the model's context is {longest + room}; shorten it or "
-                "lower num_frames"
-            )
-        options["max_new_tokens"] = min(options["max_new_tokens"], room)
         # transformers drops a mask of ones and then warns that an end of text might be padding.
-        with quiet_transformers():
+        with quiet_transformers(), without_own_settings(self.model):
             output = self.model.generate(**self._collate(prompts, longest), **options)
-        if not sub_bin:
-            return output[:, longest:].tolist(), None
-        assert self.grounding is not None
-        generated = output.sequences[:, longest:]
-        positions = expected_positions(generated, output.logits, self.grounding, output.get("beam_indices"))
-        return generated.tolist(), positions.tolist()
+        generated = (output.sequences if sub_bin else output)[:, longest:]
+        positions: list[list[float]] | list[None] = [None] * len(generated)
+        if sub_bin:
+            assert self.grounding is not None
+            beams = output.get("beam_indices")
+            positions = expected_positions(generated, output.logits, self.grounding, beams).tolist()
+        each = len(generated) // len(prompts)
+        rows = zip(generated.tolist(), positions, strict=True)
+        return [[self._read(prompt, *next(rows)) for _ in range(each)] for prompt in prompts]
 
     def _collate(self, prompts: Sequence[Prompt], longest: int) -> dict[str, Any]:
         """A batch of prompts, padded on the left, with media and coordinates where there are any."""

@@ -37,6 +37,11 @@ class Request:
     system: str = ""
     coordinates: Coordinates = NO_COORDINATES
 
+    def __str__(self) -> str:
+        """Its files and the beginning of its prompt, to name it in a message."""
+        files = [medium.path for medium in self.media if isinstance(medium, Media)]
+        return ", ".join([*files, repr(self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:60]}...")])
+
 
 @dataclass(frozen=True)
 class Prompt:

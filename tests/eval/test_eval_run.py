@@ -129,7 +129,6 @@ def test_two_processes_say_what_one_says(words, source, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"ended with signal SIGKILL .* goes on where it stopped"):
         run(words, source.changed(dies_at="thing 4."), "--num_processes", "2")
-    assert sorted(path.name for path in out.glob("*.jsonl")) == ["predictions-00.jsonl", "predictions-01.jsonl"]
     assert (out / "predictions-01.jsonl").read_bytes() == b""
     run(words, source, "--num_processes", "2")
     assert (out / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
