@@ -72,7 +72,8 @@ class Record:
     ``source`` names the file and the place in it ("captions.json, sample 12"), for error messages.
     ``split`` is the first and last frame of the clip that the sample speaks of, or None. ``fault`` is
     what is wrong with a bad sample, whose record has no turns and no media; None for a good one.
-    ``coordinates`` are in the picture that they speak of, as the data file has them.
+    ``coordinates`` are in the picture that they speak of, as the data file has them. ``data_file`` is its full path,
+    which ``source`` alone may share with other files' names; "" where it is not known.
     """
 
     id: str
@@ -82,6 +83,7 @@ class Record:
     split: tuple[int, int] | None = None
     fault: str | None = None
     coordinates: Coordinates = NO_COORDINATES
+    data_file: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
@@ -119,13 +121,14 @@ class BadSample:
     """A sample that cannot be used, in place of its ``Example``.
 
     ``file`` is the image or video at fault, empty where no file is; ``reason`` is one line, without
-    the id, the source and the file.
+    the id, the source and the file. ``data_file`` is the full path of the data file, as in ``Record``.
     """
 
     id: str
     source: str
     file: str
     reason: str
+    data_file: str = ""
 
     def __str__(self) -> str:
         where = f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"

@@ -15,8 +15,8 @@ ON_BAD_SAMPLE = (ERROR, SKIP)
 def describe_error(record: Record, error: ValueError) -> BadSample:
     """What an error that was raised over a record says of it."""
     file = error.path if isinstance(error, MediaError) else ""
-    reason = str(error).removeprefix(f"{record}: ").removeprefix(f"{file}: ")
-    return BadSample(record.id, record.source, file, " ".join(reason.splitlines()))
+    reason = str(error).removeprefix(f"{record}: ").removeprefix(f"{record.source}: ").removeprefix(f"{file}: ")
+    return BadSample(record.id, record.source, file, " ".join(reason.splitlines()), record.data_file)
 
 
 class BadSampleError(ValueError):

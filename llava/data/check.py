@@ -21,7 +21,7 @@ from llava.data.files import MediaError
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_image, sample_video
 from llava.data.media_folder import check_links
-from llava.data.records import read_records
+from llava.data.records import describe_notes, read_records
 from llava.types import BadSample, Record
 
 
@@ -159,6 +159,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
     parser.add_argument("--allow_duplicate_ids", action="store_true", help="samples of a file may share an id")
     parser.add_argument("--allow_outside_paths", action="store_true", help="let paths lead out of these folders")
+    parser.add_argument("--ignore_keys", nargs="+", default=(), metavar="KEY", help="keys that hold no media, as there")
     for limit in fields(MediaLimits):
         parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="as for training")
     parser.add_argument(
@@ -183,8 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_bad_sample=SKIP,
             allow_duplicate_ids=args.allow_duplicate_ids,
             allow_outside_paths=args.allow_outside_paths,
+            ignore_keys=args.ignore_keys,
             flag="DATA",
         )
+        for line in describe_notes(records):
+            print(line, file=sys.stderr)
         limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
         check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
         with ExitStack() as files:

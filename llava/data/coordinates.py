@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,13 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.coordinates import COORDINATE_PLACEHOLDERS, LOCATIONS, find_placeholders
+from llava.data.placeholders import PLACEHOLDER
 from llava.framing import frame_picture
 from llava.types import NO_COORDINATES, Coordinates, Record, Turn
 
 _NAMES = [field.name for field in fields(Coordinates)]
-_MEDIUM_OR_PLACE = re.compile("|".join([DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, *COORDINATE_PLACEHOLDERS]))
+_MEDIUM_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
 
 
 def parse_variables(variables: Any, where: str) -> Coordinates:
@@ -42,9 +41,10 @@ def _parse_list(numbers: Any, name: str, where: str) -> Sequence[float]:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f'{where}: "variables.{name}" has {number!r}, which is no number')
-        if not (math.isfinite(number) and 0 <= number <= 1):
+        # Not math.isfinite, which fails over a whole number of hundreds of digits.
+        if not 0 <= number <= 1:
             raise ValueError(
-                f'{where}: "variables.{name}" has {number}; a coordinate is a fraction, from 0 to 1, of the '
+                f'{where}: "variables.{name}" has {str(number)[:40]}; a coordinate is a fraction, from 0 to 1, of the '
                 "picture's width or height or of the clip's length"
             )
     return [float(number) for number in numbers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -73,7 +74,7 @@ def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEn
     """The entries that the words behind a flag stand for.
 
     Args:
-        paths: ``.json`` and ``.jsonl`` files, patterns such as ``prefix{a,b}.json``, YAML mixtures.
+        paths: data files, folders of ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures.
         flag: its name, for errors.
 
     Raises:
@@ -112,10 +113,27 @@ def expand_braces(pattern: str, name: str) -> list[str]:
 
 
 def _find_files(pattern: str, name: str) -> list[str]:
-    """The data files of a path or a brace pattern; each must be there."""
-    files = expand_braces(pattern, name)
+    """The data files of a path, a folder of ``datasets`` or a brace pattern; each must be there."""
+    files = [file for path in expand_braces(pattern, name) for file in _open_folder(path, name)]
     for file in files:
         check_data_file(file, name if file == pattern else f"{name}: {file}")
+    return files
+
+
+def _open_folder(path: str, name: str) -> list[str]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote; any other path is itself."""
+    state = Path(path, "state.json")
+    if Path(path, "dataset_dict.json").is_file():
+        splits = sorted(file.parent.name for file in Path(path).glob("*/state.json"))
+        raise ValueError(f"{name}: holds several splits; give one of them: {', '.join(f'{path}/{s}' for s in splits)}")
+    if not state.is_file():
+        return [path]
+    try:
+        files = [str(Path(path, entry["filename"])) for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: its state.json is not one of datasets' save_to_disk: {error!r}") from error
+    if outside := [file for file in files if Path(file).parent != Path(path)]:
+        raise ValueError(f"{name}: its state.json names {outside[0]}, which lies outside of it")
     return files
 
 

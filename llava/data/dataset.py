@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IGNORE_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.coordinates import GroundingConfig
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.collator import SupervisedCollator
@@ -19,7 +19,7 @@ from llava.data.coordinates import move_to_square
 from llava.data.files import MediaError
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_media, read_image_size
-from llava.data.placeholders import expand_placeholders, placeholder_kinds
+from llava.data.placeholders import expand_placeholders, placeholder_kinds, remove_placeholders
 from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
@@ -255,8 +255,7 @@ def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[Visu
 
 def text_without_media(record: Record) -> str:
     """The text of a record as ``plain_lm`` joins it, placeholders left out."""
-    texts = [turn.text.replace(DEFAULT_IMAGE_TOKEN, "").replace(DEFAULT_VIDEO_TOKEN, "") for turn in record.turns]
-    return join_turns(texts)
+    return join_turns([remove_placeholders(turn.text) for turn in record.turns])
 
 
 def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
@@ -344,6 +343,7 @@ def make_supervised_data_module(
             allow_duplicate_ids=data_args.allow_duplicate_ids,
             flag=f"--{flag}",
             allow_outside_paths=data_args.allow_outside_paths,
+            ignore_keys=data_args.ignore_keys or (),
         )
         dataset = SupervisedDataset(
             records,

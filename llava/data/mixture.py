@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,11 +56,12 @@ def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one store, and by row of the store what is wrong with bad samples."""
+    """Rows of one store, by row of the store what is wrong with bad samples, and what to call the data file."""
 
     store: RecordStore
     rows: Rows
     faults: dict[int, str]
+    label: str = ""
 
     @property
     def name(self) -> Any:
@@ -95,8 +98,25 @@ class Mixture(Sequence[Record]):
         number = bisect_right(self._ends, position)
         part = self.parts[number]
         row = int(part.rows[position - self._ends[number] + len(part.rows)])
-        record = part.store[row]
-        return replace(record, turns=(), media=(), fault=part.faults[row]) if row in part.faults else record
+        return self._name(part, part.store[row], part.faults.get(row))
+
+    def _name(self, part: Part, record: Record, fault: str | None) -> Record:
+        """A record with its data file; where several files have one name, the whole path stands in its source."""
+        data_file = os.path.abspath(part.label) if part.label else ""
+        changes: dict[str, Any] = {"data_file": data_file}
+        name = os.path.basename(part.label)
+        if name in self._shared_names:
+            changes["source"] = record.source.replace(name, part.label, 1)
+            fault = fault and fault.replace(f"{name}, ", f"{part.label}, ", 1)
+        if fault is not None:
+            changes |= {"turns": (), "media": (), "fault": fault}
+        return replace(record, **changes)
+
+    @cached_property
+    def _shared_names(self) -> set[str]:
+        """Names that several data files have."""
+        names = Counter(os.path.basename(label) for label in {part.label for part in self.parts})
+        return {name for name, count in names.items() if count > 1}
 
     @cached_property
     def faults(self) -> dict[int, str]:

@@ -13,18 +13,36 @@ from llava.types import MediaKind, Turn
 
 T = TypeVar("T")
 
-_PLACEHOLDER = re.compile(f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}")
-_KINDS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDEO_TOKEN: "video"}
+PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDEO_TOKEN: "video"}
+_WORDS = "|".join(PLACEHOLDERS)
+# One behind a backslash is the word itself.
+PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_WORDS})")
+_ESCAPED = re.compile(rf"\\({_WORDS})")
 
 
 def placeholder_kinds(text: str) -> list[MediaKind]:
     """The kinds of the media that a text has places for, in reading order."""
-    return [_KINDS[placeholder] for placeholder in _PLACEHOLDER.findall(text)]
+    return [PLACEHOLDERS[placeholder] for placeholder in PLACEHOLDER.findall(text)]
 
 
-def split_at_placeholders(text: str) -> list[str]:
-    """The pieces of text before, between and behind the placeholders: one more than there are of these."""
-    return _PLACEHOLDER.split(text)
+def split_at_placeholders(text: str, keep: bool = False) -> list[str]:
+    """The pieces of text before, between and behind the placeholders: one more than there are of these.
+
+    Args:
+        text: with placeholders.
+        keep: whether the placeholders stand between the pieces.
+    """
+    return re.split(f"({PLACEHOLDER.pattern})", text) if keep else PLACEHOLDER.split(text)
+
+
+def literal_text(text: str) -> str:
+    r"""A text without media as it reads: ``\<image>`` is the word ``<image>``, and no medium."""
+    return _ESCAPED.sub(r"\1", text) if "\\<" in text else text
+
+
+def remove_placeholders(text: str) -> str:
+    """What is left of a text where its media are taken out, as it reads."""
+    return literal_text(PLACEHOLDER.sub("", text))
 
 
 def expand_text(
@@ -106,20 +124,22 @@ def _expand(
     sizes = _one_for_each(DEFAULT_IMAGE_TOKEN, texts, image_sizes, None)
 
     def expand(match: re.Match[str]) -> str:
-        if _KINDS[match.group()] == "image":
+        if PLACEHOLDERS[match.group()] == "image":
             spans = vision.spans("image", image_size=next(sizes))
         else:
             spans = vision.spans("video", next(frames))
         return "".join(span.text for span in spans)
 
-    return [_PLACEHOLDER.sub(expand, text) for text in texts]
+    return [PLACEHOLDER.sub(expand, text) for text in texts]
 
 
 def _one_for_each(placeholder: str, texts: Sequence[str], given: Sequence[T] | None, default: T) -> Iterator[T]:
     """What was given for the placeholders of one kind, in order; a ValueError if it is more or less than one each."""
-    found = sum(text.count(placeholder) for text in texts)
+    found = sum(placeholder_kinds(text).count(PLACEHOLDERS[placeholder]) for text in texts)
     if given is None:
         return repeat(default, found)
     if len(given) != found:
-        raise ValueError(f"the text has {found} {placeholder}, but {len(given)} {_KINDS[placeholder]}s were given")
+        raise ValueError(
+            f"the text has {found} {placeholder}, but {len(given)} {PLACEHOLDERS[placeholder]}s were given"
+        )
     return iter(given)

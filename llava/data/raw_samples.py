@@ -1,4 +1,4 @@
-"""The raw samples of ``.json`` and ``.jsonl`` files, one by one: no file is ever in memory as a whole."""
+"""The raw samples of data files, one by one: no file is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-KNOWN_SUFFIXES = (".json", ".jsonl")
+KNOWN_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 
 _BYTES_AT_ONCE = 1 << 22
 _LONG_FILE = 1 << 26
 """Bytes from which on reading a file is shown with a progress bar."""
 LONGEST_SAMPLE = 1 << 26
 """Bytes that the text of one sample may have: a file without line ends is no reason to read all of it."""
+_ROWS_AT_ONCE = 64
+"""Of a table, whose rows may hold pictures."""
+_LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -59,9 +62,42 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
                 advance(len(line))
                 if line.strip():
                     yield parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
-    else:
+    elif file.suffix == ".json":
         for number, sample in enumerate(iterate_list(file), start=1):
             yield sample, f"{file.name}, sample {number}"
+    else:
+        for number, sample in enumerate(_read_table(file), start=1):
+            yield sample, f"{file.name}, row {number}"
+
+
+def _read_table(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet or Arrow file; pictures and clips are what is stored of them, bytes or paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            batches: Any = pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=_ROWS_AT_ONCE)
+        else:
+            batches = _arrow_batches(pa.memory_map(str(path)))
+        for batch in batches:
+            for start in range(0, len(batch), _ROWS_AT_ONCE):
+                yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """The batches of an Arrow file, in the form that ``datasets`` writes (a stream) or the one with an index."""
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -84,6 +120,8 @@ def parse_line(data: bytes, where: str) -> Any:
         return ValueError(f"{where}: not JSON: {error}")
     except RecursionError:
         return ValueError(f"{where}: not a sample: brackets within brackets without end")
+    except ValueError as error:
+        return ValueError(f"{where}: {_LONG_NUMBER}") if "integer string" in str(error) else error
 
 
 @contextmanager
@@ -165,6 +203,9 @@ class _Text:
                 # Perhaps only the window ends here.
                 if len(self._buffer) - start > LONGEST_SAMPLE or not self._read_on():
                     raise self.error(error.msg, error.pos - start) from error
+            except ValueError as error:
+                # As JSONDecodeError is one too, this stands behind it. Nothing else is wrong with a file of JSON.
+                raise ValueError(f"{self._path}: line {self._line()}: {_LONG_NUMBER}") from error
             except RecursionError as error:
                 raise ValueError(f"{self._path}: not a sample: brackets within brackets without end") from error
             else:
@@ -175,8 +216,10 @@ class _Text:
 
     def error(self, message: str, ahead: int = 0) -> ValueError:
         """An error of the character that is so far ahead."""
-        line = self._lines + self._buffer.count("\n", 0, self._position + ahead) + 1
-        return ValueError(f"{self._path}: not JSON: line {line}: {message}")
+        return ValueError(f"{self._path}: not JSON: line {self._line(ahead)}: {message}")
+
+    def _line(self, ahead: int = 0) -> int:
+        return self._lines + self._buffer.count("\n", 0, self._position + ahead) + 1
 
     def _read_on(self) -> bool:
         """Let go of what is behind, add at least as much as is left; False at the end of the file."""

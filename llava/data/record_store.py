@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-VERSION = 3
+VERSION = 2
 """Of the stored form; a file of another version is not read but written anew."""
 
 _MAGIC = b"LLAVAREC"

@@ -9,25 +9,33 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
 from llava.data.coordinates import check_coordinates, parse_variables
 from llava.data.data_files import DataEntry, find_entries
+from llava.data.embedded import decode_data_uri, encode_picture, media_folder, write_media
 from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
+from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.raw_samples import read_samples, read_values
 from llava.data.record_index import open_store
 from llava.data.record_store import RecordStore
+from llava.data.spellings import name_type, read_raw, suggest
 from llava.types import Media, MediaKind, Record, Role, Turn
 
-__all__ = ["parse_record", "read_records", "read_samples"]
+__all__ = ["describe_notes", "parse_record", "read_records", "read_samples"]
 
 logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
-_PLACEHOLDER: dict[MediaKind, str] = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
+_LONGEST_ID = 1000
+_LONGEST_PATH = 4096
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_MEDIUM_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
+"""Keys of an object that stands for a medium."""
 _RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 
 
@@ -41,13 +49,14 @@ def read_records(
     on_bad_sample: str = "error",
     allow_duplicate_ids: bool = False,
     allow_outside_paths: bool = False,
+    ignore_keys: Sequence[str] = (),
     flag: str = "--data_path",
 ) -> Mixture:
     """Read and validate data files.
 
     Args:
-        paths: one word or several: ``.json`` (a list of samples) and ``.jsonl`` (one a line) files, patterns such
-            as ``prefix{a,b}.json``, YAML mixtures.
+        paths: one word or several: data files (``.json``, ``.jsonl``, ``.parquet``, ``.arrow``), folders of
+            ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures.
         image_folder: what relative image paths start from; by default the folder of their data file.
         video_folder: the same for videos.
         cache_dir: where the records are indexed; without it they stay in memory and are parsed every time.
@@ -55,6 +64,7 @@ def read_records(
         on_bad_sample: ``error`` raises over the first bad sample, ``skip`` keeps its place: its record has a ``fault``.
         allow_duplicate_ids: whether samples of one file may share an id.
         allow_outside_paths: whether the paths of media may lead out of the folders that they start from.
+        ignore_keys: keys of samples that are not looked at, whatever they seem to hold.
         flag: its name, for errors.
 
     Raises:
@@ -67,7 +77,8 @@ def read_records(
     for entry in find_entries(paths, flag):
         folders = (entry.data_folder or image_folder, entry.data_folder or video_folder)
         stores = [
-            _open_file(file, *folders, entry.source, cache, on_bad_sample, allow_outside_paths) for file in entry.files
+            _open_file(file, *folders, entry.source, cache, on_bad_sample, allow_outside_paths, tuple(ignore_keys))
+            for file in entry.files
         ]
         faults = [_judge(store, on_bad_sample, allow_duplicate_ids) for store in stores]
         # The names of its files, and how often they were drawn from before, tell an entry: not its place, which
@@ -88,6 +99,7 @@ def _open_file(
     cache: Path | None,
     on_bad_sample: str,
     allow_outside_paths: bool,
+    ignore_keys: tuple[str, ...],
 ) -> RecordStore:
     """The records of one data file, from its index or newly parsed."""
     home = str(Path(path).absolute().parent)
@@ -96,25 +108,30 @@ def _open_file(
         "video_folder": os.path.abspath(video_folder or home),
         "media_source": media_source,
         "allow_outside_paths": allow_outside_paths,
+        "ignore_keys": ignore_keys,
+        "media_dir": None if cache is None else media_folder(cache),
     }
+    notes: dict[str, Any] = {"unread": {}, "without_id": 0}
 
     def records() -> Iterator[Record]:
         for sample, source in read_values(path):
             try:
                 if isinstance(sample, ValueError):
                     raise sample
-                yield parse_record(sample, source, **settings)
+                yield parse_record(sample, source, **settings, notes=notes)
             except ValueError as error:
                 if on_bad_sample == "error":
                     raise
                 identity = sample.get("id", "") if isinstance(sample, dict) else ""
-                yield Record(str(identity), (), source=source, fault=str(error))
+                yield Record(str(identity)[:_LONGEST_ID], (), source=source, fault=str(error))
 
     def write(index: Path, origin: dict[str, Any]) -> RecordStore:
         logger.info("indexing %s", path)
-        return RecordStore.write(records(), index, origin)
+        return RecordStore.write(records(), index, origin, notes)
 
-    return RecordStore.write(records()) if cache is None else open_store(cache, Path(path), settings, write)
+    return (
+        RecordStore.write(records(), notes=notes) if cache is None else open_store(cache, Path(path), settings, write)
+    )
 
 
 def _judge(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
@@ -139,8 +156,8 @@ def _sample(
     except ValueError as error:
         raise ValueError(f"{entry.name}: {error}") from error
     start = 0
-    for store, of_store in zip(stores, faults, strict=True):
-        yield Part(store, cut_rows(rows, start, start + len(store)), of_store)
+    for store, of_store, label in zip(stores, faults, entry.files, strict=True):
+        yield Part(store, cut_rows(rows, start, start + len(store)), of_store, label)
         start += len(store)
 
 
@@ -151,6 +168,9 @@ def parse_record(
     video_folder: str,
     media_source: str | None = None,
     allow_outside_paths: bool = False,
+    ignore_keys: Sequence[str] = (),
+    media_dir: Path | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> Record:
     """Validate one raw sample, see ``docs/data.md``.
 
@@ -161,55 +181,108 @@ def parse_record(
         media_source: the sub-folder of both that its relative paths start from, in place of the sample's
             own ``source``; "" is none.
         allow_outside_paths: whether its paths may lead out of both folders.
+        ignore_keys: keys that are not looked at, whatever they seem to hold.
+        media_dir: where media that are given as bytes are written; by default a folder that goes with the process.
+        notes: counts of what is worth a word: ``unread`` by key, samples ``without_id``.
     """
     if not isinstance(sample, dict):
-        raise ValueError(f"{source}: expected an object, found {_name(sample)}")
-    identity = sample.get("id")
-    if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
-        raise ValueError(f'{source}: needs an "id", a string or a number, found {identity!r}')
-    where = f"sample {str(identity)!r} ({source})"
+        raise ValueError(f"{source}: expected an object, found {name_type(sample)}")
+    identity = _parse_id(sample.get("id"), source)
+    where = f"sample {identity!r} ({source})"
     folder = _parse_source(sample.get("source"), where) if media_source is None else media_source
+    raw = read_raw(sample, where, ignore_keys)
     record = Record(
-        id=str(identity),
-        turns=tuple(_parse_turns(sample.get("conversations"), where)),
+        id=identity,
+        turns=tuple(_parse_turns(raw.turns, where)),
         media=(
-            *_parse_media(sample.get("image"), "image", image_folder, folder, allow_outside_paths, where),
-            *_parse_media(sample.get("video"), "video", video_folder, folder, allow_outside_paths, where),
+            *_parse_media(raw.media["image"], "image", image_folder, folder, allow_outside_paths, media_dir, where),
+            *_parse_media(raw.media["video"], "video", video_folder, folder, allow_outside_paths, media_dir, where),
         ),
         source=source,
         split=_parse_split(sample.get("meta"), where),
         coordinates=parse_variables(sample.get("variables"), where),
     )
-    _check_placeholders(record)
+    _check_placeholders(record, raw.unread)
     check_coordinates(record)
     _check_split(record)
+    if notes is not None:
+        for key in set(raw.unread):
+            notes["unread"][key] = notes["unread"].get(key, 0) + 1
+        notes["without_id"] += sample.get("id") is None
     return record
+
+
+def _parse_id(value: Any, source: str) -> str:
+    """The id of a sample; one that has none is named after its file and its place there."""
+    if value is None:
+        file, _, place = source.rpartition(", ")
+        return f"{file}:{place.rpartition(' ')[2]}"
+    if isinstance(value, float) and value.is_integer():
+        raise ValueError(
+            f'{source}: "id" is {value!r}, a number with a point; write {int(value)}, or "{value!r}" in quotes'
+        )
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise ValueError(f'{source}: needs an "id", a string or a whole number, or none at all; found {value!r:.80}')
+    identity = str(value)
+    if len(identity) > _LONGEST_ID:
+        raise ValueError(f'{source}: its "id" has {len(identity)} characters; give it at most {_LONGEST_ID}')
+    return identity
 
 
 def _parse_source(value: Any, where: str) -> str:
     if not isinstance(value, str | None):
-        raise ValueError(f'{where}: "source" must be the name of a folder, found {_name(value)}')
+        raise ValueError(f'{where}: "source" must be the name of a folder, found {name_type(value)}')
     return value or ""
 
 
-def _parse_media(value: Any, kind: MediaKind, root: str, source: str, anywhere: bool, where: str) -> list[Media]:
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r}')
-    return [find_media(os.path.join(source, path), kind, root, anywhere, where) for path in paths]
+def _parse_media(
+    values: Sequence[Any], kind: MediaKind, root: str, source: str, anywhere: bool, media_dir: Path | None, where: str
+) -> Iterator[Media]:
+    """The media of one kind, each given as a path or as bytes."""
+    for value in values:
+        try:
+            data, path = _read_medium(value)
+            if data is not None:
+                folder = media_dir or media_folder(None)
+                yield Media(kind, write_media(data, path, folder), len(str(folder)))
+                continue
+        except ValueError as error:
+            raise ValueError(f'{where}: "{kind}": {error}') from error
+        if not path:
+            raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}')
+        yield find_media(os.path.join(source, path), kind, root, anywhere, where)
 
 
-def _parse_turns(value: Any, where: str) -> Iterator[Turn]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'{where}: needs "conversations", a list of turns, found {value!r}')
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where}, turn {number}: expected an object, found {_name(turn)}")
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+def _read_medium(value: Any) -> tuple[bytes | None, str]:
+    """The bytes of a medium, if they were given, and its path or name."""
+    if isinstance(value, bytes):
+        return value, ""
+    if hasattr(value, "save") and hasattr(value, "tobytes"):
+        return encode_picture(value), ".png"
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if key in _MEDIUM_KEYS and item}
+        if isinstance(data := given.pop("bytes", None), bytes):
+            return data, str(given.get("path", ""))
+        value = next(iter(given.values())) if len(given) == 1 else None
+    if not isinstance(value, str):
+        return None, ""
+    if (data := decode_data_uri(value)) is not None:
+        return data, ""
+    if value.startswith("file://"):
+        return None, unquote(value.removeprefix("file://"))
+    if address := _ADDRESS.match(value):
+        raise ValueError(f"{value[:120]} is an address ({address.group()}); fetch it and give the path of the file")
+    if len(value) > _LONGEST_PATH:
+        raise ValueError(
+            f"{value[:20]}... has {len(value)} characters and is no path; give bytes as data:image/png;base64,..."
+        )
+    return None, value
+
+
+def _parse_turns(turns: Sequence[tuple[Any, str]], where: str) -> Iterator[Turn]:
+    for number, (role, text) in enumerate(turns, start=1):
         if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"{where}, turn {number}: unknown role {role!r}; known: {', '.join(_ROLES)}")
-        if not isinstance(text, str):
-            raise ValueError(f'{where}, turn {number}: "value" must be a string, found {_name(text)}')
+            raise ValueError(f"{where}, turn {number}: unknown role {role!r:.80}; known: {', '.join(_ROLES)}")
         _check_text(text, f"{where}, turn {number}")
         yield Turn(_ROLES[role], text)
 
@@ -230,7 +303,7 @@ def _check_text(text: str, where: str) -> None:
 
 def _parse_split(meta: Any, where: str) -> tuple[int, int] | None:
     if meta is not None and not isinstance(meta, dict):
-        raise ValueError(f'{where}: "meta" must be an object, found {_name(meta)}')
+        raise ValueError(f'{where}: "meta" must be an object, found {name_type(meta)}')
     split = (meta or {}).get("split")
     if split is None:
         return None
@@ -245,16 +318,35 @@ def _check_split(record: Record) -> None:
         raise ValueError(f'{record}: has "meta.split" and {num_videos} videos; it can only speak of one')
 
 
-def _check_placeholders(record: Record) -> None:
-    text = " ".join(turn.text for turn in record.turns)
-    for kind, placeholder in _PLACEHOLDER.items():
-        wanted, given = text.count(placeholder), sum(media.kind == kind for media in record.media)
-        if wanted != given:
-            raise ValueError(
-                f"{record}: its text has {wanted} {placeholder}, but the sample has {given} {kind} "
-                f"file{'' if given == 1 else 's'}; there must be one for each"
+def _check_placeholders(record: Record, unread: Sequence[str]) -> None:
+    shown = [kind for turn in record.turns for kind in placeholder_kinds(turn.text)]
+    for placeholder, kind in PLACEHOLDERS.items():
+        wanted, given = shown.count(kind), sum(media.kind == kind for media in record.media)
+        if wanted == given:
+            continue
+        if wanted > given:
+            way = rf"; where the text means the word and no {kind}, write \{placeholder}"
+            hints = [f'; nothing reads "{key}"{hint}' for key in unread if (hint := suggest(key))]
+        else:
+            way, hints = f"; write {placeholder} where the {kind} is to be seen", []
+        raise ValueError(
+            f"{record}: its text has {wanted} {placeholder}, but the sample has {given} {kind} "
+            f"file{'' if given == 1 else 's'}; there must be one for each{''.join(hints)}{way}"
+        )
+
+
+def describe_notes(mixture: Mixture) -> list[str]:
+    """Lines about the keys of data files that nothing reads, and about samples without an id, with their numbers."""
+    lines = []
+    for label, store in {part.label: part.store for part in mixture.parts}.items():
+        notes = store.footer.notes
+        for key, count in notes.get("unread", {}).items():
+            level, _, name = key.rpartition(".")
+            place = f" of a {level}" if level else ""
+            samples = "1 sample" if count == 1 else f"{count} samples"
+            lines.append(
+                f'{label}: nothing reads the key "{name}"{place}, which {samples} of {len(store)} have{suggest(key)}'
             )
-
-
-def _name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+        if count := notes.get("without_id", 0):
+            lines.append(f"{label}: {count} of {len(store)} samples have no id; they are named after file and place")
+    return lines

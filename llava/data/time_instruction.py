@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from llava.constants import DEFAULT_VIDEO_TOKEN
+from llava.data.placeholders import placeholder_kinds
 from llava.data.preprocess.base import Format
 from llava.types import Turn, VisualInput
 
@@ -56,7 +57,7 @@ def add_time_instruction(turns: Sequence[Turn], clips: Sequence[Clip]) -> list[T
     waiting = iter(clips)
     written = []
     for turn in turns:
-        shown = [next(waiting) for _ in range(turn.text.count(DEFAULT_VIDEO_TOKEN))]
+        shown = [next(waiting) for _ in range(placeholder_kinds(turn.text).count("video"))]
         if shown and turn.role == "assistant":
             raise ValueError(
                 f"a turn of the assistant has {DEFAULT_VIDEO_TOKEN}, where --add_time_instruction would be learned; "

@@ -22,6 +22,7 @@ from llava.types import BadSample
 logger = logging.getLogger(__name__)
 
 LEDGER = "bad_samples.jsonl"
+Key = tuple[str, str, str]
 FEWEST_SEEN = 20
 """Samples that must have been seen before their bad ones can end a run in the middle of an epoch."""
 
@@ -66,8 +67,8 @@ class BadSampleArguments:
 class BadSampleLedger(TrainerCallback):
     """A file with one row for each bad sample of a run, whichever rank, worker and epoch met it.
 
-    Rows are ``{"id", "source", "file", "reason"}``, written by the first rank as they come in, each on disk
-    before training goes on. A resumed run adds to the file, a fresh one begins it anew.
+    Rows are ``{"id", "source", "file", "reason", "data_file"}``, written by the first rank as they come in, each on
+    disk before training goes on. A resumed run adds to the file, a fresh one begins it anew.
 
     Args:
         path: of the file.
@@ -77,7 +78,7 @@ class BadSampleLedger(TrainerCallback):
     def __init__(self, path: Path, max_share: float) -> None:
         self.path, self.max_share = path, max_share
         self.num_seen = self.num_bad = 0
-        self._known: set[tuple[str, str]] = set()
+        self._known: set[Key] = set()
 
     def __len__(self) -> int:
         """How many different samples are bad."""
@@ -89,7 +90,7 @@ class BadSampleLedger(TrainerCallback):
         self.num_seen = self.num_bad = 0
         self._known = set()
         if state.global_step:
-            self._known = {(row["id"], row["source"]) for row in read_ledger(self.path)}
+            self._known = {_key(BadSample(**row)) for row in read_ledger(self.path)}
         # Every rank has read before the first one writes.
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -125,7 +126,7 @@ class BadSampleLedger(TrainerCallback):
         self._write(gather_object(list(bad)))
 
     def _write(self, bad: Sequence[BadSample]) -> None:
-        new = {(sample.id, sample.source): sample for sample in bad if (sample.id, sample.source) not in self._known}
+        new = {key: sample for sample in bad if (key := _key(sample)) not in self._known}
         self._known |= set(new)
         if not new or not PartialState().is_main_process:
             return
@@ -134,7 +135,8 @@ class BadSampleLedger(TrainerCallback):
             for sample in new.values():
                 # A name from a data file may hold halves of characters, which no terminal can be sent.
                 logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
-                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+                row = {name: value for name, value in asdict(sample).items() if value or name != "data_file"}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -143,6 +145,11 @@ class BadSampleLedger(TrainerCallback):
             f"{self.num_bad} of the {self.num_seen} samples seen are bad, more than --max_bad_share "
             f"{self.max_share:g}; {self.path} lists them: mend or remove them, or raise the share"
         )
+
+
+def _key(sample: BadSample) -> Key:
+    """What tells a sample from all others: its data file, its place there, and its id."""
+    return sample.data_file, sample.source, sample.id
 
 
 def read_ledger(path: Path) -> list[dict[str, str]]:

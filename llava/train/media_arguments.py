@@ -1,4 +1,4 @@
-"""Flags about what media files may ask for: how large they are, and where they lie."""
+"""Flags about media: where they lie, how they are checked, what their files may ask for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ class MediaArguments:
         metadata={
             "help": "Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of "
             "the data file's folder), be it by .., as absolute paths or through links."
+        },
+    )
+    ignore_keys: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keys of samples that hold no image and no video, whatever they look like: nothing is said of them."
         },
     )
     max_image_pixels: int = field(

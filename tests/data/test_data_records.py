@@ -93,8 +93,9 @@ def conversation(text: str, **changes) -> dict:
 
 MALFORMED = {
     "no object": (["x"], "expected an object, found list"),
-    "no id": ({"conversations": TEXT}, 'needs an "id"'),
-    "null id": ({"id": None, "conversations": TEXT}, 'needs an "id"'),
+    "float id": ({"id": 1.0, "conversations": TEXT}, '"id" is 1.0, a number with a point; write 1, or "1.0" in quotes'),
+    "no number": ({"id": float("nan"), "conversations": TEXT}, 'needs an "id".* found nan'),
+    "endless id": ({"id": 10**2000, "conversations": TEXT}, '"id" has 2001 characters'),
     "boolean id": ({"id": True, "conversations": TEXT}, 'needs an "id"'),
     "empty id": ({"id": "", "conversations": TEXT}, 'needs an "id"'),
     "no conversations": ({"id": "s7"}, 'needs "conversations"'),

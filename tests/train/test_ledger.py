@@ -14,6 +14,8 @@ import pytest
 from conftest import ITALIAN, turns
 from transformers import TrainerControl, TrainerState
 
+from llava.data.bad_samples import describe_error
+from llava.data.records import read_records
 from llava.train.ledger import BadSampleLedger, read_ledger
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
@@ -45,6 +47,33 @@ def test_each_bad_sample_has_one_row(tmp_path: Path) -> None:
         "id": "a", "source": "x.json, sample 1", "file": "a.mp4", "reason": "no such file",
     }  # fmt: skip
     assert (len(ledger), ledger.num_seen, ledger.num_bad) == (3, 11, 5)
+
+
+def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        samples = [{"id": 1, "video": f"{folder}.mp4", "conversations": turns("<video>", "x")}, "no sample"]
+        (tmp_path / folder / "train.json").write_text(json.dumps(samples))
+    paths = [str(tmp_path / folder / "train.json") for folder in "ab"]
+    records = read_records(paths, on_bad_sample="skip")
+    found = [describe_error(record, ValueError(record.fault or f"{record}: no such file")) for record in records]
+    assert [str(sample) for sample in found] == [
+        f"sample {identity!r} ({path}, sample {number}): {reason}"
+        for path in paths
+        for number, identity, reason in (
+            (1, "1", "no such file"),
+            (2, "", "expected an object, found str"),
+        )
+    ]
+    ledger = begin(tmp_path / "bad.jsonl", max_share=1)
+    ledger.record(0, found)
+    ledger.record(0, found)
+    rows = read_ledger(ledger.path)
+    assert [row["data_file"] for row in rows] == [paths[0], paths[0], paths[1], paths[1]]
+    assert [row["source"] for row in rows] == [f"{path}, sample {n}" for path in paths for n in (1, 2)]
+    resumed = begin(ledger.path, max_share=1, step=3)
+    resumed.record(0, found)
+    assert read_ledger(ledger.path) == rows
 
 
 def test_any_name_can_be_written(tmp_path: Path) -> None:
@@ -101,6 +130,8 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerState
+from llava.data.bad_samples import describe_error
+from llava.data.records import read_records
 from llava.train.ledger import BadSampleLedger
 from llava.types import BadSample
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
+from llava.data.placeholders import PLACEHOLDER, literal_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
-_VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN})+)")
+_VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{PLACEHOLDER.pattern})+)")
 _NEWLINE = "\n"
 
 
@@ -44,12 +45,13 @@ class PieceEncoder:
         return self._encode([text], [True])[0] if text else []
 
     def encode_contents(self, texts: Sequence[str], inside: Sequence[bool]) -> list[list[int]]:
-        """Ids of what people wrote; a control token that they typed is plain text.
+        """Ids of what people wrote; a control token that they typed is plain text, and so is an escaped placeholder.
 
         Args:
             texts: any number, tokenised in one call.
             inside: for each whether text stands before it.
         """
+        texts = [literal_text(text) for text in texts]
         pieces = [self._breaks.split(text) if self._breaks else [text] for text in texts]
         flags = [within or i > 0 for of_text, within in zip(pieces, inside, strict=True) for i in range(len(of_text))]
         encoded = iter(self._encode([piece for of_text in pieces for piece in of_text], flags, typed=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava.data.placeholders import split_at_placeholders
+from llava.data.placeholders import literal_text, split_at_placeholders
 from llava.data.preprocess.base import FORMATS, PLAIN_LM, Format, Segment, label_segments
 from llava.data.preprocess.encoder import VISUAL_TOKEN, prefix_ids, split_at_spans, visual_ids
 from llava.types import Turn
@@ -35,7 +35,7 @@ class PlainFormat(Format):
 
     def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
         pieces = [split_at_placeholders(_join(turns)) for turns in conversations]
-        flat = [piece for of_conversation in pieces for piece in of_conversation]
+        flat = [literal_text(piece) for of_conversation in pieces for piece in of_conversation]
         encoded = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
         prefix = prefix_ids(self.tokenizer)
         counts = []
@@ -95,7 +95,9 @@ def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = Tr
         if visual:
             segments.append(Segment(visual_ids(piece, tokenizer), visual=True))
         else:
-            segments.append(Segment(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]))
+            segments.append(
+                Segment(tokenizer(literal_text(piece), add_special_tokens=False, verbose=False)["input_ids"])
+            )
     if end and needs_end(segments[-1].ids if segments else [], tokenizer):
         segments.append(Segment([tokenizer.eos_token_id]))
     return segments

@@ -17,7 +17,7 @@ from llava.coordinates import (
     parse_places,
     strip_coordinates,
 )
-from llava.data.placeholders import placeholder_kinds
+from llava.data.placeholders import literal_text, placeholder_kinds
 from llava.data.records import read_records
 from llava.eval.annotations.entries import MediaFolders
 from llava.eval.samples import EvalSample, Reference
@@ -60,7 +60,7 @@ def _sample(record: Record) -> EvalSample:
     spans = [place for place in places if isinstance(place, TimeSpan)]
     # Where the time is given (SVG), it stands in the question.
     spans = spans or [place for place in _places(question, asked) if isinstance(place, TimeSpan)]
-    caption = strip_coordinates(_with_bins(turns[1].text))
+    caption = strip_coordinates(_with_bins(literal_text(turns[1].text)))
     return EvalSample(
         record.id,
         record.source,

@@ -1,0 +1,286 @@
+"""The spellings of the field: a raw sample with media beside its text, in its turns or in parts of them -> one form.
+
+What is read, in words: ``docs/data.md``. A text keeps a placeholder wherever a medium stands, and the media come in the
+order of their placeholders, each as the file has it (a path, bytes, an object of either).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava.data.placeholders import PLACEHOLDERS, split_at_placeholders
+from llava.types import MediaKind
+
+CONVERSATION_KEYS = ("conversations", "messages", "conversation")
+MEDIA_KEYS: dict[MediaKind, tuple[str, str]] = {"image": ("image", "images"), "video": ("video", "videos")}
+METADATA_KEYS = frozenset({
+    "author", "category", "dataset", "data_source", "date", "domain", "image_id", "lang", "language", "license",
+    "metadata", "model", "score", "split", "subset", "tags", "task", "title", "topic", "url", "video_id",
+})  # fmt: skip
+"""Keys that nothing reads and that nothing is said of."""
+
+_READ_KEYS = ("id", "source", "meta", "variables", *CONVERSATION_KEYS, *MEDIA_KEYS["image"], *MEDIA_KEYS["video"])
+_TURN_KEYS = ("from", "role", "value", "content", *MEDIA_KEYS["image"], *MEDIA_KEYS["video"])
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MEDIA_PARTS: dict[str, MediaKind] = {
+    "image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
+    "input_video": "video",
+}  # fmt: skip
+_PART_SOURCES = ("path", "url", "bytes", "base64")
+"""Keys of a part, beside the name of its kind, that say where its medium is."""
+_PART_OPTIONS = ("type", "detail")
+
+_MEDIA_NAME = re.compile(
+    r"(?:input|main|query|raw)?(?:image|img|picture|pic|photo|frame|clip|video|vid|movie|gif|media|visual)s?"
+    r"(?:file|list)?(?:path|file|filename|name|url|uri|bytes|src|data|base64|b64)?s?\d*"
+)
+_MEDIA_FILE = re.compile(
+    r"(?i)[^\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|m4v|mov|mkv|webm|avi|mpe?g|wmv|flv|ogv|3gp)"
+)
+_PLAIN_NAMES = ("image", "images", "video", "videos")
+
+
+@dataclass
+class RawSample:
+    """A raw sample in one form.
+
+    Attributes:
+        turns: the role, as it is written, and the text of each turn.
+        media: of each kind what the sample gives, in the order of its placeholders; more or fewer than these where
+            the sample is wrong.
+        unread: keys that nothing reads; those within turns and parts as "turn.KEY" and "part.KEY".
+    """
+
+    turns: list[tuple[Any, str]]
+    media: dict[MediaKind, list[Any]]
+    unread: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Piece:
+    """A stretch of text, or a medium: its kind, and what it is unless the sample's own list says so."""
+
+    text: str = ""
+    kind: MediaKind | None = None
+    given: Any = None
+    is_part: bool = False
+
+
+def read_raw(sample: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> RawSample:
+    """Bring a sample into one form.
+
+    Args:
+        sample: the object of a data file.
+        where: names it, for errors.
+        ignored: keys that are not looked at, of ``--ignore_keys``.
+
+    Raises:
+        ValueError: it has no turns, a turn or a part is not as it should be, or it has no media but a key that
+            nothing reads and that looks like one: it would be trained on blind.
+    """
+    sample = {key: value for key, value in sample.items() if key not in ignored}
+    unread = [key for key, value in sample.items() if key not in _READ_KEYS and not _is_empty(value)]
+    turns: list[tuple[Any, str]] = []
+    waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
+    given: dict[MediaKind, list[Any]] = {"image": [], "video": []}
+    own: dict[MediaKind, list[Any]] = {"image": [], "video": []}
+    for number, turn in enumerate(_turns_of(sample, unread, where), start=1):
+        role, pieces = _read_turn(turn, f"{where}, turn {number}", unread)
+        for piece in pieces:
+            if piece.kind is None:
+                continue
+            if piece.given is not None:
+                given[piece.kind].append(piece.given)
+                own[piece.kind].append(piece.given)
+            elif waiting[piece.kind]:
+                given[piece.kind].append(waiting[piece.kind].pop(0))
+        turns.append((role, _join(pieces)))
+    for kind, rest in waiting.items():
+        # Some files list beside the turns what stands in their parts already.
+        given[kind] += [] if rest == own[kind] else rest
+    if not any(given.values()):
+        _check_not_blind(sample, unread, where)
+    quiet = METADATA_KEYS | {f"part.{option}" for option in _PART_OPTIONS}
+    return RawSample(turns, given, [key for key in unread if key not in quiet])
+
+
+def suggest(key: str) -> str:
+    """What a key that nothing reads may have been meant to be, as the end of a sentence; "" if nothing is near."""
+    name = key.rpartition(".")[2].lower()
+    known = _TURN_KEYS if key.startswith("turn.") else _READ_KEYS
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return f'; did you mean "{near[0]}"?'
+    kind = _kind_of_name(name)
+    return f'; did you mean "{kind}"?' if kind else ""
+
+
+def _kind_of_name(key: str) -> MediaKind | None:
+    """The kind of media that a key speaks of, if it does."""
+    name = re.sub(r"[^a-z0-9]", "", key.lower())
+    if not (_MEDIA_NAME.fullmatch(name) or difflib.get_close_matches(name, _PLAIN_NAMES, n=1, cutoff=0.8)):
+        return None
+    return "video" if re.search("v[aeio]*d|clip|frame|movie", name) else "image"
+
+
+def _check_not_blind(sample: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
+    """A ValueError for a sample without media that has a key which looks as if it held some."""
+    for key in unread:
+        value = sample.get(key)
+        if _looks_like_media(key, value):
+            meant = suggest(key).removeprefix("; ") or 'media are read from "image" and "video".'
+            raise ValueError(
+                f'{where}: has no media, but "{key}" ({_shorten(value)}), which nothing reads: it would be trained on '
+                f"blind; {meant} If it is no medium, give --ignore_keys {key}"
+            )
+
+
+def _looks_like_media(key: str, value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict):
+        return _kind_of_name(key) is not None or bool(first.get("bytes"))
+    if not isinstance(first, str):
+        return isinstance(first, bytes) or hasattr(first, "tobytes")
+    if _kind_of_name(key) is None:
+        return bool(_MEDIA_FILE.fullmatch(first)) and "://" not in first
+    plain = re.sub(r"[^a-z]", "", key.lower()).removesuffix("s") in ("image", "img", "video", "frame", "photo")
+    return bool(first.strip()) and (plain or bool(re.search(r"[/\\.]|^data:", first)) or len(first) > 200)
+
+
+def _turns_of(sample: Mapping[str, Any], unread: Sequence[str], where: str) -> list[Any]:
+    turns = _only_value(sample, CONVERSATION_KEYS, where)
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        # A sequence of objects, as ``datasets`` stores it: an object of lists.
+        turns = [dict(zip(turns, row, strict=False)) for row in zip(*turns.values(), strict=False)]
+    if not isinstance(turns, list) or not turns:
+        near = next((key for key in unread if difflib.get_close_matches(key.lower(), CONVERSATION_KEYS, n=1)), None)
+        hint = f'; did you mean "{near}" to be that?' if near else ""
+        raise ValueError(f'{where}: needs "conversations", a list of turns, found {_shorten(turns)}{hint}')
+    return turns
+
+
+def _only_value(source: Mapping[str, Any], keys: Sequence[str], where: str, read: Any = lambda value: value) -> Any:
+    """What the one of several keys holds that is there; a ValueError where two of them say different things."""
+    found = {key: source[key] for key in keys if key in source and not _is_empty(source[key])}
+    values = [read(value) for value in found.values()]
+    if any(value != values[0] for value in values[1:]):
+        raise ValueError(f"{where}: has both {' and '.join(map(repr, found))}, and they differ; keep one of them")
+    if values:
+        return values[0]
+    return read(next((source[key] for key in keys if key in source), None))
+
+
+def _read_turn(turn: Any, where: str, unread: list[str]) -> tuple[Any, list[_Piece]]:
+    """The role of a turn and its pieces."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where}: expected an object, found {name_type(turn)}")
+    role, content = _first(turn, "from", "role"), _first(turn, "value", "content")
+    _note(unread, "turn", turn, _TURN_KEYS)
+    if isinstance(content, str):
+        pieces = list(_cut(content))
+    elif isinstance(content, list):
+        pieces = [piece for part in content for piece in _read_part(part, where, unread)]
+    else:
+        raise ValueError(f'{where}: "value" must be a string, found {name_type(content)}; or give a list of parts')
+    return role, [*_shown_first(turn, pieces, where), *pieces]
+
+
+def _shown_first(turn: Mapping[str, Any], pieces: Sequence[_Piece], where: str) -> Iterator[_Piece]:
+    """Gives the media that stand in a turn beside its text to its placeholders; those left over come before it."""
+    for kind, keys in MEDIA_KEYS.items():
+        media = _only_value(turn, keys, where, _as_list)
+        places = [piece for piece in pieces if piece.kind == kind and piece.given is None]
+        for piece, medium in zip(places, media, strict=False):
+            piece.given = medium
+        yield from (_Piece(kind=kind, given=medium, is_part=True) for medium in media[len(places) :])
+
+
+def _read_part(part: Any, where: str, unread: list[str]) -> Iterator[_Piece]:
+    """The pieces of one part of a turn."""
+    if isinstance(part, str):
+        yield from _cut(part)
+        return
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: expected a part with a type, found {name_type(part)}")
+    named = part.get("type")
+    if named is None:
+        named = next((key for key in ("text", *_MEDIA_PARTS) if not _is_empty(part.get(key))), None)
+    if named in _TEXT_PARTS:
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: "text" of a part must be a string, found {name_type(text)}')
+        _note(unread, "part", part, ("type", "text"))
+        yield from _cut(text)
+        return
+    kind = _MEDIA_PARTS.get(named) if isinstance(named, str) else None
+    if kind is None:
+        known = ", ".join((*_TEXT_PARTS[:1], *_MEDIA_PARTS))
+        raise ValueError(f"{where}: a part has the unknown type {_shorten(named)}; known: {known}")
+    own = [key for key, its_kind in _MEDIA_PARTS.items() if its_kind == kind]
+    _note(unread, "part", part, ("type", *own, *_PART_SOURCES))
+    sources = {key: part[key] for key in (*own, *_PART_SOURCES) if not _is_empty(part.get(key))}
+    if sources.keys() <= {"path", "bytes"}:
+        # Together they are one medium: bytes, and the name they had.
+        yield _Piece(kind=kind, given=sources or None, is_part=True)
+    elif len(sources) == 1:
+        yield _Piece(kind=kind, given=next(iter(sources.values())), is_part=True)
+    else:
+        raise ValueError(f"{where}: a part of type {named!r} has {' and '.join(sources)}; it can only have one of them")
+
+
+def _cut(text: str) -> Iterator[_Piece]:
+    """The text between placeholders, and these as media that the sample names elsewhere."""
+    for i, piece in enumerate(split_at_placeholders(text, keep=True)):
+        if i % 2:
+            yield _Piece(kind=PLACEHOLDERS[piece])
+        elif piece:
+            yield _Piece(piece)
+
+
+def _join(pieces: Sequence[_Piece]) -> str:
+    """The text of a turn. Parts are joined as the LLaVA family writes them: a line for a medium before words."""
+    names = {kind: placeholder for placeholder, kind in PLACEHOLDERS.items()}
+    text, behind_part = "", False
+    for piece in pieces:
+        if piece.kind is None:
+            text += "\n" if behind_part and not piece.text[:1].isspace() else ""
+            text += piece.text
+        else:
+            # A backslash that ends a text is its own, and does not escape the medium behind it.
+            text += "\n" if piece.is_part and text.endswith("\\") else ""
+            text += names[piece.kind]
+        behind_part = piece.is_part
+    return text
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Media of a key: one or several."""
+    return [] if _is_empty(value) and value != "" else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _first(source: Mapping[str, Any], *keys: str) -> Any:
+    """The first of some keys that is there and not null."""
+    return next((source[key] for key in keys if source.get(key) is not None), None)
+
+
+def _note(unread: list[str], level: str, source: Mapping[str, Any], known: Collection[str]) -> None:
+    unread += [f"{level}.{key}" for key, value in source.items() if key not in known and not _is_empty(value)]
+
+
+def _is_empty(value: Any) -> bool:
+    """Null, or nothing in it: what columns hold where a row has nothing for them."""
+    if isinstance(value, dict):
+        return all(_is_empty(item) for item in value.values())
+    return value is None or (isinstance(value, str | bytes | list | tuple) and not value)
+
+
+def name_type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _shorten(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
