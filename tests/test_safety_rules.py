@@ -51,9 +51,14 @@ def find_dangers_of_call(node: ast.Call) -> Iterator[str]:
         yield f"{name}() trusts what it is given"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_runs_what_a_file_holds(path: Path) -> None:
-    assert list(find_dangers(ast.parse(path.read_bytes()))) == []
+def test_no_source_runs_what_a_file_holds() -> None:
+    assert len(SOURCES) > 50, "the library's files are not found"
+    breaches = [
+        f"{path.relative_to(ROOT)}: {danger}"
+        for path in SOURCES
+        for danger in find_dangers(ast.parse(path.read_bytes()))
+    ]
+    assert breaches == []
 
 
 @pytest.mark.parametrize(
