@@ -1,7 +1,7 @@
 """Records of one data file in an Arrow table, on disk or in memory, that worker processes share.
 
 A stored file is a stream of Arrow batches (what ``datasets.Dataset.from_file`` opens), and behind it a
-footer: JSON that says what the stream holds, its length and a magic number. A file that was cut off has no
+footer: JSON that says what the stream holds, its checksum, its length and a magic number. A file that was cut off has no
 footer, one that was damaged another checksum.
 """
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 VERSION = 2
 """Of the stored form; a file of another version is not read but written anew."""
 
-_MAGIC = b"LLAVAREC"
+_MAGIC = b"LLAVARC2"
 _LENGTH_BYTES = 8
+_CHECKSUM_BYTES = 4
 _ROWS_AT_ONCE = 4096
 _BYTES_AT_ONCE = 1 << 24
 NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
@@ -59,7 +60,8 @@ class Footer:
 
     def to_bytes(self) -> bytes:
         text = json.dumps(asdict(self)).encode()
-        return text + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC
+        checksum = zlib.crc32(text).to_bytes(_CHECKSUM_BYTES, "little")
+        return text + checksum + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC
 
     @classmethod
     def read(cls, path: Path) -> Footer:
@@ -68,18 +70,19 @@ class Footer:
         Raises:
             DamagedStoreError: there is none, or it is another version's.
         """
-        tail = len(_MAGIC) + _LENGTH_BYTES
+        tail = _CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(size - tail, 0))
+            checksum = int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
             length, magic = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read()
             if magic != _MAGIC or length + tail > size:
                 raise DamagedStoreError("it is cut off")
             file.seek(size - tail - length)
-            try:
-                entries = json.loads(file.read(length))
-            except ValueError as error:
-                raise DamagedStoreError("its end is damaged") from error
+            text = file.read(length)
+        if zlib.crc32(text) != checksum:
+            raise DamagedStoreError("its end is damaged")
+        entries = json.loads(text)
         if entries["version"] != VERSION:
             raise DamagedStoreError("another version of llava wrote it")
         if entries["size"] != size - tail - length:

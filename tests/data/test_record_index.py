@@ -7,13 +7,14 @@ import logging
 import multiprocessing
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ITALIAN, turns
 
-from llava.data import raw_samples, record_index, records, survey
+from llava.data import raw_samples, record_index, record_store, records, survey
 from llava.data.dataset import SupervisedDataset, check_supervision, find_unsupervised
 from llava.data.mixture import Mixture
 from llava.data.preprocess import build_format
@@ -61,20 +62,90 @@ def test_the_index_depends_on_what_changes_records(data, cache, parsed):
     assert len(list(cache.glob("data-*.arrow"))) == 3
 
 
-@pytest.mark.parametrize("change", ["content", "time"])
+@pytest.mark.parametrize("change", ["size", "same size and time"])
 def test_a_stale_index_is_made_anew_with_a_message(tmp_path, data, cache, parsed, caplog, change):
     read_records(data, cache_dir=str(cache))
     before = os.stat(data)  # noqa: PTH116
-    if change == "content":
-        write(tmp_path / "data.json", ITALIAN[:2])
-        os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
-    else:
-        os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    texts = ITALIAN[:2] if change == "size" else [ITALIAN[0].swapcase(), *ITALIAN[1:]]
+    write(tmp_path / "data.json", texts)
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat(data).st_size == before.st_size) == (change != "size")  # noqa: PTH116
     with caplog.at_level(logging.WARNING):
         found = read_records(data, cache_dir=str(cache))
-    assert len(found) == (2 if change == "content" else 5)
+    assert [record.turns[-1].text for record in found] == texts
     assert "data.json has changed" in caplog.text
     assert len(parsed) == 5 + len(found)
+    assert len(list(cache.glob("*.arrow"))) == 1
+
+
+def test_a_file_that_was_only_touched_is_not_parsed_again(data, cache, parsed):
+    read_records(data, cache_dir=str(cache))
+    os.utime(data, ns=(1, 1))
+    read_records(data, cache_dir=str(cache))
+    assert len(parsed) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here")
+@pytest.mark.parametrize("whose", ["the folder", "the index"])
+def test_nothing_is_taken_from_another_user(data, cache, parsed, caplog, monkeypatch, whose):
+    read_records(data, cache_dir=str(cache))
+    (path,) = cache.glob("*.arrow")
+    theirs = cache if whose == "the folder" else path
+    is_own, inode = record_index._is_own, theirs.stat().st_ino
+    owners = {theirs.stat().st_uid + 1}
+    original = Path.lstat if whose == "the index" else Path.stat
+
+    def look(self, *args, **kwargs):
+        status = original(self, *args, **kwargs)
+        return os.stat_result((*status[:4], *owners, *status[5:])) if status.st_ino == inode else status
+
+    monkeypatch.setattr(Path, original.__name__, look)
+    assert not is_own(*owners)
+    if whose == "the folder":
+        with pytest.raises(ValueError, match=r"cache: the folder of indexes belongs to another user .*data_cache_dir"):
+            read_records(data, cache_dir=str(cache))
+        assert len(parsed) == 5
+    else:
+        read_records(data, cache_dir=str(cache))
+        assert "it belongs to another user" in caplog.text
+        assert len(parsed) == 10
+
+
+@pytest.mark.parametrize("kind", ["lock", "index"])
+def test_links_in_the_folder_are_not_followed(tmp_path, data, cache, caplog, kind):
+    expected = list(read_records(data, cache_dir=str(cache)))
+    (path,) = cache.glob("*.arrow")
+    target = tmp_path / "precious"
+    target.write_bytes(path.read_bytes() if kind == "index" else b"a thesis")
+    before = target.read_bytes()
+    path.unlink()
+    link = path if kind == "index" else path.with_name(path.name + ".lock")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    if kind == "lock":
+        with pytest.raises(ValueError, match=r"the index cannot be written: its lock .*\.lock is a link; remove it"):
+            read_records(data, cache_dir=str(cache))
+    else:
+        assert list(read_records(data, cache_dir=str(cache))) == expected
+        assert "it is a link" in caplog.text
+        assert not link.is_symlink()
+    assert target.read_bytes() == before
+
+
+def test_a_pipe_in_the_place_of_the_lock_does_not_hang(data, cache):
+    read_records(data, cache_dir=str(cache))
+    (path,) = cache.glob("*.arrow")
+    path.unlink()
+    lock = path.with_name(path.name + ".lock")
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(ValueError, match="the index cannot be written"):
+        read_records(data, cache_dir=str(cache))
+
+
+def test_without_the_modules_of_unix(data, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert len(read_records(data, cache_dir=str(cache))) == 5
     assert len(list(cache.glob("*.arrow"))) == 1
 
 
@@ -92,7 +163,7 @@ DAMAGES = {
     "first bit": (lambda b: flip(b, 0), "checksum"),
     "hole": (lambda b: b[:100] + b[200:], "length is wrong"),
     "footer": (lambda b: b[:-30] + b"\xff" + b[-29:], "end is damaged"),
-    "version": (lambda b: b.replace(b'"version": 2', b'"version": 0'), "another version"),
+    "a number in the footer": (lambda b: b.replace(b'"repeated": {}', b'"repeated": []'), "end is damaged"),
 }
 
 
@@ -108,6 +179,14 @@ def test_a_damaged_index_is_made_anew_with_a_message(data, cache, parsed, caplog
         assert list(read_records(data, cache_dir=str(cache))) == expected
     assert message in caplog.text
     assert len(parsed) == 10
+
+
+def test_an_index_of_another_version_is_not_read(data, cache, monkeypatch):
+    read_records(data, cache_dir=str(cache))
+    (path,) = cache.glob("*.arrow")
+    monkeypatch.setattr(record_store, "VERSION", record_store.VERSION + 1)
+    with pytest.raises(DamagedStoreError, match="another version of llava wrote it"):
+        RecordStore.open(path)
 
 
 def test_a_mistake_leaves_no_index(tmp_path, cache):
@@ -154,7 +233,7 @@ def read_slowly(data: str, cache: str, barrier, results, locks: bool) -> None:
     parse = records.parse_record
     records.parse_record = lambda *args, **kwargs: (parsed.append(args[1]), parse(*args, **kwargs))[1]
     if not locks:
-        record_index.fcntl.flock = no_locks
+        record_index._wait_for_lock = no_locks
     barrier.wait(60)
     found = read_records(data, cache_dir=cache)
     results.put((len(parsed), [record.id for record in found]))
@@ -247,8 +326,6 @@ def test_the_same_id_in_two_files_is_no_mistake(tmp_path):
 def test_equal_hashes_are_not_yet_equal_ids(monkeypatch):
     import builtins
 
-    from llava.data import record_store
-
     monkeypatch.setattr(record_store, "hash", lambda text: len(text), raising=False)
     assert builtins.hash("a") != 1
     store = RecordStore.write([Record(name, (Turn("user", "x"),)) for name in ("a", "b", "cc", "a", "b", "dd")])
@@ -305,9 +382,11 @@ def test_lengths_are_counted_once_and_then_mapped(data, cache, visual_tokenizer,
     assert [lengths for lengths, _ in counted] == [expected] * 3
     assert [texts for _, texts in counted[1:]] == [counted[0][1] - 5 - 3] * 2 == [0, 0]  # 3 blocks ask for the prefix.
     (path,) = cache.glob("lengths-*.npy")
-    path.write_bytes(path.read_bytes()[:100])
-    again = SupervisedDataset(read_records(data, cache_dir=str(cache)), visual_tokenizer, None, 64)
-    assert again.lengths.tolist() == expected
+    content = path.read_bytes()
+    for damaged in (content[:100], flip(content, 130), b""):
+        path.write_bytes(damaged)
+        again = SupervisedDataset(read_records(data, cache_dir=str(cache)), visual_tokenizer, None, 64)
+        assert again.lengths.tolist() == expected
 
 
 def test_lengths_of_other_data_formats_and_tokenizers_are_others(data, cache, visual_tokenizer, tokenizer, tmp_path):
