@@ -130,6 +130,10 @@ class BadSample:
     reason: str
     data_file: str = ""
 
+    def to_row(self) -> dict[str, str]:
+        """What a file of bad samples says of it, its data file aside."""
+        return {"id": self.id, "source": self.source, "file": self.file, "reason": self.reason}
+
     def __str__(self) -> str:
         where = f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
         return ": ".join(part for part in (where, self.file, self.reason) if part)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 from torch.utils.data import DataLoader, Dataset
@@ -125,7 +125,7 @@ def check_data(check: MediaCheck, num_workers: int, rows: TextIO | None = None) 
         if rows is None:
             print(bad)
         else:
-            print(json.dumps(asdict(bad), ensure_ascii=False), file=rows, flush=True)
+            print(json.dumps(bad.to_row(), ensure_ascii=False), file=rows, flush=True)
     report.seconds = round(time.perf_counter() - start, 3)
     if rows is not None:
         print(json.dumps({"summary": vars(report)}, ensure_ascii=False), file=rows)

@@ -22,7 +22,6 @@ from llava.types import BadSample
 logger = logging.getLogger(__name__)
 
 LEDGER = "bad_samples.jsonl"
-Key = tuple[str, str, str]
 FEWEST_SEEN = 20
 """Samples that must have been seen before their bad ones can end a run in the middle of an epoch."""
 
@@ -68,7 +67,8 @@ class BadSampleLedger(TrainerCallback):
     """A file with one row for each bad sample of a run, whichever rank, worker and epoch met it.
 
     Rows are ``{"id", "source", "file", "reason", "data_file"}``, written by the first rank as they come in, each on
-    disk before training goes on. A resumed run adds to the file, a fresh one begins it anew.
+    disk before training goes on. ``data_file`` is a full path: others may have its name. A resumed run adds to the
+    file, a fresh one begins it anew.
 
     Args:
         path: of the file.
@@ -78,7 +78,7 @@ class BadSampleLedger(TrainerCallback):
     def __init__(self, path: Path, max_share: float) -> None:
         self.path, self.max_share = path, max_share
         self.num_seen = self.num_bad = 0
-        self._known: set[Key] = set()
+        self._known: set[tuple[str, str, str]] = set()
 
     def __len__(self) -> int:
         """How many different samples are bad."""
@@ -90,7 +90,7 @@ class BadSampleLedger(TrainerCallback):
         self.num_seen = self.num_bad = 0
         self._known = set()
         if state.global_step:
-            self._known = {_key(BadSample(**row)) for row in read_ledger(self.path)}
+            self._known = {_key(row) for row in read_ledger(self.path)}
         # Every rank has read before the first one writes.
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -126,7 +126,7 @@ class BadSampleLedger(TrainerCallback):
         self._write(gather_object(list(bad)))
 
     def _write(self, bad: Sequence[BadSample]) -> None:
-        new = {key: sample for sample in bad if (key := _key(sample)) not in self._known}
+        new = {key: sample for sample in bad if (key := _key(asdict(sample))) not in self._known}
         self._known |= set(new)
         if not new or not PartialState().is_main_process:
             return
@@ -135,7 +135,7 @@ class BadSampleLedger(TrainerCallback):
             for sample in new.values():
                 # A name from a data file may hold halves of characters, which no terminal can be sent.
                 logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
-                row = {name: value for name, value in asdict(sample).items() if value or name != "data_file"}
+                row = sample.to_row() | ({"data_file": sample.data_file} if sample.data_file else {})
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -147,9 +147,9 @@ class BadSampleLedger(TrainerCallback):
         )
 
 
-def _key(sample: BadSample) -> Key:
+def _key(row: dict[str, str]) -> tuple[str, str, str]:
     """What tells a sample from all others: its data file, its place there, and its id."""
-    return sample.data_file, sample.source, sample.id
+    return row.get("data_file", ""), row["source"], row["id"]
 
 
 def read_ledger(path: Path) -> list[dict[str, str]]:

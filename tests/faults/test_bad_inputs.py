@@ -163,7 +163,7 @@ STRUCTURE: dict[str, tuple[bytes, str]] = {
     "a_number": (b"17", "expected an object"),
     "brackets": (b"[" * 100_000, "brackets within brackets"),
     "latin_1": (line().replace(b"ciao", "è".encode("latin-1")), "not UTF-8"),
-    "no_id": (line(id=None), 'needs an "id"'),
+    "empty_id": (line(id=""), 'needs an "id"'),
     "id_is_a_list": (line(id=[1]), 'needs an "id"'),
     "same_id": (line(id="good-0"), "same id"),
     "no_conversations": (line(conversations=None), 'needs "conversations"'),
