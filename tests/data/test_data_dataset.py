@@ -282,6 +282,19 @@ def test_worker_processes_give_the_same_examples(mixed):
             assert torch.equal(found.frames, medium.frames)
 
 
+@pytest.mark.parametrize(("fps", "bound", "frames"), [(2, 32, 3), (8, 32, 12), (4, 32, 6), (4, 5, 5), (0.1, 32, 1)])
+def test_frames_a_second_are_seen_and_counted(visual_tokenizer, tiny_vision, media_dir, fps, bound, frames) -> None:
+    """Of the clip's 12 frames of an eighth of a second; as many as if they had been asked for by number."""
+    data = media_dir / f"fps-{fps}-{bound}.json"
+    data.write_text(json.dumps([{"id": "a", "video": "a.mp4", "conversations": turns("<video>", "una stella")}]))
+    visions = [replace(tiny_vision, video_fps=fps, frames_upbound=bound), replace(tiny_vision, num_frames=frames)]
+    datasets = [SupervisedDataset(read_records(str(data)), visual_tokenizer, vision, 512) for vision in visions]
+    found, expected = (dataset[0] for dataset in datasets)
+    assert found.media[0].frames.shape == (frames, 3, 56, 56)
+    assert torch.equal(found.media[0].frames, expected.media[0].frames)
+    assert found.input_ids == expected.input_ids
+
+
 def test_real_clips_supervise_exactly_the_caption_and_the_end(shared_data, visual_tokenizer, italian_vision):
     records = read_records(str(shared_data / "real_video_it.json"))
     dataset = SupervisedDataset(records, visual_tokenizer, italian_vision, 1024)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import turns
 
-from llava.coordinates import box_text
+from llava.coordinates import Box, TimeSpan, box_text
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.eval.annotations import MediaFolders, read_annotations
 from llava.eval.run import main
+from llava.eval.samples import EvalSample, Reference
 from llava.eval.tasks import TASKS
 from llava.serve.generate import Captioner
 from llava.serve.requests import PromptWriter, Request
@@ -92,6 +93,21 @@ def test_questions_are_the_beginnings_of_training_samples(load_tiny, media_dir: 
     assert prompt.ids == example.input_ids[: len(prompt.ids)]
     assert len(prompt.ids) > len(example.input_ids) - 12
     assert prompt.coordinates == example.coordinates
+
+
+def test_a_template_is_filled_with_the_numbers_of_the_reference() -> None:
+    """Widths are x, heights are y; no two of the numbers are alike."""
+    reference = Reference((Box(0.1, 0.2, 0.6, 0.7),), TimeSpan(0.3, 0.8), ("una stella",))
+    sample = EvalSample("1", "x.json, sample 1", (Media("video", "a.mp4"),), reference=reference, expression="il gatto")
+    question, coordinates = TASKS.get("elc").ask(sample, "{box}: {expression}?")
+    assert question == f"{box_text('INPUT')}: il gatto?"
+    assert box_text("INPUT") == "[<WIDTH-INPUT><HEIGHT-INPUT><WIDTH-INPUT><HEIGHT-INPUT>]"
+    assert coordinates == Coordinates(
+        spatial_width_input_locations=(0.1, 0.6), spatial_height_input_locations=(0.2, 0.7)
+    )
+    question, coordinates = TASKS.get("svg").ask(sample, "{span} {expression}")
+    assert question == "{<TEMP-INPUT><TEMP-INPUT>} il gatto"
+    assert coordinates == Coordinates(temporal_input_locations=(0.3, 0.8))
 
 
 def test_a_prompt_shows_all_media_or_none(load_tiny, media_dir: Path) -> None:

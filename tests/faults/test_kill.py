@@ -14,6 +14,7 @@ from conftest import ITALIAN, turns
 from runs import Nursery, losses, read_record, trained_on
 from safetensors.torch import load_file
 
+from llava.train.checkpoint import CHECKSUMS, find_damage, list_checkpoints
 from llava.train.preemption import PREEMPTED
 
 STEPS = 8
@@ -85,6 +86,19 @@ def assert_same(output: Path, whole: Path) -> None:
     assert not list(output.glob("tmp-*"))
 
 
+def steps_of_start(output: Path, start: int) -> list[int]:
+    """The steps that a start of a run executed, from 0; its last one may be cut off by a kill."""
+    return [entry["step"] for entry in read_record(output)[start]]
+
+
+def last_whole_step(output: Path) -> int:
+    """The step of the last checkpoint that a killed run finished, with or without its name; 0 for none."""
+    finished = [folder for folder in list_checkpoints(output) if find_damage(folder) is None]
+    staged = [folder for folder in output.glob("tmp-checkpoint-*/checkpoint-*") if (folder / CHECKSUMS).is_file()]
+    finished += [folder for folder in staged if find_damage(folder) is None]
+    return max((int(folder.name.split("-")[1]) for folder in finished), default=0)
+
+
 def said(output: Path) -> str:
     return (output / "said").read_text()
 
@@ -93,7 +107,11 @@ def said(output: Path) -> str:
 def test_killed_at_any_moment(nursery: Nursery, flags, whole: Path, tmp_path: Path, share: float) -> None:
     moment = 1 + int(share * int((whole / "moments").read_text()))
     assert nursery.run(flags(tmp_path), tmp_path, moment=moment) == -signal.SIGKILL, said(tmp_path)[-2000:]
+    first = last_whole_step(tmp_path)
+    assert first >= steps_of_start(tmp_path, 0)[-1] - 2, "a save every two steps"
     assert nursery.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    # From the last checkpoint, not from the beginning: that too would end as the whole run does.
+    assert steps_of_start(tmp_path, 1) == list(range(first, STEPS))
     assert_same(tmp_path, whole)
 
 
@@ -154,5 +172,7 @@ def test_a_model_only_run_can_still_be_stopped(nursery: Nursery, flags, whole: P
     argv = flags(tmp_path, save_only_model="true")
     assert nursery.run(argv, tmp_path, inside=inside) == PREEMPTED
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {f.name for f in (tmp_path / "checkpoint-5").iterdir()}
     assert nursery.run(argv, tmp_path) == 0
+    assert steps_of_start(tmp_path, 1) == list(range(5, STEPS))
     assert_same(tmp_path, whole)

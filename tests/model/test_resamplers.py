@@ -15,7 +15,7 @@ from llava.config import VisionConfig
 from llava.model.loading import load_model
 from llava.model.multimodal_resampler.base import Resampler
 from llava.model.multimodal_resampler.builder import RESAMPLERS, build_resampler, structural_settings
-from llava.model.multimodal_resampler.perceiver import LatentAttention
+from llava.model.multimodal_resampler.perceiver import LatentAttention, PerceiverLayer
 from llava.streams import STREAM_LAWS
 
 WIDTH, SIDE = 12, 5
@@ -298,6 +298,23 @@ def test_latents_attend_to_features_and_to_each_other() -> None:
             (normed, attention.q_proj), (seen, attention.k_proj), (seen, attention.v_proj)))  # fmt: skip
         heads.append((q @ k.transpose(1, 2) / 2).softmax(-1) @ v)
     torch.testing.assert_close(attention(latents, features), attention.o_proj(torch.cat(heads, dim=-1)))
+
+
+def test_a_perceiver_layer_adds_to_its_latents_twice() -> None:
+    """Latents plus what they gather, then plus what the MLP makes of the sum; worked out by hand."""
+    torch.manual_seed(2)
+    layer = PerceiverLayer(WIDTH, 16, 4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.5)
+    latents, features = torch.randn(2, 3, WIDTH), torch.randn(2, 25, WIDTH)
+    gathered = latents + layer.attention(latents, features)
+    norm, first, _, second = layer.mlp
+    centred = gathered - gathered.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    inner = normed @ first.weight.T
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    torch.testing.assert_close(layer(latents, features), gathered + inner @ second.weight.T)
 
 
 @pytest.mark.parametrize("name", ["perceiver", "qformer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,27 @@ def test_a_saved_tower_needs_no_source(load_tiny, tower_dir: Path, tmp_path: Pat
     loaded.model.save_pretrained(tmp_path / "model")
     loaded.tokenizer.save_pretrained(tmp_path / "model")
     source.rename(tmp_path / "elsewhere")
-    again = load_model(str(tmp_path / "model")).model.get_vision_tower()
-    for key, tensor in loaded.model.get_vision_tower().state_dict().items():
-        assert torch.equal(again.state_dict()[key], tensor), key
+    expected = loaded.model.get_vision_tower().state_dict()
+    # Loaded and saved again, without the flag: what the first folder says goes on.
+    for number in range(3):
+        again = load_model(str(tmp_path / "model"))
+        assert again.vision.save_vision_tower
+        for key, tensor in expected.items():
+            assert torch.equal(again.model.get_vision_tower().state_dict()[key], tensor), (number, key)
+        shutil.rmtree(tmp_path / "model")
+        again.model.save_pretrained(tmp_path / "model")
+        again.tokenizer.save_pretrained(tmp_path / "model")
+
+
+def test_a_trained_tower_is_saved_from_then_on(load_tiny, tmp_path: Path) -> None:
+    """A tower that training changed stands in no other place, whoever loads and saves it next."""
+    loaded = load_tiny()
+    loaded.model.keep_trained_tower()
+    with torch.no_grad():
+        next(loaded.model.get_vision_tower().parameters()).add_(1)
+    expected = next(loaded.model.get_vision_tower().parameters()).clone()
+    model = loaded.model
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(next(model.get_vision_tower().parameters()), expected)

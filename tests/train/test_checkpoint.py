@@ -43,6 +43,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -109,6 +113,24 @@ def test_leftovers_go_and_what_lacked_only_its_name_gets_it(tmp_path: Path) -> N
     clear_leftovers(tmp_path)
     assert steps(tmp_path) == [2, 6]
     assert not list(tmp_path.glob("tmp-*"))
+
+
+@pytest.mark.parametrize("spoil", [halve, flip, Path.unlink], ids=["halved", "flipped", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "global_step/shard.pt", "trainer_state.json", CHECKSUMS])
+def test_a_damaged_leftover_never_gets_its_name(spoil, name: str, tmp_path: Path) -> None:
+    """It looks finished, its list of files included: a disk that lost power may have kept less than it said."""
+    staging = staging_of(tmp_path / "checkpoint-6")
+    spoil(write_checkpoint(staging, 6) / name)
+    clear_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_leftover_does_not_replace_a_checkpoint_of_its_name(tmp_path: Path) -> None:
+    kept = write_checkpoint(tmp_path, 6)
+    (write_checkpoint(staging_of(kept), 6) / "other").touch()
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    assert not (kept / "other").exists()
 
 
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:

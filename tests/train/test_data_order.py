@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -235,6 +236,26 @@ def test_without_a_data_state_the_step_tells_the_position(
     assert "nothing tells whether the data are still its own" in caplog.text
     assert trained[: len(whole)] == whole
     assert ids(trained) == EVERYTHING
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_run_that_is_resumed_twice_within_an_epoch(gpt2_dir, tmp_path: Path, trained, accumulation: int) -> None:
+    """The position is counted from where the resumed run began, in steps, whatever the micro-batches of a step."""
+    texts = write_texts(tmp_path / "texts.json", 30 * accumulation)
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "save_steps": 1}
+    changes |= {"max_steps": 40, "logging_steps": 40}
+    main(flags(gpt2_dir, texts, tmp_path / "whole", **changes))
+    whole, output = list(trained), tmp_path / "parted"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-7", output / "checkpoint-7")
+    for begin, end in ((7, 12), (12, 40)):
+        trained.clear()
+        main(flags(gpt2_dir, texts, output, **changes, resume_from_checkpoint=output / f"checkpoint-{begin}"))
+        assert trained == whole[begin * accumulation :]
+        position = json.loads((output / f"checkpoint-{end}" / "data_state.json").read_text())
+        assert (position["epoch"], position["step"]) == divmod(end, 30)
+        for folder in output.glob("checkpoint-*"):
+            if int(folder.name.split("-")[1]) > 12:
+                shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

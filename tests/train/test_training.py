@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,45 @@ def test_evaluation_and_grouping_by_length(gpt2_dir, tower_dir, mixed_data, tmp_
                          per_device_train_batch_size=2))  # fmt: skip
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 2
+
+
+def test_rotation_spares_the_best_checkpoint(gpt2_dir, tmp_path: Path) -> None:
+    """The first evaluation is the best one, and every later save would rotate its checkpoint away."""
+    data = write_json(tmp_path / "text.json", [
+        {"id": i, "conversations": [{"from": "gpt", "value": f"Il gatto {i} dorme."}]} for i in range(4)
+    ])  # fmt: skip
+    output = tmp_path / "out"
+    trainer = main(flags(gpt2_dir, None, data, output, max_steps=5, save_strategy="steps", save_steps=1, eval_steps=1,
+                         eval_strategy="steps", eval_data_path=data, save_total_limit=2, load_best_model_at_end="true",
+                         metric_for_best_model="eval_loss", greater_is_better="true"))  # fmt: skip
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-5"]
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    best, last, final = (
+        load_file(folder / "model.safetensors") for folder in (output / "checkpoint-1", output / "checkpoint-5", output)
+    )
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert torch.equal(final[name], best[name])
+    assert not torch.equal(final[name], last[name])
+
+
+def test_an_evaluation_leaves_no_trace_in_the_training(gpt2_dir, tmp_path: Path) -> None:
+    """With dropout, whose random numbers an evaluation must not use up, and an order of the data that is drawn."""
+    model = tmp_path / "dropout"
+    shutil.copytree(gpt2_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.2, "embd_pdrop": 0.2}))
+    data = write_json(tmp_path / "text.json", [
+        {"id": i, "conversations": [{"from": "gpt", "value": f"Il gatto {i} dorme."}]} for i in range(6)
+    ])  # fmt: skip
+    found = []
+    for name, evaluation in (
+        ("without", {}),
+        ("with", {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": "true"}),
+    ):
+        main(flags(model, None, data, tmp_path / name, per_device_train_batch_size=2, max_steps=6, **evaluation))
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 6
 
 
 @pytest.mark.parametrize(
