@@ -12,9 +12,21 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"constants", "registry", "types", "streams", "tiles", "config", "framing", "coordinates", "plugins"}
+FOUNDATION = {
+    "constants",
+    "registry",
+    "types",
+    "streams",
+    "tiles",
+    "config",
+    "framing",
+    "coordinates",
+    "plugins",
+    "compat",
+}
 MAY_IMPORT = {
     "constants": set(),
+    "compat": set(),
     "registry": set(),
     "types": set(),
     "streams": {"registry", "types", "config"},

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from llava.compat import cache_argument, cache_of, choose_cache
 from llava.config import VisionConfig
 from llava.coordinates import GroundingConfig
 from llava.model.coordinates import (
@@ -178,6 +179,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         return_logits: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One step of the language model over text, images and videos.
@@ -186,7 +188,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             input_ids: int64 (batch, length), visual spans included.
             attention_mask: (batch, length), one where a token is real.
             position_ids: (batch, length); by default 0, 1, 2 ...
-            past_key_values: the cache while decoding.
+            past_key_values: the cache while decoding; ``cache``, as transformers 5.24 has it, is another name of it.
             inputs_embeds: (batch, length, width) in place of ``input_ids``; media are then in it already.
             labels: int64 (batch, length), -100 where nothing is predicted.
             use_cache: whether to return the cache.
@@ -229,9 +231,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_argument(choose_cache(cache, past_key_values)),
             **({"output_router_logits": True} if balances else {}),
             **kwargs,
         )
@@ -249,9 +251,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         result: CausalLMOutputWithPast | MoeCausalLMOutputWithPast = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **cache_argument(cache_of(outputs)),
         )
         if balances:
             balance = load_balancing_loss(outputs.router_logits, self.config, attention_mask)

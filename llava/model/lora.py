@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters
 from llava.model.linear_layers import find_linear_layers
 from llava.model.quantization import quantized_bits
 from llava.model.visual import is_added
@@ -30,13 +33,14 @@ _PREFIX = "base_model.model."
 
 
 def check_peft() -> None:
-    """A ValueError that says how to get peft, where it is missing."""
+    """A ValueError that says how to get peft, where it is missing or too old."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("LoRA adapters need the peft package: pip install 'llava-babylm[lora]'")
-
-
-def has_adapters(model: Any) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False)
+    found = importlib.metadata.version("peft")
+    if Version(found) < Version(LOWEST_PEFT):
+        raise ValueError(
+            f"LoRA adapters need peft {LOWEST_PEFT} or newer, and {found} is installed: pip install -U peft"
+        )
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -184,7 +188,7 @@ def merge_adapters(model: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
-    model.delete_adapter(_ADAPTER)
+    forget_adapters(model)
 
 
 def _inject(model: Any, config: Any, base: str) -> None:
@@ -192,7 +196,7 @@ def _inject(model: Any, config: Any, base: str) -> None:
     # GPT-2's layers hold their weights transposed, except in k bits.
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers)
     config.inference_mode = False
-    model.add_adapter(config, _ADAPTER)
+    inject_adapters(model, config, _ADAPTER)
     config.base_model_name_or_path = base
 
 

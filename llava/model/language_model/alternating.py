@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
 import llava.model as models
+from llava.compat import cache_argument, cache_of, choose_cache
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES
 
@@ -101,23 +102,25 @@ class AlternatingModel(AlternatingAttention):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         modality_ids: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
+        cache = choose_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         num_queries = inputs_embeds.shape[1]
-        modality_ids = _complete(modality_ids, past_key_values, num_queries)
+        modality_ids = _complete(modality_ids, cache, num_queries)
         if modality_ids is not None:
             forbidden = forbidden_keys(self.variant, modality_ids, num_queries)
             if self.has_attention_interface:
                 kwargs["forbidden"] = forbidden
             else:
-                attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, past_key_values, forbidden)
+                attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, cache, forbidden)
         outputs = super().forward(  # type: ignore[misc]
-            attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, **cache_argument(cache), **kwargs
         )
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.modality_ids = modality_ids
+        if (filled := cache_of(outputs)) is not None:
+            filled.modality_ids = modality_ids
         return outputs
 
 
@@ -163,10 +166,10 @@ def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> Any:
     return derive("ForCausalLM", AlternatingForCausalLM, backbone, config_class=config_class, decoder_class=decoder)
 
 
-def _complete(modality_ids: Tensor | None, past_key_values: Any, num_queries: int) -> Tensor | None:
+def _complete(modality_ids: Tensor | None, cache: Any, num_queries: int) -> Tensor | None:
     """``modality_ids`` over the cache and the input; by default the cache's, and text behind them."""
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    known = getattr(past_key_values, "modality_ids", None) if past else None
+    past = 0 if cache is None else cache.get_seq_length()
+    known = getattr(cache, "modality_ids", None) if past else None
     if modality_ids is None and known is not None:
         return torch.nn.functional.pad(known, (0, num_queries))
     if modality_ids is not None and modality_ids.shape[1] == num_queries and known is not None:
@@ -216,11 +219,11 @@ def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -
 
 
 def _pack_masks(
-    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, forbidden: Tensor
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any, forbidden: Tensor
 ) -> Tensor:
     """Both masks as one bool (batch, 2, queries, keys), true where a key is hidden: causal, and restricted."""
     added: Any = create_causal_mask(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values
+        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache_argument(cache)
     )
     causal = added.to(torch.bool)
     return torch.cat([causal, causal | forbidden], dim=1)

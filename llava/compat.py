@@ -1,0 +1,77 @@
+"""Every touch of what transformers and peft keep to themselves, or name differently from release to release.
+
+Each entry says what is touched, why, and with which releases the tests ran: transformers 5.17, 5.23 and 5.24,
+peft 0.21. A new release is tried with ``make test-newest`` (see ``constraints-newest.txt``); what breaks is mended here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache as memoize
+from typing import Any
+
+LOWEST_PEFT = "0.20"
+"""The oldest peft that the tests ran with; adapters on an older one are refused."""
+
+
+@memoize
+def cache_name() -> str:
+    """What the installed transformers calls a decoder's cache: ``cache``, or ``past_key_values`` before 5.24.
+
+    Both an argument of ``forward`` and a field of its output. 5.24 still takes the old name, with a warning.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """A cache under the name that the installed transformers gives it, for a call or an output."""
+    return {cache_name(): cache}
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache of a decoder's output, None without one."""
+    return getattr(outputs, cache_name())
+
+
+def choose_cache(cache: Any, past_key_values: Any) -> Any:
+    """The one that a caller gave, by either name.
+
+    Raises:
+        ValueError: both were given, and are two.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument, and two caches were given; give one")
+    return past_key_values if cache is None else cache
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether a model of transformers holds peft's adapters.
+
+    ``_hf_peft_config_loaded`` is what transformers itself goes by, in its trainer too; there is no public name.
+    """
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def inject_adapters(model: Any, config: Any, name: str) -> None:
+    """Put adapters into a model and make them the active ones, as ``model.add_adapter`` of transformers does.
+
+    Not through that method: transformers 5.24 has it refuse any peft before 0.22, though it calls what 0.20 and
+    0.21 have as well. What is needed is public in peft; of transformers only its mark on the model.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inject_adapter_in_model(config, model, name)
+    model._hf_peft_config_loaded = True
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(name)
+
+
+def forget_adapters(model: Any) -> None:
+    """Take the mark of adapters off a model that has no such layer any more (see ``inject_adapters``)."""
+    del model.peft_config
+    model._hf_peft_config_loaded = False

@@ -1,0 +1,48 @@
+"""Names that differ between releases of transformers and peft."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from llava.compat import cache_argument, cache_name, cache_of, choose_cache
+
+
+def test_a_cache_is_taken_by_either_name(load_tiny) -> None:
+    loaded = load_tiny("llava_gpt2")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        whole = loaded.model(input_ids=ids).logits[:, -1]
+        for name in ("cache", "past_key_values"):
+            first = loaded.model(input_ids=ids[:, :3], use_cache=True)
+            second = loaded.model(input_ids=ids[:, 3:], use_cache=True, **{name: cache_of(first)})
+            assert cache_of(second).get_seq_length() == 4, name
+            torch.testing.assert_close(second.logits[:, -1], whole, atol=1e-5, rtol=1e-5)
+
+
+def test_two_caches_are_refused() -> None:
+    one, other = object(), object()
+    assert choose_cache(one, None) is choose_cache(None, one) is choose_cache(one, one) is one
+    assert choose_cache(None, None) is None
+    with pytest.raises(ValueError, match="two names of one argument"):
+        choose_cache(one, other)
+
+
+def test_the_cache_is_handed_on_without_a_warning(load_tiny, recwarn, caplog) -> None:
+    loaded = load_tiny("llava_gpt2")
+    loaded.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    said = [str(warning.message) for warning in recwarn] + caplog.messages
+    assert [text for text in said if "past_key_values" in text] == []
+    assert list(cache_argument(1)) == [cache_name()]
+
+
+def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'llava-babylm[lora]'")
+    from llava.model.lora import check_peft
+
+    check_peft()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.1")
+    with pytest.raises(ValueError, match=r"need peft 0\.20 or newer, and 0\.19\.1 is installed"):
+        check_peft()
