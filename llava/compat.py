@@ -1,7 +1,7 @@
 """Every touch of what transformers and peft keep to themselves, or name differently from release to release.
 
-Each entry says what is touched, why, and with which releases the tests ran: transformers 5.17, 5.23 and 5.24,
-peft 0.21. A new release is tried with ``make test-newest`` (see ``constraints-newest.txt``); what breaks is mended here.
+Each entry says what is touched and why. The tests ran with transformers 5.17, 5.23 and 5.24 and with peft 0.21. A new
+release is tried with ``make test-newest`` (see ``constraints-newest.txt``); what breaks is mended here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import cache as memoize
 from typing import Any
 
-LOWEST_PEFT = "0.20"
+LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
 
 
@@ -58,8 +58,8 @@ def has_adapters(model: Any) -> bool:
 def inject_adapters(model: Any, config: Any, name: str) -> None:
     """Put adapters into a model and make them the active ones, as ``model.add_adapter`` of transformers does.
 
-    Not through that method: transformers 5.24 has it refuse any peft before 0.22, though it calls what 0.20 and
-    0.21 have as well. What is needed is public in peft; of transformers only its mark on the model.
+    Not through that method: transformers 5.24 has it refuse any peft before 0.22, though it calls what 0.21
+    has as well. What is needed is public in peft; of transformers only its mark on the model.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -43,6 +43,6 @@ def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from llava.model.lora import check_peft
 
     check_peft()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.1")
-    with pytest.raises(ValueError, match=r"need peft 0\.20 or newer, and 0\.19\.1 is installed"):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
+    with pytest.raises(ValueError, match=r"need peft 0\.21 or newer, and 0\.20\.0 is installed"):
         check_peft()

@@ -23,10 +23,12 @@ FOUNDATION = {
     "coordinates",
     "plugins",
     "compat",
+    "system",
 }
 MAY_IMPORT = {
     "constants": set(),
     "compat": set(),
+    "system": set(),
     "registry": set(),
     "types": set(),
     "streams": {"registry", "types", "config"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_image, sample_video
 from llava.data.media_folder import check_links
 from llava.data.records import describe_notes, read_records
+from llava.system import num_cores
 from llava.types import BadSample, Record
 
 
@@ -162,9 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ignore_keys", nargs="+", default=(), metavar="KEY", help="keys that hold no media, as there")
     for limit in fields(MediaLimits):
         parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="as for training")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
-    )
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one a core)")
     parser.add_argument("--report", metavar="FILE", help="write bad samples there, one a line, and the summary last")
     args = parser.parse_args(argv)
     for name, least in (("num_frames", 1), ("frames_upbound", 1), ("workers", 0), ("video_fps", 0)):

@@ -20,7 +20,7 @@ from llava.data.video_backends import import_decoders
 
 READY = b"ready\n"
 # Those that end a training run in good order, and Control-C: it is the asking process that decides.
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 def main() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     # Without a handler of Python's, so that it ends even a decoder that never comes back from C, and though
     # the process that asked, which watches the clock itself, may be gone.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Whatever a decoder prints must not come between the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -38,12 +39,18 @@ def main() -> None:
     replies.flush()
     for line in sys.stdin.buffer:
         request: dict[str, Any] = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, request.pop("limit"))
+        _end_after(request.pop("limit"))
         try:
             _answer(FrameRequest(**request | {"limits": MediaLimits(**request["limits"])}), replies)
         except BrokenPipeError:
             return
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _end_after(0)
+
+
+def _end_after(seconds: float) -> None:
+    """Let the system end this process then, unless it is asked again; 0 calls it off. Windows knows no such thing."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _answer(request: FrameRequest, replies: BinaryIO) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 
 import numpy as np
@@ -62,6 +64,7 @@ class DecoderProcess:
         except BrokenPipeError:
             header = b""
         except TimeoutError as error:
+            self._process.kill()  # First: whoever still waits for its reply then has it.
             self.end()
             raise MediaError(f"{request.path}: decoding it takes longer than --decode_timeout {timeout:g} s") from error
         if not header.endswith(b"\n"):
@@ -76,11 +79,22 @@ class DecoderProcess:
 
     def _read_line(self, timeout: float) -> bytes:
         """The next line of the reply, less than a line at the end of the process; a TimeoutError where none comes."""
+        if not hasattr(select, "poll"):
+            return self._read_line_in_a_thread(timeout)
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
         if not poll.poll(timeout * 1000):
             raise TimeoutError
         return self._replies.readline()
+
+    def _read_line_in_a_thread(self, timeout: float) -> bytes:
+        """The same on Windows, which cannot wait for a pipe; the thread ends with the process at the latest."""
+        lines = queue.SimpleQueue[bytes]()
+        threading.Thread(target=lambda: lines.put(self._replies.readline()), daemon=True).start()
+        try:
+            return lines.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError from None
 
     def _crashed(self, request: FrameRequest) -> MediaError:
         status = self.end(_GRACE)
@@ -127,4 +141,5 @@ def _forget_inherited() -> None:
     _own = None
 
 
-os.register_at_fork(after_in_child=_forget_inherited)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_inherited)

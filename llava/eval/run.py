@@ -29,6 +29,7 @@ from llava.eval.samples import EvalSample, Prediction
 from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
 from llava.eval.tasks import EXPRESSION, TASKS, Task
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
+from llava.system import num_cores
 from llava.types import BadSample
 
 _NUM_RESAMPLES = 1000
@@ -221,7 +222,7 @@ def _answer_missing(
         args.seed,
     )
     source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1) if len(devices) > 1 else 0
+    threads = max(num_cores() // len(devices), 1) if len(devices) > 1 else 0
     shares = [
         Share(
             source, samples, batches[number :: len(devices)], asking, device, store.part(number),

@@ -6,13 +6,14 @@ next. In the end they are one file in the order of the samples, ``predictions.js
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from llava.system import lock_file
 
 SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
@@ -54,7 +55,7 @@ class PredictionStore:
         """The settings file, which one process at a time may hold; it is let go when the process ends."""
         file = (self.folder / SETTINGS).open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError as error:
             raise ValueError(f"--out {self.folder}: another evaluation is writing there; give it another") from error
         return file

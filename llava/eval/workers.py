@@ -113,7 +113,7 @@ def _follow(processes: Sequence[Any], messages: Any, on_batch: Callable[[int], N
 def _describe_end(process: Any) -> str:
     code = process.exitcode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}, see its traceback above"
-    hint = " (for want of memory, it may be)" if code == -signal.SIGKILL else ""
+    hint = " (for want of memory, it may be)" if -code == getattr(signal, "SIGKILL", None) else ""
     return f"a process of --num_processes ended with {how}{hint}; the same command goes on where it stopped"
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 PREEMPTED = 85
 """Exit status of a run that was asked to stop and can be resumed (ERESTART's number on Linux)."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(Exception):  # noqa: N818 - it is no error
