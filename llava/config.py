@@ -55,6 +55,8 @@ class Span:
         return self.start + self.patch * (self.length - 2) + self.end
 
 
+_UNBOUNDED_FRAMES = 32
+"""Frames that a video counts with, before it is opened, where nothing bounds them."""
 _VIDEO_MARKERS = [(VIDEO_START, VIDEO_PATCH, VIDEO_END), (SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END)]
 
 
@@ -95,7 +97,7 @@ class VisionConfig:
         num_frames: frames sampled from a video.
         slow_frames: temporal length of the slow stream; 0 keeps every frame.
         video_fps: frames sampled a second instead of ``num_frames``; 0 switches this off.
-        frames_upbound: most frames that ``video_fps`` may sample.
+        frames_upbound: most frames that ``video_fps`` may sample; 0 sets no bound but the frames that there are.
         add_time_instruction: whether the user's turn tells how long a video is and when its frames were taken.
         token_ids: ids of the visual tokens in the model's vocabulary.
     """
@@ -135,11 +137,11 @@ class VisionConfig:
     token_ids: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "frames_upbound", "patches_per_side"):
+        for name in ("num_frames", "patches_per_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.slow_frames < 0 or self.video_fps < 0:
-            raise ValueError("--mm_slow_frames and --video_fps must not be negative")
+        if self.slow_frames < 0 or self.video_fps < 0 or self.frames_upbound < 0:
+            raise ValueError("--mm_slow_frames, --video_fps and --frames_upbound must not be negative")
         if self.stream_law is not None and self.stream_law.check is not None:
             self.stream_law.check(self)
         self._check_images()
@@ -233,8 +235,13 @@ class VisionConfig:
 
     @property
     def max_frames(self) -> int:
-        """The most frames that one video can have."""
-        return self.frames_upbound if self.video_fps > 0 else self.num_frames
+        """The most frames that one video can have; an estimate where ``frames_upbound`` is 0 (see ``is_bounded``)."""
+        return (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a video cannot have more than ``max_frames``, however long it is."""
+        return self.frames_upbound > 0 or not self.video_fps
 
     def slow_length(self, num_frames: int) -> int:
         """Temporal length of the slow stream for a video of ``num_frames`` frames."""
@@ -291,7 +298,11 @@ class VisionConfig:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
         ways = []
         if "video" in kinds:
-            ways.append("lower --frames_upbound" if self.video_fps > 0 else "lower --num_frames")
+            ways.append(
+                f"{'lower' if self.is_bounded else 'set'} --frames_upbound"
+                if self.video_fps > 0
+                else "lower --num_frames"
+            )
         if "image" in kinds and self.anyres is not None:
             ways.append("give smaller --image_grid_pinpoints")
         if self.stream_law is not None and any(map(self.resamples, kinds)):

@@ -155,7 +155,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--video_folder", help="what relative video paths start from")
     parser.add_argument("--num_frames", type=int, default=4, help="frames sampled from a video (default 4)")
     parser.add_argument("--video_fps", type=float, default=0.0, help="so many a second instead (default 0: not)")
-    parser.add_argument("--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32)")
+    parser.add_argument(
+        "--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32; 0: all)"
+    )
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
     parser.add_argument("--allow_duplicate_ids", action="store_true", help="samples of a file may share an id")
     parser.add_argument("--allow_outside_paths", action="store_true", help="let paths lead out of these folders")
@@ -165,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one a core)")
     parser.add_argument("--report", metavar="FILE", help="write bad samples there, one a line, and the summary last")
     args = parser.parse_args(argv)
-    for name, least in (("num_frames", 1), ("frames_upbound", 1), ("workers", 0), ("video_fps", 0)):
+    for name, least in (("num_frames", 1), ("frames_upbound", 0), ("workers", 0), ("video_fps", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     return args

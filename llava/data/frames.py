@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from llava.data.files import MediaError, check_file
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.truncation import check_complete
-from llava.data.video_backends import open_video
+from llava.data.video_backends import MissingFrameError, open_video
+from llava.data.video_times import frame_rate, is_constant, last_frame_seconds, nearest
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class FrameRequest:
         path: the file; one with several video streams gives its main one.
         num_frames: how many frames, evenly spread from the first to the last.
         fps: above zero, so many a second instead, at most ``max_frames``.
-        max_frames: see ``fps``.
+        max_frames: see ``fps``; 0 sets no bound but the frames that there are.
         split: first and last frame of the part to sample from; by default the whole clip.
         limits: how large the file and its frames may be.
     """
@@ -55,27 +57,58 @@ def decode_frames(request: FrameRequest) -> Frames:
     try:
         check_complete(path, size)
         with open_video(path, request.limits) as video:
-            indices = choose_frames(
-                len(video.times), video.fps, request.num_frames, request.fps, request.max_frames, request.split
-            )
-            return Frames(video.read(indices), tuple(indices), tuple(video.times[i] for i in indices), video.duration)
+            pixels = None
+            while pixels is None:
+                times = video.times
+                indices = choose_frames(
+                    len(times), video.fps, request.num_frames, request.fps, request.max_frames, request.split, times
+                )
+                try:
+                    pixels = video.read(indices)
+                except MissingFrameError:
+                    if video.times is times:
+                        raise
+                if video.times is not times:  # decoding has shown other frames than the packets spoke of
+                    pixels = None
+            return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), video.duration)
     except (OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 
 
 def choose_frames(
-    length: int, clip_fps: float, num_frames: int, fps: float, max_frames: int, split: tuple[int, int] | None
+    length: int,
+    clip_fps: float,
+    num_frames: int,
+    fps: float,
+    max_frames: int,
+    split: tuple[int, int] | None,
+    times: Sequence[float] | None = None,
 ) -> list[int]:
     """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames.
+
+    Where the frame rate varies, frames are chosen by their times: those nearest to times that lie evenly.
 
     Args:
         length: frames of the clip.
         clip_fps: its frames a second.
         num_frames, fps, max_frames, split: as in ``FrameRequest``.
+        times: seconds of each frame; None for a clip of a constant frame rate.
     """
     first, last = split or (0, length - 1)
     if not 0 <= first <= last < length:
         raise ValueError(f"its frames are 0 to {length - 1}, but meta.split asks for {first} to {last}")
+    shown = times[first : last + 1] if times is not None else []
+    constant = is_constant(shown)
+    wanted = num_frames
     if fps > 0:
-        num_frames = min(max(round((last - first + 1) / clip_fps * fps), 1), max_frames)
-    return np.linspace(first, last, num_frames).round().astype(int).tolist()
+        seconds = (last - first + 1) / (frame_rate(shown, clip_fps) if shown else clip_fps)
+        if not constant:
+            seconds = shown[-1] - shown[0] + last_frame_seconds(shown, clip_fps)
+        wanted = max(round(seconds * fps), 1)
+        num_frames = min(wanted, max_frames or last - first + 1)
+    if constant:
+        return np.linspace(first, last, num_frames).round().astype(int).tolist()
+    even = np.linspace(shown[0], shown[-1], num_frames)
+    if fps > 0 and num_frames == wanted:
+        even = (shown[0] + np.arange(wanted) / fps).clip(max=shown[-1])
+    return [first + place for place in nearest(shown, even.tolist())]

@@ -1,9 +1,9 @@
 """Two decoders behind one function: decord where it is exact, PyAV for the rest.
 
 decord reads random frames of an ordinary H.264 file exactly and fast. It is off by frames, without a
-word, where groups of frames are open, in MPEG-2, MPEG-4 and WMV, in AVI and transport streams and in
-some HEVC; it cannot open AV1 and changes the values of 10-bit video. So the packets are looked at
-first, and whatever is not plain (or fails in decord) goes to PyAV.
+word, where key frames are not what they are marked as, where groups of frames are open, in MPEG-2, MPEG-4 and WMV,
+in AVI and transport streams and in some HEVC; it cannot open AV1 and changes the values of 10-bit video. So the
+packets are looked at first, and whatever is not plain (or fails in decord) goes to PyAV.
 Files are opened, used and closed in one place: a reader carried across a fork hangs the worker.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,15 +20,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.data.containers import open_container
+from llava.data.display import Display
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
-from llava.data.video_index import VideoIndex, index_packets
+from llava.data.packets import check_filled
+from llava.data.video_index import VideoIndex, decode_start, index_packets
+from llava.data.video_times import frame_rate, last_frame_seconds, seconds_of
 
 logger = logging.getLogger(__name__)
 
-_DECORD_CODECS = ("h264", "libvpx", "vp8", "vp9")
-# Files that name other files, which may lie anywhere.
-_PLAYLISTS = {"hls", "applehttp", "concat", "dash", "imf"}
-_DECORD_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_MOV, _MATROSKA = "mov", "matroska"
+# By name decord guesses as libav does: others may stand for several files.
+_DECORD_NAMES = (".mp4", ".m4v", ".mov", ".mkv")
+
+
+_LEAST_DECODED = 0.9
+"""Share of the frames of a whole clip that can be decoded; a few may be hidden by means that packets do not show."""
+
+
+class MissingFrameError(ValueError):
+    """A frame that is not there."""
 
 
 class Video:
@@ -38,37 +51,34 @@ class Video:
     """
 
     def __init__(self, path: str, container: Any, limits: MediaLimits = DEFAULT_LIMITS) -> None:
-        if _PLAYLISTS & set(container.format.name.split(",")):
-            raise ValueError("it is a list of other files, not a video")
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("it has no video stream")
-        if stream.codec_context is None:
-            raise ValueError("its video stream is of an unknown kind")
+        stream = _main_stream(container)
         self._path, self._container, self._stream, self._limits = path, container, stream, limits
         self._prepare(stream)
-        self._index = index_packets(container, stream, limits)
-        self.fps = float(stream.average_rate or stream.guessed_rate or 1)
+        self._index, first = index_packets(container, stream, limits)
+        if first is None:
+            raise ValueError("it has no frames that can be decoded")
+        self._display = Display(first, stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio)
+        limits.check_picture(*self._display.size)
+        rate = stream.average_rate or stream.guessed_rate
+        self._declared_rate = float(rate) if rate else 0.0
         self.times = self._seconds()
-        if not self.times:
-            raise ValueError("it has no frames")
+        self.fps = frame_rate(self.times, self._declared_rate)
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last, which is shown as long as an average one."""
-        return self.times[-1] + 1 / self.fps
+        """Seconds from the first frame to the end of the last.
+
+        It is shown as long as an average one; where the frame rate varies, as long as the one before it.
+        """
+        return self.times[-1] + last_frame_seconds(self.times, self.fps)
 
     def _prepare(self, stream: Any) -> None:
         """Set up the decoder of a stream; a ValueError if its frames are too large."""
         stream.thread_type = "NONE"
-        self._limits.check_picture(*self._size)
-        # The frames themselves may be of another size than the container declares.
-        stream.codec_context.options = {"max_pixels": str(self._limits.max_image_pixels)}
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        """Width and height that the container declares, 0 where it does not say."""
-        return self._stream.codec_context.width or 0, self._stream.codec_context.height or 0
+        context = stream.codec_context
+        self._limits.check_picture(context.width or 0, context.height or 0)
+        # The frames may be of another size than the container declares. The decoder counts its margins too.
+        context.options = {"max_pixels": str(2 * self._limits.max_image_pixels)}
 
     def _seconds(self) -> list[float]:
         if self._index is not None:
@@ -78,96 +88,183 @@ class Video:
             for frame in self._decode_all():
                 times.append(frame.pts)
                 self._limits.check_length(len(times))
-        known = [time for time in times if time is not None]
-        if len(known) < len(times) or sorted(set(known)) != known:
-            return [i / self.fps for i in range(len(times))]
-        return [float((time - known[0]) * self._stream.time_base) for time in known]
+        context = self._stream.codec_context
+        if self._container.format.name == "avi" and context.has_b_frames and self._declared_rate:
+            # It has no times, and libav's guesses do not know in which order frames are shown.
+            return [i / self._declared_rate for i in range(len(times))]
+        return seconds_of(times, float(self._stream.time_base or 0), self._declared_rate)
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Decode frames.
+        """Decode frames: those that a decode of all the file shows at these places.
+
+        What the packets said may prove wrong; then ``times`` are made anew.
 
         Args:
             indices: ascending; one that repeats gives its frame again.
 
         Returns:
-            (frames, height, width, 3), upright.
+            (frames, height, width, 3), upright, with square pixels.
         """
-        self._limits.check_frames(len(indices), *self._size)
-        if self._decord_is_exact():
-            frames = _read_with_decord(self._path, indices, len(self.times))
+        self._limits.check_frames(len(indices), *self._display.size)
+        if self._index is not None and self._decord_is_exact(self._index):
+            frames = self._read_with_decord(self._index, indices)
             if frames is not None:
                 return frames
             logger.debug("decord cannot read %s, PyAV takes over", self._path)
-        try:
-            return np.stack([_upright(frame) for frame in self._seek_frames(indices)])
-        except _SeekError as error:
-            logger.debug("%s: %s; decoding from the beginning", self._path, error)
-        return np.stack([_upright(frame) for frame in self._pick_frames(indices)])
+        if self._index is not None:
+            try:
+                return np.stack(list(self._seek_frames(self._index, indices)))
+            except _SeekError as error:
+                logger.debug("%s: %s; decoding from the beginning", self._path, error)
+            self._count_again()
+        return np.stack(self._pick_frames(indices))
 
-    def _decord_is_exact(self) -> bool:
+    def _count_again(self) -> None:
+        """Decode all frames to see which there are: what the packets said of them is wrong."""
+        promised, self._index = len(self.times), None
+        times = self._seconds()
+        if len(times) < _LEAST_DECODED * promised:
+            raise ValueError(f"it is damaged: it has {promised} frames, of which {len(times)} can be decoded")
+        if times != self.times:
+            self.times, self.fps = times, frame_rate(times, self._declared_rate)
+
+    def _decord_is_exact(self, index: VideoIndex) -> bool:
         context = self._stream.codec_context
+        container = self._container.format.name.split(",")[0]
+        turned = container == _MOV and self._display.is_turned  # which decord turns upright itself
         return (
-            self._index is not None
-            and self._index.plain
-            and self._container.format.name in _DECORD_FORMATS
+            index.plain
+            and container in (_MOV, _MATROSKA)
+            and self._path.lower().endswith(_DECORD_NAMES)
             and len(self._container.streams.video) == 1
-            and context.name in _DECORD_CODECS
+            and context.name == "h264"
             and context.pix_fmt is not None
             and not context.pix_fmt.endswith(("le", "be"))  # more than 8 bits
+            and (self._display.is_plain or turned)
             and importlib.util.find_spec("decord") is not None
         )
 
-    def _seek_frames(self, indices: Sequence[int]) -> Iterator[Any]:
+    def _read_with_decord(self, index: VideoIndex, indices: Sequence[int]) -> NDArray[np.uint8] | None:
+        """Frames as ``read`` gives them, or None where decord fails, counts other frames or takes others for keys."""
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        try:
+            # An absolute path names a file in any case, never a protocol.
+            reader = decord.VideoReader(os.path.abspath(self._path), num_threads=1)
+            keys = [index.times[i] for i in reader.get_key_indices() if i < len(index.times)]
+            if len(reader) != len(index.times) or not set(keys) <= set(index.keys):
+                return None
+            frames: NDArray[np.uint8] = reader.get_batch(list(indices)).asnumpy()
+        except (decord.DECORDError, RuntimeError):
+            return None
+        return frames if frames.shape[2:0:-1] == self._display.size else None
+
+    def _seek_frames(self, index: VideoIndex, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """The frames at ascending indices; decoding goes on, or begins anew at a nearer key frame."""
-        if self._index is None:
-            raise _SeekError("its packets do not say when they are shown")
         frame: Any = None
         decoded: Iterator[Any] = iter(())
-        group = -1
-        for index in indices:
-            wanted = self._index.times[index]
-            if (key := self._index.key_before(wanted)) > group:
-                decoded, group, frame = self._decode_from(self._index, key), key, None
-            if frame is None or frame.pts != wanted:
-                frame = next((f for f in decoded if f.pts is not None and f.pts >= wanted), None)
-            if frame is None or frame.pts != wanted:
-                raise _SeekError(f"frame {index} does not turn up")
-            yield frame
+        group, place = -1, -1
+        for i in indices:
+            if (key := index.key_before(index.times[i])) > group:
+                self._display.begin()
+                decoded, group = self._decode_from(index, key), key
+                place = bisect_left(index.times, index.keys[key]) - 1
+            while place < i:
+                frame, place = next(decoded, None), place + 1
+                # All frames on the way are looked at: one that was left out or out of turn would shift the others.
+                if frame is None or frame.pts != index.times[place]:
+                    raise _SeekError(f"frame {place} does not turn up")
+                self._display.follow(frame, place)
+            yield self._display.show(frame)
 
     def _decode_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
-        # Containers look for either of a packet's two times. Some are sought by bytes and land between
-        # key frames.
-        for target in (index.keys[key], index.key_targets[key]):
-            self._container.seek(target, stream=self._stream)
+        """The frames from a place on at which decoding may begin."""
+        packets = self._packets_from(index, key)
+        for packet in packets:
+            for frame in packet.decode():
+                if frame.pts is None or frame.pts >= max(index.keys[key], index.times[0]):
+                    yield frame
+
+    def _packets_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
+        # Containers look for either of a packet's two times. Some are sought by bytes and land anywhere; some know
+        # no key frames; the beginning of the file is found always.
+        wanted = index.keys[key], index.key_sizes[key]
+        for target, any_frame in (
+            (index.keys[key], False), (index.key_targets[key], False), (index.key_targets[key], True),
+            (index.key_targets[0], False), (index.key_targets[0], True),
+        ):  # fmt: skip
+            if not self._seek(target, any_frame):
+                continue
             packets = self._container.demux(self._stream)
-            first = next(packets)
-            if first.is_keyframe and first.pts is not None and first.pts <= index.keys[key]:
-                yield from first.decode()
-                for packet in packets:
-                    yield from packet.decode()
-                return
+            for packet in packets:
+                if (packet.pts, packet.size) == wanted:
+                    yield packet
+                    yield from packets
+                    return
+                if index.order.get((packet.pts, packet.size), -1) > index.order[wanted]:
+                    break
         raise _SeekError(f"seeking key frame {key} leads to another place")
 
-    def _decode_all(self) -> Iterator[Any]:
-        with _open(self._path) as container:
-            stream = container.streams.best("video")
-            self._prepare(stream)
-            yield from container.decode(stream)
+    def _seek(self, target: int, any_frame: bool) -> bool:
+        import av
 
-    def _pick_frames(self, indices: Sequence[int]) -> list[Any]:
+        try:
+            self._container.seek(target, stream=self._stream, any_frame=any_frame)
+        except (av.error.PermissionError, av.error.InvalidDataError, av.error.OSError, av.error.EOFError):
+            return False
+        return True
+
+    def _decode_all(self) -> Iterator[Any]:
+        codec = self._stream.codec_context.codec.canonical_name
+        with open_container(self._path) as container:
+            stream = _main_stream(container)
+            self._prepare(stream)
+            packets = container.demux(stream)
+            count = 0
+            self._display.begin()
+            for packet in packets:
+                if packet.size:
+                    check_filled(bytes(packet), codec)
+                frames = packet.decode() if count else decode_start(packet)
+                for frame in frames:
+                    self._display.follow(frame, count)
+                    count += 1
+                    yield frame
+
+    def _pick_frames(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
         wanted = set(indices)
-        found: dict[int, Any] = {}
+        found: dict[int, NDArray[np.uint8]] = {}
         for i, frame in enumerate(self._decode_all()):
             if i in wanted:
-                found[i] = frame
+                found[i] = self._display.show(frame)
             if len(found) == len(wanted):
                 return [found[index] for index in indices]
-        missing = min(wanted - set(found))
-        raise ValueError(f"frame {missing} of {len(self.times)} cannot be decoded")
+        raise MissingFrameError(f"frame {min(wanted - set(found))} is asked for, but {i + 1} can be decoded")
 
 
 class _SeekError(Exception):
     """A file in which seeking does not lead to the frame; decoding it from the beginning may."""
+
+
+def _main_stream(container: Any) -> Any:
+    """The video stream that players show; a ValueError if there is none."""
+    streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+    if not streams:
+        raise ValueError(
+            "it has no video stream, only a cover picture" if container.streams.video else "it has no video stream"
+        )
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise ValueError("its video stream is of an unknown kind")
+    return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a stream is the picture of a record's or film's cover."""
+    disposition = stream.disposition
+    return bool(disposition & type(disposition).attached_pic)
 
 
 @contextmanager
@@ -181,16 +278,10 @@ def open_video(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Vide
     import av
 
     try:
-        with _open(path) as container:
+        with open_container(path) as container:
             yield Video(path, container, limits)
     except av.FFmpegError as error:
         raise ValueError(str(error.strerror)) from error
-
-
-def _open(path: str) -> Any:
-    import av
-
-    return av.open(path, metadata_errors="ignore")
 
 
 def import_decoders() -> None:
@@ -199,19 +290,3 @@ def import_decoders() -> None:
 
     if importlib.util.find_spec("decord") is not None:
         import decord  # noqa: F401
-
-
-def _read_with_decord(path: str, indices: Sequence[int], num_frames: int) -> NDArray[np.uint8] | None:
-    """Frames as ``Video.read`` gives them, or None where decord fails or counts other frames."""
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        return reader.get_batch(list(indices)).asnumpy() if len(reader) == num_frames else None
-    except (decord.DECORDError, RuntimeError):
-        return None
-
-
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=(frame.rotation // 90) % 4)

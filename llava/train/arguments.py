@@ -215,7 +215,7 @@ class DataArguments(MediaArguments, BadSampleArguments):
         default=None, metadata={"help": "Sample so many frames a second instead of --num_frames; 0 (default) does not."}
     )
     frames_upbound: int | None = field(
-        default=None, metadata={"help": "Most frames that --video_fps samples (default 32)."}
+        default=None, metadata={"help": "Most frames that --video_fps samples (default 32; 0: no bound)."}
     )
     add_time_instruction: bool | None = field(
         default=None,

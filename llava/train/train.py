@@ -187,11 +187,12 @@ def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None
     if asked is not None and asked > context:
         raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
     limit = asked or context
-    if vision is not None and (video := vision.num_tokens("video", vision.max_frames)) + 1 >= limit:
+    # Without --frames_upbound a short clip may still fit; one that does not is named when it is opened.
+    frames = None if vision is None else vision.max_frames if vision.is_bounded else 1
+    if vision is not None and frames and (video := vision.num_tokens("video", frames)) + 1 >= limit:
         ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"video"})]
         raise ValueError(
-            f"a video of {vision.max_frames} frames takes {video} tokens, but a sample may have {limit}; "
-            f"{' or '.join(ways)}"
+            f"a video of {frames} frames takes {video} tokens, but a sample may have {limit}; {' or '.join(ways)}"
         )
     if vision is not None and vision.anyres is not None and (image := vision.most_image_tokens) + 1 >= limit:
         ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"image"})]

@@ -10,12 +10,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from clips import encode
 from PIL import Image
 
 from llava.data.files import MediaError
 from llava.data.limits import DEFAULT_LIMITS, PILLOW_LIMIT, MediaLimits
 from llava.data.media import load_image, load_media, read_image_size, sample_video
-from llava.data.video_backends import open_video
 from llava.train.arguments import DataArguments
 from llava.types import Media
 
@@ -171,9 +171,15 @@ def test_frames_are_not_decoded_to_be_counted_for_ever(tmp_path) -> None:
         sample_video(str(tmp_path / "long.avi"), 4, limits=MediaLimits(max_video_frames=29))
 
 
-def test_the_decoder_itself_keeps_the_limit(media_dir) -> None:
-    with open_video(str(media_dir / "a.mp4"), MediaLimits(max_image_pixels=64 * 48)) as video:
-        assert video._stream.codec_context.options["max_pixels"] == str(64 * 48)
+def test_the_decoder_itself_keeps_the_limit(tmp_path) -> None:
+    # The header speaks of the first clip's size; the second one's frames are larger.
+    parts = [encode(tmp_path / f"{width}.h264", numbers=range(3), size=(width, 48)) for width in (64, 640)]
+    (tmp_path / "a.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    limits = MediaLimits(max_image_pixels=64 * 48)
+    with pytest.raises(MediaError, match=r"a\.h264: cannot be decoded as a video: (?!its picture changes size)"):
+        sample_video(str(tmp_path / "a.h264"), 2, limits=limits)
+    with pytest.raises(MediaError, match="its picture changes size on the way, from 64 x 48 to 640 x 48 at frame 3"):
+        sample_video(str(tmp_path / "a.h264"), 2)
 
 
 def test_a_list_of_other_files_is_no_video(media_dir, tmp_path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data import video_backends
 from llava.data.frames import choose_frames
 from llava.data.media import MediaError, load_image, load_media, sample_video
 from llava.data.video_backends import Video, open_video
@@ -60,7 +59,7 @@ def decoders(monkeypatch) -> list[str]:
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: (used.append(label), function(*args))[1])
 
-    watch(video_backends, "_read_with_decord", "decord")
+    watch(Video, "_read_with_decord", "decord")
     watch(Video, "_seek_frames", "seek")
     watch(Video, "_pick_frames", "from the beginning")
     return used

@@ -1,0 +1,175 @@
+"""What a compressed video packet shows, and whether decoding may begin at it, read from its own bytes.
+
+Containers mark key frames, and the marks are often wrong: an MP4 without a table of them marks every packet, periodic
+intra refresh marks packets in which only a stripe is new, and a joined clip keeps marks that no longer hold. The
+packets themselves say it reliably, in their first bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from llava.data.nal_units import H264Reader, HevcReader, PacketFacts
+
+PacketReader = Callable[[bytes], PacketFacts | None]
+"""Reads one packet; None where it does not say clearly what it shows."""
+
+_INTRA = PacketFacts(shown=1, starts=True, closed=True)
+_INTER = PacketFacts(shown=1)
+_HIDDEN = PacketFacts(shown=0)
+
+# Every packet of these is one picture of its own.
+_INTRA_CODECS = (
+    "mjpeg", "prores", "dnxhd", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "dvvideo", "jpeg2000", "v210", "cfhd",
+)  # fmt: skip
+_RAW_CODECS = ("rawvideo", "v210")
+_MOST_SKIPPED_BYTES = 20
+"""An MPEG-4 packet as short as this may say that its picture is left out."""
+
+
+def packet_reader(codec: str, extradata: bytes) -> PacketReader | None:
+    """The reader for packets of a codec, or None where only decoding from the beginning tells which frames there are.
+
+    Args:
+        codec: FFmpeg's name of the codec, not of the decoder.
+        extradata: what the container says of the whole stream.
+    """
+    if codec == "h264":
+        return H264Reader(extradata)
+    if codec == "hevc":
+        return HevcReader(extradata)
+    if codec in _INTRA_CODECS:
+        return lambda data: _INTRA
+    return {"vp8": _read_vp8, "vp9": _read_vp9, "av1": _read_av1, "mpeg4": _read_mpeg4}.get(
+        codec, _read_mpeg12 if codec in ("mpeg1video", "mpeg2video") else None
+    )
+
+
+def check_filled(data: bytes, codec: str) -> None:
+    """A ValueError for a packet of nothing but zeros, as a download that was not finished leaves them."""
+    if len(data) > 8 and not any(data[:8]) and codec not in _RAW_CODECS and not data.strip(b"\0"):
+        raise ValueError("part of it holds only zeros, so it was not copied or downloaded to its end")
+
+
+def _read_vp8(data: bytes) -> PacketFacts | None:
+    if len(data) < 3:
+        return None
+    if not data[0] & 0x10:
+        # A hidden key frame, which no encoder writes, would be no place to begin: nothing shows when it was.
+        return _HIDDEN if data[0] & 1 else None
+    return _INTER if data[0] & 1 else _INTRA
+
+
+def _read_vp9(data: bytes) -> PacketFacts | None:
+    frames = [_read_vp9_frame(frame) for frame in _vp9_frames(data)]
+    if not frames or None in frames:
+        return None
+    shown = sum(frame.shown for frame in frames if frame)
+    first = frames[0]
+    starts = first is not None and first.starts
+    return PacketFacts(shown, starts and shown == 1, starts)
+
+
+def _vp9_frames(data: bytes) -> Iterator[bytes]:
+    """The frames of a packet, which ends with their sizes where they are several."""
+    marker = data[-1] if data else 0
+    count, width = (marker & 7) + 1, ((marker >> 3) & 3) + 1
+    size = 2 + count * width
+    if marker & 0xE0 != 0xC0 or len(data) < size or data[-size] != marker:
+        yield data
+        return
+    sizes, start = data[-size + 1 : -1], 0
+    for i in range(count):
+        length = int.from_bytes(sizes[i * width : (i + 1) * width], "little")
+        if length:
+            yield data[start : start + length]
+        start += length
+
+
+def _read_vp9_frame(data: bytes) -> PacketFacts | None:
+    if not data or data[0] >> 6 != 2:
+        return None
+    bits = f"{int.from_bytes(data[:2].ljust(2, bytes(1)), 'big'):016b}"[2:]
+    # Two bits of the profile; profile 3 has a reserved bit behind them.
+    bits = bits[3:] if bits[:2] == "11" else bits[2:]
+    if bits[0] == "1":  # a frame that was decoded before is shown
+        return _INTER
+    key, show = bits[1] == "0", bits[2] == "1"
+    return PacketFacts(int(show), key, key)
+
+
+def _read_av1(data: bytes) -> PacketFacts | None:
+    shown, starts, sequence = 0, False, False
+    for kind, payload in _av1_units(data):
+        if kind == 1:
+            sequence = True
+            if len(payload) and payload[0] & 0x18:  # still pictures have headers of another form
+                return None
+        elif kind in (3, 6):
+            if not payload:
+                return None
+            if payload[0] & 0x80:  # a frame that was decoded before is shown, which may renew the references
+                shown += 1
+                continue
+            key, show = payload[0] & 0x60 == 0, bool(payload[0] & 0x10)
+            starts = starts or (key and show and shown == 0)
+            shown += show
+    return PacketFacts(shown, starts and sequence, starts)
+
+
+def _av1_units(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position < len(data):
+        header = data[position]
+        position += 1 + (header >> 2 & 1)
+        length = len(data) - position
+        if header & 2:
+            length = shift = 0
+            while position < len(data):
+                byte = data[position]
+                position += 1
+                length |= (byte & 0x7F) << shift
+                shift += 7
+                if byte < 0x80 or shift > 56:
+                    break
+        yield header >> 3 & 15, data[position : position + min(length, 4)]
+        position += length
+
+
+class _MpegPicture(NamedTuple):
+    kind: int
+    structure: int
+
+
+def _start_codes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each start code of MPEG-1, 2 and 4 and the position behind it."""
+    position = data.find(b"\0\0\1")
+    while 0 <= position < len(data) - 3:
+        yield data[position + 3], position + 4
+        position = data.find(b"\0\0\1", position + 3)
+
+
+def _read_mpeg12(data: bytes) -> PacketFacts | None:
+    pictures: list[_MpegPicture] = []
+    sequence = False
+    for code, start in _start_codes(data):
+        if code == 0xB3:
+            sequence = True
+        elif code == 0 and start + 2 <= len(data):
+            pictures.append(_MpegPicture(data[start + 1] >> 3 & 7, 3))
+        elif code == 0xB5 and pictures and data[start] >> 4 == 8 and start + 3 <= len(data):
+            pictures[-1] = pictures[-1]._replace(structure=data[start + 2] & 3)
+    structures = [picture.structure for picture in pictures]
+    # One frame, or its two fields.
+    if structures != [3] and sorted(structures) != [1, 2]:
+        return None
+    return PacketFacts(1, starts=sequence and pictures[0].kind == 1)
+
+
+def _read_mpeg4(data: bytes) -> PacketFacts | None:
+    pictures = [data[start] >> 6 for code, start in _start_codes(data) if code == 0xB6 and start < len(data)]
+    # Several pictures: a packed stream, in which later packets are empty ones.
+    if len(pictures) != 1 or len(data) <= _MOST_SKIPPED_BYTES:
+        return None
+    return PacketFacts(1, starts=pictures[0] == 0)
