@@ -140,8 +140,10 @@ class VisionConfig:
         for name in ("num_frames", "patches_per_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.slow_frames < 0 or self.video_fps < 0 or self.frames_upbound < 0:
-            raise ValueError("--mm_slow_frames, --video_fps and --frames_upbound must not be negative")
+        if self.slow_frames < 0 or self.video_fps < 0:
+            raise ValueError("--mm_slow_frames and --video_fps must not be negative")
+        if self.frames_upbound < 0:
+            raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
         if self.stream_law is not None and self.stream_law.check is not None:
             self.stream_law.check(self)
         self._check_images()
@@ -298,11 +300,8 @@ class VisionConfig:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
         ways = []
         if "video" in kinds:
-            ways.append(
-                f"{'lower' if self.is_bounded else 'set'} --frames_upbound"
-                if self.video_fps > 0
-                else "lower --num_frames"
-            )
+            flag = "frames_upbound" if self.video_fps > 0 else "num_frames"
+            ways.append(f"{'lower' if self.is_bounded else 'set'} --{flag}")
         if "image" in kinds and self.anyres is not None:
             ways.append("give smaller --image_grid_pinpoints")
         if self.stream_law is not None and any(map(self.resamples, kinds)):

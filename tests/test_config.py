@@ -51,7 +51,7 @@ def test_lengths_of_spans(italian_vision, changes, kind, frames, lengths):
         ({"image_aspect_ratio": "tiles"}, "--image_aspect_ratio is 'tiles'; known: square, pad, anyres, anyres_max_N"),
         ({"image_aspect_ratio": "anyres_max_0"}, "--image_aspect_ratio is 'anyres_max_0'; known: "),
         ({"num_frames": 0}, "--num_frames is 0"),
-        ({"frames_upbound": 0}, "--frames_upbound is 0"),
+        ({"frames_upbound": -1}, "--frames_upbound is -1; it must be at least 0"),
         ({"video_fps": -1.0}, "--video_fps must not be negative"),
     ],
 )
@@ -74,6 +74,9 @@ def test_span_without_room_for_its_markers(italian_vision):
 def test_most_frames_of_a_video(italian_vision):
     assert italian_vision.max_frames == 4
     assert replace(italian_vision, video_fps=1.0, frames_upbound=7).max_frames == 7
+    unbounded = replace(italian_vision, video_fps=1.0, frames_upbound=0)
+    assert (unbounded.max_frames, unbounded.is_bounded) == (32, False)
+    assert unbounded.ways_to_shorten({"video"})[0] == "set --frames_upbound"
 
 
 def test_model_config_and_back(italian_vision):

@@ -62,9 +62,10 @@ def find_container(path: str) -> str:
         raise ValueError({b"WAVE": _NO_VIDEO, b"WEBP": _PICTURE}.get(head[8:12], _UNKNOWN))
     if packet_size(head):
         return "mpegts"
-    if name := _raw_stream(head):
-        return name
-    raise ValueError(_refusal(head))
+    raw = _raw_stream(head)
+    if raw is None:
+        raise ValueError(_refusal(head))
+    return raw
 
 
 def _refusal(head: bytes) -> str:

@@ -108,7 +108,8 @@ class H264Reader:
         with_lengths = len(extradata) > 6 and extradata[0] == 1
         self._length_size = (extradata[4] & 3) + 1 if with_lengths else 0
         self._sequences: set[bytes] = set()
-        self._fields, self._num_reordered = False, None
+        self._fields = False
+        self._num_reordered: int | None = None
         for unit in _avcc_sequences(extradata) if with_lengths else split_units(extradata, 0):
             if unit and unit[0] & 31 == 7:
                 self._add_sequence(unit)

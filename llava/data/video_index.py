@@ -55,12 +55,12 @@ class PacketScan(NamedTuple):
     """What reading a stream's packets brings.
 
     Attributes:
-        index: the index, or None where packets do not say clearly which frames are shown, when, or where decoding may
+        packets: the index, or None where packets do not say clearly which frames are shown, when, or where decoding may
             begin: such a video can only be decoded from its beginning.
         first: the first frame that is shown, or None.
     """
 
-    index: VideoIndex | None
+    packets: VideoIndex | None
     first: Any
 
 
