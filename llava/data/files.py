@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
+_LONGEST_PATH = 4096
 
 
 class MediaError(ValueError):
@@ -15,6 +19,22 @@ class MediaError(ValueError):
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
         self.path = path
+
+
+def local_path(path: str) -> str:
+    """A path with ``~`` for the home folder replaced.
+
+    Raises:
+        MediaError: it is no path but an address, or the content of a file.
+    """
+    if address := _ADDRESS.match(path):
+        raise MediaError(
+            f"{path[:100]}{'...' if len(path) > 100 else ''}: is an address ({address.group()}), and only files are "
+            "read, so that a run does not depend on a server; fetch it and give its path"
+        )
+    if len(path) > _LONGEST_PATH:
+        raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
+    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
 
 
 def check_file(path: str) -> int:

@@ -6,12 +6,17 @@ the tower normalises them.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llava.config import VisionConfig
-from llava.framing import frame_picture
+from llava.framing import Framing, frame_picture
+
+_MOST_RESIZED = 8
+"""Squares' worth of pixels that a picture is resized to as a whole. A longer one would take memory for what is cut off:
+a line of 60,000 pixels becomes 11 GB."""
 
 
 def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
@@ -30,10 +35,33 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     height, width = pixels.shape[-2:]
     framing = frame_picture((height, width), vision)
     side, top, left = framing.side, framing.top, framing.left
+    if min(top, left) < 0 and framing.height * framing.width > _MOST_RESIZED * side**2:
+        return torch.stack([_resize_centre(frame, framing) for frame in frames])
     fitted = resize(pixels, framing.height, framing.width)
     if min(top, left) < 0:
         return fitted[..., -top : side - top, -left : side - left].contiguous()
     return fitted if fitted.shape[-2:] == (side, side) else _pad_around(fitted, side, side, vision)
+
+
+def _resize_centre(picture: Tensor, framing: Framing) -> Tensor:
+    """The square in the middle of a resized picture, made from that part of it alone.
+
+    Args:
+        picture: uint8 (height, width, 3).
+        framing: with negative ``top`` or ``left``.
+
+    Returns:
+        uint8 (3, side, side), within a level or two of what ``resize`` gives and a cut leaves.
+    """
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    top, left = -framing.top, -framing.left
+    rows, columns = height / framing.height, width / framing.width
+    box = (left * columns, top * rows, (left + framing.side) * columns, (top + framing.side) * rows)
+    image = Image.fromarray(picture.numpy())
+    square = image.resize((framing.side, framing.side), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:

@@ -1,8 +1,8 @@
 """Records of one data file in an Arrow table, on disk or in memory, that worker processes share.
 
 A stored file is a stream of Arrow batches (what ``datasets.Dataset.from_file`` opens), and behind it a
-footer: JSON that says what the stream holds, its checksum, its length and a magic number. A file that was cut off has no
-footer, one that was damaged another checksum.
+footer: JSON that says what the stream holds, its checksum, its length and a magic number. A file that was cut off has
+no footer, one that was damaged another checksum.
 """
 
 from __future__ import annotations

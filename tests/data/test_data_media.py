@@ -364,14 +364,14 @@ def test_image_of_any_mode_becomes_rgb(tmp_path, mode):
     assert (pixels.float().mean() - (255 if mode == "1" else 200)).abs() < (60 if mode == "1" else 3)
 
 
-def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path):
+def test_palette_with_transparency_is_laid_on_white_without_a_warning(tmp_path):
     image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), mode="P")
     image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200, 90, 90, 90])
     image.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels = load_image(str(tmp_path / "a.png"))
-    assert pixels.tolist() == [[[200, 10, 10], [10, 200, 10]], [[10, 10, 200], [90, 90, 90]]]
+    assert pixels.tolist() == [[[255, 255, 255], [132, 227, 132]], [[10, 10, 200], [90, 90, 90]]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])

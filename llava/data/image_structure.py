@@ -1,0 +1,273 @@
+"""What the bytes of a picture file say before any pixel is made: its size, its frames' times, whether it is whole.
+
+Pillow decodes much that is not there: a PNG's checksums are not looked at, a JPEG without an end is filled up with
+gray, and zeros in the place of compressed data are decoded like any other bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llava.data.limits import MediaLimits
+
+PNG, GIF, WEBP, JPEG, BMP, TIFF, HEIF = "PNG", "GIF", "WebP", "JPEG", "BMP", "TIFF", "HEIC or AVIF"
+_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": PNG, b"GIF87a": GIF, b"GIF89a": GIF, b"\xff\xd8\xff": JPEG, b"BM": BMP,
+    b"II*\0": TIFF, b"MM\0*": TIFF, b"II+\0": TIFF, b"MM\0+": TIFF,
+}  # fmt: skip
+AVIF_BRANDS = (b"avif", b"avis")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+_PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"IEND")
+_JPEG_END = b"\xff\xd9"
+# A marker that ends compressed data: neither a stuffed zero, nor a restart, nor a fill byte.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# Compressed data have no such run of zeros, but in a JPEG whose tables say that nothing changes.
+_ZEROS = bytes(256)
+_NO_DELAY = 0.1
+"""Seconds that a frame is shown whose file says 0, as viewers have it."""
+
+
+@dataclass(frozen=True)
+class Animation:
+    """The frames of an animated picture.
+
+    Attributes:
+        seconds: how long each is shown.
+        first: Pillow's number of the first; 1 where a PNG shows another picture to those that cannot animate.
+    """
+
+    seconds: tuple[float, ...]
+    first: int = 0
+
+
+def name_kind(head: bytes) -> str | None:
+    """What kind of picture a file is, by its first 16 bytes or more; None for another kind of file."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return WEBP
+    if head[4:8] == b"ftyp" and head[8:12] in (*AVIF_BRANDS, *HEIC_BRANDS):
+        return HEIF
+    return next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), None)
+
+
+def read_structure(data: bytes, limits: MediaLimits) -> Animation | None:
+    """Walk through a PNG, GIF, WebP or JPEG from its first byte to its last.
+
+    Args:
+        data: all of the file.
+        limits: say how large it may be.
+
+    Returns:
+        Its frames if it is an animation, else None.
+
+    Raises:
+        ValueError: it is cut off, damaged or too large.
+    """
+    kind = name_kind(data[:16])
+    walk: Callable[[bytes, MediaLimits], Animation | None] | None = {
+        PNG: _walk_png, GIF: _walk_gif, WEBP: _walk_webp, JPEG: _walk_jpeg,
+    }.get(kind or "")  # fmt: skip
+    if walk is None:
+        if data.endswith(_ZEROS) and kind not in (BMP, TIFF) and data[:2] not in (b"P5", b"P6"):
+            raise ValueError("its end is zeros: it was not written to its end")
+        return None
+    try:
+        return walk(data, limits)
+    except (IndexError, struct.error) as error:
+        raise _cut_off() from error
+
+
+def _cut_off() -> ValueError:
+    return ValueError("it is cut off: it ends before its picture does")
+
+
+def _zero_filled() -> ValueError:
+    return ValueError("part of its compressed data is zeros: it was not written in full")
+
+
+def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
+    view, at = memoryview(data), 8
+    declared, seconds, first = 0, [], 0
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body, end = at + 8, at + 12 + length
+        if not kind.isalpha():
+            raise ValueError(f"it is damaged: no chunk begins at byte {at}")
+        if end > len(data):
+            raise _cut_off()
+        if kind in _PNG_CHECKED and zlib.crc32(view[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise ValueError(f"it is damaged: the checksum of its chunk {kind.decode()} at byte {at} is wrong")
+        if kind == b"acTL":
+            (declared,) = struct.unpack_from(">I", data, body)
+        elif kind == b"IDAT" and declared and not seconds:
+            first = 1
+        elif kind == b"fcTL":
+            numerator, denominator = struct.unpack_from(">HH", data, body + 20)
+            seconds.append(numerator / (denominator or 100) or _NO_DELAY)
+            limits.check_length(len(seconds))
+        elif kind == b"IEND":
+            break
+        at = end
+    if not declared:
+        return None
+    if len(seconds) != declared:
+        raise ValueError(f"it is damaged: it declares {declared} frames and has {len(seconds)}")
+    return Animation(tuple(seconds), first) if declared > 1 else None
+
+
+def _walk_gif(data: bytes, limits: MediaLimits) -> Animation | None:
+    limits.check_picture(*struct.unpack_from("<HH", data, 6))
+    at = 13 + _palette_bytes(data[10])
+    delay, seconds = 0.0, []
+    while data[at] != 0x3B:
+        if data[at] == 0:  # Some writers end a block twice.
+            at = len(data) - len(data[at:].lstrip(b"\0"))
+        elif data[at] == 0x21:
+            if data[at + 1] == 0xF9:
+                delay = struct.unpack_from("<H", data, at + 4)[0] / 100
+            at = _skip_blocks(data, at + 2)
+        elif data[at] == 0x2C:
+            left, top, width, height = struct.unpack_from("<HHHH", data, at + 1)
+            limits.check_picture(left + width, top + height)
+            at = _skip_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
+            # Browsers take so short a delay for none.
+            seconds.append(delay if delay > 0.01 else _NO_DELAY)
+            delay = 0.0
+            limits.check_length(len(seconds))
+        else:
+            raise ValueError(f"it is damaged: no block begins at byte {at}")
+    return Animation(tuple(seconds)) if len(seconds) > 1 else None
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _skip_blocks(data: bytes, at: int) -> int:
+    while length := data[at]:
+        at += 1 + length
+    return at + 1
+
+
+def _walk_webp(data: bytes, limits: MediaLimits) -> Animation | None:
+    limits.check_picture(*_webp_size(data))
+    size = struct.unpack_from("<I", data, 4)[0] + 8
+    if size > len(data):
+        raise _cut_off()
+    seconds = []
+    for kind, body, end in _riff_chunks(data, 12, size):
+        if kind in (b"VP8 ", b"VP8L"):
+            _check_webp_zeros(kind, data[body:end])
+        elif kind == b"ANMF":
+            milliseconds = int.from_bytes(data[body + 12 : body + 15], "little")
+            seconds.append(milliseconds / 1000 or _NO_DELAY)
+            limits.check_length(len(seconds))
+            for inner, start, stop in _riff_chunks(data, body + 16, end):
+                if inner in (b"VP8 ", b"VP8L"):
+                    _check_webp_zeros(inner, data[start:stop])
+    return Animation(tuple(seconds)) if len(seconds) > 1 else None
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas, for which the decoder takes memory as soon as it is made."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk, where its content begins, and where it ends."""
+    while at + 8 <= end:
+        kind, length = struct.unpack_from("<4sI", data, at)
+        if not kind.isascii() or b"\0" in kind:
+            raise ValueError(f"it is damaged: no chunk begins at byte {at}")
+        if at + 8 + length > end:
+            raise _cut_off()
+        yield kind, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+
+
+def _check_webp_zeros(kind: bytes, body: bytes) -> None:
+    """A ValueError for the data of a frame that are zeros where its encoder wrote others."""
+    if _ZEROS not in body:
+        return
+    if kind == b"VP8 ":
+        # Areas in which nothing changes become zeros too, but about a byte for 10,000 pixels.
+        width, height = struct.unpack_from("<HH", body, 6)
+        zeros = bytes(len(_ZEROS) + (width & 0x3FFF) * (height & 0x3FFF) // 5000) in body
+    else:
+        # Where one colour is a code of zeros, they may be right. Then all of them are needed to the last.
+        zeros = _can_be_decoded(body[:-32])
+    if zeros:
+        raise _zero_filled()
+
+
+def _can_be_decoded(lossless: bytes) -> bool:
+    """Whether the data of a lossless WebP make up a picture."""
+    from PIL import Image
+
+    chunk = struct.pack("<4sI", b"VP8L", len(lossless)) + lossless + bytes(len(lossless) % 2)
+    try:
+        with Image.open(io.BytesIO(struct.pack("<4sI4s", b"RIFF", 4 + len(chunk), b"WEBP") + chunk)) as image:
+            image.load()
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _walk_jpeg(data: bytes, limits: MediaLimits) -> None:
+    if data.endswith(_JPEG_END) and _ZEROS not in data:
+        return
+    first_symbols: dict[int, int] = {}  # by class and number of the table: what a code of zeros alone stands for
+    at = 2
+    while True:
+        at = data.index(b"\xff", at) if 0xFF in data[at:] else len(data)
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+            continue
+        at += 2
+        if marker == 0xD9:
+            return
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
+            continue
+        end = at + struct.unpack_from(">H", data, at)[0]
+        if marker == 0xC4:
+            first_symbols |= _first_symbols(data[at + 2 : end])
+        elif marker == 0xDA:
+            found = _JPEG_MARKER.search(data, end)
+            zeros = data.find(_ZEROS, end, found.start() if found else len(data))
+            if zeros >= 0 and not _zeros_are_flat(data[at + 2 : end], first_symbols):
+                raise _zero_filled()
+            if found is None:
+                raise _cut_off()
+            end = found.start()
+        at = end
+
+
+def _first_symbols(tables: bytes) -> dict[int, int]:
+    """The first symbol of each Huffman table of a segment."""
+    found, at = {}, 0
+    while at + 17 < len(tables):
+        found[tables[at]] = tables[at + 17]
+        at += 17 + sum(tables[at + 1 : at + 17])
+    return found
+
+
+def _zeros_are_flat(scan: bytes, first_symbols: dict[int, int]) -> bool:
+    """Whether zeros in a scan say that nothing changes: no difference, and no more of the block."""
+    selectors = scan[2 : 1 + 2 * scan[0] : 2]
+    tables = {selector >> 4 for selector in selectors} | {0x10 | selector & 15 for selector in selectors}
+    low, high = scan[1 + 2 * scan[0]], scan[2 + 2 * scan[0]]
+    used = [table for table in tables if (low == 0 if table < 0x10 else high > 0)]
+    return all(first_symbols.get(table, 0) & 15 == 0 for table in used)

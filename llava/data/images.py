@@ -1,0 +1,278 @@
+"""Opens pictures: whole, within their limits, upright, on white, as 8-bit RGB.
+
+Takes no torch: the decoder process imports it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.files import MediaError, check_file, local_path
+from llava.data.image_structure import AVIF_BRANDS, HEIF, Animation, name_kind, read_structure
+from llava.data.limits import DEFAULT_LIMITS, MediaLimits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "MPO", "DIB", "TGA", "PCX",
+           "SGI", "QOI")  # fmt: skip
+"""Pillow's names of what is read. Others hold programs, unpack without a bound, or are no pictures."""
+
+# EXIF orientations whose picture lies on its side in the file.
+_SIDEWAYS = (5, 6, 7, 8)
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+# Tags of TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 339, 322, 323
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+
+
+@dataclass(frozen=True)
+class OpenPicture:
+    """A picture whose header has been read, and its pixels not yet.
+
+    Attributes:
+        image: Pillow's image.
+        animation: its frames, if they are several.
+    """
+
+    image: PILImage
+    animation: Animation | None
+
+
+@contextmanager
+def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[OpenPicture]:
+    """Open a picture within its limits, after a look at the whole of its file.
+
+    Raises:
+        MediaError: the file is missing, cut off, damaged, no picture, or too large to be one; what is done to the
+            image within the ``with`` raises it too.
+    """
+    from PIL import Image
+
+    path = local_path(path)
+    size = check_file(path)
+    try:
+        limits.check_image_file(size)
+        with open(path, "rb") as file:  # noqa: PTH123
+            _check_head(file.read(32))
+            file.seek(0)
+            data = file.read()
+        animation = read_structure(data, limits)
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
+            limits.check_picture(*image.size)
+            _check_tiles(image, limits)
+            yield OpenPicture(image, animation)
+    except Image.DecompressionBombError as error:
+        # Above what any --max_image_pixels can allow; Pillow says how large it is.
+        raise MediaError(f"{path}: {error} --max_image_pixels is {limits.max_image_pixels}") from error
+    except Image.UnidentifiedImageError as error:
+        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
+    except MediaError:
+        raise
+    except MemoryError as error:
+        raise MediaError(f"{path}: cannot be read as an image: it does not fit into memory") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """Read a picture upright as uint8 (height, width, 3); of an animation the first one.
+
+    What is transparent is laid on white. Gray of 16 bits is cut to its upper 8; floats and 32-bit integers are brought
+    to 0 to 255 by their range, see ``to_rgb``.
+
+    Raises:
+        MediaError: see ``open_picture``.
+    """
+    with open_picture(path, limits) as picture:
+        return to_rgb(picture.image)
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """The (height, width) that ``read_picture`` would give, from the file's header alone.
+
+    A PNG that says its orientation behind its pixels counts as upright: to see it takes decoding.
+
+    Raises:
+        MediaError: the file is missing or no image.
+    """
+    from PIL import ExifTags, Image
+
+    path = local_path(path)
+    check_file(path)
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            _check_head(file.read(32))
+        with Image.open(path, formats=_known_formats()) as image:
+            width, height = image.size
+            if image.format == "TIFF":
+                # As stored: Pillow's releases differ on whether the size of a turned TIFF is turned too.
+                tags = image.tag_v2  # type: ignore[attr-defined]
+                width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+            # Not image.getexif(), which for a PNG decodes the pixels.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Image.UnidentifiedImageError as error:
+        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _unreadable(path: str, error: Exception) -> MediaError:
+    return MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}")
+
+
+def _check_head(head: bytes) -> None:
+    """A ValueError for what Pillow must not open, or cannot without a plug-in that is not there."""
+    if head.startswith(_POSTSCRIPT):
+        raise ValueError("it is PostScript; turn it into a PNG or a JPEG first")
+    if name_kind(head) == HEIF:
+        _load_plugin("AVIF" if head[8:12] in AVIF_BRANDS else "HEIC")
+
+
+def _load_plugin(kind: str) -> None:
+    """Let Pillow know the plug-in that reads AVIF or HEIC; a ValueError that names it where it is missing."""
+    from PIL import Image, features
+
+    Image.init()
+    if kind == "AVIF" and "avif" in features.modules and features.check("avif"):
+        return
+    if kind == "HEIC" and "HEIF" in Image.OPEN:
+        return
+    try:
+        if kind == "AVIF":
+            import pillow_avif  # noqa: F401
+        else:
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+    except ImportError as error:
+        package = "pillow-avif-plugin" if kind == "AVIF" else "pillow-heif"
+        raise ValueError(
+            f"it is {kind}, which Pillow reads with a plug-in only; pip install {package}, or turn it into a JPEG"
+        ) from error
+
+
+def _known_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_tiles(image: PILImage, limits: MediaLimits) -> None:
+    """A ValueError for a TIFF whose tiles are larger than any picture may be."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1)
+    if isinstance(width, int) and isinstance(height, int):
+        limits.check_picture(width, height)
+
+
+def to_rgb(image: PILImage) -> NDArray[np.uint8]:
+    """The pixels of an opened image, upright and on white, as uint8 (height, width, 3).
+
+    Gray of 16 bits is cut to its upper 8 (of 12 bits likewise). Integers of 32 bits and floats are taken as they are
+    if all are whole numbers from 0 to 255, as shares of white if they are floats from 0 to 1, and are stretched from
+    their least to their largest otherwise. Numbers that are not finite are black, or white where they are infinite.
+    """
+    from PIL import ImageOps
+
+    _scale_transparency(image)
+    image.load()
+    _check_zero_filled(image)
+    tags = dict(getattr(image, "tag_v2", {}))
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in (*_SIXTEEN_BITS, "I", "F"):
+        return _deep_gray(upright, image.format, tags)
+    if upright.has_transparency_data:
+        return _on_white(upright)
+    return np.array(upright.convert("RGB"))
+
+
+def _on_white(image: PILImage) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    if image.mode == "La":
+        image = image.convert("LA")
+    layer = image.convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
+
+
+def _scale_transparency(image: PILImage) -> None:
+    """Bring the transparent colour of a PNG, which it gives in its own depth, to the depth that Pillow decodes to."""
+    transparent = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile:  # type: ignore[attr-defined]
+        return
+    args: Any = image.tile[0][3]  # type: ignore[attr-defined]
+    rawmode = args if isinstance(args, str) else args[0]
+    if isinstance(transparent, int) and rawmode in ("L;2", "L;4"):
+        image.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
+    elif isinstance(transparent, tuple) and rawmode == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in transparent)
+
+
+def _deep_gray(image: PILImage, file_format: str | None, tags: dict[int, Any]) -> NDArray[np.uint8]:
+    """Gray of more than 8 bits as RGB."""
+    values = np.asarray(image)
+    if image.mode in _SIXTEEN_BITS or file_format in ("PNG", "PPM"):
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))
+        gray = (values >> max(min(bits[0] if isinstance(bits, tuple) else bits, 16) - 8, 0)).clip(0, 255)
+        gray = gray.astype(np.uint8)
+    else:
+        sample_format = tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
+        if image.mode == "I" and tags.get(_BITS_PER_SAMPLE) == (32,) and sample_format[0] == _UNSIGNED:
+            values = values.view(np.uint32)
+        gray = map_by_range(values)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        gray = 255 - gray
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray = np.where(values == transparent, np.uint8(255), gray)
+    return np.repeat(gray[..., None], 3, axis=-1)
+
+
+def map_by_range(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bring numbers of any range to 0 to 255, see ``to_rgb``; a ValueError if none of them is finite."""
+    finite = np.isfinite(values)
+    known = values if finite.all() else values[finite]
+    if not known.size:
+        raise ValueError("none of its numbers is finite")
+    low, high = float(known.min()), float(known.max())
+    if low >= 0 and high <= 1 and values.dtype.kind == "f":
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255 and (known == np.floor(known)).all():
+        low, high = 0.0, 255.0
+    elif low == high:
+        # One colour has no range of its own.
+        low, high = min(low, 0.0), next((most for most in (255.0, 65535.0) if high <= most), high)
+    shares = (np.nan_to_num(values, nan=low, posinf=high, neginf=low).astype(np.float64) - low) / (high - low)
+    return np.rint(shares * 255).astype(np.uint8)
+
+
+def _check_zero_filled(image: PILImage) -> None:
+    """A ValueError for pixels without compression that end in the midst of a row, all behind being zeros.
+
+    Dark areas end with the row, or at an edge that goes on in the row before.
+    """
+    uncompressed = image.info.get("compression", "raw") in ("raw", 0, 3)  # 3: a BMP with masks
+    if image.format not in ("BMP", "TIFF", "PPM", "TGA") or not uncompressed:
+        return
+    pixels = np.asarray(image)
+    if image.format == "BMP" or (image.format == "TGA" and image.info.get("orientation") == -1):
+        pixels = pixels[::-1]  # from the bottom, as in the file
+    filled = pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+    rows = np.flatnonzero(filled.any(1))
+    if not len(rows) or rows[-1] >= len(filled) - 2 or rows[-1] == 0:
+        return
+    before, last = filled[rows[-1] - 1], filled[rows[-1]]
+    width = int(np.flatnonzero(last)[-1]) + 1
+    if width <= len(last) - 4 and before.mean() > 0.9 and last[:width].mean() > 0.9:
+        raise ValueError("its pixels end in the midst of a row, and zeros follow: it was not written in full")
