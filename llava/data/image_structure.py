@@ -92,7 +92,8 @@ def _zero_filled() -> ValueError:
 
 def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
     view, at = memoryview(data), 8
-    declared, seconds, first = 0, [], 0
+    declared, first = 0, 0
+    seconds: list[float] = []
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
         body, end = at + 8, at + 12 + length
@@ -123,7 +124,8 @@ def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
 def _walk_gif(data: bytes, limits: MediaLimits) -> Animation | None:
     limits.check_picture(*struct.unpack_from("<HH", data, 6))
     at = 13 + _palette_bytes(data[10])
-    delay, seconds = 0.0, []
+    delay = 0.0
+    seconds: list[float] = []
     while data[at] != 0x3B:
         if data[at] == 0:  # Some writers end a block twice.
             at = len(data) - len(data[at:].lstrip(b"\0"))
@@ -159,7 +161,7 @@ def _walk_webp(data: bytes, limits: MediaLimits) -> Animation | None:
     size = struct.unpack_from("<I", data, 4)[0] + 8
     if size > len(data):
         raise _cut_off()
-    seconds = []
+    seconds: list[float] = []
     for kind, body, end in _riff_chunks(data, 12, size):
         if kind in (b"VP8 ", b"VP8L"):
             _check_webp_zeros(kind, data[body:end])

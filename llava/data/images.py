@@ -265,10 +265,10 @@ def _check_zero_filled(image: PILImage) -> None:
     uncompressed = image.info.get("compression", "raw") in ("raw", 0, 3)  # 3: a BMP with masks
     if image.format not in ("BMP", "TIFF", "PPM", "TGA") or not uncompressed:
         return
-    pixels = np.asarray(image)
+    pixels: NDArray[Any] = np.asarray(image)
     if image.format == "BMP" or (image.format == "TGA" and image.info.get("orientation") == -1):
         pixels = pixels[::-1]  # from the bottom, as in the file
-    filled = pixels.any(-1) if pixels.ndim == 3 else pixels != 0
+    filled: NDArray[Any] = np.asarray(pixels.any(-1) if pixels.ndim == 3 else pixels != 0)
     rows = np.flatnonzero(filled.any(1))
     if not len(rows) or rows[-1] >= len(filled) - 2 or rows[-1] == 0:
         return
