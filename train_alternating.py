@@ -20,6 +20,7 @@ from llava.data.raw_samples import read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport
+from llava.parser import CommandParser
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
@@ -29,12 +30,11 @@ MISMATCH = 3
 MANIFEST = "weights_manifest.json"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         description="Train a model with alternating attention. All flags of llava.train.train are taken as well; "
         "python -m llava.train.train --help lists them.",
         epilog="Exit status: 0 done, 2 wrong flag or file, 3 --variant is not the checkpoint's.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--variant",
@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: a mistake on the command line or in a file.
     """
-    own, words = build_parser().parse_known_args(argv)
+    parser = build_parser()
+    own, words = parser.parse_known_args(argv)
+    parser.warn_of_repeats(list(sys.argv[1:] if argv is None else argv))
     inspecting = own.dry_run or own.inspect_data or own.inspect_weights
-    values = parse_values(words, optional=("data_path", "output_dir") if inspecting else ())
+    values = parse_values(words, optional=("data_path", "output_dir") if inspecting else (), also=parser.flags)
     check_flags(own, values)
 
     model_type = read_model_type(values["model_name_or_path"])
@@ -113,6 +115,8 @@ def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
         raise ValueError("--inspect_data needs --data_path FILE")
     if own.force and own.variant == "auto":
         raise ValueError("--force needs a --variant to force: " + ", ".join(VARIANTS))
+    if own.throughput_log_steps is not None and own.throughput_log_steps < 1:
+        raise ValueError(f"--throughput_log_steps is {own.throughput_log_steps}; it must be at least 1")
     if own.backbone_model:
         read_model_type(own.backbone_model, "--backbone_model")
     for flag in ("data_path", "eval_data_path"):

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_output_folder
+
 ID, CAPTION, FOLDER, URL = "videoid", "name_it", "page_dir", "contentUrl"
 REQUIRED = (ID, CAPTION)
 
@@ -37,12 +40,11 @@ class Outcome:
         return sum("video" in sample for sample in self.video)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         description="Turn WebVid rows with Italian captions into webvid_t_it.json (text alone) and webvid_vi_it.json "
         "(the same samples with their clips). Clips that are missing or unreadable are listed in left_out.jsonl. "
         "The same rows and clips give the same bytes.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--rows",
@@ -70,26 +72,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
-        if args.max_samples is not None and args.max_samples < 1:
-            raise ValueError(f"--max-samples is {args.max_samples}; it must be at least 1")
-        if not os.path.isdir(args.video_dir):
-            raise ValueError(f"--video-dir {args.video_dir}: no such folder")
-        rows = read_rows(args.rows)
-        outcome = build_samples(rows, args.video_dir, args.max_samples, args.require_video)
-        if not outcome.text:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in count_reasons(outcome.left_out))
-            raise ValueError(f"no sample is left of the {len(rows)} rows in {args.rows} ({reasons})")
-        write_files(outcome, args.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --out {args.out}: cannot be written: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: convert(build_parser().parse_args(argv)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write what a command line asks for, and print a summary."""
+    if args.max_samples is not None and args.max_samples < 1:
+        raise ValueError(f"--max-samples is {args.max_samples}; it must be at least 1")
+    if not os.path.isdir(args.video_dir):
+        raise ValueError(f"--video-dir {args.video_dir}: no such folder")
+    rows = read_rows(args.rows)
+    check_output_folder(args.out, "--out")
+    outcome = build_samples(rows, args.video_dir, args.max_samples, args.require_video)
+    if not outcome.text:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in count_reasons(outcome.left_out))
+        raise ValueError(f"no sample is left of the {len(rows)} rows in {args.rows} ({reasons})")
+    write_files(outcome, args.out)
     print(summarise(outcome, len(rows), args.out, args.video_dir))
-    return 0
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ folder. The exit status is 1 if a check fails.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava.parser import CommandParser
 
 # What a broken wrapper raises: a failed check is a line here, never the end of the run.
 FAILURES = (
@@ -340,11 +341,14 @@ def run_checks(checks: Sequence[tuple[str, Check]], bench: Bench) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; returns the exit status, 1 if one failed."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Check the GPT-2 wrapper on a tiny model, offline; prints a pass or FAIL line for each property.",
-        allow_abbrev=False,
     )
-    parser.parse_args(argv)
+    try:
+        parser.parse_args(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
     from transformers import logging
 

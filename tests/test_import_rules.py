@@ -24,6 +24,9 @@ FOUNDATION = {
     "plugins",
     "compat",
     "system",
+    "messages",
+    "parser",
+    "io",
 }
 MAY_IMPORT = {
     "constants": set(),
@@ -37,6 +40,9 @@ MAY_IMPORT = {
     "framing": {"config"},
     "coordinates": {"types"},
     "plugins": set(),
+    "messages": set(),
+    "parser": {"messages"},
+    "io": {"messages"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

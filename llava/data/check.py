@@ -21,6 +21,8 @@ from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_image, sample_video
 from llava.data.media_folder import check_links
 from llava.data.records import describe_notes, read_records
+from llava.messages import run_command
+from llava.parser import CommandParser, check_at_least
 from llava.system import num_cores
 from llava.types import BadSample, Record
 
@@ -143,10 +145,9 @@ def _find_bad(check: MediaCheck, num_workers: int) -> Iterator[BadSample]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what it does not know ends the process with status 2."""
-    parser = argparse.ArgumentParser(
+    """The command line; a ValueError for flags that are wrong."""
+    parser = CommandParser(
         prog="python -m llava.data.check",
-        allow_abbrev=False,
         description="Decode the images and videos of data files and list the bad ones.",
         epilog="Exit status: 0 where all is well, 1 where samples are bad, 2 for a wrong command line or data file.",
     )
@@ -167,38 +168,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one a core)")
     parser.add_argument("--report", metavar="FILE", help="write bad samples there, one a line, and the summary last")
     args = parser.parse_args(argv)
-    for name, least in (("num_frames", 1), ("frames_upbound", 0), ("workers", 0), ("video_fps", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    check_at_least(args, {"num_frames": 1, "frames_upbound": 0, "workers": 0, "video_fps": 0, "decode_timeout": 0})
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check data files and print a summary; the exit status is 0, 1 or 2, as ``--help`` says."""
-    args = parse_arguments(argv)
-    try:
-        records = read_records(
-            args.data,
-            args.image_folder,
-            args.video_folder,
-            on_bad_sample=SKIP,
-            allow_duplicate_ids=args.allow_duplicate_ids,
-            allow_outside_paths=args.allow_outside_paths,
-            ignore_keys=args.ignore_keys,
-            flag="DATA",
-        )
-        for line in describe_notes(records):
-            print(line, file=sys.stderr)
-        limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
-        check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
-        with ExitStack() as files:
-            rows = None
-            if args.report:
+    return run_command(lambda: check_files(parse_arguments(argv)))
+
+
+def check_files(args: argparse.Namespace) -> int:
+    """Check the data files of a command line and print a summary.
+
+    Returns:
+        0 where all is well, 1 where samples are bad.
+
+    Raises:
+        ValueError, OSError: a data file cannot be used, or the report not be written.
+    """
+    records = read_records(
+        args.data,
+        args.image_folder,
+        args.video_folder,
+        on_bad_sample=SKIP,
+        allow_duplicate_ids=args.allow_duplicate_ids,
+        allow_outside_paths=args.allow_outside_paths,
+        ignore_keys=args.ignore_keys,
+        flag="DATA",
+    )
+    for line in describe_notes(records):
+        print(line, file=sys.stderr)
+    limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
+    check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
+    with ExitStack() as files:
+        rows = None
+        if args.report:
+            try:
                 rows = files.enter_context(open(args.report, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123
-            report = check_data(check, args.workers, rows)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            except OSError as error:
+                raise ValueError(f"--report {args.report}: cannot be written: {error.strerror}") from error
+        report = check_data(check, args.workers, rows)
     print(report)
     return 1 if report.bad else 0
 

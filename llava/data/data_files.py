@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.raw_samples import check_data_file
+from llava.io import read_yaml
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 
@@ -139,15 +140,10 @@ def _open_folder(path: str, name: str) -> list[str]:
 
 def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
     """The entries of a YAML mixture."""
-    import yaml
-
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"{flag} {path}: {'not a file' if file.exists() else 'no such file'}")
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, path)
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
         raise ValueError(f"{path}: expected datasets, a list of entries with a json_path each, found {content!r:.80}")
     _check_keys(content, ("datasets",), path)

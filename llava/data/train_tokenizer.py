@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import sys
 import zlib
@@ -10,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_output_folder
+
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
 """Every byte and the end of text."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer of GPT-2's kind on text files.", allow_abbrev=False
-    )
+def build_parser() -> CommandParser:
+    parser = CommandParser(description="Train a byte-level BPE tokenizer of GPT-2's kind on text files.")
     parser.add_argument(
         "--data",
         required=True,
@@ -36,20 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tokenizer; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
         size = train(args.data, args.output_dir, args.vocab_size, args.min_frequency)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output_dir}: {size:,} tokens")
-    if size < args.vocab_size:
-        print(
-            f"note: the text has pairs for {size:,} tokens only, fewer than --vocab_size {args.vocab_size:,}; "
-            "add text or lower --min_frequency to get more",
-            file=sys.stderr,
-        )
-    return 0
+        print(f"{args.output_dir}: {size:,} tokens")
+        if size < args.vocab_size:
+            print(
+                f"note: the text has pairs for {size:,} tokens only, fewer than --vocab_size {args.vocab_size:,}; "
+                "add text or lower --min_frequency to get more",
+                file=sys.stderr,
+            )
+
+    return run_command(run)
 
 
 def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency: int) -> int:
@@ -68,9 +67,7 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
         raise ValueError(f"--vocab_size is {vocab_size}; every byte and {END_OF_TEXT} need at least {SMALLEST}")
     if min_frequency < 1:
         raise ValueError(f"--min_frequency is {min_frequency}; it must be at least 1")
-    target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--output_dir {output_dir}: exists and is not an empty folder; choose another or remove it")
+    check_output_folder(output_dir, "--output_dir", empty=True)
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"--data {path}: no such file")

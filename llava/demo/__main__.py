@@ -7,15 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_at_least, check_output_folder
+
 _QUICK_TRAIN_CLIPS, _QUICK_HELD_OUT_CLIPS, _QUICK_STEPS = 64, 12, 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.demo",
         description="Writes clips of moving shapes, trains a tiny GPT-2 to describe them in Italian, and shows what "
         "it says about clips whose shape and colour it has never seen together.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--output_dir", type=Path, default=Path("demo_output"), metavar="DIR", help="default: demo_output"
@@ -35,11 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    if args.num_train_clips < 1 or args.num_held_out_clips < 2:
-        print("error: --num_train_clips must be at least 1, --num_held_out_clips at least 2", file=sys.stderr)
-        return 2
+    """Run the demo; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    return run_command(lambda: run(build_parser().parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the demo as a command line says."""
+    check_at_least(args, {"num_train_clips": 1, "num_held_out_clips": 2, "seed": 0})
+    check_output_folder(str(args.output_dir), "--output_dir")
 
     from llava.demo.run import TOWER_FOLDER, DemoSettings, run_demo
 
@@ -53,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_steps=_QUICK_STEPS if args.quick else None,
         )
     )
-    return 0
 
 
 if __name__ == "__main__":

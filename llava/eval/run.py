@@ -28,20 +28,21 @@ from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.samples import EvalSample, Prediction
 from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
 from llava.eval.tasks import EXPRESSION, TASKS, Task
+from llava.messages import INTERRUPTED, run_command
+from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
 from llava.system import num_cores
 from llava.types import BadSample
 
 _NUM_RESAMPLES = 1000
 _MAX_NEW_TOKENS = 128
-_COUNTS = {"batch_size": 1, "num_processes": 1, "num_pictures": 0, "limit": 1}
-"""Flags that count something, and the least they may be."""
+_LEAST = {"batch_size": 1, "num_processes": 1, "num_pictures": 0, "limit": 1, "decode_timeout": 0, "seed": 0}
+"""Flags with a number, and the least it may be."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.eval.run",
-        allow_abbrev=False,
         description="Ask a model about every sample of annotation files, and score its answers.",
         epilog="The same command goes on where it was interrupted. Exit status: 0, 2 for a user's mistake, 130 for ^C.",
     )
@@ -82,16 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what it does not know ends the process with status 2."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    for name, least in _COUNTS.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name} is {value}; it must be at least {least}")
-    try:
-        decoding_options(args, _MAX_NEW_TOKENS)
-    except ValueError as error:
-        parser.error(str(error))
+    """The command line; a ValueError for flags that are wrong."""
+    args = build_parser().parse_args(argv)
+    check_at_least(args, _LEAST)
+    decoding_options(args, _MAX_NEW_TOKENS)
     return args
 
 
@@ -151,7 +146,9 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
 
     References may be corrected behind a run, which then scores again, where no question tells a part of them.
     """
-    model = Path(args.model_path)
+    from llava.model.locations import locate_model
+
+    model = Path(locate_model(args.model_path, "--model_path"))
     if not model.is_dir():
         raise ValueError(f"--model_path {args.model_path!r} is no folder; give that of a checkpoint")
     weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
@@ -237,25 +234,22 @@ def _answer_missing(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print the scores; returns the exit status, 2 with one line for a user's mistake."""
-    args = parse_arguments(argv)
+    status = run_command(lambda: _evaluate_and_print(parse_arguments(argv)))
+    if status == INTERRUPTED:
+        print("the same command goes on where it stopped", file=sys.stderr)
+    return status
 
+
+def _evaluate_and_print(args: argparse.Namespace) -> None:
     from transformers import logging
 
     from llava.eval.report import format_report
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        content = evaluate(args)
-        print(format_report(content))
-        print(describe_decoding(content["settings"]["decoding"], args.model_path))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    content = evaluate(args)
+    print(format_report(content))
+    print(describe_decoding(content["settings"]["decoding"], args.model_path))
 
 
 if __name__ == "__main__":

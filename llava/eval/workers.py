@@ -15,6 +15,7 @@ import torch
 
 from llava.eval.engine import Answerer, Asking, answer_batches
 from llava.eval.samples import EvalSample
+from llava.model.loading import choose_device
 
 _PATIENCE = 0.5
 """Seconds between two looks at whether all processes are alive."""
@@ -52,6 +53,7 @@ def choose_devices(device: str | None, num_processes: int) -> list[str]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if num_processes == 1 or device == "cpu":
+        choose_device(device)
         return [device] * num_processes
     if device != "cuda":
         raise ValueError(

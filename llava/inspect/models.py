@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,9 +13,11 @@ from typing import Any
 import llava.model as models
 from llava.config import ASPECT_RATIOS, VisionConfig
 from llava.data.preprocess import FORMATS
+from llava.messages import run_command
 from llava.model.multimodal_encoder.builder import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler.builder import RESAMPLERS
+from llava.parser import CommandParser
 from llava.plugins import import_plugins
 from llava.tiles import ANYRES, PATCH_MERGE_TYPES
 
@@ -153,14 +154,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m llava.inspect.models", description="Print everything that is registered, as Markdown."
     )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
-    args = parser.parse_args(argv)
-    import_plugins(args.plugins)
-    sys.stdout.write(describe_models())
-    return 0
+
+    def run() -> None:
+        args = parser.parse_args(argv)
+        import_plugins(args.plugins)
+        sys.stdout.write(describe_models())
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

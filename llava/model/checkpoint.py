@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import llava.model as models
-from llava.model.foreign_code import foreign_code_note
+from llava.model.foreign_code import check_quantization, drop_remote_kernels, foreign_code_note
 from llava.model.language_model.registration import PLAIN_TYPES
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.locations import locate_model
 from llava.model.lora import is_adapter_folder, read_base
 
 logger = logging.getLogger(__name__)
@@ -20,17 +21,15 @@ logger = logging.getLogger(__name__)
 
 def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[str, Any]:
     """The entries of ``config.json`` of a folder or hub name; ``flag`` is what an error calls the path."""
-    # A hub name has at most one slash and does not begin with one, or with a dot.
-    looks_local = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
-    if looks_local and not os.path.isdir(name_or_path):
-        raise ValueError(f"{flag} {name_or_path!r} is no folder")
+    path = locate_model(name_or_path, flag)
     try:
-        config_dict, _ = PretrainedConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
+        config_dict, _ = PretrainedConfig.get_config_dict(path)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # The last three: no object.
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
     if not config_dict:
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
-    return config_dict
+    check_quantization(config_dict, f"{flag} {name_or_path!r}")
+    return drop_remote_kernels(config_dict, name_or_path)
 
 
 def read_model_type(name_or_path: str, flag: str = "--model_name_or_path") -> str:
@@ -73,16 +72,21 @@ def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]
     return config_dict.get("vocab_size", config_class().vocab_size)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a padding token pads with its end of text.
 
-    Attention never depends on padding ids here: masks are made from lengths.
+    Attention never depends on padding ids here: masks are made from lengths. ``flag`` is what an error calls the path.
     """
+    path = locate_model(name_or_path, flag)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        note = foreign_code_note(get_tokenizer_config(name_or_path))
-        raise ValueError(f"no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
+        note = foreign_code_note(get_tokenizer_config(path))
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # The tokenizers package has no class of its own.
+            raise
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
 from llava.coordinates import GroundingConfig, choose_grounding
+from llava.messages import list_names, shorten
 from llava.model.checkpoint import (
     choose_classes,
     find_weights,
@@ -25,6 +28,7 @@ from llava.model.checkpoint import (
 from llava.model.coordinates import COORDINATES
 from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.locations import describe_damage, locate_model
 from llava.model.lora import is_adapter_folder, load_adapters
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
@@ -43,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that decide which parameters exist, with those of the resampler: a trained checkpoint's cannot be changed.
 _STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "patch_merge_type")
+# What a RuntimeError says that is about a file of weights.
+_UNREADABLE = ("PytorchStreamReader", "Error(s) in loading state_dict", "automatic conversion", "unexpected EOF")
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def load_model(
     grounding: str | None = None,
     num_temporal_tokens: int | None = None,
     num_spatial_tokens: int | None = None,
+    flag: str = "--model_name_or_path",
+    allow_bad_weights: bool = False,
     **settings: Any,
 ) -> LoadedModel:
     """Load a plain language model or a multimodal checkpoint, with its tokenizer.
@@ -93,6 +101,8 @@ def load_model(
         grounding: of ``llava.coordinates.GROUNDING_MODES``, what coordinates are to the model; by default what they
             are to the checkpoint. New tables of coordinates have random rows.
         num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
+        flag: what an error calls the first argument.
+        allow_bad_weights: whether weights may be NaN or infinite.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
 
     Raises:
@@ -102,10 +112,11 @@ def load_model(
     """
     import llava.model.language_model  # noqa: F401  (registers the backbones)
 
-    config_class, model_class = choose_classes(read_model_type(model_name_or_path), model_name_or_path, variant)
-    config_dict = read_config(model_name_or_path) | {"model_type": config_class.model_type}
-    tokenizer = load_tokenizer(model_name_or_path)
-    stored = config_class.from_dict(dict(config_dict))
+    model_name_or_path = locate_model(model_name_or_path, flag)
+    config_class, model_class = choose_classes(read_model_type(model_name_or_path, flag), model_name_or_path, variant)
+    config_dict = read_config(model_name_or_path, flag) | {"model_type": config_class.model_type}
+    tokenizer = load_tokenizer(model_name_or_path, flag)
+    stored = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
     trained = GroundingConfig.from_model_config(stored)
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained)
 
@@ -126,7 +137,7 @@ def load_model(
     if coordinates is not None:
         coordinates = add_coordinate_tokens(tokenizer, coordinates)
         config_dict |= coordinates.to_model_config()
-    config = config_class.from_dict(config_dict)
+    config = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
 
     options: dict[str, Any] = {"config": config, "dtype": dtype}
     if attn_implementation is not None:
@@ -136,7 +147,7 @@ def load_model(
     if weights_from is not None and not has_weights(source):
         model, new = build_model(model_class, options, vision_tower), list[str]()
     else:
-        model, new = _read_model(model_class, source, options, vision_tower)
+        model, new = _read_model(model_class, source, options, vision_tower, flag)
     transfer = None if weights_from is None else copy_parameters(model, weights_from)
     if vision is not None:
         new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
@@ -145,8 +156,55 @@ def load_model(
     if source != model_name_or_path:
         load_adapters(model, model_name_or_path, source)
         new = []
+    if not allow_bad_weights:
+        check_weights(model, f"{flag} {model_name_or_path!r}")
     _align_special_tokens(model, tokenizer)
     return LoadedModel(model, tokenizer, model.vision, new, transfer)
+
+
+def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any], path: str) -> PretrainedConfig:
+    """A configuration of a ``config.json``'s entries; a ValueError, beginning with ``path``, if they do not fit."""
+    try:
+        return config_class.from_dict(dict(settings))
+    except (TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: its config.json does not fit {config_class.__name__}: {error}") from error
+
+
+def check_weights(model: Any, path: str) -> None:
+    """A ValueError, beginning with ``path``, that names the weights of a model that are NaN or infinite."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all())
+    ]
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} of its weights hold NaN or infinity: {list_names(bad)}; the run that wrote them went "
+            "wrong, or the file is damaged: take an earlier checkpoint"
+        )
+
+
+def choose_device(name: str | None, flag: str = "--device") -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1"; by default a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here; ``flag`` is what the error calls it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{flag} is {shorten(name)}; expected cpu, cuda, or cuda:N for GPU N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        built = "" if torch.version.cuda else ", and this torch was built without CUDA"
+        raise ValueError(f"{flag} is {shorten(name)}, but {found or 'no'} GPUs can be seen{built}; give cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{flag} is {shorten(name)}, which cannot be used here ({error}); give cpu") from error
+    return device
 
 
 def build_model(model_class: type[LlavaMetaForCausalLM], options: dict[str, Any], vision_tower: str | None) -> Any:
@@ -164,22 +222,29 @@ def build_model(model_class: type[LlavaMetaForCausalLM], options: dict[str, Any]
 
 
 def _read_model(
-    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None
+    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None, flag: str
 ) -> tuple[Any, list[str]]:
     """A checkpoint's model, and the names of the parameters that the checkpoint does not have."""
     if not has_weights(path):
         raise ValueError(
-            f"--model_name_or_path {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
+            f"{flag} {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
             "from another model's with --init_from_backbone (train_alternating.py)"
         )
     try:
+        # Shapes that differ are named below.
         with quiet_transformers():
             model, info = model_class.from_pretrained(
-                path, output_loading_info=True, vision_tower=vision_tower, **options
+                path, output_loading_info=True, ignore_mismatched_sizes=True, vision_tower=vision_tower, **options
             )
     except UNSAFE_WEIGHTS as error:
-        raise ValueError(f"--model_name_or_path {path!r}: {NOT_JUST_TENSORS}") from error
-    return model, _check_loaded(info, path)
+        raise ValueError(f"{flag} {path!r}: {NOT_JUST_TENSORS}") from error
+    except (OSError, SafetensorError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{flag} {path!r}: {describe_damage(path, error)}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _UNREADABLE):
+            raise
+        raise ValueError(f"{flag} {path!r}: {describe_damage(path, error)}") from error
+    return model, _check_loaded(info, f"{flag} {path!r}")
 
 
 def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:
@@ -208,12 +273,18 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     missing = sorted(info["missing_keys"])
     foreign = [name for name in missing if not is_added(name)]
     unexpected = sorted(info["unexpected_keys"])
+    if info["mismatched_keys"]:
+        name, there, here = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path} does not fit its config.json in {len(info['mismatched_keys'])} shapes: {name} is "
+            f"{tuple(there)} in the file and {tuple(here)} by the configuration; the two are of different models"
+        )
     if foreign or unexpected:
         what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
-        raise ValueError(f"the checkpoint {path!r} does not fit its config.json: it {what}")
+        raise ValueError(f"{path} does not fit its config.json: it {what}")
     if missing:
         modules = ", ".join(sorted({vision_module_of(name) or COORDINATES for name in missing}))
-        logger.info("new parameters, not in %r: %d tensors of %s", path, len(missing), modules)
+        logger.info("new parameters, not in %s: %d tensors of %s", path, len(missing), modules)
     return missing
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from llava.messages import run_command
 from llava.model.loading import load_model
+from llava.model.locations import locate_model
 from llava.model.lora import is_adapter_folder, merge_adapters
+from llava.parser import CommandParser, check_output_folder
 from llava.plugins import import_plugins
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.model.merge_lora",
         description="Write a checkpoint with LoRA adapters as a complete one, which needs no base model and no peft.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint with adapters")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the complete checkpoint goes")
@@ -38,11 +39,13 @@ def merge_checkpoint(
     Raises:
         ValueError: a folder is not as it must be, or the model cannot be loaded.
     """
+    model_path = locate_model(model_path, "--model_path")
+    check_output_folder(output_dir, "--output_dir")
     if not is_adapter_folder(model_path):
         raise ValueError(f"--model_path {model_path!r} holds no adapters (no adapter_config.json); nothing to merge")
     if is_adapter_folder(output_dir):
         raise ValueError(f"--output_dir {output_dir!r} holds adapters already; give another folder")
-    loaded = load_model(model_path, model_base=model_base, vision_tower=vision_tower)
+    loaded = load_model(model_path, model_base=model_base, vision_tower=vision_tower, flag="--model_path")
     merge_adapters(loaded.model)
     loaded.model.save_pretrained(output_dir)
     loaded.tokenizer.save_pretrained(output_dir)
@@ -50,14 +53,13 @@ def merge_checkpoint(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the command line says; returns the exit status, 2 with one line for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
         import_plugins(args.plugins)
         merge_checkpoint(args.model_path, args.output_dir, args.model_base, args.vision_tower)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@ A folder that holds nothing but a ``config.json`` will do when ``--tokenizer`` n
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_output_folder
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         description="Write a copy of a language model with the same configuration and tokenizer, but random weights.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model_path",
@@ -33,14 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the model; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
         num_parameters = create(args.model_path, args.output_dir, args.seed, args.tokenizer)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output_dir}: {num_parameters:,} random parameters, seed {args.seed}")
-    return 0
+        print(f"{args.output_dir}: {num_parameters:,} random parameters, seed {args.seed}")
+
+    return run_command(run)
 
 
 def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | None = None) -> int:
@@ -59,29 +59,32 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
         ValueError: a folder is not as it should be, or the tokenizer has more tokens than the model.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import llava.model.language_model  # noqa: F401  (registers the types of this library's checkpoints)
     from llava.config import VisionConfig
     from llava.model.checkpoint import load_tokenizer
+    from llava.model.foreign_code import forget_implementations
+    from llava.model.locations import locate_model
     from llava.model.quiet import quiet_transformers
     from llava.model.vocabulary import check_vocabulary
 
+    model_path = locate_model(model_path, "--model_path")
     if not Path(model_path, "config.json").is_file():
         raise ValueError(f"--model_path {model_path}: expected a folder with a config.json")
     target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--output_dir {output_dir}: exists and is not an empty folder; choose another or remove it")
+    check_output_folder(output_dir, "--output_dir", empty=True)
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = forget_implementations(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"--model_path {model_path}: its config.json cannot be read: {error}") from error
     if VisionConfig.from_model_config(config) is not None:
         raise ValueError(
             f"--model_path {model_path}: is a checkpoint with vision ({config.model_type}); give the language model "
             "that it was trained from"
         )
-    tokenizer = load_tokenizer(tokenizer_path or model_path)
+    tokenizer = load_tokenizer(tokenizer_path or model_path, "--tokenizer" if tokenizer_path else "--model_path")
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")

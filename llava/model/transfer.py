@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS, forget_implementations
+from llava.model.locations import describe_damage, locate_model
 from llava.model.quiet import quiet_transformers
 from llava.model.visual import vision_module_of
 
@@ -104,11 +105,15 @@ def copy_parameters(model: Any, backbone: str) -> TransferReport:
 
 def _read_language_model(path: str) -> dict[str, torch.Tensor]:
     """The parameters of a checkpoint's language model, each once."""
+    path = locate_model(path, "--backbone_model")
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+            config = forget_implementations(AutoConfig.from_pretrained(path, trust_remote_code=False))
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="auto", trust_remote_code=False)
+    except ValueError as error:
         raise ValueError(f"--backbone_model {path!r} cannot be read: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--backbone_model {path!r}: {describe_damage(path, error)}") from error
     except UNSAFE_WEIGHTS as error:
         raise ValueError(f"--backbone_model {path!r}: {NOT_JUST_TENSORS}") from error
     return {name: parameter for name, parameter in model.named_parameters() if not vision_module_of(name)}

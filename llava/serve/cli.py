@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_options, describe_decoding
 
 if TYPE_CHECKING:
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
     from llava.types import Media
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.serve.cli",
         description="Print what a trained model says about images and videos, or how it continues a text.",
-        allow_abbrev=False,
+        may_be_empty=("prompt", "system"),
     )
     parser.add_argument("--model_path", required=True, help="checkpoint folder")
     parser.add_argument(
@@ -57,14 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one answer; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    if not (args.video or args.image or args.prompt):
-        print("error: nothing to describe or to continue; give --video, --image or --prompt", file=sys.stderr)
-        return 2
-    if args.draw and not (args.video or args.image):
-        print("error: --draw has nothing to draw on; give --video or --image", file=sys.stderr)
-        return 2
+    return run_command(lambda: describe(parse_arguments(argv)))
 
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; a ValueError for flags that are wrong, or that need others."""
+    args = build_parser().parse_args(argv)
+    check_at_least(args, {"seed": 0})
+    decoding_options(args, MAX_NEW_TOKENS)
+    if not (args.video or args.image or args.prompt):
+        raise ValueError("nothing to describe or to continue; give --video, --image or --prompt")
+    if args.draw and not (args.video or args.image):
+        raise ValueError("--draw has nothing to draw on; give --video or --image")
+    return args
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print an answer and, where it was asked for, draw it.
+
+    Raises:
+        ValueError: a file, the checkpoint or the device is not as it must be.
+    """
     from transformers import logging, set_seed
 
     from llava.plugins import import_plugins
@@ -75,22 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     set_seed(args.seed)
     media = [Media("image", path) for path in args.image] + [Media("video", path) for path in args.video]
-    try:
-        options = decoding_options(args, MAX_NEW_TOKENS)
-        import_plugins(args.plugins)
-        captioner = Captioner.from_checkpoint(
-            args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
-        )
-        # Not on standard output, which is the answer's alone.
-        print(describe_decoding(options, args.model_path), file=sys.stderr)
-        (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
-        print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
-        if args.draw:
-            _draw(answer, media[-1], captioner.vision, args.draw)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = decoding_options(args, MAX_NEW_TOKENS)
+    import_plugins(args.plugins)
+    captioner = Captioner.from_checkpoint(
+        args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
+    )
+    # Not on standard output, which is the answer's alone.
+    print(describe_decoding(options, args.model_path), file=sys.stderr)
+    (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
+    print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
+    if args.draw:
+        _draw(answer, media[-1], captioner.vision, args.draw)
 
 
 def _draw(answer: Answer, medium: Media, vision: VisionConfig | None, path: str) -> None:

@@ -14,7 +14,7 @@ from llava.coordinates import GroundingConfig
 from llava.data.preprocess import PLAIN_LM, build_format
 from llava.model.coordinate_positions import expected_positions
 from llava.model.coordinate_syntax import CoordinateSyntax
-from llava.model.loading import LoadedModel, load_model
+from llava.model.loading import LoadedModel, choose_device, load_model
 from llava.model.quantization import Quantization
 from llava.model.quiet import quiet_transformers
 from llava.serve.answer import Answer, read_answer
@@ -50,7 +50,7 @@ class Captioner:
     """
 
     def __init__(self, loaded: LoadedModel, device: str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.model = loaded.model.to(self.device).eval()
         self.tokenizer = loaded.tokenizer
         self.vision: VisionConfig | None = loaded.vision
@@ -79,10 +79,12 @@ class Captioner:
             model_base: where the base model of its adapters lies, if it has any and that has moved.
             bits: 8 or 4 holds the language model's linear layers in so many bits.
         """
+        choose_device(device)  # Before a model is read.
         quantization = Quantization(bits, device=device) if bits != 16 else None
-        return cls(
-            load_model(path, model_base=model_base, vision_tower=vision_tower, quantization=quantization), device
+        loaded = load_model(
+            path, model_base=model_base, vision_tower=vision_tower, quantization=quantization, flag="--model_path"
         )
+        return cls(loaded, device)
 
     def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:
         """The text alone of what ``answer`` returns for the same arguments."""

@@ -14,7 +14,13 @@ from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
-from llava.train.engines import find_deepspeed_config
+from llava.train.engines import (
+    check_counts,
+    check_launcher,
+    check_precision,
+    check_trackers,
+    find_deepspeed_config,
+)
 from llava.train.grounding_arguments import CONTENT, GroundingArguments
 from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
@@ -262,6 +268,7 @@ class DataArguments(MediaArguments, BadSampleArguments):
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
         self.check_media()
+        check_counts(self)
         self.check_bad_samples()
 
     @property
@@ -325,8 +332,12 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_counts(self)
+        check_precision(self)
+        check_trackers(self.report_to)
         if self.deepspeed:
             self.deepspeed = find_deepspeed_config(self.deepspeed)
+            check_launcher("LOCAL_RANK" in os.environ)
         super().__post_init__()
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.

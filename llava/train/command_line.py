@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import sys
@@ -10,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
 
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
+from llava.io import read_yaml
+from llava.messages import shorten
+from llava.parser import CommandParser
 from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -51,6 +52,12 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 Group = TypeVar("Group")
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments)
+# Flags of which an empty value says "none", as the family's scripts give them.
+MAY_BE_EMPTY = ("image_folder", "video_folder", "lora_weight_path", "run_name", "fsdp", "debug")
+
+
+class TrainingParser(CommandParser, HfArgumentParser):
+    """A parser of groups of arguments, with errors of one line."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -66,19 +73,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     return tuple(build_group(group, values) for group in GROUPS)  # type: ignore[return-value]
 
 
-def parse_values(argv: Sequence[str] | None = None, optional: Sequence[str] = ()) -> dict[str, Any]:
+def parse_values(
+    argv: Sequence[str] | None = None, optional: Sequence[str] = (), also: Sequence[str] = ()
+) -> dict[str, Any]:
     """The value of every flag of every group, before a group has looked at them.
 
     Args:
         argv: as for ``parse_arguments``.
         optional: names of flags that may be missing although their group needs them; they are None then.
+        also: flags of the command that are read elsewhere, for the errors.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
+    parser = TrainingParser(
         GROUPS,  # type: ignore[arg-type]
         prog="python -m llava.train.train",
         description="Train a language model on text, images and videos.",
-        allow_abbrev=False,
+        may_be_empty=MAY_BE_EMPTY,
     )
     parser.add_argument(
         "--config", help="Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
@@ -87,11 +97,10 @@ def parse_values(argv: Sequence[str] | None = None, optional: Sequence[str] = ()
         action.required = action.required and action.dest not in optional
     recipe, words = _take_config(words)
     words = _translate(words)
+    parser.warn_of_repeats(words)
     if recipe is not None:
         words = _recipe_words(recipe, parser) + words
-    known, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise ValueError(_explain_unknown(unknown[0], parser))
+    known = parser.parse_words(words, also)
     # Before any group looks at its values: they may be names that a plugin registers.
     import_plugins(known.plugins)
     return vars(known)
@@ -111,6 +120,8 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
         if name != "--config":
             rest.append(word)
             continue
+        if recipe is not None:
+            raise ValueError(f"--config is given twice, {recipe!r} first; one recipe is read, and flags override it")
         recipe = value or next(iterator, "")
     if recipe is None:
         return None, rest
@@ -118,15 +129,13 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
         if path.is_file():
             return path, rest
     shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
-    raise ValueError(f"--config {recipe!r}: no such file; recipes that come with llava: {shipped}")
+    what = "a folder, not a recipe" if Path(recipe or "-").is_dir() else "no such file"
+    raise ValueError(f"--config {shorten(recipe)}: {what}; recipes that come with llava: {shipped}")
 
 
-def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
+def _recipe_words(path: Path, parser: TrainingParser) -> list[str]:
     """A recipe as words of a command line, so that both take one way."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not YAML: {error}") from error
+    recipe = read_yaml(path, f"--config {path}") or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: expected names and values, found {type(recipe).__name__}")
     words: list[str] = []
@@ -137,7 +146,7 @@ def _recipe_words(path: Path, parser: HfArgumentParser) -> list[str]:
     flags = [word[2:] for word in words if word.startswith("--")]
     for flag in flags:
         if f"--{flag}" not in parser._option_string_actions:
-            raise ValueError(f"{path}: {_explain_unknown('--' + flag, parser)}")
+            raise ValueError(f"{path}: {parser.explain_unknown('--' + flag)}")
     return words
 
 
@@ -182,11 +191,3 @@ def _translate_grouping(switches: dict[str, bool]) -> list[str]:
     strategy = next((name for name in _GROUPING if switches.get(name)), RANDOM)
     logger.warning("--%s is now --train_sampling_strategy %s", " and --".join(switches), strategy)
     return ["--train_sampling_strategy", strategy]
-
-
-def _explain_unknown(word: str, parser: HfArgumentParser) -> str:
-    if not word.startswith("--"):
-        return f"unexpected {word!r} on the command line; values follow a flag"
-    name = word.partition("=")[0]
-    near = difflib.get_close_matches(name, parser._option_string_actions, n=2)
-    return f"unknown flag {name}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help")

@@ -1,24 +1,120 @@
-"""DeepSpeed's configurations that come with the library."""
+"""What a run asks of the machine and of optional packages: found before a model is read."""
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from llava.messages import shorten, shorten_text
 
 _FOLDER = Path(__file__).parent / "deepspeed"
 
 SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))
 """Names that ``--deepspeed`` takes in place of a file."""
 
+EXTRAS = ("tensorboard", "wandb", "trackio")
+"""Trackers that an extra of this package installs."""
+
+_LEAST = {
+    "num_frames": 1,
+    "video_fps": 0,
+    "frames_upbound": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0.0,
+}
+"""The least that a flag may be."""
+
+
+def check_counts(args: Any) -> None:
+    """A ValueError for a flag of a group of arguments that is below what it must be at least."""
+    for name, least in _LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}")
+
 
 def find_deepspeed_config(given: Any) -> Any:
     """What ``--deepspeed`` means: one of ``SHIPPED`` by its name, or else the file or the settings that it is.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or the package is missing.
     """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
     if given in SHIPPED:
         return str(_FOLDER / f"{given}.json")
-    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
-        raise ValueError(f"--deepspeed {given!r} is no file; give one, or one of {', '.join(SHIPPED)}")
+    if not isinstance(given, str):
+        return given
+    if not given.lstrip().startswith("{") and not Path(given).is_file():
+        raise ValueError(f"--deepspeed {shorten(given)} is no file; give one, or one of {', '.join(SHIPPED)}")
+    try:
+        settings = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--deepspeed {shorten(given)} is not JSON: {shorten_text(str(error), 200)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--deepspeed {shorten(given)}: expected an object of settings, found {shorten(settings)}")
     return given
+
+
+def check_launcher(launched: bool) -> None:
+    """A ValueError where ``--deepspeed`` runs without a launcher: it would look for MPI."""
+    if not launched and importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(
+            "--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node N -m llava.train.train ..., "
+            "or leave --deepspeed out"
+        )
+
+
+def check_precision(args: Any) -> None:
+    """A ValueError for a precision that cannot be had; ``args`` before transformers has looked at them."""
+    if args.fp16 and args.bf16:
+        raise ValueError("--fp16 and --bf16 are both true; choose one (--bf16 where the GPU has it)")
+    if args.fp16_full_eval and args.bf16_full_eval:
+        raise ValueError("--fp16_full_eval and --bf16_full_eval are both true; choose one")
+    on_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    half = next((name for name in ("fp16", "fp16_full_eval") if getattr(args, name)), None)
+    if half is not None and on_cpu:
+        raise ValueError(
+            f"--{half} needs a GPU, and this run is on the CPU; leave it out, or use --bf16 --use_cpu true"
+        )
+    bf16 = next((name for name in ("bf16", "bf16_full_eval") if getattr(args, name)), None)
+    if bf16 is not None and on_cpu and not args.use_cpu:
+        raise ValueError(f"--{bf16}: no GPU can be seen; leave it out, or add --use_cpu true to use it on the CPU")
+    if bf16 is not None and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--{bf16}: this GPU has no bfloat16; use --fp16")
+    if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
+        raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
+
+
+def check_trackers(report_to: Any) -> None:
+    """A ValueError for a tracker of ``--report_to`` that does not exist, or whose package is missing."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for name in names:
+        if not isinstance(name, str) or name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {near[0]}? Known" if near else "known"
+            raise ValueError(f"--report_to is {shorten(name)}; {hint}: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name in get_available_reporting_integrations():
+            continue
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            package = f"'llava-babylm[{name}]'" if name in EXTRAS else name.replace("_", "-")
+            raise ValueError(
+                f"--report_to {name}: its package is not installed; pip install {package}, or --report_to none"
+            ) from error

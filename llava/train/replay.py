@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llava.data.collator import model_inputs
-from llava.model.loading import load_model
+from llava.messages import run_command
+from llava.model.loading import choose_device, load_model
 from llava.model.quantization import Quantization
+from llava.parser import CommandParser
 from llava.train.bad_step import MODEL_FOLDER, RankBatch, RunSettings, read_batch, read_run, set_random_states
 from llava.train.numerics import describe_samples
 
@@ -32,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: the folder is none that a stopped run has left.
     """
-    parser = argparse.ArgumentParser(prog="python -m llava.train.replay", description=_PURPOSE)
+    parser = CommandParser(prog="python -m llava.train.replay", description=_PURPOSE)
     parser.add_argument("folder", type=Path, help="The folder bad_step-N that the stopped run has left.")
     parser.add_argument("--rank", type=int, help="Replay this rank's batch alone (default: all, one after the other).")
     parser.add_argument("--device", help="Where to run (default: a GPU if there is one).")
     parser.add_argument("--vision_tower", help="Where the frozen vision tower lies, if it has moved.")
     options = parser.parse_args(argv)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     settings = read_run(options.folder)
     ranks = range(settings.world_size) if options.rank is None else [options.rank]
     batches = [read_batch(options.folder, rank) for rank in ranks]
@@ -61,6 +62,8 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
         attn_implementation=settings.attn_implementation,
         dtype=dtype if settings.casts_weights else torch.float32,
         quantization=quantization,
+        flag="FOLDER",
+        allow_bad_weights=True,
     ).model
     trainable = set(settings.trainable)
     for name, parameter in model.named_parameters():
@@ -194,11 +197,7 @@ def print_names(what: str, names: Sequence[str]) -> None:
 
 def cli() -> int:
     """``main`` for a shell: a mistake is one line and status 2."""
-    try:
-        return main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(main)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
+from llava.messages import FAILED, explain_error, is_out_of_memory
 from llava.model.adapter import load_adapter
 from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
+from llava.parser import check_output_folder
 from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import choose_checkpoint, clear_leftovers
@@ -91,6 +93,7 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     """
     model_args, data_args, training_args = parse_arguments(argv)
     check_devices(training_args)
+    check_output_folder(str(training_args.output_dir), "--output_dir")
     set_seed(training_args.seed)
 
     loading |= lora_loading(model_args.model_name_or_path, training_args)
@@ -239,11 +242,13 @@ def cli(run: Callable[[], Any] = main) -> int:
         status = PREEMPTED
         if is_first_rank():
             print(stopped, file=sys.stderr)
-    except ValueError as error:
-        status = 2
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        status = FAILED
         agreed = isinstance(error, AgreedError)
         if is_first_rank() or not agreed:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {explain_error(error)}", file=sys.stderr)
         if not agreed:  # The other ranks may wait for this one: leave without them.
             return status
     leave_process_group()

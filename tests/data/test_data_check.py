@@ -84,7 +84,7 @@ def test_lines_that_are_no_samples_are_rows_too(tmp_path: Path, capsys) -> None:
     [
         (["nothing.json"], "nothing.json: no such file"),
         (["data.json", "--num_frames", "0"], "--num_frames is 0; it must be at least 1"),
-        (["data.json", "--frames", "4"], "unrecognized arguments"),
+        (["data.json", "--frames", "4"], "unknown flag --frames; did you mean --num_frames"),
         ([], "DATA"),
         (["data.json", "--report", "nowhere/report.jsonl"], "nowhere/report.jsonl"),
     ],

@@ -266,7 +266,7 @@ def test_utterances_are_joined_on_request(images: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--quantile", "0.5"], "--quantile is 0.5; it must be 0 to 0.4"),
-        (["--padding", "nan"], "--padding is nan; it must be 0 to 10"),
+        (["--padding", "nan"], "--padding is 'nan'; expected a finite number"),
         (["--decimals", "1"], "--min_size is 0.05; it must be 0.1 to 1"),
         (["--words_per_box", "0"], "--words_per_box is 0; it must be at least 1"),
         (["--preview", "-1"], "--preview is -1; it must be at least 0"),

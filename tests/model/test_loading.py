@@ -60,7 +60,7 @@ def test_a_folder_without_config_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_missing_tower_is_one_clear_error(gpt2_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"--vision_tower '\./no-tower' has no readable configuration"):
+    with pytest.raises(ValueError, match=r"--vision_tower '\./no-tower' is no folder"):
         load_model(str(gpt2_dir), vision_tower="./no-tower")
 
 

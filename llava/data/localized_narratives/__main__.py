@@ -12,6 +12,8 @@ from llava.data.localized_narratives.boxes import BoxSettings
 from llava.data.localized_narratives.images import ImageFinder
 from llava.data.localized_narratives.prepare import Settings, prepare
 from llava.data.localized_narratives.preview import Preview, PreviewChoice
+from llava.messages import run_command
+from llava.parser import CommandParser, check_at_least, check_output_folder
 
 _ABOUT_BOXES = {
     "padding": "seconds before and after an utterance in which points of the trace still count",
@@ -22,14 +24,13 @@ _ABOUT_BOXES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.data.localized_narratives",
         description="Turn rows of Localized Narratives into NAME_t.jsonl (captions alone), NAME_ti.jsonl (the same "
         "with their images) and NAME_tim.jsonl (the same with a box behind every utterance). What could not be used "
         "is listed in left_out.jsonl. The same rows and images give the same bytes.",
         epilog="Exit status: 0 where files were written, 2 for a wrong command line or rows that cannot be used.",
-        allow_abbrev=False,
     )
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSONL files of rows, plain or compressed (.gz)")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images; paths start here")
@@ -74,25 +75,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    args = build_parser().parse_args(argv)
+    return run_command(lambda: write_files(build_parser().parse_args(argv)))
+
+
+def write_files(args: argparse.Namespace) -> None:
+    """Write what a command line asks for, and print a summary."""
     out = Path(args.out)
-    try:
-        check_rows(args.rows)
-        boxes = BoxSettings(**{setting.name: getattr(args, setting.name) for setting in fields(BoxSettings)})
-        settings = Settings(boxes, args.words_per_box, args.keep_without_image)
-        choice = PreviewChoice(args.preview)
-        finder = ImageFinder(args.images, tuple(args.image_name))
-        if Path(args.name).name != args.name:
-            raise ValueError(f"--name is {args.name!r}; it must be the beginning of a file's name")
-        summary = prepare(args.rows, finder, out, args.name, settings, choice)
-        print(summary)
-        if choice.samples:
-            written, failed = Preview(Path(args.images), out / "preview").write(choice.samples)
-            print(f"{len(written)} pictures in {out / 'preview'}", *(f"not drawn: {e}" for e in failed), sep="\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    check_at_least(args, {"preview": 0})
+    check_rows(args.rows)
+    boxes = BoxSettings(**{setting.name: getattr(args, setting.name) for setting in fields(BoxSettings)})
+    settings = Settings(boxes, args.words_per_box, args.keep_without_image)
+    choice = PreviewChoice(args.preview)
+    finder = ImageFinder(args.images, tuple(args.image_name))
+    if Path(args.name).name != args.name:
+        raise ValueError(f"--name is {args.name!r}; it must be the beginning of a file's name")
+    check_output_folder(args.out, "--out")
+    summary = prepare(args.rows, finder, out, args.name, settings, choice)
+    print(summary)
+    if choice.samples:
+        written, failed = Preview(Path(args.images), out / "preview").write(choice.samples)
+        print(f"{len(written)} pictures in {out / 'preview'}", *(f"not drawn: {e}" for e in failed), sep="\n")
 
 
 def check_rows(paths: Sequence[str]) -> None:

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.messages import run_command
+from llava.parser import CommandParser, check_at_least, check_output_folder
+
 _QUICK_AMOUNT, _QUICK_STEPS = 6, 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m llava.demo.grounding",
         description="Writes pictures of coloured shapes and clips of shapes that move, rest and move on, trains a tiny "
         "GPT-2 to answer where a shape is and when it rests, and asks it about shapes in colours that it has never "
         "seen together.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--output_dir",
@@ -47,12 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    """Run the demo; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    return run_command(lambda: run(build_parser().parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the demo as a command line says."""
     amounts = {name: value for name, value in vars(args).items() if name.startswith("num_")}
-    if too_few := [name for name, value in amounts.items() if value < 1]:
-        print(f"error: --{too_few[0]} must be at least 1", file=sys.stderr)
-        return 2
+    check_at_least(args, {**dict.fromkeys(amounts, 1), "seed": 0})
+    check_output_folder(str(args.output_dir), "--output_dir")
     if args.quick:
         amounts = dict.fromkeys(amounts, _QUICK_AMOUNT)
 
@@ -69,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_steps=_QUICK_STEPS if args.quick else None,
         )
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from llava.config import VisionConfig
-from llava.model.foreign_code import foreign_code_note
+from llava.model.foreign_code import foreign_code_note, forget_implementations
+from llava.model.locations import locate_model
 from llava.model.multimodal_encoder import clip, dino, siglip, timm_tower  # noqa: F401  (register themselves)
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, VisionTower
 from llava.model.multimodal_encoder.timm_tower import require_timm
@@ -26,7 +28,7 @@ def describe_tower(source: str) -> TowerDescription:
     Raises:
         ValueError: the source cannot be read, no tower is known for it, or its grid is no square of patches.
     """
-    config = _read_config(source)
+    config = _read_config(locate_model(source, "--vision_tower"))
     return _find_tower(config.model_type, source).describe(source, config)
 
 
@@ -43,20 +45,20 @@ def _read_config(source: str) -> PretrainedConfig:
     """The configuration of a vision model, or of the vision half of a two-tower model."""
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(source, error) from error
     # timm's own configurations have no model_type, and transformers cannot even read them without timm.
     if settings.get("model_type") == "timm_wrapper" or "pretrained_cfg" in settings:
         require_timm()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         if note := foreign_code_note(settings):
             raise ValueError(
                 f"--vision_tower {source!r} has the unknown type {settings.get('model_type')!r}{note}"
             ) from error
         raise _unreadable(source, error) from error
-    return getattr(config, "vision_config", config)
+    return forget_implementations(getattr(config, "vision_config", config))
 
 
 def _unreadable(source: str, error: Exception) -> ValueError:

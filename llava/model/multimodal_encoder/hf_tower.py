@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llava.config import VisionConfig
-from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
+from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS, drop_remote_kernels
+from llava.model.locations import describe_damage, locate_model
 from llava.model.multimodal_encoder.base import TowerDescription, VisionTower, count_layers
 from llava.model.multimodal_encoder.image_format import ImageFormat, count_patches, read_image_format, square_side
 from llava.model.quiet import quiet_transformers
@@ -114,6 +116,7 @@ class HuggingFaceTower(VisionTower):
         The tower's own class and configuration read them, so that of a two-tower model the other
         half is left out, and layers that are not built.
         """
+        source = locate_model(source, "--vision_tower")
         model_class: Any = type(self.vision_tower)
         config = copy.deepcopy(self.vision_tower.config)
         try:
@@ -121,9 +124,9 @@ class HuggingFaceTower(VisionTower):
                 loaded, info = model_class.from_pretrained(
                     source, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"the vision tower's weights cannot be read from {source!r}: {error}\n"
+                f"the vision tower's weights cannot be read from {source!r}: {describe_damage(source, error)}. "
                 "Give the folder that has them with --vision_tower; a checkpoint written with "
                 "--save_vision_tower holds them itself."
             ) from error
@@ -144,6 +147,7 @@ def build_config(vision: VisionConfig) -> PretrainedConfig:
     """The vision model's whole configuration."""
     # Without the dtype its files were written in: the tower gets that of the model around it.
     settings = {name: value for name, value in vision.vision_config.items() if name != "dtype"}
+    settings = drop_remote_kernels(settings, vision.vision_tower)
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 

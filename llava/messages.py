@@ -1,0 +1,97 @@
+"""How errors read: values shortened, one line each; and what a command does with those that a user can cause."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+import sys
+from collections.abc import Callable, Sequence
+
+FAILED = 2
+INTERRUPTED = 130
+_LONGEST_VALUE = 80
+_LONGEST_LINE = 1000
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+class _Shortener(reprlib.Repr):
+    """``repr`` with a limit on everything, numbers that Python refuses to write out included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = _LONGEST_VALUE
+        self.maxlong = 40
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 4
+
+    def repr_int(self, x: int, level: int) -> str:
+        digits = int(x.bit_length() * 0.30103) + 1
+        return super().repr_int(x, level) if digits < 1000 else f"a number of about {digits:,} digits"
+
+    def repr_str(self, x: str, level: int) -> str:
+        short = super().repr_str(x, level)
+        return short if len(x) <= 2 * _LONGEST_VALUE else f"{short} ({len(x):,} characters)"
+
+
+def shorten(value: object) -> str:
+    """A value as an error shows it: its ``repr``, the middle left out where that is longer than 80 characters."""
+    short = _Shortener().repr(value)
+    return short if len(short) <= 3 * _LONGEST_VALUE else f"{short[: 2 * _LONGEST_VALUE]}...{short[-20:]}"
+
+
+def shorten_text(text: str, limit: int = _LONGEST_LINE) -> str:
+    """A text on one line, the middle left out where it is longer than ``limit`` characters."""
+    if len(text) > limit:
+        kept = limit * 3 // 4
+        text = f"{text[:kept]} ... [{len(text) - limit:,} characters] ... {text[kept - limit :]}"
+    return " ".join(text.split())
+
+
+def explain_error(error: BaseException) -> str:
+    """What an error says, on one line; of an error of the system, the file and its reason."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return shorten_text(f"{' -> '.join(names)}: {error.strerror}")
+    if is_out_of_memory(error):
+        return shorten_text(
+            f"{str(error).partition('. ')[0]}; take a smaller batch (--per_device_train_batch_size, --batch_size), "
+            "fewer frames or a smaller model"
+        )
+    return shorten_text(str(error)) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no memory left; torch says so with a RuntimeError."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def run_command(run: Callable[[], int | None]) -> int:
+    """Run a command for a shell: a mistake of the user is one line on standard error, not a traceback.
+
+    Args:
+        run: what to do; an int that it returns is the exit status.
+
+    Returns:
+        The exit status: that of ``run`` or 0, 2 after an error of a flag, a file or the system, 130 after ^C. Other
+        errors are faults of the program, and go on.
+    """
+    try:
+        return run() or 0
+    except BrokenPipeError:  # Whoever read the output, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {explain_error(error)}", file=sys.stderr)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {explain_error(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return FAILED
+
+
+def list_names(names: Sequence[str], limit: int = 5) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,206 @@
+"""Command lines: a parser whose errors are one line with flag, value and what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.messages import shorten, shorten_text
+
+logger = logging.getLogger(__name__)
+
+_TRUE = ("true", "yes", "on", "t", "y", "1")
+_FALSE = ("false", "no", "off", "f", "n", "0")
+_LARGEST = 2**63
+
+
+class CommandLineError(ValueError):
+    """A command line that cannot be meant; the message is one line that names the flag."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse with errors as ``CommandLineError``: no usage first, the nearest flags named for an unknown one.
+
+    Numbers are finite and fit 64 bits; truth is told by true or false, yes or no, on or off, 1 or 0; a value that is
+    empty is an error, as it comes of a variable that is not set; a flag that is given twice is named in a warning.
+
+    Args:
+        *args, **kwargs: as for ``argparse.ArgumentParser``; ``allow_abbrev`` is False.
+        may_be_empty: names of flags whose values may be empty.
+    """
+
+    def __init__(self, *args: Any, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
+        self.may_be_empty = frozenset(may_be_empty)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        # argparse takes -1 for a value, but -1e-4 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan|infinity)$", re.I)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; a word that no flag takes is a ``CommandLineError``."""
+        words = list(sys.argv[1:] if args is None else args)
+        self.warn_of_repeats(words)
+        return self.parse_words(words, namespace=namespace)
+
+    def parse_words(self, words: Sequence[str], others: Sequence[str] = (), namespace: Any = None) -> Any:
+        """As ``parse_args``, without warnings; ``others`` are flags of the command that another parser reads."""
+        missing, known, unknown = self._parse(list(words), namespace)
+        if unknown:
+            raise CommandLineError(self.explain_unknown(unknown[0], others))
+        self._require(missing)
+        return known
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's: the values, and the words that no flag takes."""
+        missing, known, unknown = self._parse(list(sys.argv[1:] if args is None else args), namespace)
+        self._require(missing)
+        return known, unknown
+
+    def _parse(self, words: list[str], namespace: Any) -> tuple[list[str], Any, list[str]]:
+        """Names of required flags that are not there, values, and unknown words: a flag may be missing by a typo."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            known, unknown = super().parse_known_args(words, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        return [_name(action) for action in required if getattr(known, action.dest, None) is None], known, unknown
+
+    def _require(self, missing: Sequence[str]) -> None:
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            raise CommandLineError(f"{' and '.join(missing)} {verb} missing; see --help")
+
+    def explain_unknown(self, word: str, others: Iterable[str] = ()) -> str:
+        """What is wrong with a word that no flag takes; ``others`` are flags that another parser knows."""
+        if not word.startswith("-"):
+            return f"unexpected {shorten(word)} on the command line; values follow a flag"
+        name = word.partition("=")[0]
+        spelled = {flag.replace("-", "_"): flag for flag in [*self.flags, *others]}
+        names = [spelled[flag] for flag in difflib.get_close_matches(name.replace("-", "_"), spelled, n=2)]
+        return f"unknown flag {name}" + (f"; did you mean {' or '.join(names)}?" if names else "; see --help")
+
+    @property
+    def flags(self) -> list[str]:
+        """The names of all flags, each once."""
+        return [_name(action) for action in self._actions if action.option_strings]
+
+    def warn_of_repeats(self, words: Sequence[str]) -> None:
+        """A warning for each flag that is given several times and of which only the last counts."""
+        counts: dict[str, int] = {}
+        for word in words:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if isinstance(action, argparse._StoreAction):
+                counts[_name(action)] = counts.get(_name(action), 0) + 1
+                if counts[_name(action)] == 2:
+                    several = "; several values go behind one flag" if action.nargs in ("+", "*") else ""
+                    logger.warning("%s is given more than once: only the last one counts%s", _name(action), several)
+
+    def error(self, message: str) -> Any:  # type: ignore[override]
+        """Raises what argparse found wrong; the names of a flag are told once."""
+        message = re.sub(r"^argument (--?[\w-]+)(/--?[\w-]+)*: ", r"\1: ", message)
+        flag, _, reason = message.partition(": ")
+        if reason.startswith("expected ") and "argument" in reason:
+            raise CommandLineError(f"{flag} needs a value behind it")
+        if match := re.match(r"ignored explicit argument (.*)", reason, re.DOTALL):
+            raise CommandLineError(f"{flag} takes no value, but {shorten(match[1].strip(chr(39)))} was given")
+        raise CommandLineError(message)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if arg_string == "" and action.dest not in self.may_be_empty and action.type in (None, str):
+            raise CommandLineError(f"{_name(action)} is empty; give a value, or leave the flag out")
+        kind: Any = action.type
+        if kind is int:
+            return read_int(arg_string, _name(action))
+        if kind is float:
+            return read_float(arg_string, _name(action))
+        if kind is bool or getattr(kind, "__name__", "") == "string_to_bool":
+            return read_bool(arg_string, _name(action))
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            raise CommandLineError(f"{_name(action)} is {shorten(arg_string)}: {error.message}") from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise CommandLineError(
+                f"{_name(action)} is {shorten(value)}; known: {', '.join(str(choice) for choice in action.choices)}"
+            )
+
+
+def _name(action: argparse.Action) -> str:
+    """The flag of an action, or the name of its place."""
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+
+
+def read_int(text: str, name: str) -> int:
+    """The whole number that a text is; ``name`` is what an error calls it."""
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise CommandLineError(f"{name} is {shorten(text)}; expected a whole number") from error
+    if abs(number) >= _LARGEST:
+        raise CommandLineError(f"{name} is {shorten(text)}; expected a whole number of at most 18 digits")
+    return number
+
+
+def read_float(text: str, name: str) -> float:
+    """The finite number that a text is; ``name`` is what an error calls it."""
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise CommandLineError(f"{name} is {shorten(text)}; expected a number") from error
+    if not math.isfinite(number):
+        raise CommandLineError(f"{name} is {shorten(text)}; expected a finite number")
+    return number
+
+
+def read_bool(text: str, name: str) -> bool:
+    """Whether a text says true or false; ``name`` is what an error calls it."""
+    word = text.strip().lower()
+    if word not in (*_TRUE, *_FALSE):
+        raise CommandLineError(f"{name} is {shorten(text)}; expected true or false")
+    return word in _TRUE
+
+
+def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """A ``CommandLineError`` for a number that is below what it must be at least; None is left be.
+
+    Args:
+        args: parsed values.
+        least: the bounds, by name.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise CommandLineError(f"--{name} is {value}; it must be at least {bound}")
+
+
+def check_output_folder(path: str, flag: str, empty: bool = False) -> None:
+    """A ``CommandLineError`` for a folder that cannot be written to; it is not made.
+
+    Args:
+        path: of the folder.
+        flag: its name, for the error.
+        empty: whether it must hold nothing yet.
+    """
+    folder = Path(path)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        what = "is a file" if existing == folder.absolute() else f"{existing} is a file"
+        raise CommandLineError(f"{flag} {shorten_text(path)}: {what}; give another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CommandLineError(f"{flag} {shorten_text(path)}: {existing} cannot be written to; give another folder")
+    if empty and existing == folder.absolute() and any(existing.iterdir()):
+        raise CommandLineError(
+            f"{flag} {shorten_text(path)}: exists and is not an empty folder; choose another or remove it"
+        )
