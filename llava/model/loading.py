@@ -27,6 +27,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.coordinates import COORDINATES
 from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
+from llava.model.generation import drop_unused_sampling
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.locations import describe_damage, locate_model
 from llava.model.lora import is_adapter_folder, load_adapters
@@ -159,6 +160,7 @@ def load_model(
     if not allow_bad_weights:
         check_weights(model, f"{flag} {model_name_or_path!r}")
     _align_special_tokens(model, tokenizer)
+    drop_unused_sampling(model.generation_config, model_name_or_path)
     return LoadedModel(model, tokenizer, model.vision, new, transfer)
 
 

@@ -331,6 +331,21 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         },
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Start anew in an --output_dir that holds a run, and remove what that run left: checkpoints, "
+            "model, log of bad samples. Other files stay."
+        },
+    )
+    resume_changed: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint of another run: with another model, data or settings, which then count; "
+            "or from one that does not say of which run it is."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_counts(self)
         check_precision(self)
@@ -374,6 +389,12 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         }
         parts = (*PARTS, COORDINATES_PART)
         return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in parts}
+
+
+def scheduler_job() -> tuple[str, int]:
+    """Slurm's number of the job that this process is in, and how often it was requeued; "" and 0 outside of one."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
 
 
 def check_flash_attention() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MODEL_FOLDER = "model"
-_RUN = "run.json"
+BAD_STEP_RUN = "run.json"
 _RANDOM = "random."
 
 
@@ -83,7 +83,7 @@ class RankBatch:
 def write_run(folder: Path, settings: RunSettings) -> None:
     """Write what all ranks share."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _RUN).write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
+    (folder / BAD_STEP_RUN).write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
 
 
 def read_run(folder: Path) -> RunSettings:
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> RunSettings:
         ValueError: the folder is none that a stopped run has left.
     """
     try:
-        return RunSettings(**json.loads((folder / _RUN).read_text(encoding="utf-8")))
+        return RunSettings(**json.loads((folder / BAD_STEP_RUN).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no folder bad_step-N of a stopped run: {error}") from error
 

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 """Lists every other file of a checkpoint: its path in the folder, its size in bytes and its SHA-256."""
 
+RUN_IDENTITY = "run_identity.json"
+"""What makes a run this run and no other, see ``llava.train.identity``; beside a final model: that run is finished."""
+
 _STAGING = "tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BLOCK = 1 << 20
@@ -102,10 +105,11 @@ def _sync_and_hash(path: Path) -> dict[str, Any]:
     """A file's entry in ``checksums.json``; the file is on the disk when this returns."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
@@ -129,37 +133,52 @@ def _sync_folder(folder: Path) -> None:
 # --- finding ----------------------------------------------------------------------------------------
 
 
-def choose_checkpoint(asked: str | None, output_dir: str | Path) -> str | None:
+def is_resume_asked(asked: str | bool | None) -> bool:
+    """Whether a value of ``--resume_from_checkpoint`` asks to go on."""
+    return asked not in (None, False, "", "false", "False")
+
+
+def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified: bool = False) -> str | None:
     """The checkpoint to go on from.
 
     Args:
         asked: a folder, ``auto`` (or ``true``) for the last complete one of ``output_dir``, or nothing.
         output_dir: the run's folder.
+        take_unverified: whether one without checksums will do.
 
     Returns:
         A folder; None for a run that starts anew.
 
     Raises:
-        ValueError: the folder that was named is no checkpoint to resume from.
+        ValueError: the folder that was named is no checkpoint to resume from, or none of those in
+            ``output_dir`` is one.
     """
-    if asked in (None, "", "false", "False"):
+    if not is_resume_asked(asked):
         return None
     if asked not in ("auto", "true", "True"):
         folder = Path(str(asked))
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give one, or auto for the last one")
-        if damage := find_damage(folder):
+        if damage := find_damage(folder, take_unverified):
             raise ValueError(
                 f"--resume_from_checkpoint {asked}: {damage}; give another, or auto for the last complete one"
             )
         return str(asked)
+    skipped = []
     for folder in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(folder)
+        damage = find_damage(folder, take_unverified)
         if damage is None:
             logger.info("resuming from %s", folder)
             return str(folder)
         logger.warning("skipping %s: %s", folder, damage)
-    logger.info("no complete checkpoint in %s: starting anew", output_dir)
+        skipped.append(f"{folder.name}: {damage}")
+    if skipped:
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: none of the checkpoints in {output_dir} can be gone on from "
+            f"({'; '.join(skipped)}), and a new start would write over them; give another --output_dir, or start anew "
+            "with --overwrite_output_dir true in place of --resume_from_checkpoint"
+        )
+    logger.info("no checkpoint in %s: starting anew", output_dir)
     return None
 
 
@@ -171,18 +190,27 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
     """What keeps a run from going on from a folder; None if nothing does.
 
-    A checkpoint of an earlier version, without ``checksums.json``, counts as complete if the file that
-    was written last is there.
+    Args:
+        folder: named as a checkpoint.
+        take_unverified: whether one without checksums, of an earlier version, will do if the files that a
+            run needs are there.
     """
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"it is incomplete (no {TRAINER_STATE_NAME})"
     if not any(folder.glob("rng_state*.pth")):
         return "it holds a model only, as --save_only_model asks, without the optimizer and the random states"
     if not (folder / CHECKSUMS).is_file():
-        logger.warning("%s has no %s (an earlier version wrote it): taken as it is", folder, CHECKSUMS)
+        if not take_unverified:
+            return (
+                f"it has no {CHECKSUMS}, so nothing tells whether it is whole (an earlier version wrote none; "
+                "--resume_changed true takes it as it is)"
+            )
+        if not _has_optimizer(folder):
+            return "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+        logger.warning("%s has no %s: taken as it is, which --resume_changed asks for", folder, CHECKSUMS)
         return None
     try:
         listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
@@ -195,9 +223,20 @@ def find_damage(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
     with ThreadPoolExecutor(_READERS) as readers:
-        digests = readers.map(_hash, expected)
+        digests = readers.map(hash_file, expected)
         changed = [path.name for path, digest in zip(expected, digests, strict=True) if digest != expected[path][1]]
-    return f"{', '.join(changed)} changed since it was written (checksum)" if changed else None
+    if changed:
+        return f"{', '.join(changed)} changed since it was written (checksum)"
+    return None if _has_optimizer(folder) else "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+
+
+def _has_optimizer(folder: Path) -> bool:
+    """Whether the optimizer's state is there, in a form that some engine writes."""
+    if any(folder.glob("global_step*")):  # DeepSpeed's
+        return True
+    sharded = any(path.is_dir() for path in folder.glob("optimizer*"))  # FSDP's
+    whole = sharded or (folder / "optimizer.pt").is_file() or (folder / "optimizer.bin").is_file()
+    return whole and (folder / "scheduler.pt").is_file()
 
 
 def measure(folder: Path) -> int:
@@ -209,6 +248,32 @@ def _step(folder: Path) -> int:
     found = _NAME.fullmatch(folder.name)
     assert found is not None
     return int(found[1])
+
+
+# --- the best one -----------------------------------------------------------------------------------
+
+
+def store_best(best: str | None, output_dir: str | Path) -> str | None:
+    """How a checkpoint's state names the best one: within the run's folder, which may be moved or renamed."""
+    if best is None:
+        return None
+    inside = os.path.realpath(Path(best).parent) == os.path.realpath(output_dir)
+    return os.path.basename(best) if inside else os.path.abspath(best)
+
+
+def find_best(stored: str | None, checkpoint: str | Path) -> str | None:
+    """Where the best checkpoint lies now that a state calls ``stored``; None if it is gone.
+
+    Args:
+        stored: a name, or a path that an earlier version wrote.
+        checkpoint: the folder whose state it is, beside which the best one lies.
+    """
+    if stored is None:
+        return None
+    beside = Path(checkpoint).parent / os.path.basename(os.path.normpath(stored))
+    if _NAME.fullmatch(beside.name) and beside.is_dir():
+        return str(beside)
+    return stored if Path(stored).is_absolute() and Path(stored).is_dir() else None
 
 
 # --- removing ---------------------------------------------------------------------------------------
@@ -227,7 +292,15 @@ def clear_leftovers(output_dir: str | Path) -> None:
         else:
             logger.info("removing %s, which a run that was ended left incomplete", left)
         shutil.rmtree(left, ignore_errors=True)
-    shutil.rmtree(staging_of(Path(output_dir, "model")), ignore_errors=True)
+    remove_leftovers(output_dir)
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Remove what has a temporary name; nothing goes on from it."""
+    for name in ("checkpoint-*", "model", "trial"):
+        for left in Path(output_dir).glob(_STAGING + name):
+            shutil.rmtree(left, ignore_errors=True)
+    staging_of(Path(output_dir, TRAINER_STATE_NAME)).unlink(missing_ok=True)
 
 
 def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> None:
@@ -243,9 +316,9 @@ def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> 
     """
     if not limit or limit < 0:
         return
-    stays = {os.path.abspath(path) for path in (newest, *keep) if path is not None}
+    stays = {os.path.realpath(path) for path in (newest, *keep) if path is not None}
     found = list_checkpoints(newest.parent)
-    removable = [path for path in found if os.path.abspath(path) not in stays]
+    removable = [path for path in found if os.path.realpath(path) not in stays]
     removable.sort(key=lambda path: (_step(path) < _step(newest), _step(path)))
     for path in removable[: max(0, len(found) - limit)]:
         gone = staging_of(path)

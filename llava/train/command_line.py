@@ -34,7 +34,6 @@ _GROUPING = (BY_MODALITY, BY_LENGTH)
 # Flags that ask for what is always so, or for nothing.
 _RETIRED = {
     "lazy_preprocess": "samples are always read when they are needed",
-    "overwrite_output_dir": "checkpoints are resumed only with --resume_from_checkpoint",
     "save_safetensors": "checkpoints are always safetensors",
     "is_multimodal": "a sample's own media decide",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class OrderedDataTrainer(Trainer):
     _position = DataPosition(0, 0)
     _position_at: int = 0  # the global step at which the run stood there
     _resumed_from: DataPosition | None = None
+    _starts_epoch = False  # of other data than the checkpoint's
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's batches; accelerate neither shards nor pads them."""
@@ -147,7 +149,8 @@ class OrderedDataTrainer(Trainer):
         changes = describe_changes(state["order"], order.fingerprint(self._id_of))
         if not changes:
             self._resumed_from = DataPosition(state["epoch"], state["step"])
-        elif self.args.ignore_data_skip:
+        elif self.args.ignore_data_skip or getattr(self.args, "resume_changed", False):
+            self._starts_epoch = True
             logger.warning("the checkpoint was trained on other data: %s", "; ".join(changes))
         else:
             raise ValueError(
@@ -155,6 +158,14 @@ class OrderedDataTrainer(Trainer):
                 f"{'; '.join(changes)}. Give what it was trained with, or --ignore_data_skip true to start an epoch of "
                 "the data as they are now"
             )
+
+    def run_length(self) -> dict[str, Any]:
+        """How many steps the run has, the flags that say so, and what the order of its data is made from."""
+        args = self.args
+        order = self._make_order() if self._train_batches is None else self._train_batches.order
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.num_steps)
+        flags = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+        return {"steps": steps, **flags, "order": order.fingerprint(self._id_of)}
 
     def _id_of(self, index: int) -> str:
         return str(self.train_dataset.records[index].id)
@@ -176,6 +187,8 @@ class OrderedDataTrainer(Trainer):
                 "%s has no %s: nothing tells whether the data are still its own", resume_from_checkpoint, DATA_STATE
             )
         resumed, self._resumed_from = self._resumed_from, None
+        if self._starts_epoch:
+            micro_batches, self._starts_epoch = 0, False
         if resumed is None or self.args.ignore_data_skip:
             return epoch, micro_batches
         return resumed.epoch, resumed.step * self.args.gradient_accumulation_steps

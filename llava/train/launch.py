@@ -16,7 +16,7 @@ from types import FrameType
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llava.train.preemption import PREEMPTED
+from llava.train.stop_signals import PREEMPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(failure.exitcode in (PREEMPTED, -signal.SIGUSR1) for failure in error.failures.values()):
             return PREEMPTED
         raise
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Whatever became of the ranks: it is no other for a signal now.
     return 0
 
 

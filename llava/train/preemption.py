@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava.train import stop_signals
 from llava.train.agreement import is_wanted_by_any
 from llava.train.saving import CheckpointTrainer
+from llava.train.stop_signals import PREEMPTED as PREEMPTED
+from llava.train.stop_signals import SIGNALS
 
 logger = logging.getLogger(__name__)
-
-PREEMPTED = 85
-"""Exit status of a run that was asked to stop and can be resumed (ERESTART's number on Linux)."""
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(Exception):  # noqa: N818 - it is no error
@@ -52,6 +50,7 @@ class StopRequest(AbstractContextManager):
         self._listening = True
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other.
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._received = stop_signals.must_stay()
         return self
 
     def __exit__(
@@ -59,8 +58,7 @@ class StopRequest(AbstractContextManager):
     ) -> None:
         self._listening = False
         if not self.agreed:  # A process that is about to end for a signal is in no need of another.
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+            stop_signals.restore(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number

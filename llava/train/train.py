@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from llava.train import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.listen()  # Before anything that takes its time to import.
+
 import atexit
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +29,19 @@ from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
 from llava.parser import check_output_folder
 from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.checkpoint import choose_checkpoint, clear_leftovers
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
+from llava.train.checkpoint import RUN_IDENTITY, choose_checkpoint, clear_leftovers, list_checkpoints
 from llava.train.command_line import parse_arguments
+from llava.train.data_order import describe_changes
+from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.lora import lora_loading, set_up_adapters
 from llava.train.ownership import check_pickles_are_ours, plain_tensors_only
 from llava.train.parts import parts_table, set_trainable_parts
-from llava.train.preemption import PREEMPTED, Preempted
+from llava.train.preemption import Preempted
 from llava.train.report import budget_table, supervision_table
+from llava.train.run_folder import prepare_folder
+from llava.train.run_lock import release_lock, take_lock
+from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
 from llava.train.zero3 import loading_whole
 
@@ -68,6 +80,18 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
 
 def train(trainer: LlavaTrainer) -> None:
     """Train, from the checkpoint that ``--resume_from_checkpoint`` asks for, and save what came out."""
+    try:
+        take_folder(trainer.args)
+        if not take_finished(trainer):
+            run(trainer)
+    finally:
+        give_folder_back(trainer.args)
+    # Also where a program of one's own calls this: see leave_process_group.
+    atexit.register(leave_process_group)
+
+
+def run(trainer: LlavaTrainer) -> None:
+    """The training itself, in a folder that is this run's."""
     checkpoint = find_checkpoint(trainer.args)
     if checkpoint is not None:
         check_pickles_are_ours(checkpoint)
@@ -80,8 +104,6 @@ def train(trainer: LlavaTrainer) -> None:
             )
         trainer.save_state()
         trainer.save_model()
-    # Also where a program of one's own calls this: see leave_process_group.
-    atexit.register(leave_process_group)
 
 
 def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
@@ -94,6 +116,23 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
     model_args, data_args, training_args = parse_arguments(argv)
     check_devices(training_args)
     check_output_folder(str(training_args.output_dir), "--output_dir")
+    sources = find_sources(model_args, training_args, loading)
+    take_folder(training_args, sources)
+    try:
+        return build_in_folder(model_args, data_args, training_args, sources, **loading)
+    except BaseException:
+        give_folder_back(training_args)
+        raise
+
+
+def build_in_folder(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    sources: Mapping[str, str | None],
+    **loading: Any,
+) -> LlavaTrainer:
+    """As ``build_trainer``, once the folder is this run's."""
     set_seed(training_args.seed)
 
     loading |= lora_loading(model_args.model_name_or_path, training_args)
@@ -120,7 +159,12 @@ def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTra
         print(supervision_table(data["train_dataset"]), flush=True)
 
     ledger = data_args.build_ledger(training_args.output_dir)
-    return LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data)
+    trainer = LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data)
+    # Files are read on one rank only.
+    trainer.identity = decide_once(
+        lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
+    )
+    return trainer
 
 
 def load_from_arguments(
@@ -215,13 +259,96 @@ def choose_format(name: str, tokenizer: Any, config: Any) -> Format:
     return build_format(name, tokenizer)
 
 
+def find_sources(
+    model_args: ModelArguments, training_args: TrainingArguments, loading: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """What the weights of a run come from, by flag; None where a flag was not given."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path,
+        "lora_weight_path": training_args.lora_weight_path,
+        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
+        "backbone_model": loading.get("weights_from"),
+    }
+
+
+def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | None] | None = None) -> None:
+    """Take the lock of ``--output_dir`` and, at the start of a run, see that nothing of worth is overwritten there.
+
+    Args:
+        sources: what the run reads, by flag; None where the folder has been seen to.
+
+    Raises:
+        ValueError: another run is in the folder, or has been and nothing says what shall become of it.
+    """
+    folder = Path(str(training_args.output_dir))
+
+    def take() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ValueError(f"--output_dir {folder} is a file; give a folder") from error
+        except OSError as error:
+            raise ValueError(f"--output_dir {folder} cannot be made: {error}; give another folder") from error
+        take_lock(folder, *scheduler_job())
+        if sources is not None:
+            given = training_args.resume_from_checkpoint
+            prepare_folder(str(folder), given, training_args.overwrite_output_dir, sources)
+
+    try:
+        decide_once(take)
+    except ValueError:
+        give_folder_back(training_args)
+        raise
+    if sources is not None and not (folder / RUN_IDENTITY).is_file():
+        stop_signals.may_leave(lambda: give_folder_back(training_args))
+
+
+def give_folder_back(training_args: TrainingArguments) -> None:
+    """Let other runs have the folder."""
+    release_lock(Path(str(training_args.output_dir)))
+
+
+def take_finished(trainer: LlavaTrainer) -> bool:
+    """Whether ``auto`` finds this very run finished, without a checkpoint of its end; its model is read then.
+
+    Raises:
+        ValueError: the run that is finished is another one, or was shorter and left nothing to go on from.
+    """
+    args, folder = trainer.args, Path(str(trainer.args.output_dir))
+    if args.resume_from_checkpoint not in ("auto", "true", "True") or trainer.identity is None:
+        return False
+    mine = replace(trainer.identity, length=trainer.run_length())
+
+    def is_finished() -> bool:
+        before = RunIdentity.read(folder)
+        if before is None or (folder / f"checkpoint-{before.length['steps']}").is_dir():
+            return False
+        found = mine.compare(before, args.ignore_data_skip)
+        wrong = found.wrong + describe_changes(before.length["order"], mine.length["order"])
+        if wrong and not args.resume_changed:
+            raise ValueError(explain_other_run(folder, wrong))
+        if not wrong and not found.rescheduled:
+            return True
+        if not list_checkpoints(folder):
+            raise ValueError(
+                f"the run in --output_dir {folder} is finished and left no checkpoint to go on from (--save_strategy); "
+                f"give another --output_dir, and --model_name_or_path {folder} to begin from its model"
+            )
+        return False
+
+    if not decide_once(is_finished):
+        return False
+    trainer.take_final_model(folder)
+    return True
+
+
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint to go on from, the same on all ranks: the one that was named, or with ``auto`` the last one."""
 
     def choose() -> str | None:
         output_dir = str(training_args.output_dir)
         clear_leftovers(output_dir)
-        return choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
+        return choose_checkpoint(training_args.resume_from_checkpoint, output_dir, training_args.resume_changed)
 
     return decide_once(choose)
 
@@ -251,6 +378,8 @@ def cli(run: Callable[[], Any] = main) -> int:
             print(f"error: {explain_error(error)}", file=sys.stderr)
         if not agreed:  # The other ranks may wait for this one: leave without them.
             return status
+    finally:
+        stop_signals.forget()
     leave_process_group()
     return status if isinstance(status, int) else 0
 

@@ -13,6 +13,7 @@ from llava.train.checkpoint import (
     CHECKSUMS,
     choose_checkpoint,
     clear_leftovers,
+    find_best,
     find_damage,
     list_checkpoints,
     publish,
@@ -20,6 +21,7 @@ from llava.train.checkpoint import (
     rotate,
     seal,
     staging_of,
+    store_best,
 )
 
 
@@ -96,14 +98,67 @@ def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         choose_checkpoint("nowhere", tmp_path)
 
 
-def test_an_earlier_versions_checkpoint_is_taken_with_a_warning(tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize("asked", ["auto", "by name"])
+def test_without_checksums_a_checkpoint_is_taken_on_request_only(asked: str, tmp_path: Path, caplog) -> None:
     folder = write_checkpoint(tmp_path, 2, sealed=False)
-    assert choose_checkpoint("auto", tmp_path) == str(folder)
-    assert "an earlier version wrote it" in caplog.text
+    asked = asked if asked == "auto" else str(folder)
+    with pytest.raises(ValueError, match=r"no checksums\.json, so nothing tells whether it is whole.*--resume_changed"):
+        choose_checkpoint(asked, tmp_path)
+    assert choose_checkpoint(asked, tmp_path, take_unverified=True) == str(folder)
+    assert "taken as it is" in caplog.text
+    shutil.rmtree(folder / "global_step")
+    with pytest.raises(ValueError, match="optimizer's state is missing"):
+        choose_checkpoint(asked, tmp_path, take_unverified=True)
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
+def test_without_its_optimizer_a_checkpoint_is_not_whole(lost: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 2, sealed=False)
+    shutil.rmtree(folder / "global_step")
+    for name in {"optimizer.pt", "scheduler.pt"} - {lost}:
+        (folder / name).write_text("state")
+    seal(folder)
+    assert "optimizer's state is missing" in str(find_damage(folder))
+    (folder / lost).write_text("state")
+    seal(folder)
+    assert find_damage(folder) is None
+
+
+def test_auto_does_not_start_over_checkpoints_that_it_cannot_use(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (write_checkpoint(tmp_path, step) / "rng_state.pth").unlink()
+    with pytest.raises(ValueError, match=r"none of the checkpoints.*checkpoint-4: it holds a model only.*checkpoint-2"):
+        choose_checkpoint("auto", tmp_path)
+
+
+def test_the_best_one_is_found_where_the_folder_lies_now(tmp_path: Path) -> None:
+    output = tmp_path / "before"
+    best = write_checkpoint(output, 2)
+    newest = write_checkpoint(output, 4)
+    stored = store_best(str(best), output)
+    assert stored == "checkpoint-2"
+    moved = output.rename(tmp_path / "after")
+    for name in (stored, str(best)):  # An earlier version wrote the whole path.
+        assert find_best(name, moved / newest.name) == str(moved / "checkpoint-2")
+    shutil.rmtree(moved / "checkpoint-2")
+    assert find_best(stored, moved / newest.name) is None
+    assert find_best(None, moved / newest.name) is store_best(None, moved) is None
+    # One of another folder keeps its path.
+    elsewhere = write_checkpoint(tmp_path / "elsewhere", 8)
+    assert find_best(store_best(str(elsewhere), moved), moved / newest.name) == str(elsewhere)
+
+
+def test_rotation_knows_the_best_one_by_another_path(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    folders = [write_checkpoint(output, step) for step in (2, 4, 6)]
+    (tmp_path / "link").symlink_to(output)
+    rotate(folders[-1], 1, [str(tmp_path / "link" / "checkpoint-2")])
+    assert steps(output) == [2, 6]
 
 
 def test_leftovers_go_and_what_lacked_only_its_name_gets_it(tmp_path: Path) -> None:
     kept = write_checkpoint(tmp_path, 2)
+    (tmp_path / "tmp-trial").mkdir()
     for step, sealed in ((4, False), (6, True)):
         staging = staging_of(tmp_path / f"checkpoint-{step}")
         write_checkpoint(staging, step, sealed)

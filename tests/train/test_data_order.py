@@ -232,7 +232,8 @@ def test_without_a_data_state_the_step_tells_the_position(
     for name in ("data_state.json", "checksums.json"):  # Neither is in checkpoints of an earlier version.
         (checkpoint / name).unlink()
     with caplog.at_level(logging.WARNING):
-        main(flags(gpt2_dir, texts, tmp_path / "other", resume_from_checkpoint=checkpoint, max_steps=6))
+        main(flags(gpt2_dir, texts, tmp_path / "other", resume_from_checkpoint=checkpoint, max_steps=6,
+                   resume_changed="true"))  # fmt: skip
     assert "nothing tells whether the data are still its own" in caplog.text
     assert trained[: len(whole)] == whole
     assert ids(trained) == EVERYTHING

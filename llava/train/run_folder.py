@@ -1,0 +1,141 @@
+"""What lies in a run's folder before it starts: nothing, its own checkpoints, or another run that must not be lost."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llava.train.bad_step import BAD_STEP_RUN
+from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_resume_asked, list_checkpoints, remove_leftovers
+from llava.train.ledger import LEDGER
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
+_MODEL_FILES = (
+    *_WEIGHTS, "config.json", "generation_config.json", "adapter_config.json", "non_lora_trainables.*",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "training_args.bin",
+)  # fmt: skip
+# A run's marks come last: whoever is ended in between finds, the next time, that a run lay here.
+_MARKS = (TRAINER_STATE_NAME, RUN_IDENTITY)
+
+
+def prepare_folder(
+    output_dir: str, resume: str | bool | None, overwrite: bool, sources: Mapping[str, str | None]
+) -> None:
+    """See that a run may write to its folder, and clear it where that is asked for.
+
+    Args:
+        output_dir: the folder, whose lock this run has.
+        resume: ``--resume_from_checkpoint``.
+        overwrite: ``--overwrite_output_dir``: what another run left goes. Files that no run leaves stay.
+        sources: what the run reads, by flag; it is never cleared.
+
+    Raises:
+        ValueError: the folder holds a run and nothing says what shall become of it; names the ways on.
+    """
+    folder = Path(output_dir)
+    resumes = is_resume_asked(resume)
+    if overwrite and resumes:
+        raise ValueError(
+            f"--overwrite_output_dir starts anew and --resume_from_checkpoint {resume} goes on; give one of them"
+        )
+    for flag, path in sources.items():
+        if path and Path(path).is_dir() and Path(path).resolve() == folder.resolve() and not _is_own_run(folder):
+            raise ValueError(
+                f"--output_dir {output_dir} is {flag} too, which would be overwritten; give another folder"
+            )
+    if overwrite:
+        clear_run(folder, sources)
+        return
+    found = describe_run(folder)
+    if found is None:
+        return
+    if resumes and goes_on_inside(str(resume), folder):
+        if not list_checkpoints(folder) and not (folder / RUN_IDENTITY).is_file():
+            raise ValueError(
+                f"--output_dir {output_dir} holds a model ({found}), which would be overwritten, and no checkpoint to "
+                "go on from (--resume_from_checkpoint); give another --output_dir"
+            )
+        return
+    if resumes:
+        raise ValueError(
+            f"--output_dir {output_dir} holds a run ({found}), but --resume_from_checkpoint {resume} is another's; "
+            "give --resume_from_checkpoint auto to go on with the one that is there, another --output_dir, or remove it"
+        )
+    if not _is_own_run(folder):
+        raise ValueError(
+            f"--output_dir {output_dir} holds a model that no run left there ({found}), which would be overwritten; "
+            "give another folder"
+        )
+    raise ValueError(
+        f"--output_dir {output_dir} holds a run ({found}), which would be overwritten; go on with it "
+        "(--resume_from_checkpoint auto), give another --output_dir, or start anew in its place "
+        "(--overwrite_output_dir true, which removes what it left)"
+    )
+
+
+def describe_run(folder: Path) -> str | None:
+    """What a run, or a model, left in a folder; None where there is nothing of the kind."""
+    if not folder.is_dir():
+        return None
+    names = [path.name for path in list_checkpoints(folder)]
+    names = names if len(names) < 4 else [*names[:2], "...", names[-1]]
+    for pattern in (*_WEIGHTS, *_MARKS):
+        names += sorted(path.name for path in folder.glob(pattern))
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+def goes_on_inside(resume: str, folder: Path) -> bool:
+    """Whether a run that resumes so goes on with what its own folder holds."""
+    return resume in ("auto", "true", "True") or Path(resume).resolve().parent == folder.resolve()
+
+
+def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
+    """Remove what a run left in a folder; other files stay.
+
+    Raises:
+        ValueError: it is a model that no run left, or something that the new run reads is among it.
+    """
+    found = describe_run(folder)
+    if found is None:
+        return
+    if not _is_own_run(folder):
+        raise ValueError(
+            f"--overwrite_output_dir: {folder} holds a model that no run left there ({found}), and is not cleared; "
+            "give another --output_dir"
+        )
+    folders = [path for path in list_checkpoints(folder) if _is_checkpoint(path)]
+    folders += [path for path in folder.glob("bad_step-*") if (path / BAD_STEP_RUN).is_file()]
+    files = [path for pattern in (*_MODEL_FILES, LEDGER) for path in folder.glob(pattern) if path.is_file()]
+    going = {path.resolve() for path in (*folders, *files)}
+    for flag, source in sources.items():
+        place = Path(source).resolve() if source else None
+        if place is not None and (place == folder.resolve() or going & {place, *place.parents}):
+            raise ValueError(
+                f"--overwrite_output_dir would remove {flag} {source}, which this run starts from; give another "
+                "--output_dir"
+            )
+    logger.warning("--overwrite_output_dir: removing the run in %s (%s)", folder, found)
+    remove_leftovers(folder)
+    for path in folders:
+        shutil.rmtree(path)
+    for events in (folder / "runs").glob("*/events.out.tfevents.*"):
+        events.unlink()
+    for path in (*files, *(folder / mark for mark in _MARKS)):
+        path.unlink(missing_ok=True)
+
+
+def _is_own_run(folder: Path) -> bool:
+    """Whether a run of this program left something in a folder, rather than somebody a model."""
+    marked = any((folder / mark).is_file() for mark in _MARKS)
+    return marked or any(_is_checkpoint(path) for path in list_checkpoints(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / TRAINER_STATE_NAME).is_file() or (folder / CHECKSUMS).is_file()

@@ -1,0 +1,88 @@
+"""Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from safetensors import SafetensorError
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_HINTS = {
+    errno.EIO: "the disk fails to write (I/O error): look at it, or give another folder",
+    errno.EROFS: "the disk is mounted read-only: mount it for writing, or give another folder",
+    errno.EACCES: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.EPERM: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.ENOENT: "something that was just written, or the folder itself, is gone: see that no other run and no "
+    "cleaning job uses this folder",
+    errno.ENOTDIR: "something on the way to it is a file, not a folder",
+    errno.EMFILE: "this process has too many files open: raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many files open",
+    errno.ENAMETOOLONG: "its name is too long: give a shorter --output_dir",
+    errno.ETIMEDOUT: "the network disk did not answer: look at it, or give another folder",
+}
+if hasattr(errno, "ESTALE"):
+    _HINTS[errno.ESTALE] = "the network disk has lost the folder: mount it anew"
+_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+
+
+class WriteFailure(contextlib.AbstractContextManager):
+    """Keeps the first error of writing, instead of letting it out: the other ranks wait at the next meeting.
+
+    Attributes:
+        message: of the error, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or not is_write_error(error):
+            return False
+        self.message = self.message or str(error).partition("\n")[0]
+        return True
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a file could not be written: each library that writes a checkpoint says it in its own way."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    text = str(error)
+    if isinstance(error, RuntimeError):  # torch.save
+        return "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
+    return type(error) is Exception and "(os error" in text  # tokenizers
+
+
+def explain_failures(folder: Path, failures: list[str], needed: int, kept: str) -> str:
+    """The one error that a save which failed ends the run with.
+
+    Args:
+        folder: what could not be written.
+        failures: of the ranks.
+        needed: bytes that it takes.
+        kept: what there still is to go on from.
+    """
+    numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
+    free = free_bytes(folder)
+    said = f"{folder} could not be written: {'; '.join(failures)}"
+    # Who does not say what went wrong (torch.save) has in most cases found no room.
+    if numbers & _FULL or not numbers:
+        return (
+            f"{said}. About {needed:,} bytes are needed, {free:,} are free on that disk (a quota may allow less); "
+            f"{kept}. Make room, or save less with --save_total_limit, and go on with --resume_from_checkpoint auto"
+        )
+    hints = "; ".join(dict.fromkeys(_HINTS[number] for number in sorted(numbers) if number in _HINTS))
+    hints = hints[:1].upper() + hints[1:] if hints else "Mend that"
+    return f"{said}. {hints}; {kept}. Then go on with --resume_from_checkpoint auto"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
+    return shutil.disk_usage(existing).free
