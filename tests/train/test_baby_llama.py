@@ -98,13 +98,27 @@ def test_the_three_phases_follow_one_another(narratives: Path, baby_llama: Path,
     assert torch.isfinite(model.get_model().coordinates.width_output).all()
 
 
-def test_boxes_without_their_stage_are_an_error(narratives: Path, baby_llama: Path, tower_dir: Path) -> None:
+def test_boxes_without_their_stage_are_an_error(
+    narratives: Path, baby_llama: Path, tower_dir: Path, tmp_path: Path
+) -> None:
+    output = "--output_dir", str(tmp_path)
     with pytest.raises(ValueError, match=r"has coordinates \(variables\), but the model has none; give --stage 2"):
-        run("tim", baby_llama, narratives, "--stage", "1", "--grounding", "none", "--vision_tower", str(tower_dir))
+        run(
+            "tim",
+            baby_llama,
+            narratives,
+            *output,
+            "--stage",
+            "1",
+            "--grounding",
+            "none",
+            "--vision_tower",
+            str(tower_dir),
+        )
     with pytest.raises(ValueError, match="--stage 3 starts from a checkpoint of stage 2"):
-        run("tim", baby_llama, narratives, "--stage", "3", "--vision_tower", str(tower_dir))
+        run("tim", baby_llama, narratives, *output, "--stage", "3", "--vision_tower", str(tower_dir))
     with pytest.raises(ValueError, match="--grounding needs a model that sees; give --vision_tower"):
-        run("tim", baby_llama, narratives)
+        run("tim", baby_llama, narratives, *output)
 
 
 @pytest.mark.parametrize("phase", ["t", "ti", "tim"])

@@ -123,7 +123,7 @@ def test_adapters_train_on_in_another_run(gpt2_dir, tower_dir, mixed_data: Path,
         build_trainer(flags(first, None, mixed_data, tmp_path / "x", **again | {"lora_r": 2}))
     with pytest.raises(ValueError, match=r"holds LoRA adapters; train them on .* or merge them first"):
         build_trainer(flags(first, None, mixed_data, tmp_path / "x", **again, lora_enable=None))
-    with pytest.raises(ValueError, match=r"--output_dir .* holds the LoRA adapters of another run"):
+    with pytest.raises(ValueError, match=r"--output_dir .* holds a run \(adapter_model"):
         build_trainer(flags(gpt2_dir, None, mixed_data, first, **again, lora_enable=None))
 
 
