@@ -116,9 +116,9 @@ def test_boxes_without_their_stage_are_an_error(
             str(tower_dir),
         )
     with pytest.raises(ValueError, match="--stage 3 starts from a checkpoint of stage 2"):
-        run("tim", baby_llama, narratives, *output, "--stage", "3", "--vision_tower", str(tower_dir))
+        run("tim", baby_llama, narratives, *output, "--stage", "3")
     with pytest.raises(ValueError, match="--grounding needs a model that sees; give --vision_tower"):
-        run("tim", baby_llama, narratives, *output)
+        run("tim", baby_llama, narratives, *output[:2])
 
 
 @pytest.mark.parametrize("phase", ["t", "ti", "tim"])

@@ -203,7 +203,8 @@ def test_what_may_change_is_listed(
     trainer = main(line(moved_model, moved_texts, output, **changes))
     listed = next(record.getMessage() for record in caplog.records if "with changes" in record.getMessage())
     for said in (
-        "--logging_steps was 1, is 2", "--dataloader_num_workers was 0, is 1", "--attn_implementation was None, is eager",
+        "--logging_steps was 1, is 2", "--dataloader_num_workers was 0, is 1",
+        "--attn_implementation was None, is eager",
         f"--model_name_or_path was {base}, is {moved_model} (its content is the same)",
         f"the content of --data_path was {texts}, is {moved_texts} (its content is the same)",
     ):  # fmt: skip
