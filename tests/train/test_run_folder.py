@@ -160,7 +160,7 @@ def test_the_second_run_while_the_first_one_is_there(argv: list[str], capfd: pyt
 
 def test_an_output_folder_that_is_a_file(argv: list[str]) -> None:
     Path(argv[-1]).write_text("")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="is a file; give a"):
         main(argv)
 
 
