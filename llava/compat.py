@@ -6,8 +6,10 @@ release is tried with ``make test-newest`` (see ``constraints-newest.txt``); wha
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from functools import cache as memoize
+from types import ModuleType
 from typing import Any
 
 LOWEST_PEFT = "0.21"
@@ -75,3 +77,47 @@ def forget_adapters(model: Any) -> None:
     """Take the mark of adapters off a model that has no such layer any more (see ``inject_adapters``)."""
     del model.peft_config
     model._hf_peft_config_loaded = False
+
+
+def add_to_auto_configs(tables: Any, model_type: str, config: str, module: ModuleType) -> None:
+    """Let ``AutoConfig`` find a model type.
+
+    ``AutoConfig.register`` wants the class itself, and so the backbone's file loaded. What it looks a name up in,
+    ``CONFIG_MAPPING_NAMES`` and the mapping's ``_modules``, takes a name and a module.
+
+    Args:
+        tables: ``transformers.models.auto.configuration_auto``.
+        model_type, config: of the model, and the name of its configuration class.
+        module: has that name as an attribute, or makes it when it is asked for.
+    """
+    tables.CONFIG_MAPPING_NAMES[model_type] = config
+    tables.CONFIG_MAPPING._modules[tables.model_type_to_module_name(model_type)] = module
+
+
+def add_to_auto_models(tables: Any, model_type: str, config: str, classes: dict[str, str], module: ModuleType) -> None:
+    """Let the ``AutoModel`` classes find a model type; as for ``AutoConfig``.
+
+    Args:
+        tables: ``transformers.models.auto.modeling_auto``.
+        model_type, config, module: as there.
+        classes: by the name of a mapping, the name of the class it leads to.
+    """
+    for mapping_name, class_name in classes.items():
+        mapping = getattr(tables, mapping_name)
+        getattr(tables, f"{mapping_name}_NAMES")[model_type] = class_name
+        _lead_to_module(mapping, model_type, config, module)
+
+
+def add_to_auto_tokenizers(tables: Any, model_type: str, config: str, plain_type: str) -> None:
+    """Let ``AutoTokenizer`` take for a model type the class that it takes for another one of transformers' own."""
+    name = tables.TOKENIZER_MAPPING_NAMES.get(plain_type)
+    if name is not None:
+        tables.TOKENIZER_MAPPING_NAMES[model_type] = name
+        _lead_to_module(tables.TOKENIZER_MAPPING, model_type, config, sys.modules["transformers"])
+
+
+def _lead_to_module(mapping: Any, model_type: str, config: str, module: ModuleType) -> None:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    mapping._reverse_config_mapping[config] = model_type
+    mapping._modules[model_type_to_module_name(model_type)] = module

@@ -1,12 +1,18 @@
 """The models: backbones, vision modules, loading.
 
-Nothing heavy is imported until a name of ``AVAILABLE_MODELS`` (or ``load_model``) is asked for.
+Nothing heavy is imported until a name of ``AVAILABLE_MODELS`` (or ``load_model``) is asked for. transformers' Auto
+classes know all of them from here on (see ``auto_classes``).
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
+
+from llava.model import auto_classes
 
 BACKBONES = {
     "llava_gemma": "LlavaGemma",
@@ -52,11 +58,23 @@ def split_type(model_type: str) -> tuple[str, str]:
     return model_type, "base"
 
 
+def list_names(names: Sequence[str], module: str) -> None:
+    """Let the three classes of a model type, and its two text classifiers, be found here."""
+    prefix = names[2].removesuffix("ForCausalLM")
+    endings = (auto_classes.SEQUENCE_CLASSIFICATION, auto_classes.TOKEN_CLASSIFICATION)
+    _MODULES.update(dict.fromkeys([*names, *(prefix + ending for ending in endings)], module))
+
+
+def this_module() -> ModuleType:
+    return sys.modules[__name__]
+
+
 for _backbone, _prefix in BACKBONES.items():
     for _variant, _infix in VARIANTS.items():
         _names = (f"{_prefix}{_infix}Config", f"{_prefix}{_infix}Model", f"{_prefix}{_infix}ForCausalLM")
         AVAILABLE_MODELS[variant_type(_backbone, _variant)] = _names
-        _MODULES |= dict.fromkeys(_names, f"llava.model.language_model.{_backbone}")
+        list_names(_names, f"llava.model.language_model.{_backbone}")
+        auto_classes.register(variant_type(_backbone, _variant), _names, this_module())
 
 
 def __getattr__(name: str) -> Any:

@@ -75,6 +75,17 @@ class LlavaMetaModel:
                 self.coordinates = CoordinateTables(self.grounding, width)
             self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained`` for the decoder alone; a frozen tower comes from its own source."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.vision is not None:
+            model.vision_tower.requires_grad_(False)
+            if not model.vision.save_vision_tower:
+                model.vision_tower.load_weights(model.vision.vision_tower)
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         # What transformers fills every new module with, be it built here or missing from a checkpoint.
         super()._init_weights(module)  # type: ignore[misc]

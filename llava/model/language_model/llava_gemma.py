@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaGemmaConfig(GemmaConfig):
+class LlavaGemmaConfig(FamilyDefaults, GemmaConfig):
     """Gemma's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_gemma"

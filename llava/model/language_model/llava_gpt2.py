@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaGPT2Config(GPT2Config):
+class LlavaGPT2Config(FamilyDefaults, GPT2Config):
     """GPT-2's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_gpt2"

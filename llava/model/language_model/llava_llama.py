@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaLlamaConfig(LlamaConfig):
+class LlavaLlamaConfig(FamilyDefaults, LlamaConfig):
     """Llama's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_llama"

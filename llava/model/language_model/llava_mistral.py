@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMistralConfig(MistralConfig):
+class LlavaMistralConfig(FamilyDefaults, MistralConfig):
     """Mistral's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_mistral"

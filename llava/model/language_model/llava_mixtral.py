@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMixtralConfig(MixtralConfig):
+class LlavaMixtralConfig(FamilyDefaults, MixtralConfig):
     """Mixtral's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_mixtral"

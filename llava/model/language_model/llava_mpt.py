@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMptConfig(MptConfig):
+class LlavaMptConfig(FamilyDefaults, MptConfig):
     """MPT's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_mpt"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaQwenConfig(Qwen2Config):
+class LlavaQwenConfig(FamilyDefaults, Qwen2Config):
     """Qwen2's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_qwen"

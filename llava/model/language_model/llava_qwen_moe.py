@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 
+from llava.model.language_model.family import FamilyDefaults
 from llava.model.language_model.registration import register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaQwenMoeConfig(Qwen2MoeConfig):
+class LlavaQwenMoeConfig(FamilyDefaults, Qwen2MoeConfig):
     """Qwen2-MoE's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_qwen_moe"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
 import llava.model as models
+from llava.model import auto_classes
 from llava.model.language_model.alternating import make_variant
+from llava.model.language_model.classification import make_classifiers
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
 Backbone = TypeVar("Backbone", bound=type[LlavaMetaForCausalLM])
@@ -51,9 +52,10 @@ def _publish(backbone: type[LlavaMetaForCausalLM]) -> None:
             f"the model type {config_class.model_type!r} is taken by "
             f"{models.AVAILABLE_MODELS[config_class.model_type][2]}; give {backbone.__name__} another"
         )
-    models._MODULES.update(dict.fromkeys(names, backbone.__module__))
-    AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForCausalLM.register(config_class, backbone)
+    models.list_names(names, backbone.__module__)
+    make_classifiers(backbone)
+    plain_type = _plain_class(config_class).model_type
+    auto_classes.register(config_class.model_type, names, models.this_module(), plain_type)
     _inherit_conversions(_plain_class(config_class).model_type, config_class.model_type)
     _inherit_conversions(_plain_class(backbone).__name__, backbone.__name__)
 

@@ -1,0 +1,75 @@
+"""Text classifiers on the language model of a checkpoint: its weights without the vision modules, and a fresh head.
+
+They are transformers' own classes for the plain model, ``GPT2ForSequenceClassification`` for ``llava_gpt2``, reached
+through ``AutoModelForSequenceClassification`` and ``AutoModelForTokenClassification``. Alternating attention is plain
+causal attention where there is no image and no video, and so are they.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+
+from llava.config import VisionConfig
+from llava.coordinates import GroundingConfig
+from llava.model.auto_classes import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from llava.model.coordinates import COORDINATES
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.visual import VISION_MODULES
+
+
+class TokenClassification(GenericForTokenClassification):
+    """transformers' general classifier of tokens, on states that may be narrower than the layers, as OPT's are."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        model: Any = self
+        self.score = nn.Linear(model.get_input_embeddings().embedding_dim, config.num_labels)
+
+
+_GENERIC = {SEQUENCE_CLASSIFICATION: GenericForSequenceClassification, TOKEN_CLASSIFICATION: TokenClassification}
+"""For families of which transformers has no classifier, as OPT has none of tokens."""
+
+
+class TextClassifier:
+    """Mixin for a classifier of transformers; put it first. It takes a checkpoint's configuration, and sees nothing."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        rf"(^|\.)({'|'.join(map(re.escape, (*VISION_MODULES, COORDINATES)))})(\.|$)",
+        r"^(lm_head|embed_out)\.",
+    ]
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(text_config(config), *args, **kwargs)  # type: ignore[call-arg]
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A model's configuration without the entries of vision and coordinates."""
+    text = copy.deepcopy(config)
+    for part in (VisionConfig.from_model_config(config), GroundingConfig.from_model_config(config)):
+        for name in {} if part is None else part.to_model_config():
+            if hasattr(text, name):
+                delattr(text, name)
+    return text
+
+
+def make_classifiers(backbone: type[LlavaMetaForCausalLM]) -> None:
+    """Put the two classifiers of a backbone into the module that the backbone is in."""
+    plain: Any = next(base for base in backbone.decoder_class.__mro__ if base.__module__.startswith("transformers."))
+    for ending, generic in _GENERIC.items():
+        own = getattr(transformers, plain.__name__.removesuffix("Model") + ending, None)
+        bases = (generic, plain.__mro__[1]) if own is None else (own,)
+        name = backbone.__name__.removesuffix("ForCausalLM") + ending
+        attributes = {
+            "__module__": backbone.__module__,
+            "__doc__": f"Text alone: ``{bases[0].__name__}`` on a checkpoint's language model.",
+            "config_class": backbone.config_class,
+        }
+        setattr(sys.modules[backbone.__module__], name, type(name, (TextClassifier, *bases), attributes))
