@@ -52,6 +52,10 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+COMMITTED_VIDEO = Path(__file__).parent / "media" / "video"
+"""Real clips that every clone has (their sources stand in ``media/NOTICE``)."""
+
+
 ITALIAN = [
     "Un uomo con una maglia nera muove le mani davanti al petto.",
     "Una ragazza con un maglione giallo unisce le mani e le apre.",
@@ -244,6 +248,20 @@ def media_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a.png", "b.jpg"):
         Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data file of real clips with Italian captions: that of the real data or, without these, of a committed clip."""
+    if SHARED_DATA.is_dir():
+        return SHARED_DATA / "real_video_it.json"
+    path = tmp_path_factory.mktemp("real") / "videos.json"
+    (path.parent / "milk.mkv").write_bytes((COMMITTED_VIDEO / "signs" / "milk.mkv").read_bytes())
+    samples = [
+        {"id": str(i), "video": "milk.mkv", "conversations": turns("<video>", text)} for i, text in enumerate(ITALIAN)
+    ]
+    path.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+    return path
 
 
 def turns(human: str, assistant: str) -> list[dict[str, str]]:

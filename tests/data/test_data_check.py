@@ -99,17 +99,18 @@ def test_wrong_usage(data: Path, monkeypatch, capsys, words: list[str], message:
     assert message in capsys.readouterr().err
 
 
-def test_real_clips(shared_data: Path, tmp_path: Path) -> None:
+def test_real_clips(real_videos: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.jsonl"
     command = [
         sys.executable,
         "-m",
         "llava.data.check",
-        str(shared_data / "real_video_it.json"),
+        str(real_videos),
         "--report",
         str(report),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("16 samples (16 videos) in ")
+    number = len(json.loads(real_videos.read_text(encoding="utf-8")))
+    assert ended.stdout.startswith(f"{number} samples ({number} videos) in ")
     assert json.loads(report.read_text())["summary"]["bad"] == {}

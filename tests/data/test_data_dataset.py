@@ -295,11 +295,11 @@ def test_frames_a_second_are_seen_and_counted(visual_tokenizer, tiny_vision, med
     assert found.input_ids == expected.input_ids
 
 
-def test_real_clips_supervise_exactly_the_caption_and_the_end(shared_data, visual_tokenizer, italian_vision):
-    records = read_records(str(shared_data / "real_video_it.json"))
+def test_real_clips_supervise_exactly_the_caption_and_the_end(real_videos, visual_tokenizer, italian_vision):
+    records = read_records(str(real_videos))
     dataset = SupervisedDataset(records, visual_tokenizer, italian_vision, 1024)
-    raw = json.loads((shared_data / "real_video_it.json").read_text(encoding="utf-8"))
-    assert len(dataset) == 16
+    raw = json.loads(real_videos.read_text(encoding="utf-8"))
+    assert len(dataset) == len(raw) > 4
     for i, sample in enumerate(raw):
         ids, labels = dataset.tokenize(records[i])
         caption = sample["conversations"][1]["value"]
@@ -310,8 +310,8 @@ def test_real_clips_supervise_exactly_the_caption_and_the_end(shared_data, visua
         assert len(ids) == 360 + len(supervised) == dataset.lengths[i]
 
 
-def test_real_clip_is_decoded_and_tokenised(shared_data, visual_tokenizer, italian_vision):
-    records = read_records(str(shared_data / "real_video_it.json"))
+def test_real_clip_is_decoded_and_tokenised(real_videos, visual_tokenizer, italian_vision):
+    records = read_records(str(real_videos))
     example = SupervisedDataset(records, visual_tokenizer, italian_vision, 1024)[0]
     assert example.media[0].frames.shape == (4, 3, 224, 224)
     assert example.media[0].original_size == (480, 640)

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import clips
 import numpy as np
 import pytest
+from conftest import COMMITTED_VIDEO
 from PIL import Image
 
 from llava.data.frames import choose_frames
@@ -39,8 +42,19 @@ CODECS = {
 SHARED_CLIPS = [
     *(f"codecs/{name}" for name in ("av1_video.mkv", "h264_10bits.mp4", "h265_10bits.mp4", "h265_video.mp4")),
     *(f"codecs/video_{degrees}.mov" for degrees in (0, 90, 180, 270)),
-    "codecs/nasa_13013.mp4", "broken/unordered.mov", "signs/again.mkv", "signs/brother.mkv",
+    "codecs/nasa_13013.mp4", "signs/again.mkv", "signs/brother.mkv",
 ]  # fmt: skip
+COMMITTED_CLIPS = ["broken/unordered.mov", "signs/milk.mkv"]
+MADE_CLIPS = {
+    "h264.mkv": "decord",
+    "upside_down.mp4": "decord",
+    "hevc.mp4": "seek",
+    "av1.mkv": "seek",
+    "h264_10bits.mp4": "seek",
+    "hevc_10bits.mp4": "seek",
+    "two_streams.mp4": "seek",
+}
+"""Clips of ``make_clip``, and the decoder that is exact for each."""
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
 
 
@@ -114,33 +128,50 @@ def test_random_access_equals_sequential_decoding(tmp_path, name):
     check_random_access(encode(tmp_path / name, codec, options))
 
 
-@pytest.mark.parametrize("name", SHARED_CLIPS)
-def test_random_access_of_real_files(shared_data, name):
-    check_random_access(shared_data / "video" / name)
+def make_clip(folder: Path, name: str) -> Path:
+    """A clip of the kind that its name says."""
+    codec = {"h": "libx264", "u": "libx264", "t": "libx264", "a": "libsvtav1"}[name[0]]
+    codec = "libx265" if name.startswith("hevc") else codec
+    quiet = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "12"}}.get(codec, {})
+    pix_fmt = "yuv420p10le" if "10bits" in name else "yuv420p"
+    path = clips.encode(folder / f"plain_{name}", codec, {"g": "12", **quiet}, range(40), pix_fmt=pix_fmt)
+    if name.startswith("upside_down"):
+        return clips.with_matrix(
+            path, folder / name, (-clips.ONE, 0, 0, 0, -clips.ONE, 0, 160 << 16, 96 << 16, 1 << 30)
+        )
+    if not name.startswith("two_streams"):
+        return path.rename(folder / name)
+    with av.open(str(path)) as source, av.open(str(folder / name), "w") as target:
+        streams = [target.add_stream_from_template(source.streams.video[0]) for _ in range(2)]
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets:
+            for stream in streams:
+                packet.stream = stream
+                target.mux(packet)
+    return folder / name
 
 
-@pytest.mark.parametrize("name", SHARED_CLIPS)
-def test_random_access_of_real_files_with_pyav_alone(shared_data, name, without_decord, decoders):
-    check_random_access(shared_data / "video" / name)
-    assert set(decoders) == {"seek"}
+@pytest.mark.parametrize("with_decord", [True, False])
+@pytest.mark.parametrize("name", [*COMMITTED_CLIPS, *MADE_CLIPS])
+def test_random_access_of_other_files(tmp_path, name, with_decord, request):
+    if not with_decord:
+        request.getfixturevalue("without_decord")
+    check_random_access(COMMITTED_VIDEO / name if name in COMMITTED_CLIPS else make_clip(tmp_path, name))
+
+
+@pytest.mark.parametrize("with_decord", [True, False])
+def test_random_access_of_the_real_files(shared_data, with_decord, request):
+    if not with_decord:
+        request.getfixturevalue("without_decord")
+    for name in SHARED_CLIPS:
+        check_random_access(shared_data / "video" / name)
 
 
 @needs_decord
-@pytest.mark.parametrize(
-    ("name", "decoder"),
-    [
-        ("signs/again.mkv", "decord"),
-        ("codecs/video_90.mov", "decord"),
-        ("scenes/car-detection.mp4", "decord"),
-        ("codecs/h265_video.mp4", "seek"),
-        ("codecs/av1_video.mkv", "seek"),
-        ("codecs/h264_10bits.mp4", "seek"),
-        ("codecs/nasa_13013.mp4", "seek"),
-    ],
-)
-def test_which_decoder_reads_what(shared_data, decoders, name, decoder):
-    sample_video(str(shared_data / "video" / name), 4)
-    assert decoders == [decoder]
+@pytest.mark.parametrize("name", MADE_CLIPS)
+def test_which_decoder_reads_what(tmp_path, decoders, name):
+    sample_video(str(make_clip(tmp_path, name)), 4)
+    assert decoders == [MADE_CLIPS[name]]
 
 
 @needs_decord
@@ -210,13 +241,14 @@ def test_frame_times_are_seconds_from_the_first_frame(media_dir, without_decord)
     assert video.times == pytest.approx((0, 0.5, 0.875, 1.375))
 
 
-def test_times_do_not_depend_on_the_decoder(shared_data, request):
-    path = str(shared_data / "video/signs/brother.mkv")
+def test_times_do_not_depend_on_the_decoder(tmp_path, request):
+    """At a variable frame rate: the second frame comes two thirtieths behind the first, the others one."""
+    times = [0, *range(2, 31)]
+    path = str(clips.encode(tmp_path / "a.mkv", numbers=range(30), times=times, time_base=Fraction(1, 30)))
     first = sample_video(path, 6).times
     request.getfixturevalue("without_decord")
     assert sample_video(path, 6).times == first
     assert first[0] == 0
-    # A variable frame rate: the clip's second frame comes two thirtieths behind its first.
     assert sample_video(path, 2, split=(0, 1)).times[1] == pytest.approx(2 / 30, abs=1e-3)
 
 
@@ -313,16 +345,31 @@ def move_index_to_front(path: Path, target: Path) -> Path:
     return target
 
 
+CORRUPTED = COMMITTED_VIDEO / "broken" / "corrupted.mp4"
+
+
+def write_sound(path: Path) -> Path:
+    """A second of silence, in a container that could hold a video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.mark.parametrize("with_decord", [True, False])
-def test_broken_real_files(shared_data, with_decord, request):
+def test_broken_real_files(tmp_path, with_decord, request):
     if not with_decord:
         request.getfixturevalue("without_decord")
-    check_error(shared_data / "video/broken/corrupted.mp4", "Invalid data found")
-    check_error(shared_data / "video/codecs/nasa_13013.mp4.audio.mp3", "no video stream")
+    check_error(CORRUPTED, "Invalid data found")
+    check_error(write_sound(tmp_path / "sound.mp4"), "no video stream")
 
 
-def test_decoders_keep_quiet(shared_data):
-    files = sorted(str(path) for folder in ("broken", "codecs") for path in (shared_data / "video" / folder).iterdir())
+def test_decoders_keep_quiet(tmp_path):
+    files = [CORRUPTED, *(COMMITTED_VIDEO / name for name in COMMITTED_CLIPS), write_sound(tmp_path / "sound.mp4")]
+    files += [make_clip(tmp_path, name) for name in MADE_CLIPS]
     program = (
         "import sys\nfrom llava.data.media import MediaError, sample_video\n"
         "for path in sys.argv[1:]:\n"
@@ -409,12 +456,12 @@ def test_real_photographs(shared_data):
             assert tuple(load_image(str(path)).shape) == (image.height, image.width, 3)
 
 
-def test_files_are_closed(media_dir, shared_data):
+def test_files_are_closed(media_dir, tmp_path):
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("this system does not list open files")
-    corrupted = shared_data / "video/broken/corrupted.mp4"
+    hevc = make_clip(tmp_path, "hevc.mp4")
     before = len(os.listdir("/proc/self/fd"))
-    for path in (media_dir / "a.mp4", shared_data / "video/codecs/h265_video.mp4", corrupted) * 3:
+    for path in (media_dir / "a.mp4", hevc, CORRUPTED) * 3:
         with contextlib.suppress(MediaError):
             sample_video(str(path), 4)
     assert len(os.listdir("/proc/self/fd")) <= before + 1

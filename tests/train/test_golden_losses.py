@@ -4,7 +4,7 @@ The files are made anew, where a change of the numbers is meant, with
 
     LLAVA_REMAKE_GOLDEN=1 python -m pytest tests/train/test_golden_losses.py
 
-Where they were made (processor, torch and what else rounds or draws numbers) losses are equal to the last bit. Elsewhere
+Where they were made (processor, torch, what else rounds or draws) losses are equal to the last bit. Elsewhere
 kernels add up in another order, and training magnifies that step by step: the first ten agree to 1e-4, all to 2 %.
 """
 
