@@ -107,13 +107,17 @@ class VisualInput:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: equal-length ids and labels, its media in reading order, and coordinates in the square."""
+    """One tokenised sample: equal-length ids and labels, its media in reading order, and coordinates in the square.
+
+    ``num_cut`` is how many tokens of its text were cut off, for which the context had no room.
+    """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     media: list[VisualInput] = field(default_factory=list)
     coordinates: Coordinates = NO_COORDINATES
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ class Batch(TypedDict, total=False):
     their kinds and ``image_sizes`` their original (height, width); the three are absent from a
     batch without media. ``variables`` has the coordinates of each row, in the tower's square; it is absent
     from a batch without any. ``sample_ids`` are the ids of the rows, none of an empty batch's one;
-    ``bad_samples``, absent where there are none, are those that got no row. The trainer takes both out.
+    ``bad_samples``, absent where there are none, are those that got no row; ``num_cut``, absent where nothing was
+    cut, are the tokens that rows have lost. The trainer takes these three out.
     """
 
     input_ids: Tensor
@@ -160,3 +165,4 @@ class Batch(TypedDict, total=False):
     variables: list[dict[str, list[float]]]
     sample_ids: list[str]
     bad_samples: list[BadSample]
+    num_cut: list[int]

@@ -122,7 +122,7 @@ def check_data(check: MediaCheck, num_workers: int, rows: TextIO | None = None) 
     media = Counter(media.kind for record in check.records for media in record.media)
     report = Report(len(check), dict(sorted(media.items())), num_workers)
     start = time.perf_counter()
-    for bad in _find_bad(check, num_workers):
+    for bad in find_bad(check, num_workers):
         report.add(bad)
         if rows is None:
             print(bad)
@@ -134,12 +134,20 @@ def check_data(check: MediaCheck, num_workers: int, rows: TextIO | None = None) 
     return report
 
 
-def _find_bad(check: MediaCheck, num_workers: int) -> Iterator[BadSample]:
+def find_bad(check: MediaCheck, num_workers: int, indices: Sequence[int] | None = None) -> Iterator[BadSample]:
+    """The bad samples, as they are found.
+
+    Args:
+        check: what to decode.
+        num_workers: processes that decode; 0 decodes here.
+        indices: of the samples to look at; by default all.
+    """
     from tqdm import tqdm
 
     # Out of order: a file that hangs holds up nobody but its worker.
-    loader: Any = DataLoader(check, batch_size=None, num_workers=num_workers, in_order=False)
-    for bad in tqdm(loader, total=len(check), unit="sample", disable=None):
+    rows: Sequence[int] = range(len(check)) if indices is None else indices
+    loader: Any = DataLoader(check, batch_size=None, sampler=rows, num_workers=num_workers, in_order=False)
+    for bad in tqdm(loader, total=len(rows), unit="sample", disable=None):
         if bad is not None:
             yield bad
 

@@ -11,7 +11,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.types import BadSample, Batch, Example
 
-_ABOUT_SAMPLES = ("sample_ids", "bad_samples")
+_ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut")
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +57,8 @@ class SupervisedCollator:
             batch["image_sizes"] = [medium.original_size for medium in media]
         if any(example.coordinates for example in examples):
             batch["variables"] = [example.coordinates.to_variables() for example in examples]
+        if any(example.num_cut for example in examples):
+            batch["num_cut"] = [example.num_cut for example in examples]
         if bad_samples:
             batch["bad_samples"] = bad_samples
         return batch

@@ -21,7 +21,7 @@ from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_media, read_image_size
 from llava.data.placeholders import expand_placeholders, placeholder_kinds, remove_placeholders
 from llava.data.preprocess import PLAIN_LM, Format, build_format
-from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
+from llava.data.preprocess.base import ContextError, Segment, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
 from llava.data.survey import survey_coordinates, survey_lengths, survey_long, survey_media, survey_targets
@@ -47,6 +47,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
         limits: how large an image or a video may be.
         grounding: what coordinates are to the model; None for one without them.
+        skip_empty: whether a sample with nothing to learn is a bad one; else ``check_supervision`` is to look for it.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         decode_timeout: float = 0.0,
         limits: MediaLimits = DEFAULT_LIMITS,
         grounding: GroundingConfig | None = None,
+        skip_empty: bool = False,
     ) -> None:
         check_on_bad_sample(on_bad_sample)
+        self.skip_empty = skip_empty
         self.records = records
         self.tokenizer = tokenizer
         self.vision = vision
@@ -101,11 +104,15 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         if record.fault is not None:
             raise ValueError(record.fault)
+        if self.skip_empty:
+            self.check_target(record)
         media = self.load_media(record)
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         image_sizes = [m.original_size for m in media if m.kind == "image"]
-        ids, labels = self.tokenize(record, frame_counts, image_sizes, clips_of(media))
-        return Example(record.id, ids, labels, media, self.place(record, media))
+        segments = self._encode(record, frame_counts, image_sizes, clips_of(media))
+        num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
+        ids, labels = self._label(record, segments)
+        return Example(record.id, ids, labels, media, self.place(record, media), num_cut)
 
     def check_model(self, record: Record) -> None:
         """A ValueError that names the record if it has what the model does not know: media, or coordinates."""
@@ -147,19 +154,34 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
                 depends on them, what their files' headers say.
             clips: duration and frame times of its videos, for ``add_time_instruction``; by default stand-ins.
         """
+        return self._label(record, self._encode(record, frame_counts, image_sizes, clips))
+
+    def _encode(
+        self,
+        record: Record,
+        frame_counts: Sequence[int] | None,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        clips: Sequence[Clip] | None,
+    ) -> list[Segment]:
+        """The segments of a record, all of its text among them; arguments as for ``tokenize``."""
         if frame_counts is None and self.vision is not None:
             frame_counts = [self.vision.max_frames for media in record.media if media.kind == "video"]
         if image_sizes is None:
             image_sizes = self.image_sizes(record)
         try:
             turns = expand_placeholders(self.write_turns(record, clips), self.vision, frame_counts, image_sizes)
-            ids, labels = label_segments(truncate_segments(self.text_format.encode(turns), self.max_length))
-            return ids, self._unlearn_inputs(labels)
+            return self.text_format.encode(turns)
+        except ValueError as error:
+            raise ValueError(f"{record}: {error}") from error
+
+    def _label(self, record: Record, segments: list[Segment]) -> tuple[list[int], list[int]]:
+        """Ids and labels of a record's segments, within ``max_length``."""
+        try:
+            ids, labels = label_segments(truncate_segments(segments, self.max_length))
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
-        except ValueError as error:
-            raise ValueError(f"{record}: {error}") from error
+        return ids, self._unlearn_inputs(labels)
 
     def write_turns(self, record: Record, clips: Sequence[Clip] | None = None) -> Sequence[Turn]:
         """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
@@ -239,6 +261,11 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
 
+    def check_target(self, record: Record) -> None:
+        """A ValueError that names the record if there is nothing to learn in it: no text, or an answer without any."""
+        if not self.text_format.has_target(record.turns):
+            raise ValueError(f"{record}: has no text to learn from: an answer is empty, or there is none")
+
     @property
     def modality_lengths(self) -> NDArray[np.int32]:
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
@@ -269,22 +296,32 @@ def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
 def check_supervision(dataset: SupervisedDataset) -> None:
     """Check before training that every sample has something to learn, and keeps it within ``max_length``.
 
-    Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this;
-    nor are videos whose number of frames or times show only when they are opened, and texts that are short anyway.
-    With ``on_bad_sample="skip"`` samples that do not fit are left out when their turn comes.
+    Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this; nor are
+    texts that are short anyway. With ``on_bad_sample="skip"`` samples that do not fit, or have no text, are left out
+    when their turn comes.
 
     Raises:
         ValueError: names the samples.
     """
+    if dataset.on_bad_sample == SKIP:
+        return
     if empty := find_unsupervised(dataset):
         raise ValueError(
-            f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; give them text or take them out"
+            f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; where an answer is empty, only the "
+            "end of text would be learned: give them text, take them out, or leave them out with --on_bad_sample skip"
         )
-    if not dataset.text_format.has_prompts or dataset.on_bad_sample == SKIP:
-        return
+    if dataset.text_format.has_prompts:
+        check_room(dataset, survey_long(dataset))
+
+
+def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
+    """A ContextError that names the first of some samples which does not fit however much of its text is cut.
+
+    Videos whose number of frames or times show only when they are opened are not judged.
+    """
     vision = dataset.vision
     open_ended = vision is not None and (vision.video_fps > 0 or vision.add_time_instruction)
-    for i in np.flatnonzero(survey_long(dataset)).tolist():
+    for i in np.flatnonzero(among).tolist():
         record = dataset.records[i]
         if not (open_ended and any(m.kind == "video" for m in record.media)):
             dataset.tokenize(record)
@@ -356,6 +393,7 @@ def make_supervised_data_module(
             decode_timeout=data_args.decode_timeout,
             limits=data_args.media_limits,
             grounding=grounding,
+            skip_empty=data_args.on_bad_sample == SKIP,
         )
         check_grounding(dataset)
         check_supervision(dataset)

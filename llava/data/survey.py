@@ -37,7 +37,12 @@ def survey_lengths(dataset: SupervisedDataset) -> NDArray[np.int32]:
 
 
 def survey_long(dataset: SupervisedDataset) -> NDArray[np.bool_]:
-    """Whether each sample is longer than ``max_length``.
+    """Whether each sample is longer than ``max_length``."""
+    return survey_cut(dataset) > 0
+
+
+def survey_cut(dataset: SupervisedDataset) -> NDArray[np.int32]:
+    """How many tokens each sample has beyond ``max_length``, which are cut off; 0 for a bad sample.
 
     Only those are tokenised whose bytes, and what their media and a format's markup may take, are more
     than that: a tokenizer of bytes makes at most one token of each.
@@ -46,9 +51,9 @@ def survey_long(dataset: SupervisedDataset) -> NDArray[np.bool_]:
     def compute() -> NDArray[Any]:
         rows = np.intersect1d(_good_rows(dataset.records), np.flatnonzero(_most_tokens(dataset) > dataset.max_length))
         lengths = _go_through(dataset, rows, dataset.count_tokens, 0, "measuring long samples")
-        return lengths > dataset.max_length
+        return np.maximum(lengths - dataset.max_length, 0)
 
-    return _remember(dataset.records, "long", [*_length_key(dataset), dataset.max_length], np.bool_, compute)
+    return _remember(dataset.records, "cut", [*_length_key(dataset), dataset.max_length], np.int32, compute)
 
 
 def survey_targets(dataset: SupervisedDataset) -> NDArray[np.bool_]:
@@ -66,15 +71,27 @@ def survey_targets(dataset: SupervisedDataset) -> NDArray[np.bool_]:
     def compute() -> NDArray[Any]:
         return _go_through(dataset, _good_rows(dataset.records), have_targets, 1, "checking samples")
 
-    key = [dataset.text_format.fingerprint, dataset.on_bad_sample]
+    # 2: since an empty answer counts as none.
+    key = [2, dataset.text_format.fingerprint, dataset.on_bad_sample]
     return _remember(dataset.records, "targets", key, np.bool_, compute)
 
 
 def survey_media(dataset: SupervisedDataset) -> NDArray[np.int32]:
     """How many images and videos each sample has."""
-    if isinstance(dataset.records, Mixture):
-        return dataset.records.numbers("num_images") + dataset.records.numbers("num_videos")
-    return np.array([len(record.media) for record in dataset.records], np.int32)
+    images, videos = survey_kinds(dataset)
+    return images + videos
+
+
+def survey_kinds(dataset: SupervisedDataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many images each sample has, and how many videos."""
+    records = dataset.records
+    if isinstance(records, Mixture):
+        return records.numbers("num_images"), records.numbers("num_videos")
+    kinds = [[media.kind for media in record.media] for record in records]
+    return (
+        np.array([of_record.count("image") for of_record in kinds], np.int32),
+        np.array([of_record.count("video") for of_record in kinds], np.int32),
+    )
 
 
 def survey_coordinates(dataset: SupervisedDataset) -> NDArray[np.int32]:

@@ -87,6 +87,12 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
         if type(error) is not Exception:  # The tokenizers package has no class of its own.
             raise
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes one of special tokens alone where a folder has a config.json and no tokenizer's files.
+        raise ValueError(
+            f"{flag}: no tokenizer can be read from {name_or_path!r}: it has no vocabulary; put the files of the "
+            "model's tokenizer (tokenizer.json, tokenizer_config.json) into that folder"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"

@@ -119,7 +119,7 @@ def load_model(
     tokenizer = load_tokenizer(model_name_or_path, flag)
     stored = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
     trained = GroundingConfig.from_model_config(stored)
-    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained)
+    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained, config_dict)
 
     given = {name: value for name, value in settings.items() if value is not None}
     vision = _build_vision(stored, vision_tower, given)

@@ -84,11 +84,16 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
             f"--model_path {model_path}: is a checkpoint with vision ({config.model_type}); give the language model "
             "that it was trained from"
         )
-    tokenizer = load_tokenizer(tokenizer_path or model_path, "--tokenizer" if tokenizer_path else "--model_path")
+    try:
+        tokenizer = load_tokenizer(tokenizer_path or model_path, "--tokenizer" if tokenizer_path else "--model_path")
+    except ValueError as error:
+        remedy = "" if tokenizer_path else "; or name a folder that has one with --tokenizer"
+        raise ValueError(f"{error}{remedy}") from error
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
-    check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path)
+    special_ids = None if tokenizer_path else config.to_dict()
+    check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path, special_ids=special_ids)
     if tokenizer_path is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))

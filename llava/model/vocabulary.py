@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +14,52 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import VISUAL_TOKENS
 from llava.coordinates import COORDINATE_PLACEHOLDERS, GroundingConfig
 
+logger = logging.getLogger(__name__)
+
+_FEWEST_USED = 0.9
+"""Share of the embeddings that a model's own tokenizer uses: vocabularies are padded by less than a tenth."""
+
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str, grounding: GroundingConfig | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    path: str,
+    grounding: GroundingConfig | None = None,
+    special_ids: Mapping[str, Any] | None = None,
 ) -> None:
-    """A ValueError if the tokenizer has ids that the model has no embedding for.
+    """A ValueError if the tokenizer has ids that the model has no embedding for, or is another model's.
 
     The bins of coordinates, which come last, have tables of their own.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: rows of its embeddings.
+        path: of its folder, for errors.
+        grounding: what coordinates are to it.
+        special_ids: entries of its ``config.json``, whose ``eos_token_id`` and ``bos_token_id`` must be those of a
+            tokenizer that leaves many embeddings without a token.
     """
+    ids = tokenizer.get_vocab().values()
     num_tokens = len(tokenizer) if grounding is None or grounding.first_bin is None else grounding.first_bin
-    if num_tokens > vocab_size:
+    largest = max(ids) if grounding is None or grounding.first_bin is None else num_tokens - 1
+    remedy = "put the tokenizer that the model was trained with into its folder"
+    if max(num_tokens, largest + 1) > vocab_size:
+        also = f" with ids up to {largest}" if largest >= num_tokens else ""
         raise ValueError(
-            f"the tokenizer of {path!r} has {num_tokens} tokens, but the model has embeddings for "
-            f"{vocab_size}; put the tokenizer that the model was trained with into its folder"
+            f"the tokenizer of {path!r} has {num_tokens} tokens{also}, but the model has embeddings for "
+            f"{vocab_size}; {remedy}"
         )
+    if num_tokens < _FEWEST_USED * vocab_size:
+        message = f"the tokenizer of {path!r} has {num_tokens} tokens, but the model has embeddings for {vocab_size}"
+        own = {name: (special_ids or {}).get(name) for name in ("eos_token_id", "bos_token_id")}
+        differ = [name for name, i in own.items() if isinstance(i, int) and i not in (getattr(tokenizer, name), -1)]
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"{message}, and {name} {getattr(tokenizer, name)}, where its config.json has {own[name]}: it is "
+                f"another model's; {remedy}"
+            )
+        logger.warning("%s: if it is another model's, %s", message, remedy)
 
 
 def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

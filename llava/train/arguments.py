@@ -292,6 +292,13 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     model_max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a sample, visual ones included (default: the model's context)."}
     )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log the loss every so many steps (default 10) or, below 1, so large a share of the run; the first "
+            "10 steps are logged one by one, but for --logging_strategy no."
+        },
+    )
     train_sampling_strategy: str = field(
         default=RANDOM,
         metadata={

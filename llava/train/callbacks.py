@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 logger = logging.getLogger(__name__)
+
+FIRST_STEPS = 10
+"""Steps that are logged one by one, whatever ``--logging_steps`` says."""
 
 
 class ThroughputCallback(TrainerCallback):
@@ -40,6 +44,14 @@ class ThroughputCallback(TrainerCallback):
             samples = (state.global_step - first) * args.train_batch_size * args.gradient_accumulation_steps
             rate = samples * args.world_size / (now - start)
             logger.info("step %d: %.1f samples/s, %s", state.global_step, rate, describe_memory())
+
+
+class FirstStepsCallback(TrainerCallback):
+    """Logs every one of the first steps, whose losses show at once whether a run learns; then as the flags ask."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step <= FIRST_STEPS and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
 
 
 def describe_memory() -> str:

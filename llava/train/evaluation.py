@@ -1,9 +1,9 @@
-"""What an evaluation counts."""
+"""What an evaluation counts, and what training counts of cut samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,35 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 from llava.constants import IGNORE_INDEX
+from llava.data.dataset import SupervisedDataset
+from llava.data.survey import survey_cut
 from llava.types import BadSample
+
+
+class CutCounter:
+    """Samples whose text was cut to the context since the run was started or resumed, over all ranks.
+
+    Args:
+        dataset: trained on; one that knows of no sample that is too long is not counted.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.samples = self.tokens = 0
+        self._may_cut = isinstance(dataset, SupervisedDataset) and bool(survey_cut(dataset).any())
+
+    def add(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Take in the micro-batches of a step; all ranks call this together."""
+        if not self._may_cut:
+            return
+        cut = [number for batch in batches for number in batch.get("num_cut", ()) if number]
+        counts = torch.tensor([len(cut), sum(cut)], device=PartialState().device)
+        samples, tokens = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+        self.samples += samples
+        self.tokens += tokens
+
+    def counts(self) -> dict[str, int]:
+        """What the log says of them; nothing where nothing was cut."""
+        return {"cut_samples": self.samples, "cut_tokens": self.tokens} if self.samples else {}
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
+from llava.data.start_checks import CHECK_DATA
 
 
 @dataclass(kw_only=True)
@@ -16,6 +17,13 @@ class MediaArguments:
         metadata={
             "help": "Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of "
             "the data file's folder), be it by .., as absolute paths or through links."
+        },
+    )
+    check_data: str = field(
+        default="files",
+        metadata={
+            "help": "What is done with media before training: files (default) looks whether they are there, decode "
+            "decodes all of them (as python -m llava.data.check), none does nothing."
         },
     )
     ignore_keys: list[str] | None = field(
@@ -44,6 +52,8 @@ class MediaArguments:
 
     def check_media(self) -> None:
         """A ValueError for values that do not fit."""
+        if self.check_data not in CHECK_DATA:
+            raise ValueError(f"--check_data is {self.check_data!r}; known: {', '.join(CHECK_DATA)}")
         self.media_limits  # noqa: B018  (is checked where it is made)
 
     @property

@@ -7,7 +7,6 @@ from llava.constants import IGNORE_INDEX
 from llava.data.bad_samples import SKIP, describe_error
 from llava.data.dataset import SupervisedDataset
 from llava.data.files import MediaError
-from llava.data.preprocess.base import ContextError
 
 
 def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> str:
@@ -35,8 +34,11 @@ def supervision_table(dataset: SupervisedDataset, num_samples: int = 3) -> str:
     lines = ["supervised tokens of the first samples"]
     for record in dataset.records[:num_samples]:
         try:
+            if record.fault is not None:
+                raise MediaError(record.fault)
+            dataset.check_target(record)
             ids, labels = dataset.tokenize(record)
-        except (MediaError, ContextError) as error:
+        except ValueError as error:
             if dataset.on_bad_sample != SKIP:
                 raise
             lines.append(f"  {describe_error(record, error)} (skipped)")

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from llava.config import VisionConfig
 from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess import Format, build_format
@@ -32,6 +31,7 @@ from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
 from llava.train.checkpoint import RUN_IDENTITY, choose_checkpoint, clear_leftovers, list_checkpoints
 from llava.train.command_line import parse_arguments
+from llava.train.data_checks import check_data, data_tables
 from llava.train.data_order import describe_changes
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.lora import lora_loading, set_up_adapters
@@ -147,15 +147,17 @@ def build_in_folder(
     lower_frozen_precision(model, training_args)
     balance_experts(model, training_args.router_aux_loss_coef)
 
-    max_length = choose_max_length(training_args.model_max_length, model, vision)
+    max_length = choose_max_length(training_args.model_max_length, model)
     text_format = choose_format(data_args.format_name, tokenizer, model.config)
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed, model.grounding)
+    check_data(model_args, data_args, training_args, data)
     if training_args.process_index == 0:
         if loaded.transfer is not None:
             print(loaded.transfer)
         print(parts_table(model, training_args.part_learning_rates()))
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
+        print(data_tables([data["train_dataset"], data["eval_dataset"]]))
         print(supervision_table(data["train_dataset"]), flush=True)
 
     ledger = data_args.build_ledger(training_args.output_dir)
@@ -223,31 +225,16 @@ def balance_experts(model: Any, weight: float | None) -> None:
     model.config.output_router_logits = model.config.router_aux_loss_coef > 0
 
 
-def choose_max_length(asked: int | None, model: Any, vision: VisionConfig | None) -> int:
+def choose_max_length(asked: int | None, model: Any) -> int:
     """Most tokens of a sample: what was asked for, or the model's context.
 
     Raises:
-        ValueError: more than the context was asked for, or one video or the largest anyres image alone
-            would not fit.
+        ValueError: more than the context was asked for.
     """
     context = model.config.max_position_embeddings
     if asked is not None and asked > context:
         raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
-    limit = asked or context
-    # Without --frames_upbound a short clip may still fit; one that does not is named when it is opened.
-    frames = None if vision is None else vision.max_frames if vision.is_bounded else 1
-    if vision is not None and frames and (video := vision.num_tokens("video", frames)) + 1 >= limit:
-        ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"video"})]
-        raise ValueError(
-            f"a video of {frames} frames takes {video} tokens, but a sample may have {limit}; {' or '.join(ways)}"
-        )
-    if vision is not None and vision.anyres is not None and (image := vision.most_image_tokens) + 1 >= limit:
-        ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({"image"})]
-        raise ValueError(
-            f"the largest image, of {vision.anyres.most_views} views, takes {image} tokens, but a sample may have "
-            f"{limit}; {' or '.join(ways)}"
-        )
-    return limit
+    return asked or context
 
 
 def choose_format(name: str, tokenizer: Any, config: Any) -> Format:

@@ -11,8 +11,9 @@ from torch import nn
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.model.lora import has_adapters, load_adapter_weights
+from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
-from llava.train.evaluation import EvaluationTally
+from llava.train.evaluation import CutCounter, EvaluationTally
 from llava.train.idle_vision import IdleVision
 from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
@@ -37,7 +38,9 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         gather_added_together(self.model)
+        self.add_callback(FirstStepsCallback())
         self.ledger = ledger
+        self.cut: CutCounter | None = None
         self.tally: EvaluationTally | None = None
         if ledger is not None:
             self.add_callback(ledger)
@@ -60,6 +63,9 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         if self.ledger is not None:
             num_good = sum(len(batch["sample_ids"]) for batch in batches)
             self.ledger.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+        if self.cut is None:
+            self.cut = CutCounter(self.train_dataset)
+        self.cut.add(batches)
         if self.number_guard is not None:
             self.number_guard.begin_step(batches, num_items)
         return batches, num_items
@@ -86,9 +92,11 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the number of samples skipped so far where they are."""
+        """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""
         if self.ledger is not None:
             logs["skipped_samples"] = len(self.ledger)
+        if self.cut is not None:
+            logs |= self.cut.counts()
         super().log(logs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -240,9 +240,9 @@ def test_samples_with_nothing_to_learn_are_reported_before_training(tmp_path, vi
     path = tmp_path / "a.json"
     path.write_text(json.dumps(samples))
     dataset = SupervisedDataset(read_records(str(path)), visual_tokenizer, tiny_vision, 512)
-    assert [r.id for r in find_unsupervised(dataset)] == ["hollow"]
+    assert [r.id for r in find_unsupervised(dataset)] == ["hollow", "seen"]
     arguments = DataArguments(data_path=[str(path)])
-    with pytest.raises(ValueError, match=r"1 samples .*'hollow' \(a\.json, sample 2\)"):
+    with pytest.raises(ValueError, match=r"2 samples .*'hollow' \(a\.json, sample 2\)"):
         make_supervised_data_module(visual_tokenizer, arguments, tiny_vision, 512)
 
 

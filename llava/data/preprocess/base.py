@@ -75,7 +75,7 @@ class Format(ABC):
 
     @abstractmethod
     def has_target(self, turns: Sequence[Turn]) -> bool:
-        """Whether there is anything in a conversation that this format supervises, but for its end."""
+        """Whether there is anything in a conversation that this format supervises, but for its end, in every answer."""
 
     @abstractmethod
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:

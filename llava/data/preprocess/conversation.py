@@ -101,8 +101,8 @@ class ConversationFormat(Format):
         self._frame(roles)
 
     def has_target(self, turns: Sequence[Turn]) -> bool:
-        answers = [turn.text for turn in turns if turn.role == "assistant"]
-        return any(piece.strip() for text in answers for piece, visual in split_at_spans(text) if not visual)
+        answers = [split_at_spans(turn.text) for turn in turns if turn.role == "assistant"]
+        return bool(answers) and all(any(piece.strip() for piece, visual in answer if not visual) for answer in answers)
 
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
         self.check(turns)

@@ -25,7 +25,11 @@ class PlainFormat(Format):
         """Any roles in any order will do."""
 
     def has_target(self, turns: Sequence[Turn]) -> bool:
-        return bool(_join(turns))
+        pieces = split_at_spans(_join(turns))
+        has_text = any(piece.strip() for piece, visual in pieces if not visual)
+        # What is asked about a picture is text too, but no answer: the end of text would stand for it.
+        is_answered = all(turn.text.strip() for turn in turns if turn.role == "assistant")
+        return has_text and (is_answered or not any(visual for _, visual in pieces))
 
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
         return tokenize_plain(_join(turns), self.tokenizer)

@@ -1,0 +1,117 @@
+"""The data of a run before its first step: checked once for all ranks, and told in a few lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llava.data.bad_samples import SKIP
+from llava.data.check import MediaCheck, find_bad
+from llava.data.dataset import SupervisedDataset, check_room
+from llava.data.mixture import Mixture
+from llava.data.records import describe_notes
+from llava.data.start_checks import check_media, check_media_files, check_text_is_known, cut_table, media_table
+from llava.data.survey import survey_long, survey_media
+from llava.train.agreement import AgreedError, decide_once, gather_failures
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.parts import COORDINATES_PART
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 3
+_LANGUAGE_MODEL = "mm_language_model"
+
+
+def check_data(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, data: dict[str, Any]
+) -> None:
+    """Check training and evaluation data; every rank calls this, and every rank ends where something is wrong.
+
+    Args:
+        data: what ``make_supervised_data_module`` returned.
+
+    Raises:
+        ValueError: media do not fit, the tokenizer does not know the text, files are missing (or, with ``--check_data
+            decode``, cannot be decoded), or only vision modules would be trained on data without media.
+    """
+    check_vision_is_fed(model_args, data["train_dataset"])
+    for dataset in filter(None, (data["train_dataset"], data["eval_dataset"])):
+        decide_once(partial(check_room_for_media, dataset))
+        decide_once(partial(check_text_is_known, dataset))
+        if data_args.check_data == "files":
+            decide_once(partial(check_media_files, dataset))
+        elif data_args.check_data == "decode":
+            check_decoding(dataset, training_args)
+
+
+def check_room_for_media(dataset: SupervisedDataset) -> None:
+    """A ValueError if samples have media that the model cannot see, or that leave no room for a text."""
+    check_media(dataset)
+    if dataset.on_bad_sample != SKIP:
+        check_room(dataset, survey_long(dataset) & (survey_media(dataset) > 0))
+
+
+def check_vision_is_fed(model_args: ModelArguments, dataset: SupervisedDataset) -> None:
+    """Say that a run has a vision tower and no media, or flags for vision and no vision.
+
+    Raises:
+        ValueError: only vision modules are trained, and no sample has an image or a video.
+    """
+    if dataset.vision is None:
+        if given := [name for name, value in model_args.vision_settings().items() if value is not None]:
+            logger.warning(
+                "flags for vision were given (%s), but the model has none; give --vision_tower", ", ".join(given)
+            )
+        return
+    if survey_media(dataset).any():
+        return
+    message = f"not one of the {len(dataset)} samples has an image or a video"
+    if _LANGUAGE_MODEL not in model_args.tunable_parts and COORDINATES_PART not in model_args.tunable_parts:
+        raise ValueError(
+            f"{message}, but only {', '.join(model_args.tunable_parts)} would be trained, which text never reaches; "
+            f"give data with media, or add {_LANGUAGE_MODEL} to --mm_tunable_parts"
+        )
+    if model_args.vision_tower:
+        logger.warning("--vision_tower is given, but %s: the vision modules are not trained", message)
+
+
+def check_decoding(dataset: SupervisedDataset, training_args: TrainingArguments) -> None:
+    """Decode all media, each rank its share.
+
+    Raises:
+        AgreedError: some cannot be decoded; names the first of each rank. With ``on_bad_sample="skip"`` they are
+            counted in the log.
+    """
+    vision = dataset.vision
+    if vision is None:
+        return
+    share = np.flatnonzero(survey_media(dataset))[training_args.process_index :: training_args.world_size].tolist()
+    check = MediaCheck(
+        dataset.records, vision.num_frames, vision.video_fps, vision.frames_upbound, dataset.decode_timeout,
+        dataset.limits,
+    )  # fmt: skip
+    bad = [str(sample) for sample in find_bad(check, training_args.dataloader_num_workers, share)]
+    if dataset.on_bad_sample == SKIP:
+        if bad:
+            logger.warning("%d samples cannot be decoded and are skipped, the first: %s", len(bad), bad[0])
+        return
+    more = f"; and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
+    if failures := gather_failures(f"{'; '.join(bad[:_MOST_NAMED])}{more}" if bad else None):
+        raise AgreedError(
+            f"{'; '.join(failures)}: mend or remove them, or leave them out with --on_bad_sample skip "
+            "(python -m llava.data.check lists all)"
+        )
+
+
+def data_tables(datasets: Sequence[SupervisedDataset | None]) -> str:
+    """What the samples of each data file have, what is cut of them, and what nothing reads in them."""
+    lines = []
+    for dataset in filter(None, datasets):
+        lines += [media_table(dataset), *filter(None, [cut_table(dataset)])]
+        if isinstance(dataset.records, Mixture):
+            lines += [f"note: {note}" for note in describe_notes(dataset.records)]
+    return "\n".join(lines)
