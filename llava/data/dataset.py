@@ -14,6 +14,7 @@ from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.coordinates import GroundingConfig
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
+from llava.data.chunks import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
 from llava.data.coordinates import move_to_square
 from llava.data.files import MediaError
@@ -24,7 +25,14 @@ from llava.data.preprocess import PLAIN_LM, Format, build_format
 from llava.data.preprocess.base import ContextError, Segment, label_segments, truncate_segments
 from llava.data.preprocess.plain import join_turns
 from llava.data.records import read_records
-from llava.data.survey import survey_coordinates, survey_lengths, survey_long, survey_media, survey_targets
+from llava.data.survey import (
+    describe_lengths,
+    survey_coordinates,
+    survey_lengths,
+    survey_long,
+    survey_media,
+    survey_targets,
+)
 from llava.data.time_instruction import Clip, add_time_instruction, check_format, clips_of, stand_in
 from llava.types import NO_COORDINATES, BadSample, Coordinates, Example, Record, Turn, VisualInput
 
@@ -181,7 +189,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
-        return ids, self._unlearn_inputs(labels)
+        return ids, self.mask_input_coordinates(labels)
 
     def write_turns(self, record: Record, clips: Sequence[Clip] | None = None) -> Sequence[Turn]:
         """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
@@ -195,7 +203,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             clips = [stand_in(self.vision.max_frames) for media in record.media if media.kind == "video"]
         return add_time_instruction(record.turns, clips)
 
-    def _unlearn_inputs(self, labels: list[int]) -> list[int]:
+    def mask_input_coordinates(self, labels: list[int]) -> list[int]:
         """Labels without coordinates that are given, not asked for, which tables do not learn to write."""
         if self.grounding is None or not self.grounding.has_tables:
             return labels
@@ -236,6 +244,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         images = sum(self.vision.num_tokens("image", image_size=size) for size in sizes)
         videos = sum(self.vision.num_tokens("video", self.vision.max_frames) for kind in kinds if kind == "video")
         return images + videos
+
+    def length_key(self) -> list[Any]:
+        """What the lengths of samples depend on beside the records, as plain values."""
+        return describe_lengths(self)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -366,7 +378,7 @@ def make_supervised_data_module(
         ValueError: a file is not as it should be, or samples have nothing to learn from.
     """
 
-    def build(flag: str) -> SupervisedDataset | None:
+    def build(flag: str) -> SupervisedDataset | ChunkedDataset | None:
         paths: Sequence[str] | None = getattr(data_args, flag)
         if not paths:
             return None
@@ -397,7 +409,7 @@ def make_supervised_data_module(
         )
         check_grounding(dataset)
         check_supervision(dataset)
-        return dataset
+        return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
     return {
         "train_dataset": build("data_path"),

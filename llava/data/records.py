@@ -15,6 +15,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOK
 from llava.data.coordinates import check_coordinates, parse_variables
 from llava.data.data_files import DataEntry, find_entries
 from llava.data.embedded import decode_data_uri, encode_picture, media_folder, write_media
+from llava.data.files import local_path
 from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
@@ -32,8 +33,6 @@ _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _LONGEST_ID = 1000
-_LONGEST_PATH = 4096
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MEDIUM_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
 """Keys of an object that stands for a medium."""
 _RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
@@ -270,13 +269,7 @@ def _read_medium(value: Any) -> tuple[bytes | None, str]:
         return data, ""
     if value.startswith("file://"):
         return None, unquote(value.removeprefix("file://"))
-    if address := _ADDRESS.match(value):
-        raise ValueError(f"{value[:120]} is an address ({address.group()}); fetch it and give the path of the file")
-    if len(value) > _LONGEST_PATH:
-        raise ValueError(
-            f"{value[:20]}... has {len(value)} characters and is no path; give bytes as data:image/png;base64,..."
-        )
-    return None, value
+    return None, local_path(value)
 
 
 def _parse_turns(turns: Sequence[tuple[Any, str]], where: str) -> Iterator[Turn]:

@@ -33,7 +33,7 @@ def survey_lengths(dataset: SupervisedDataset) -> NDArray[np.int32]:
     def compute() -> NDArray[Any]:
         return _go_through(dataset, _good_rows(dataset.records), dataset.count_tokens, 0, "measuring samples")
 
-    return _remember(dataset.records, "lengths", _length_key(dataset), np.int32, compute)
+    return _remember(dataset.records, "lengths", describe_lengths(dataset), np.int32, compute)
 
 
 def survey_long(dataset: SupervisedDataset) -> NDArray[np.bool_]:
@@ -53,7 +53,7 @@ def survey_cut(dataset: SupervisedDataset) -> NDArray[np.int32]:
         lengths = _go_through(dataset, rows, dataset.count_tokens, 0, "measuring long samples")
         return np.maximum(lengths - dataset.max_length, 0)
 
-    return _remember(dataset.records, "cut", [*_length_key(dataset), dataset.max_length], np.int32, compute)
+    return _remember(dataset.records, "cut", [*describe_lengths(dataset), dataset.max_length], np.int32, compute)
 
 
 def survey_targets(dataset: SupervisedDataset) -> NDArray[np.bool_]:
@@ -161,7 +161,7 @@ def _most_tokens(dataset: SupervisedDataset) -> NDArray[np.int64]:
     return most
 
 
-def _length_key(dataset: SupervisedDataset) -> list[Any]:
+def describe_lengths(dataset: SupervisedDataset) -> list[Any]:
     """What lengths depend on beside the records, as plain values."""
     vision = None if dataset.vision is None else asdict(dataset.vision)
     return [_describe_tokenizer(dataset.tokenizer), dataset.text_format.fingerprint, vision, dataset.on_bad_sample]

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 
+from llava.data.chunks import NONE, TEXT_CHUNKING
 from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
@@ -246,6 +247,13 @@ class DataArguments(MediaArguments, BadSampleArguments):
             f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
         },
     )
+    text_chunking: str = field(
+        default=NONE,
+        metadata={
+            "help": f"What becomes of text that is longer than --model_max_length, of {', '.join(TEXT_CHUNKING)}: none "
+            "(default) cuts it off, document trains on all of it in several samples (needs --plain_lm)."
+        },
+    )
     early_mix_text: bool = field(
         default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
     )
@@ -267,6 +275,8 @@ class DataArguments(MediaArguments, BadSampleArguments):
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
+        if self.text_chunking not in TEXT_CHUNKING:
+            raise ValueError(f"--text_chunking is {self.text_chunking!r}; known: {', '.join(TEXT_CHUNKING)}")
         self.check_media()
         check_counts(self)
         self.check_bad_samples()

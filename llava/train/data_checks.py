@@ -11,6 +11,7 @@ import numpy as np
 
 from llava.data.bad_samples import SKIP
 from llava.data.check import MediaCheck, find_bad
+from llava.data.chunks import ChunkedDataset
 from llava.data.dataset import SupervisedDataset, check_room
 from llava.data.mixture import Mixture
 from llava.data.records import describe_notes
@@ -38,8 +39,8 @@ def check_data(
         ValueError: media do not fit, the tokenizer does not know the text, files are missing (or, with ``--check_data
             decode``, cannot be decoded), or only vision modules would be trained on data without media.
     """
-    check_vision_is_fed(model_args, data["train_dataset"])
-    for dataset in filter(None, (data["train_dataset"], data["eval_dataset"])):
+    check_vision_is_fed(model_args, documents_of(data["train_dataset"]))
+    for dataset in map(documents_of, filter(None, (data["train_dataset"], data["eval_dataset"]))):
         decide_once(partial(check_room_for_media, dataset))
         decide_once(partial(check_text_is_known, dataset))
         if data_args.check_data == "files":
@@ -107,11 +108,20 @@ def check_decoding(dataset: SupervisedDataset, training_args: TrainingArguments)
         )
 
 
-def data_tables(datasets: Sequence[SupervisedDataset | None]) -> str:
+def documents_of(dataset: SupervisedDataset | ChunkedDataset) -> SupervisedDataset:
+    """The samples as the data files have them."""
+    return dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+
+
+def data_tables(datasets: Sequence[SupervisedDataset | ChunkedDataset | None]) -> str:
     """What the samples of each data file have, what is cut of them, and what nothing reads in them."""
     lines = []
-    for dataset in filter(None, datasets):
-        lines += [media_table(dataset), *filter(None, [cut_table(dataset)])]
+    for given in datasets:
+        if given is None:
+            continue
+        dataset = documents_of(given)
+        told = given.describe() if isinstance(given, ChunkedDataset) else cut_table(dataset)
+        lines += [media_table(dataset), *filter(None, [told])]
         if isinstance(dataset.records, Mixture):
             lines += [f"note: {note}" for note in describe_notes(dataset.records)]
     return "\n".join(lines)
