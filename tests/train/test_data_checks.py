@@ -129,7 +129,8 @@ def test_the_first_steps_are_logged_one_by_one_then_as_asked(build):
     silent = build({"a.json": TEXTS}, main, vision_tower=None, output_dir=str(trainer.args.output_dir) + "2",
                    logging_strategy="no")  # fmt: skip
     assert [entry for entry in silent.state.log_history if "loss" in entry] == []
-    assert build({"a.json": TEXTS}, vision_tower=None).args.logging_steps == 10
+    other = build({"a.json": TEXTS}, vision_tower=None, output_dir=str(trainer.args.output_dir) + "3")
+    assert other.args.logging_steps == 10
 
 
 def test_text_that_is_cut_is_told_before_training_and_in_the_log(build, tmp_path, capsys):
@@ -151,7 +152,7 @@ class TestTokenizers:
         shutil.copy(gpt2_dir / "config.json", tmp_path)
         assert random_weights(["--model_path", str(tmp_path), "--output_dir", str(tmp_path / "new")]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: no tokenizer can be read from ")
+        assert error.startswith("error: --model_path: no tokenizer can be read from ")
         assert error.endswith("or name a folder that has one with --tokenizer\n")
         assert not (tmp_path / "new").exists()
 
