@@ -21,6 +21,7 @@ from llava.model import VARIANTS, split_type
 from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport
 from llava.parser import CommandParser
+from llava.train import stop_signals
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
@@ -165,4 +166,5 @@ def run(words: Sequence[str], loading: dict[str, Any], throughput_log_steps: int
 
 
 if __name__ == "__main__":
+    stop_signals.listen()
     sys.exit(cli(partial(main, sys.argv[1:])))

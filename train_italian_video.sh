@@ -15,7 +15,8 @@
 #   mkdir -p logs && EXP_ID=1 sbatch train_italian_video.sh
 #   EXP_ID=2 DATA_PATH=captions.json VIDEO_FOLDER=clips ./train_italian_video.sh --num_train_epochs 10
 #
-# It goes on from the last complete checkpoint in OUTPUT_DIR, if there is one. On SIGUSR1, which Slurm sends two
+# It goes on from the last complete checkpoint in OUTPUT_DIR, if there is one and it is of this very run: another
+# learning rate, model or data file needs another OUTPUT_DIR (docs/running.md). On SIGUSR1, which Slurm sends two
 # minutes before the time is up, it saves a checkpoint and requeues its job (docs/running.md).
 #
 # Arguments go on to the trainer and override the recipe. Settings come from the environment:
@@ -27,6 +28,8 @@
 #   VIDEO_FOLDER  what the data file's video paths start from (default: the data file's folder;
 #                 for the default data file, data/webvid/videos)
 #   OUTPUT_DIR    where checkpoints go (default output/italian_t_it or output/italian_vi_it)
+#   OVERWRITE     1 starts anew in an OUTPUT_DIR that holds a run, which is removed (default 0); a job that was
+#                 requeued goes on with what it has begun
 #   NUM_GPUS      how many GPUs to use (default: all that are visible; 0 trains on the CPU)
 #   PYTHON        python to run (default: the active environment's, else .venv's, else python3)
 #   EXTRA_ARGS    more arguments for the trainer, split at blanks
@@ -107,6 +110,10 @@ if hardware=$(probe 2>/dev/null); then
 else
     problem "PYTHON=$PYTHON: cannot import torch and transformers; install with 'make install', or set PYTHON to a Python that has them"
 fi
+OVERWRITE=${OVERWRITE:-0}
+if [[ ! $OVERWRITE =~ ^[01]$ ]]; then
+    problem "OVERWRITE is '$OVERWRITE', expected 1 (start anew) or 0 (go on)"
+fi
 NUM_GPUS=${NUM_GPUS:-$gpus_found}
 if [[ ! $NUM_GPUS =~ ^[0-9]+$ ]]; then
     problem "NUM_GPUS is '$NUM_GPUS', expected a number"
@@ -173,8 +180,12 @@ trainer=(
     --model_name_or_path "$MODEL_PATH"
     --data_path "$DATA_PATH"
     --output_dir "$OUTPUT_DIR"
-    --resume_from_checkpoint auto
 )
+if [[ $OVERWRITE == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+    trainer+=(--overwrite_output_dir true)
+else
+    trainer+=(--resume_from_checkpoint auto)
+fi
 if ((EXP_ID == 2)); then
     trainer+=(--vision_tower "$VISION_MODEL")
     if [[ -n $VIDEO_FOLDER ]]; then
@@ -219,7 +230,7 @@ echo
 # --- the run ----------------------------------------------------------------------------------------
 
 readonly PREEMPTED=85   # the trainer's status when it was asked to stop, and has saved a checkpoint
-readonly NOT_YET=138    # and when that was so early that it did not listen yet
+readonly NOT_YET=138    # and when that was so early that it did not listen yet, in the first moments of its start
 requeue=0
 interrupted=0
 # shellcheck disable=SC2329 # The traps below invoke it.
@@ -244,6 +255,10 @@ while ((interrupted)); do # It was the signal that ended the wait.
     wait "$trainer_pid" || status=$?
 done
 
+# A model with this beside it is finished: a signal in those moments is no reason to start again.
+if ((status == NOT_YET)) && [[ -f $OUTPUT_DIR/run_identity.json ]]; then
+    requeue=0
+fi
 if ((requeue && (status == PREEMPTED || status == NOT_YET))) && [[ -n ${SLURM_JOB_ID:-} ]]; then
     if command -v scontrol >/dev/null; then
         echo "note: requeueing job $SLURM_JOB_ID, which goes on from its last checkpoint" >&2

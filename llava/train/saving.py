@@ -34,6 +34,7 @@ from llava.train.checkpoint import (
     store_best,
 )
 from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
+from llava.train.run_lock import LOCK
 from llava.train.write_failures import WriteFailure, explain_failures, free_bytes, is_write_error
 
 logger = logging.getLogger(__name__)
@@ -362,7 +363,9 @@ class CheckpointTrainer(Trainer):
         last = next(reversed(list_checkpoints(self.args.output_dir)), None)
         needed = measure(last) if last is not None else self._estimate_size()
         kept = f"{last} is unharmed" if last is not None else "there is no earlier checkpoint"
-        return explain_failures(folder, failures, needed, kept)
+        lock = Path(self.args.output_dir, LOCK)
+        blocks = getattr(lock.stat(), "st_blocks", 0) if lock.is_file() else 0
+        return explain_failures(folder, failures, needed, kept, about_to_go=blocks * 512)
 
     def _estimate_size(self, with_optimizer: bool = True) -> int:
         """Bytes of a checkpoint: the parameters that it holds and, with AdamW, two moments of each trained one."""

@@ -59,7 +59,7 @@ def is_write_error(error: BaseException) -> bool:
     return type(error) is Exception and "(os error" in text  # tokenizers
 
 
-def explain_failures(folder: Path, failures: list[str], needed: int, kept: str) -> str:
+def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, about_to_go: int = 0) -> str:
     """The one error that a save which failed ends the run with.
 
     Args:
@@ -67,9 +67,10 @@ def explain_failures(folder: Path, failures: list[str], needed: int, kept: str) 
         failures: of the ranks.
         needed: bytes that it takes.
         kept: what there still is to go on from.
+        about_to_go: bytes on that disk that the run gives back when it ends.
     """
     numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
-    free = free_bytes(folder)
+    free = free_bytes(folder) + about_to_go
     said = f"{folder} could not be written: {'; '.join(failures)}"
     # Who does not say what went wrong (torch.save) has in most cases found no room.
     if numbers & _FULL or not numbers:

@@ -22,7 +22,7 @@ from llava.train.command_line import RECIPES, parse_arguments
 
 SETTINGS = (
     "EXP_ID", "MODEL_PATH", "VISION_MODEL", "DATA_PATH", "VIDEO_FOLDER", "OUTPUT_DIR", "NUM_GPUS", "EXTRA_ARGS",
-    "SLURM_SUBMIT_DIR", "VIRTUAL_ENV", "PYTHONPATH",
+    "OVERWRITE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_DIR", "VIRTUAL_ENV", "PYTHONPATH",
 )  # fmt: skip
 
 
@@ -97,6 +97,7 @@ def test_no_gpu_and_no_data_points_to_the_demo(script: Path, tmp_path: Path) -> 
         ("EXP_ID", "3", "expected 1 (text alone) or 2 (videos and text)"),
         ("NUM_GPUS", "two", "NUM_GPUS is 'two', expected a number"),
         ("NUM_GPUS", "2", "NUM_GPUS is 2, but 0 can be seen"),
+        ("OVERWRITE", "yes", "OVERWRITE is 'yes', expected 1 (start anew) or 0 (go on)"),
         ("PYTHON", "/nowhere/python", "PYTHON=/nowhere/python: cannot import torch"),
         ("VISION_MODEL", "/nowhere/tower", "VISION_MODEL=/nowhere/tower: no such folder"),
     ],
@@ -130,6 +131,13 @@ def test_output_over_the_model_is_refused(script: Path, places: dict[str, Path])
         ("4 bf16 1", {"NUM_GPUS": 0}, ["--use_cpu true", "NUM_GPUS is 0"], ["--bf16"]),
         ("0 fp32 1", {}, ["--config italian_video.yaml", "no GPU found"], ["--bf16", "--fp16"]),
         ("1 bf16 1", {"VISION_MODEL": "facebook/dinov2-large"}, ["it will be downloaded"], ["error"]),
+        ("1 bf16 1", {"OVERWRITE": 1}, ["--overwrite_output_dir true"], ["--resume_from_checkpoint"]),
+        (
+            "1 bf16 1",
+            {"OVERWRITE": 1, "SLURM_RESTART_COUNT": 2},
+            ["--resume_from_checkpoint auto"],
+            ["--overwrite_output"],
+        ),
         ("1 bf16 1", {"EXTRA_ARGS": "--max_steps 2\n--seed 7"}, ["--max_steps 2 --seed 7 --run_name a b"], []),
     ],
 )
@@ -157,13 +165,16 @@ def test_the_trainers_exit_status_is_handed_on(script: Path, places: dict[str, P
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "slurm", "requeued"),
+    ("sent", "status", "slurm", "finished", "requeued"),
     [
-        (signal.SIGUSR1, 85, True, True),
-        (signal.SIGUSR1, 85, False, False),
-        (signal.SIGUSR1, 2, True, False),
-        (signal.SIGUSR1, 138, True, True),
-        (signal.SIGTERM, 85, True, False),
+        (signal.SIGUSR1, 85, True, False, True),
+        (signal.SIGUSR1, 85, True, True, True),  # A longer run goes on in a folder that a shorter one has finished.
+        (signal.SIGUSR1, 85, False, False, False),
+        (signal.SIGUSR1, 0, True, True, False),
+        (signal.SIGUSR1, 2, True, False, False),
+        (signal.SIGUSR1, 138, True, False, True),
+        (signal.SIGUSR1, 138, True, True, False),
+        (signal.SIGTERM, 85, True, False, False),
     ],
 )
 def test_a_signal_reaches_the_trainer_and_requeues_the_job(
@@ -173,8 +184,12 @@ def test_a_signal_reaches_the_trainer_and_requeues_the_job(
     sent: signal.Signals,
     status: int,
     slurm: bool,
+    finished: bool,
     requeued: bool,
 ) -> None:
+    if finished:
+        places["OUTPUT_DIR"].mkdir()
+        (places["OUTPUT_DIR"] / "run_identity.json").touch()
     python, scontrol = tmp_path / "python", tmp_path / "scontrol"
     python.write_text(f"""#!/bin/bash
 if [[ $1 == - ]]; then echo "1 bf16 1"; exit; fi
@@ -241,6 +256,33 @@ def test_recipes_differ_in_vision_only() -> None:
     vision = {"vision_tower", "image_aspect_ratio", "num_frames"}
     rest = {key: value for key, value in video.items() if not key.startswith("mm_") and key not in vision}
     assert rest == {key: value for key, value in text.items() if not key.startswith("mm_")}
+
+
+def test_a_sweep_in_one_folder_returns_no_other_runs_model(
+    script: Path, gpt2_dir: Path, tmp_path: Path, backbone_dirs
+) -> None:
+    """The first run, the same again, a second learning rate, another base model, and a new start in its place."""
+    data, output = tmp_path / "data.json", tmp_path / "out"
+    data.write_text(json.dumps([{"id": "a", "conversations": [{"from": "gpt", "value": "Il gatto dorme."}]}]))
+    settings = {"EXP_ID": 1, "MODEL_PATH": gpt2_dir, "DATA_PATH": data, "OUTPUT_DIR": output}
+    flags = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0"]
+
+    assert run(script, *flags, **settings).returncode == 0
+    model = (output / "model.safetensors").read_bytes()
+    again = run(script, *flags, **settings)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"the run in {output} is finished: all of its 2 steps were trained before" in again.stdout
+    swept = run(script, *flags, "--learning_rate", "1e-4", **settings)
+    assert swept.returncode == 2
+    assert "--learning_rate was 0.0005, is 0.0001" in swept.stderr
+    other = run(script, *flags, **settings | {"MODEL_PATH": backbone_dirs["llava_llama"]})
+    assert other.returncode == 2
+    assert f"--model_name_or_path was {gpt2_dir} (hash" in other.stderr
+    assert (output / "model.safetensors").read_bytes() == model
+    anew = run(script, *flags, "--learning_rate", "1e-2", OVERWRITE=1, **settings)
+    assert anew.returncode == 0, anew.stderr[-2000:]
+    assert (output / "model.safetensors").read_bytes() != model
+    assert "Traceback" not in swept.stderr + other.stderr
 
 
 @pytest.mark.parametrize("phase", ["t_it", "vi_it"])
