@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_report(data: Path, tmp_path: Path, capsys, workers: int) -> None:
     assert reasons["none.mp4"] == "no such file"
     assert summary == {
         "samples": 7, "media": {"image": 2, "video": 4}, "workers": workers,
-        "bad": dict.fromkeys(reasons.values(), 1),
+        "bad": {re.sub(r"\d+", "N", reason): 1 for reason in reasons.values()},
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert printed.startswith("7 samples (2 images, 4 videos) in ")

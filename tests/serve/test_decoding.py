@@ -137,7 +137,7 @@ def test_a_temperature_without_sampling_is_without_effect(tmp_path: Path) -> Non
         (["--max_new_tokens", "0"], "--max_new_tokens is 0; it must be at least 1"),
         (["--repetition_penalty", "0"], "--repetition_penalty is 0.0; it must be above 0"),
         (["--temperature", "1", "--top_p", "1.5"], "--top_p is 1.5; it must be above 0, at most 1"),
-        (["--temperature", "nan"], "--temperature is nan; it must be at least 0"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--top_k", "5"], "--top_k is for sampling; give --temperature above 0 with it"),
     ],
 )
