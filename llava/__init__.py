@@ -4,4 +4,8 @@ Importing the package loads nothing heavy; torch and transformers come in with t
 needs them, for example ``llava.model`` or ``llava.train.train``.
 """
 
+from llava.compat import hush_imports
+
 __version__ = "0.1.0"
+
+hush_imports()

@@ -6,6 +6,7 @@ release is tried with ``make test-newest`` (see ``constraints-newest.txt``); wha
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import fields
 from functools import cache as memoize
@@ -121,3 +122,21 @@ def _lead_to_module(mapping: Any, model_type: str, config: str, module: ModuleTy
 
     mapping._reverse_config_mapping[config] = model_type
     mapping._modules[model_type_to_module_name(model_type)] = module
+
+
+_UNASKED = {
+    # bitsandbytes looks for a kernel of its own on the hub, transformers imports it through peft.
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit",),
+    "DeepSpeed": ("Setting accelerator to", "Setting ds_accelerator to"),
+}
+"""What packages log when transformers imports them, whether or not they are to be used: their loggers' names."""
+
+
+def hush_imports() -> None:
+    """Drop the lines of ``_UNASKED``; all else that these packages log is heard."""
+
+    def is_asked_for(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(_UNASKED[record.name])
+
+    for name in _UNASKED:
+        logging.getLogger(name).addFilter(is_asked_for)

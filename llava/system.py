@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import IO, Any
 
 _FAR = 1 << 40
@@ -67,3 +68,15 @@ def _lock_on_windows(file: IO[Any], wait: bool) -> bool:
                 return True
     finally:
         os.lseek(file.fileno(), place, os.SEEK_SET)
+
+
+def apply_umask(folder: str | os.PathLike[str]) -> None:
+    """Give the weights in a folder, and in those within, the permissions that other new files get.
+
+    safetensors writes them for their owner alone.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in Path(folder).rglob("*.safetensors"):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)

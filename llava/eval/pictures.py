@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava.config import VisionConfig
 from llava.data.files import MediaError
 from llava.data.media import load_image, sample_video
 from llava.eval.draw import draw_case
@@ -20,11 +21,18 @@ from llava.eval.tasks import Task
 logger = logging.getLogger(__name__)
 
 _FRAMES_SHOWN = 8
+"""Of a video, where it is not known which frames the model saw."""
+_MOST_FRAMES = 16
 _SCORES_SHOWN = 4
 
 
 def write_pictures(
-    folder: Path, samples: Sequence[EvalSample], rows: Sequence[Row], task: Task, num_cases: int
+    folder: Path,
+    samples: Sequence[EvalSample],
+    rows: Sequence[Row],
+    task: Task,
+    num_cases: int,
+    vision: VisionConfig | None = None,
 ) -> list[Path]:
     """Write a PNG of each case, with the reference's and the answer's boxes, in place of those that are there.
 
@@ -32,12 +40,13 @@ def write_pictures(
         folder: made if there is something to draw.
         samples, rows: in one order; the rows have ``scores``.
         num_cases: of the best answers, and of the worst.
+        vision: of the model, which says what frames of a video it saw.
     """
     shutil.rmtree(folder, ignore_errors=True)
     written = []
     for name, index in choose_cases(rows, task, num_cases):
         try:
-            picture = _draw(samples[index], rows[index], task)
+            picture = _draw(samples[index], rows[index], task, vision)
         except MediaError as error:
             logger.warning("no picture of %s: %s", samples[index], error)
             continue
@@ -68,7 +77,7 @@ def _file_name(identity: str) -> str:
     return re.sub(r"[^\w.-]+", "_", identity)[:60]
 
 
-def _draw(sample: EvalSample, row: Row, task: Task) -> Image.Image:
+def _draw(sample: EvalSample, row: Row, task: Task, vision: VisionConfig | None) -> Image.Image:
     prediction = Prediction.from_json(row)
     scores = {task.main_score: row["scores"][task.main_score], **row["scores"]}
     texts = {
@@ -78,17 +87,34 @@ def _draw(sample: EvalSample, row: Row, task: Task) -> Image.Image:
         "reference": " | ".join(sample.reference.captions) if task.has_captions else "",
         "score": ", ".join(f"{name} {score:.3f}" for name, score in list(scores.items())[:_SCORES_SHOWN]),
     }
+    frames, times = _frames(sample, vision)
     return draw_case(
-        _frames(sample),
+        frames,
         task.reference_places(sample.reference),
         task.answered_places(prediction, sample.reference),
         {label: text for label, text in texts.items() if text},
+        times,
     )
 
 
-def _frames(sample: EvalSample) -> list[Image.Image]:
-    """The image, or frames of the video that are evenly spread over what is shown of it."""
+def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image.Image], list[float] | None]:
+    """The image, or the frames of the video that the model saw, at most 16 of them, with their places in its time."""
     medium = sample.media[-1]  # Of several it is the last that places speak of.
     if medium.kind == "image":
-        return [Image.fromarray(load_image(medium.path).numpy())]
-    return [Image.fromarray(f) for f in sample_video(medium.path, _FRAMES_SHOWN, split=sample.split).frames.numpy()]
+        return [Image.fromarray(load_image(medium.path).numpy())], None
+    if vision is None:
+        video = sample_video(medium.path, _FRAMES_SHOWN, split=sample.split)
+    else:
+        video = sample_video(
+            medium.path,
+            vision.num_frames,
+            fps=vision.video_fps,
+            max_frames=vision.frames_upbound,
+            split=sample.split,
+        )
+    chosen = list(range(len(video.frames)))
+    if len(chosen) > _MOST_FRAMES:
+        chosen = [round(i * (len(video.frames) - 1) / (_MOST_FRAMES - 1)) for i in range(_MOST_FRAMES)]
+    first, last = video.times[0], video.times[-1]
+    times = [(video.times[i] - first) / (last - first) if last > first else 0.0 for i in chosen]
+    return [Image.fromarray(video.frames[i].numpy()) for i in chosen], times

@@ -21,7 +21,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from llava.data.bad_samples import ERROR, ON_BAD_SAMPLE
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
@@ -33,6 +34,9 @@ from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
 from llava.system import num_cores
 from llava.types import BadSample
+
+if TYPE_CHECKING:
+    from llava.config import VisionConfig
 
 _NUM_RESAMPLES = 1000
 _MAX_NEW_TOKENS = 128
@@ -124,7 +128,8 @@ def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
     content = write_report(
         store.folder / SCORES, settings, scored.report, rows, seed=args.seed, num_resamples=_NUM_RESAMPLES, level=0.95
     )
-    write_pictures(store.folder / PICTURES, samples, rows, task, args.num_pictures)
+    vision = read_vision(args.model_path)
+    write_pictures(store.folder / PICTURES, samples, rows, task, args.num_pictures, vision)
     return content
 
 
@@ -167,6 +172,16 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
         "decoding": decoding | ({"seed": args.seed} if decoding["do_sample"] else {}),
         "samples": _digest(asked),
     }
+
+
+def read_vision(model_path: str) -> VisionConfig | None:
+    """The visual settings that a checkpoint's ``config.json`` tells; None where it has none."""
+    from llava.config import VisionConfig
+
+    config = Path(model_path, "config.json")
+    if not config.is_file():
+        return None
+    return VisionConfig.from_model_config(SimpleNamespace(**json.loads(config.read_bytes())))
 
 
 def _digest(value: Any) -> str:

@@ -69,6 +69,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     from llava.model.locations import locate_model
     from llava.model.quiet import quiet_transformers
     from llava.model.vocabulary import check_vocabulary
+    from llava.system import apply_umask
 
     model_path = locate_model(model_path, "--model_path")
     if not Path(model_path, "config.json").is_file():
@@ -105,6 +106,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no decoder-only model") from error
     with quiet_transformers():
         model.save_pretrained(output_dir)
+    apply_umask(output_dir)
     tokenizer.save_pretrained(output_dir)
     generation = Path(model_path, "generation_config.json")
     if generation.is_file() and tokenizer_path is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava.config import VisionConfig
 from llava.model.lora import has_adapters, save_adapters
+from llava.system import apply_umask
 
 
 class TowerWeights:
@@ -66,6 +67,8 @@ class TowerWeights:
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[misc]
         elif is_main_process:
             save_adapters(self, os.fspath(save_directory), state_dict)
+        if is_main_process:
+            apply_umask(save_directory)
 
     def set_vision(self, vision: VisionConfig) -> None:
         """Record changed visual settings in the model and in its configuration."""

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava.system import apply_umask
+
 MODEL_FOLDER = "model"
 BAD_STEP_RUN = "run.json"
 _RANDOM = "random."
@@ -108,6 +110,7 @@ def write_batch(folder: Path, batch: RankBatch) -> None:
         tensors |= {f"{i}.{name}": tensor for name, tensor in own_tensors.items()}
         plain.append(own_plain)
     save_file({name: _own_copy(tensor) for name, tensor in tensors.items()}, _tensors(folder, batch.rank))
+    apply_umask(folder)
     description = {
         "step": batch.step,
         "rank": batch.rank,

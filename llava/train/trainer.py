@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
+from llava.messages import list_names
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
@@ -20,6 +22,8 @@ from llava.train.numerics import NumberGuard, build_guard
 from llava.train.parts import parameter_groups
 from llava.train.preemption import PreemptibleTrainer
 from llava.train.zero3 import gather_added_together
+
+logger = logging.getLogger(__name__)
 
 
 class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
@@ -90,6 +94,15 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         if name in output.metrics:
             output.metrics[name] = tally.mean_loss()
         return output
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Name what a checkpoint lacks, or has too much; not the tower that lies elsewhere, nor a tied head."""
+        model: Any = self.model
+        meant = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+        missing = sorted(set(load_result.missing_keys) - meant)
+        for what, names in (("lacks", missing), ("has too much", sorted(load_result.unexpected_keys))):
+            if names:
+                logger.warning("the checkpoint %s %d weights: %s", what, len(names), list_names(names))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""

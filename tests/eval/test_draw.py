@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import write_video
 from PIL import Image
 
 from llava.coordinates import Box, TimeSpan
+from llava.data.media import sample_video
 from llava.eval.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
 from llava.eval.metrics import Tube
+from llava.eval.pictures import _frames
+from llava.eval.samples import EvalSample, Reference
+from llava.types import Media
 
 GREY = (90, 90, 90)
 MARGIN, WIDTH, SIDE = 20, 920, 640
@@ -169,3 +176,18 @@ def test_cases_without_frames_or_times_are_refused() -> None:
         draw_case([])
     with pytest.raises(ValueError, match="2 frames, but 1 times"):
         draw_case([grey()] * 2, times=[0.0])
+
+
+@pytest.mark.parametrize(("num_frames", "shown"), [(3, 3), (20, 16)])
+def test_pictures_show_the_frames_that_the_model_saw(tiny_vision, tmp_path, num_frames: int, shown: int) -> None:
+    clip = write_video(tmp_path / "a.mp4", num_frames=40)
+    vision = replace(tiny_vision, num_frames=num_frames)
+    seen = sample_video(str(clip), num_frames)
+    sample = EvalSample("a", "a.json", (Media("video", str(clip)),), Reference())
+    frames, times = _frames(sample, vision)
+    assert len(frames) == len(times) == shown
+    chosen = [round(i * (num_frames - 1) / (shown - 1)) for i in range(shown)]
+    assert all((np.asarray(frame) == seen.frames[i].numpy()).all() for frame, i in zip(frames, chosen, strict=True))
+    assert (times[0], times[-1]) == (0.0, 1.0)
+    assert times == sorted(times)
+    assert len(_frames(sample, None)[0]) == 8

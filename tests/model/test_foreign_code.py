@@ -15,6 +15,7 @@ from llava.model.adapter import load_adapter
 from llava.model.checkpoint import load_tokenizer
 from llava.model.loading import load_model
 from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.random_weights import create
 
 
 class Payload:
@@ -77,3 +78,53 @@ def test_weights_that_hold_more_than_tensors_are_not_unpickled(gpt2_dir: Path, l
     assert not ran.exists()
     torch.load(tmp_path / "mm_projector.bin", weights_only=False)
     assert ran.exists(), "the payload is harmless, and this test with it"
+
+
+REMOTE = "nobody/kernels"
+
+
+def edit_config(folder: Path, change) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture
+def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a kernel of the hub fails the test, as if the package that fetches them were installed."""
+    for name in ("lazy_import_flash_attention", "is_kernels_available"):
+        monkeypatch.setattr(f"transformers.modeling_utils.{name}", lambda *args, **kwargs: pytest.fail("kernels"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(attn_implementation=REMOTE),
+        lambda config: config.update(_attn_implementation=f"{REMOTE}@main:forward"),
+        lambda config: config.update(attn_implementation={"": REMOTE}),
+        lambda config: config.update(_attn_implementation_internal=REMOTE, attn_implementation="flash_attention_2"),
+        lambda config: config["mm_vision_config"].update(attn_implementation=REMOTE),
+        lambda config: config["mm_vision_config"].update(_attn_implementation=f"paged|{REMOTE}"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_is_fetched")
+def test_kernels_that_a_config_names_are_not_fetched(change, load_tiny, tmp_path: Path, caplog) -> None:
+    loaded = load_tiny()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    edit_config(tmp_path, change)
+    again = load_model(str(tmp_path)).model
+    for config in (again.config, again.get_vision_tower().vision_tower.config):
+        assert config._attn_implementation in ("sdpa", "eager")
+    assert "is not used: ask for it with --attn_implementation" in caplog.text
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+def test_kernels_of_towers_and_backbones_are_not_fetched(gpt2_dir, tower_dir, tmp_path: Path) -> None:
+    tower, backbone = (Path(shutil.copytree(source, tmp_path / source.name)) for source in (tower_dir, gpt2_dir))
+    for folder in (tower, backbone):
+        edit_config(folder, lambda config: config.update(_attn_implementation=REMOTE))
+    model = load_model(str(gpt2_dir), vision_tower=str(tower), weights_from=str(backbone)).model
+    assert model.get_vision_tower().vision_tower.config._attn_implementation in ("sdpa", "eager")
+    create(str(backbone), str(tmp_path / "random"), 0)
