@@ -5,7 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-grounding test lint types docs clean
+# A smaller job on the newest transformers: the parts that a new release has broken before.
+NEWEST := .venv-newest
+NEWEST_INSTALLED := $(NEWEST)/.installed
+NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_auto_classes.py \
+	tests/model/test_alternating.py tests/model/test_backbones.py tests/model/test_generation.py \
+	tests/model/test_loading.py tests/train/test_training.py tests/train/test_checkpoint.py
+
+.PHONY: help install demo demo-grounding test test-newest lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +36,19 @@ demo-grounding: $(INSTALLED) ## train a tiny model that says where in a picture 
 test: $(INSTALLED) lint types ## lint, type checks and tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Made anew when a pin changes: constraints.txt with the lines of constraints-newest.txt in place of its own.
+$(NEWEST_INSTALLED): pyproject.toml constraints.txt constraints-newest.txt
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -v -E "^($$(sed -n 's/==.*//p' constraints-newest.txt | paste -sd '|' -))==" constraints.txt > $(NEWEST)/constraints.txt
+	cat constraints-newest.txt >> $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(NEWEST)/constraints.txt torch
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(NEWEST)/constraints.txt \
+		--editable '.[lora]' pytest pytest-xdist
+	touch $@
+
+test-newest: $(NEWEST_INSTALLED) ## some of the tests on the newest transformers (constraints-newest.txt)
+	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS)
+
 lint: $(INSTALLED) ## ruff and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +61,4 @@ docs: $(INSTALLED) ## write docs/models.md from the registries
 	$(BIN)/python -m llava.inspect.models > docs/models.md
 
 clean: ## remove .venv and what demo and tests left
-	rm -rf $(VENV) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache
