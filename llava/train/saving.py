@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -433,8 +434,10 @@ class CheckpointTrainer(Trainer):
             )
         if not saves:
             return
-        planned = steps // max(1, int(args.save_steps)) + 1 if args.save_strategy == "steps" else 2
-        kept = min(planned, args.save_total_limit or planned) + 1  # The newest is written before the oldest goes.
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+        planned = math.ceil(steps / every) if args.save_strategy == "steps" else 1
+        limit = args.save_total_limit or planned
+        kept = planned if planned <= limit else limit + 1  # The newest is written before the oldest goes.
         more = max(0, kept - len(list_checkpoints(folder)))
         if free < model + more * checkpoint:
             logger.warning(

@@ -93,9 +93,9 @@ def test_too_little_room_is_said_before_the_first_step(argv, tmp_path: Path, ste
 
 
 def test_too_little_room_for_all_checkpoints_is_a_warning(argv, steps, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(saving, "free_bytes", lambda folder: 2_000_000)
-    main([*argv, "--max_steps", "2", "--save_steps", "1"])
-    assert "3 more checkpoints and the model take about" in caplog.text
+    monkeypatch.setattr(saving, "free_bytes", lambda folder: 1_000_000)
+    main([*argv, "--max_steps", "2", "--save_steps", "0.5"])
+    assert "2 more checkpoints and the model take about" in caplog.text
     assert steps == [0, 1]
 
 
