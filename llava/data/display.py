@@ -32,6 +32,7 @@ class Display:
             if not 1 / _MOST_STRETCH <= pixel_ratio <= _MOST_STRETCH:
                 raise ValueError(f"its pixels are said to be {float(pixel_ratio):g} times as wide as high")
             self._width = max(round(first.width * float(pixel_ratio)), 1)
+        self._is_start = True
         self._first_turn = self._turn = read_turn(first) or _AS_STORED
         self.size = (self._width, first.height)
         if self._turn[0] == 0:
@@ -48,12 +49,16 @@ class Display:
         a, b, c, d = self._first_turn
         return a * d - b * c == 1 and self._width == self._stored[0]
 
-    def begin(self) -> None:
-        """Say that frames follow from another place of the file."""
-        self._turn = self._first_turn
+    def begin(self, place: int) -> None:
+        """Say that frames follow from a place of the clip on, where decoding begins."""
+        self._turn, self._is_start = self._first_turn, place == 0
 
     def follow(self, frame: Any, index: int) -> None:
-        """Look at a frame, in the order in which they are decoded; a ValueError if it is of another size."""
+        """Look at a frame, in the order in which they are decoded; a ValueError if it is damaged or of another size."""
+        if frame.is_corrupt and not self._is_start:
+            raise ValueError(f"frame {index} is damaged: the file was cut off there, or not copied as it was")
+        # A recording that begins in the middle begins with pictures that lack what came before.
+        self._is_start = self._is_start and frame.is_corrupt
         size = (frame.width, frame.height)
         if size != self._stored:
             raise ValueError(

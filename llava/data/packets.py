@@ -8,7 +8,7 @@ packets themselves say it reliably, in their first bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.data.nal_units import H264Reader, HevcReader, PacketFacts
 
@@ -46,8 +46,17 @@ def packet_reader(codec: str, extradata: bytes) -> PacketReader | None:
     )
 
 
-def check_filled(data: bytes, codec: str) -> None:
-    """A ValueError for a packet of nothing but zeros, as a download that was not finished leaves them."""
+def check_packet(packet: Any, codec: str, container: str) -> None:
+    """A ValueError for a packet that is cut, or of nothing but zeros, as a download that was not finished leaves them.
+
+    Args:
+        packet: one of PyAV's, not empty.
+        codec: FFmpeg's name of the codec.
+        container: libav's name of the container; in a transport stream packets are lost on the air.
+    """
+    if packet.is_corrupt and container != "mpegts":
+        raise ValueError("it is cut off or damaged: one of its packets is incomplete")
+    data = bytes(packet)
     if len(data) > 8 and not any(data[:8]) and codec not in _RAW_CODECS and not data.strip(b"\0"):
         raise ValueError("part of it holds only zeros, so it was not copied or downloaded to its end")
 

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from llava.data.containers import open_container
 from llava.data.display import Display
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
-from llava.data.packets import check_filled
+from llava.data.packets import check_packet
 from llava.data.video_index import VideoIndex, decode_start, index_packets
 from llava.data.video_times import frame_rate, last_frame_seconds, seconds_of
 
 logger = logging.getLogger(__name__)
 
+# Cut at the right place they look whole; only their last pictures show it.
+_WITHOUT_LENGTH = ("mpegts", "mpeg", "mpegvideo", "nut", "mxf")
 _MOV, _MATROSKA = "mov", "matroska"
 # By name decord guesses as libav does: others may stand for several files.
 _DECORD_NAMES = (".mp4", ".m4v", ".mov", ".mkv")
@@ -62,6 +64,8 @@ class Video:
         rate = stream.average_rate or stream.guessed_rate
         self._declared_rate = float(rate) if rate else 0.0
         self.times = self._seconds()
+        if container.format.name == "mxf" and len(self.times) + 2 < (stream.duration or 0):
+            raise ValueError(f"it is cut off: it speaks of {stream.duration} frames and has {len(self.times)}")
         self.fps = frame_rate(self.times, self._declared_rate)
 
     @property
@@ -167,9 +171,9 @@ class Video:
         group, place = -1, -1
         for i in indices:
             if (key := index.key_before(index.times[i])) > group:
-                self._display.begin()
                 decoded, group = self._decode_from(index, key), key
                 place = bisect_left(index.times, index.keys[key]) - 1
+                self._display.begin(place + 1)
             while place < i:
                 frame, place = next(decoded, None), place + 1
                 # All frames on the way are looked at: one that was left out or out of turn would shift the others.
@@ -177,6 +181,16 @@ class Video:
                     raise _SeekError(f"frame {place} does not turn up")
                 self._display.follow(frame, place)
             yield self._display.show(frame)
+        if self._container.format.name in _WITHOUT_LENGTH and indices and index.times[indices[-1]] >= index.keys[-1]:
+            self._check_last_group(index)
+
+    def _check_last_group(self, index: VideoIndex) -> None:
+        """A ValueError if the last pictures of the file are damaged, which were decoded before the last one shown."""
+        key = max(len(index.keys) - 2, 0)
+        place = bisect_left(index.times, index.keys[key])
+        self._display.begin(place)
+        for i, frame in enumerate(self._decode_from(index, key), start=place):
+            self._display.follow(frame, i)
 
     def _decode_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
         """The frames from a place on at which decoding may begin."""
@@ -222,10 +236,10 @@ class Video:
             self._prepare(stream)
             packets = container.demux(stream)
             count = 0
-            self._display.begin()
+            self._display.begin(0)
             for packet in packets:
                 if packet.size:
-                    check_filled(bytes(packet), codec)
+                    check_packet(packet, codec, container.format.name)
                 frames = packet.decode() if count else decode_start(packet)
                 for frame in frames:
                     self._display.follow(frame, count)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.nal_units import PacketFacts
-from llava.data.packets import check_filled, packet_reader
+from llava.data.packets import check_packet, packet_reader
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIM
         if first is None:
             first = next(iter(decode_start(packet)), None)
         if packet.size:
+            check_packet(packet, codec, container.format.name)
             data = bytes(packet)
-            check_filled(data, codec)
             facts = read(data) if read is not None and packets is not None else None
             if facts is None or packet.pts is None or packet.is_corrupt or _changes(packet):
                 packets = None

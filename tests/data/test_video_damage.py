@@ -1,0 +1,215 @@
+"""Clips that were cut off, end in zeros, or were never finished; and files that are no clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clips import encode
+from PIL import Image
+
+from llava.data.check import main as check
+from llava.data.media import MediaError, sample_video
+
+X264, FAST = {"g": "12"}, {"deadline": "realtime", "cpu-used": "8", "g": "12"}
+# Name, codec, its options, those of the container.
+CONTAINERS: list[tuple[str, str, dict[str, str], dict[str, str]]] = [
+    ("mpeg4.avi", "mpeg4", X264, {}),
+    ("h264.avi", "libx264", X264, {}),
+    ("plain.mkv", "libx264", X264, {}),
+    ("live.mkv", "libx264", X264, {"live": "1"}),
+    ("live.webm", "libvpx", FAST, {"live": "1"}),
+    ("plain.mp4", "libx264", X264, {}),
+    ("faststart.mp4", "libx264", X264, {"movflags": "faststart"}),
+    ("fragmented.mp4", "libx264", X264, {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+    ("indexed.mp4", "libx264", X264, {"movflags": "dash+global_sidx+frag_keyframe+empty_moov"}),
+    ("h264.flv", "libx264", X264, {}),
+    ("wmv2.wmv", "wmv2", X264, {}),
+    ("vp8.ogv", "libvpx", FAST, {}),
+    ("h264.ts", "libx264", X264, {}),
+    ("mpeg1.mpg", "mpeg1video", X264, {}),
+    ("mpeg2.mpg", "mpeg2video", {"g": "12", "bf": "2"}, {}),
+    ("animation.gif", "gif", {}, {}),
+    ("vp9.ivf", "libvpx-vp9", FAST, {}),
+    ("h264.nut", "libx264", X264, {}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole clips, which the tests copy in part."""
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.mark.parametrize(("name", "codec", "options", "container"), CONTAINERS, ids=[case[0] for case in CONTAINERS])
+def test_a_clip_that_is_not_whole(
+    folder: Path, tmp_path: Path, name: str, codec: str, options: dict[str, str], container: dict[str, str]
+) -> None:
+    pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+    path = encode(folder / name, codec, options, range(80), pix_fmt=pix_fmt, container_options=container)
+    assert sample_video(str(path), 4).indices == (0, 26, 53, 79)
+    data = path.read_bytes()
+    for share in (0.3, 0.52, 0.7):
+        keep = int(share * len(data))
+        for kind, content in (("cut", data[:keep]), ("zeros", data[:keep] + bytes(len(data) - keep))):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(MediaError) as caught:
+                sample_video(str(tmp_path / name), 4)
+            assert str(tmp_path / name) in str(caught.value), (kind, share)
+            assert "\n" not in str(caught.value)
+
+
+def test_the_check_of_data_finds_half_an_avi(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = encode(tmp_path / "whole.avi", "mpeg4", X264, range(60))
+    data = whole.read_bytes()
+    (tmp_path / "half.avi").write_bytes(data[: len(data) // 2])
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "ciao"}]
+    records = [{"id": name, "video": f"{name}.avi", "conversations": turns} for name in ("whole", "half")]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    assert check([str(tmp_path / "data.json"), "--workers", "0"]) == 1
+    assert "half" in (printed := capsys.readouterr().out)
+    assert "1 bad" in printed
+    assert "it is cut off" in printed
+
+
+def test_pictures_at_the_end_that_only_decoding_shows(tmp_path: Path) -> None:
+    # The cut lies between two of the container's parts; the last picture in the file is not the last one shown.
+    path = encode(tmp_path / "a.mpg", "mpeg2video", {"g": "12", "bf": "2"}, range(120))
+    data = path.read_bytes()
+    (tmp_path / "b.mpg").write_bytes(data[: len(data) // 4096 * 2048])
+    with pytest.raises(MediaError, match="frame 59 is damaged"):
+        sample_video(str(tmp_path / "b.mpg"), 4)
+
+
+def test_whole_recordings_are_no_alarm(tmp_path: Path) -> None:
+    for name, codec, options in (
+        ("a.mkv", "libx264", X264),
+        ("a.ts", "libx264", X264),
+        ("a.m2ts", "libx264", X264),
+        ("a.flv", "libx264", X264),
+        ("a.avi", "mpeg4", X264),
+        ("a.wmv", "wmv2", X264),
+        ("a.ogv", "libvpx", FAST),
+    ):
+        # Through a pipe nothing can be written back into the header: no length, no duration.
+        written: list[bytes] = []
+
+        class Pipe:
+            def write(self, data: bytes) -> int:
+                written.append(bytes(data))  # noqa: B023
+                return len(data)
+
+        suffix = name.rpartition(".")[2]
+        muxer = {"mkv": "matroska", "ts": "mpegts", "m2ts": "mpegts", "wmv": "asf", "ogv": "ogg"}.get(suffix, suffix)
+        options_of = {"mpegts_m2ts_mode": "1"} if suffix == "m2ts" else {}
+        with av.open(Pipe(), "w", format=muxer, options=options_of) as container:
+            stream = container.add_stream(codec, rate=25, options=options)
+            stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+            for i in range(30):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((96, 160, 3), 4 * i, np.uint8))))
+            container.mux(stream.encode())
+        (tmp_path / name).write_bytes(b"".join(written))
+        assert sample_video(str(tmp_path / name), 2).indices == (0, 29), name
+
+
+def write_song(path: Path, codec: str, cover: bool) -> Path:
+    """A second of sound, with or without a cover picture."""
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(codec, rate=44100)
+        picture = None
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+        for i in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * i
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+        if picture is not None:
+            image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
+            container.mux(picture.encode(image))
+            container.mux(picture.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["song.m4a", "song.mp3", "song.ogg", "song.wav", "song.mka", "song.flac"])
+def test_sound_is_no_video(tmp_path: Path, name: str) -> None:
+    codec = {"song.wav": "pcm_s16le", "song.flac": "flac", "song.ogg": "flac", "song.mp3": "libmp3lame"}.get(
+        name, "aac"
+    )
+    if codec in ("pcm_s16le", "flac", "libmp3lame"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=44100)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+            frame.sample_rate = 44100
+            resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=44100)
+            for part in resampler.resample(frame):
+                container.mux(stream.encode(part))
+            container.mux(stream.encode())
+    else:
+        write_song(tmp_path / name, codec, cover=False)
+    with pytest.raises(MediaError, match="it has no video stream"):
+        sample_video(str(tmp_path / name), 2)
+
+
+def test_a_cover_is_no_video(tmp_path: Path) -> None:
+    path = write_song(tmp_path / "song.mp4", "aac", cover=True)
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            pytest.skip("this PyAV does not write covers")
+    with pytest.raises(MediaError, match="it has no video stream, only a cover picture"):
+        sample_video(str(path), 2)
+
+
+def test_a_name_does_not_say_what_a_file_is(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "clip.mp4", options=X264, numbers=range(12)).read_bytes()
+    for name in ("clip.txt", "v%03d.jpg", "concat:a|b", "list.m3u8", "http:clip", "clip", "file:clip.mp4", "a,b.mp4"):
+        (tmp_path / name).write_bytes(clip)
+        assert sample_video(str(tmp_path / name), 2).indices == (0, 11), name
+
+
+def test_nothing_but_the_file_is_opened(tmp_path: Path) -> None:
+    # A pipe hangs whoever opens it; the siblings of v%03d.jpg would be read as its frames.
+    os.mkfifo(tmp_path / "pipe.ts")
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"v{i:03d}.jpg")
+    pipe = tmp_path / "pipe.ts"
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{pipe}\n#EXT-X-ENDLIST\n"
+    contents = {
+        "list.m3u8": playlist,
+        "list.txt": playlist,
+        "clip.mp4": playlist,
+        "list.ffconcat": f"ffconcat version 1.0\nfile '{pipe}'\n",
+        "list.mp4": f"ffconcat version 1.0\nfile '{pipe}'\n",
+        "a.mpd": f'<?xml version="1.0"?><MPD><BaseURL>{pipe}</BaseURL></MPD>',
+        "art.txt": "hello\n" * 500,
+        "v%03d.jpg": "no picture",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    program = (
+        "import sys\nfrom llava.data.media import MediaError, sample_video\nfor path in sys.argv[1:]:\n"
+        "    try:\n        sample_video(path, 2)\n    except MediaError as error:\n        print(error)\n"
+    )
+    paths = [str(tmp_path / name) for name in contents]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == paths, done
+    listed = ["it is a list of other files" in line for line in lines]
+    assert listed == [name not in ("art.txt", "v%03d.jpg") for name in contents]
+    assert all("no video of a kind that is read" in line for line in lines[-2:])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tiff"])
+def test_a_picture_is_no_video(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
+    (tmp_path / "a.mp4").write_bytes((tmp_path / f"a.{suffix}").read_bytes())
+    with pytest.raises(MediaError, match="it is a picture, not a video"):
+        sample_video(str(tmp_path / "a.mp4"), 2)
