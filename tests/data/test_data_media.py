@@ -215,6 +215,33 @@ def test_seeking_leads_to_the_nearest_key_frame(tmp_path, name, decoders, withou
             assert next(video._decode_from(video._index, key)).pts == time
 
 
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [("libx264", "mkv"), ("libx264", "mp4"), ("mpeg2video", "ts"), ("mpeg4", "mkv"), ("libx265", "mkv")],
+)
+def test_frames_before_the_first_key_frame_are_not_counted(tmp_path, codec, suffix, decoders, without_decord):
+    """They refer to what was cut off; that seeking goes on shows that the index knows, not a decode of all the file."""
+    options = {
+        "libx264": {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:scenecut=0"},
+        "libx265": {"x265-params": "open-gop=1:keyint=12:bframes=3:log-level=none"},
+    }.get(codec, {"g": "12", "bf": "2"})
+
+    def cut(packets):
+        """From the second key frame on, behind which frames come that are shown before it."""
+        rest = packets[[i for i, packet in enumerate(packets) if packet.is_keyframe][1] :]
+        assert min(packet.pts for packet in rest) < rest[0].pts
+        return rest
+
+    path = clips.copy_packets(clips.encode(tmp_path / f"a.{suffix}", codec, options), tmp_path / f"b.{suffix}", cut)
+    expected = clips.decode_all(path)
+    assert expected == list(range(12, 60))
+    assert clips.read_singly(path, len(expected)) == expected
+    with open_video(str(path)) as video:
+        assert len(video.times) == len(expected)
+        assert [clips.number_of(frame) for frame in video.read([0, 20, 47])] == [12, 32, 59]
+    assert set(decoders) == {"seek"}
+
+
 def test_long_clips_are_not_decoded_whole(tmp_path, monkeypatch, decoders):
     codec, options = CODECS["open_gop_hevc.mp4"]
     if codec not in av.codecs_available:

@@ -72,6 +72,16 @@ def test_other_files_are_no_run(left: str, tmp_path: Path) -> None:
     assert (tmp_path / left).exists()
 
 
+@pytest.mark.parametrize(("resume", "overwrite"), [(None, False), ("auto", False), (None, True)])
+def test_what_the_run_starts_from_is_no_output_folder(resume: str | None, overwrite: bool, tmp_path: Path) -> None:
+    """Whatever lies there: a tokenizer or a configuration alone would be overwritten as well."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"--output_dir .*link is --vision_tower too, which would be overwritten"):
+        prepare_folder(str(tmp_path / "link"), resume, overwrite, {"--vision_tower": str(tmp_path)})
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_checkpoint_of_another_folder_is_no_leave_to_overwrite(tmp_path: Path) -> None:
     folder, other = leave_run(tmp_path / "out"), leave_run(tmp_path / "other")
     with pytest.raises(ValueError, match="is another's"):
