@@ -76,6 +76,13 @@ def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: 
     assert read_ledger(ledger.path) == rows
 
 
+def test_a_sample_of_the_evaluation_s_file_of_the_same_name_is_another(tmp_path: Path) -> None:
+    ledger = begin(tmp_path / "bad.jsonl", max_share=1)
+    for folder in ("train", "eval", "train"):
+        ledger.record(0, [BadSample("1", "a.json, sample 1", "a.mp4", "no such file", f"/{folder}/a.json")])
+    assert [row["data_file"] for row in read_ledger(ledger.path)] == ["/train/a.json", "/eval/a.json"]
+
+
 def test_any_name_can_be_written(tmp_path: Path) -> None:
     ledger = begin(tmp_path / "a.jsonl")
     names = ["città\n", "half \ud83d", "\udcff", "\u2028"]
