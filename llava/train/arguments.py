@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from llava.data.chunks import NONE, TEXT_CHUNKING
-from llava.data.preprocess import CHAT, FORMATS, PLAIN_LM
+from llava.data.preprocess import BUILT_IN, CHAT, FORMATS, PLAIN_LM
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
@@ -243,7 +243,7 @@ class DataArguments(MediaArguments, BadSampleArguments):
     version: str | None = field(
         default=None,
         metadata={
-            "help": f"Format of conversations, of which only the assistant's turns are learned: {', '.join(FORMATS)}. "
+            "help": f"Format of conversations, of which only the assistant's turns are learned: {', '.join(BUILT_IN)}. "
             f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
         },
     )

@@ -11,41 +11,19 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
-from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
+from llava.data.samplers import RANDOM
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.parser import CommandParser
 from llava.plugins import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.flag_table import ALWAYS_OFF, CONFIG_HELP, DESCRIPTION, GROUPING, PROGRAM, RENAMED, RETIRED
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-# Flags of the family's scripts that have another name now.
-_RENAMED = {
-    "warmup_ratio": "warmup_steps",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "mm_image_grid_pinpoints": "image_grid_pinpoints",
-}
-# Switches of the family's scripts that are values of --train_sampling_strategy now; the first that is on counts.
-_GROUPING = (BY_MODALITY, BY_LENGTH)
-# Flags that ask for what is always so, or for nothing.
-_RETIRED = {
-    "lazy_preprocess": "samples are always read when they are needed",
-    "save_safetensors": "checkpoints are always safetensors",
-    "is_multimodal": "a sample's own media decide",
-}
 _OFF = ("false", "0", "no", "none")
-# Switches of the family's scripts that are accepted only as what happens anyway: off.
-_ALWAYS_OFF = (
-    "force_sample",
-    "use_downsample_image",
-    "mm_use_im_start_end",
-    "mm_use_im_patch_token",
-    "lora_bias",
-)
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 Group = TypeVar("Group")
@@ -85,13 +63,11 @@ def parse_values(
     words = list(sys.argv[1:] if argv is None else argv)
     parser = TrainingParser(
         GROUPS,  # type: ignore[arg-type]
-        prog="python -m llava.train.train",
-        description="Train a language model on text, images and videos.",
+        prog=PROGRAM,
+        description=DESCRIPTION,
         may_be_empty=MAY_BE_EMPTY,
     )
-    parser.add_argument(
-        "--config", help="Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
-    )
+    parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
         action.required = action.required and action.dest not in optional
     recipe, words = _take_config(words)
@@ -166,17 +142,17 @@ def _translate(words: list[str]) -> list[str]:
             continue
         name, equals, value = word[2:].partition("=")
         given = value if equals else (words[i + 1] if i + 1 < len(words) else "")
-        skipping = name in _RETIRED or name in _ALWAYS_OFF or name in _GROUPING
-        if name in _RENAMED:
-            logger.warning("--%s is now --%s", name, _RENAMED[name])
-            translated.append(f"--{_RENAMED[name]}{equals}{value}")
-        elif name in _RETIRED:
-            logger.warning("--%s is not needed any more: %s", name, _RETIRED[name])
-        elif name in _ALWAYS_OFF:
+        skipping = name in RETIRED or name in ALWAYS_OFF or name in GROUPING
+        if name in RENAMED:
+            logger.warning("--%s is now --%s", name, RENAMED[name])
+            translated.append(f"--{RENAMED[name]}{equals}{value}")
+        elif name in RETIRED:
+            logger.warning("--%s is not needed any more: %s", name, RETIRED[name])
+        elif name in ALWAYS_OFF:
             if given.lower() not in _OFF:
                 raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
             logger.warning("--%s is not needed any more: off is all there is", name)
-        elif name in _GROUPING:
+        elif name in GROUPING:
             grouping[name] = given.lower() not in _OFF
         else:
             translated.append(word)
@@ -187,6 +163,6 @@ def _translate_grouping(switches: dict[str, bool]) -> list[str]:
     """The family's switches for grouping as words; they come first, so that the flag of today overrides them."""
     if not switches:
         return []
-    strategy = next((name for name in _GROUPING if switches.get(name)), RANDOM)
+    strategy = next((name for name in GROUPING if switches.get(name)), RANDOM)
     logger.warning("--%s is now --train_sampling_strategy %s", " and --".join(switches), strategy)
     return ["--train_sampling_strategy", strategy]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from llava.train import stop_signals
+from llava.train.flag_table import answer_at_once
 
 if __name__ == "__main__":
     stop_signals.listen()  # Before anything that takes its time to import.
+    if (answered := answer_at_once(sys.argv[1:])) is not None:
+        sys.exit(answered)
 
 import atexit
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -9,6 +9,6 @@ conversation.py  markup around turns, only the assistant's learned; what the two
 """
 
 from llava.data.preprocess import chat, plain, templates
-from llava.data.preprocess.base import CHAT, FORMATS, PLAIN_LM, Format, build_format
+from llava.data.preprocess.base import BUILT_IN, CHAT, FORMATS, PLAIN_LM, Format, build_format
 
-__all__ = ["CHAT", "FORMATS", "PLAIN_LM", "Format", "build_format", "chat", "plain", "templates"]
+__all__ = ["BUILT_IN", "CHAT", "FORMATS", "PLAIN_LM", "Format", "build_format", "chat", "plain", "templates"]

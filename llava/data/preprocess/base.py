@@ -90,6 +90,9 @@ class Format(ABC):
         """How many tokens ``encode`` makes of each conversation, its media (placeholders here) left out."""
 
 
+BUILT_IN = ("chat", "gemma", "llama_2", "llama_v3", "mpt", "plain", "plain_lm", "qwen", "v1")
+"""Formats that come with the library, for ``--help``, which loads none of them."""
+
 FORMATS: Registry[Callable[[PreTrainedTokenizerBase], Format]] = Registry("--version (preprocessing format)")
 """Formats by name; each is called with the tokenizer."""
 

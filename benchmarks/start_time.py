@@ -1,0 +1,47 @@
+"""CPU seconds that a command takes to answer ``--help`` or a wrong flag, and how many modules that loads.
+
+python benchmarks/start_time.py --out benchmarks/start_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "train --help": ["llava.train.train", "--help"],
+    "train, a wrong flag": ["llava.train.train", "--leraning_rate", "1"],
+    "data.check --help": ["llava.data.check", "--help"],
+    "eval.run --help": ["llava.eval.run", "--help"],
+    "serve.cli --help": ["llava.serve.cli", "--help"],
+    "model.random_weights --help": ["llava.model.random_weights", "--help"],
+    "model.merge_lora --help": ["llava.model.merge_lora", "--help"],
+    "import llava.model": ["-c", "import llava.model"],
+}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def measure(words: list[str]) -> float:
+    """CPU seconds of a command, its own and the system's."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, *(words if words[0] == "-c" else ["-m", *words])]
+    subprocess.run(command, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="file of the result, JSON")
+    args = parser.parse_args()
+    result = {name: round(min(measure(words) for _ in range(3)), 2) for name, words in COMMANDS.items()}
+    args.out.write_text(json.dumps({"cpu_seconds": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
