@@ -6,9 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from llava.messages import run_command
-from llava.model.loading import load_model
-from llava.model.locations import locate_model
-from llava.model.lora import is_adapter_folder, merge_adapters
 from llava.parser import CommandParser, check_output_folder
 from llava.plugins import import_plugins
 
@@ -39,6 +36,11 @@ def merge_checkpoint(
     Raises:
         ValueError: a folder is not as it must be, or the model cannot be loaded.
     """
+    # Here: they take seconds to load, which --help need not wait for.
+    from llava.model.loading import load_model
+    from llava.model.locations import locate_model
+    from llava.model.lora import is_adapter_folder, merge_adapters
+
     model_path = locate_model(model_path, "--model_path")
     check_output_folder(output_dir, "--output_dir")
     if not is_adapter_folder(model_path):

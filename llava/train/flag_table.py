@@ -44,7 +44,7 @@ ALWAYS_OFF = (
     "lora_bias",
 )
 GROUPING = ("group_by_modality_length", "group_by_length")
-"""Switches of the family's scripts that are values of ``--train_sampling_strategy`` now; the first that is on counts."""
+"""Switches of the family's scripts, values of ``--train_sampling_strategy`` now; the first that is on counts."""
 
 _GROUPS = ("ModelArguments", "DataArguments", "TrainingArguments")
 
