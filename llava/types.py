@@ -18,12 +18,15 @@ class Media:
     """An image or a video of a record: its kind and the resolved path of its file.
 
     ``root`` is how many characters of the path name the folder that the file may not lie outside of,
-    links followed; 0 lets it lie anywhere.
+    links followed; 0 lets it lie anywhere. A clip that is given as its frames has the path of each in ``frames``
+    (``path`` is the first) and their ``fps``, 0 where nobody has said.
     """
 
     kind: MediaKind
     path: str
     root: int = 0
+    frames: tuple[str, ...] = ()
+    fps: float = 0.0
 
 
 @dataclass(frozen=True)

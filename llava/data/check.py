@@ -74,6 +74,8 @@ class MediaCheck(Dataset["BadSample | None"]):
                         split=record.split,
                         timeout=self.decode_timeout,
                         limits=self.limits,
+                        frame_files=media.frames,
+                        frame_rate=media.fps,
                     )
             except MediaError as error:
                 raise MediaError(str(error), media.path) from error

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from llava.data.files import expand_home
 from llava.data.raw_samples import check_data_file
 from llava.io import read_yaml
 
@@ -82,7 +83,7 @@ def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEn
         ValueError: a file is missing or of an unknown kind, or a mixture is not as ``docs/data.md`` describes.
     """
     entries: list[DataEntry] = []
-    for path in paths:
+    for path in map(expand_home, paths):
         if Path(path).suffix in MIXTURE_SUFFIXES:
             entries += _read_mixture(path, flag)
         else:
@@ -163,13 +164,15 @@ def _parse_entry(entry: Any, home: Path, name: str) -> DataEntry:
     for key in ("source", "data_folder"):
         if not isinstance(entry.get(key), str | None):
             raise ValueError(f"{name}: {key} must be the name of a folder, found {entry[key]!r}")
-    files = [file for p in patterns for file in _find_files(os.path.join(home, p), f"{name}: json_path {p}")]
+    files = [
+        file for p in patterns for file in _find_files(os.path.join(home, expand_home(p)), f"{name}: json_path {p}")
+    ]
     folder = entry.get("data_folder")
     return DataEntry(
         files=tuple(files),
         sampling=_parse_sampling(entry.get("sampling_strategy", "all"), name),
         source=entry.get("source"),
-        data_folder=os.path.normpath(os.path.join(home, folder)) if folder else None,
+        data_folder=os.path.normpath(os.path.join(home, expand_home(folder))) if folder else None,
         name=name,
     )
 

@@ -34,6 +34,11 @@ def local_path(path: str) -> str:
         )
     if len(path) > _LONGEST_PATH:
         raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
+    return expand_home(path)
+
+
+def expand_home(path: str) -> str:
+    """A path with ``~`` at its beginning replaced by the home folder."""
     return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
 
 

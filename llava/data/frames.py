@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llava.data.files import MediaError, check_file
+from llava.data.image_clips import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_animation
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.truncation import check_complete
-from llava.data.video_backends import MissingFrameError, open_video
+from llava.data.video_backends import MissingFrameError, Video, open_video
 from llava.data.video_times import frame_rate, is_constant, last_frame_seconds, nearest
 
 
@@ -26,6 +29,8 @@ class FrameRequest:
         max_frames: see ``fps``; 0 sets no bound but the frames that there are.
         split: first and last frame of the part to sample from; by default the whole clip.
         limits: how large the file and its frames may be.
+        frame_files: the frames of a clip that is given as them; ``path`` is the first.
+        frame_rate: frames a second of such a clip, or of a folder of frames; 0 where nobody has said.
     """
 
     path: str
@@ -34,6 +39,8 @@ class FrameRequest:
     max_frames: int = 32
     split: tuple[int, int] | None = None
     limits: MediaLimits = DEFAULT_LIMITS
+    frame_files: tuple[str, ...] = ()
+    frame_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,8 @@ def decode_frames(request: FrameRequest) -> Frames:
         MediaError: the file is missing, broken, cut off, too large or no video, or ends before ``split`` does.
     """
     path = request.path
-    size = check_file(path)
     try:
-        check_complete(path, size)
-        with open_video(path, request.limits) as video:
+        with _open_clip(request) as video:
             pixels = None
             while pixels is None:
                 times = video.times
@@ -71,8 +76,29 @@ def decode_frames(request: FrameRequest) -> Frames:
                 if video.times is not times:  # decoding has shown other frames than the packets spoke of
                     pixels = None
             return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), video.duration)
+    except MediaError:
+        raise
     except (OSError, ValueError) as error:
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
+
+
+@contextmanager
+def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedPicture]:
+    """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture."""
+    path, files = request.path, list(request.frame_files)
+    if not files and os.path.isdir(path):
+        files = list_frames(path)
+    if files:
+        if request.fps > 0 and not request.frame_rate:
+            raise ValueError("it is given as frames without their rate, and --video_fps is set; give meta.fps")
+        yield FrameFiles(files, request.frame_rate, request.limits)
+    elif is_picture_file(path):
+        with open_animation(path, request.limits) as animation:
+            yield animation
+    else:
+        check_complete(path, check_file(path))
+        with open_video(path, request.limits) as video:
+            yield video
 
 
 def choose_frames(

@@ -69,6 +69,9 @@ def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Op
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             limits.check_picture(*image.size)
             _check_tiles(image, limits)
+            if animation is not None and image.format == "WEBP" and image.mode == "RGB":
+                # Without a transparent frame; where no frame lies there is nothing, and Pillow makes it black.
+                image.rawmode = image._mode = "RGBA"  # type: ignore[attr-defined]
             yield OpenPicture(image, animation)
     except Image.DecompressionBombError as error:
         # Above what any --max_image_pixels can allow; Pillow says how large it is.

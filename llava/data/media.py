@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +60,10 @@ def load_media(
         picture = load_image(media.path, limits)
         views = fit_frames(picture.unsqueeze(0), vision) if vision.anyres is None else cut_views(picture, vision)
         return VisualInput("image", views, _size_of(picture), (0.0,))
+    if vision.add_time_instruction and not media.fps and (media.frames or os.path.isdir(media.path)):
+        raise MediaError(
+            f"{media.path}: is given as frames without their rate, and --add_time_instruction is set; give meta.fps"
+        )
     video = sample_video(
         media.path,
         vision.num_frames,
@@ -66,6 +72,8 @@ def load_media(
         split=split,
         timeout=timeout,
         limits=limits,
+        frame_files=media.frames,
+        frame_rate=media.fps,
     )
     return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times, video.duration)
 
@@ -94,19 +102,25 @@ def sample_video(
     split: tuple[int, int] | None = None,
     timeout: float = 0.0,
     limits: MediaLimits = DEFAULT_LIMITS,
+    frame_files: Sequence[str] = (),
+    frame_rate: float = 0.0,
 ) -> SampledVideo:
-    """Sample frames of a clip.
+    """Sample frames of a clip: a video, an animated picture, or a folder or list of pictures.
 
     Args:
         path, num_frames, fps, max_frames, split: which frames, see ``FrameRequest``.
         timeout: seconds that decoding may take; then it is done in a process of its own, and a decoder
             that crashes is an error as one that hangs. 0 sets no limit and decodes here.
         limits: how large the file and its frames may be.
+        frame_files, frame_rate: a clip that is given as its frames, and how many a second they are, see
+            ``FrameRequest``.
 
     Raises:
         MediaError: the file is missing, broken, cut off, too large or no video, ends before ``split`` does, or takes
             too long.
     """
-    request = FrameRequest(local_path(path), num_frames, fps, max_frames, split, limits)
+    request = FrameRequest(
+        local_path(path), num_frames, fps, max_frames, split, limits, tuple(map(local_path, frame_files)), frame_rate
+    )
     frames = decode_within(request, timeout) if timeout > 0 else decode_frames(request)
     return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times, frames.duration)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from llava.data.files import MediaError
+from llava.data.files import MediaError, expand_home, local_path
 from llava.types import Media, MediaKind
 
 
@@ -24,7 +24,11 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
     Raises:
         ValueError: it leads out of the root.
     """
-    root = os.path.abspath(root)
+    try:
+        path = local_path(path)
+    except MediaError as error:
+        raise ValueError(f"{where}: its {kind} {error}") from error
+    root = os.path.abspath(expand_home(root))
     found = os.path.normpath(os.path.join(root, path))
     if anywhere:
         return Media(kind, found)
@@ -41,12 +45,25 @@ def check_links(media: Media) -> None:
     if not media.root:
         return
     root = media.path[: media.root]
-    real, real_root = os.path.realpath(media.path), os.path.realpath(root)
-    if not _is_inside(real, real_root):
+    real_root = os.path.realpath(root)
+    for path in _files_of(media):
+        real = os.path.realpath(path)
+        if _is_inside(real, real_root):
+            continue
         raise MediaError(
-            f"{media.path}: is a link to {real}, which lies outside the folder {root}; give the folder that has it "
+            f"{path}: is a link to {real}, which lies outside the folder {root}; give the folder that has it "
             f"with --{media.kind}_folder, or allow it with --allow_outside_paths"
         )
+
+
+def _files_of(media: Media) -> list[str]:
+    """The files of a medium, of a clip that is a folder the links in it."""
+    if media.frames:
+        return list(media.frames)
+    if media.kind == "video" and os.path.isdir(media.path):
+        with os.scandir(media.path) as entries:
+            return [media.path, *(entry.path for entry in entries if entry.is_symlink())]
+    return [media.path]
 
 
 def _is_inside(path: str, folder: str) -> bool:

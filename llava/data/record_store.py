@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from llava.types import NO_COORDINATES, Coordinates, Media, Record, Turn
+from llava.types import NO_COORDINATES, Coordinates, Media, MediaKind, Record, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +175,7 @@ class RecordStore(Sequence[Record]):
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = [int(row) for row in rows[start : start + _ROWS_AT_ONCE]]
             for row, text in zip(block, self._column.take(block).to_pylist(), strict=True):
-                yield row, [Media(*medium) for medium in json.loads(text)[2]]
+                yield row, [_load_media(*medium) for medium in json.loads(text)[2]]
 
     def numbers(self, name: str) -> NDArray[np.int32]:
         """One of the columns ``NUMBERS``; zero at bad samples."""
@@ -242,9 +242,18 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
-    media = [[media.kind, media.path, media.root] for media in record.media]
+    media = [_dump_media(media) for media in record.media]
     coordinates = record.coordinates.to_variables() if record.coordinates else None
     return json.dumps([record.id, turns, media, record.source, record.split, record.fault, coordinates])
+
+
+def _dump_media(media: Media) -> list[Any]:
+    entry: list[Any] = [media.kind, media.path, media.root]
+    return [*entry, media.frames, media.fps] if media.frames or media.fps else entry
+
+
+def _load_media(kind: MediaKind, path: str, root: int, frames: Sequence[str] = (), fps: float = 0.0) -> Media:
+    return Media(kind, path, root, tuple(frames), fps)
 
 
 def _load(row: str) -> Record:
@@ -252,7 +261,7 @@ def _load(row: str) -> Record:
     return Record(
         id=identity,
         turns=tuple(Turn(*turn) for turn in turns),
-        media=tuple(Media(*medium) for medium in media),
+        media=tuple(_load_media(*medium) for medium in media),
         source=source,
         split=None if split is None else (split[0], split[1]),
         fault=fault,

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +16,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOK
 from llava.data.coordinates import check_coordinates, parse_variables
 from llava.data.data_files import DataEntry, find_entries
 from llava.data.embedded import decode_data_uri, encode_picture, media_folder, write_media
-from llava.data.files import local_path
+from llava.data.files import expand_home, local_path
+from llava.data.image_clips import ANIMATED_SUFFIXES, is_picture_name
 from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
@@ -103,8 +105,8 @@ def _open_file(
     """The records of one data file, from its index or newly parsed."""
     home = str(Path(path).absolute().parent)
     settings: dict[str, Any] = {
-        "image_folder": os.path.abspath(image_folder or home),
-        "video_folder": os.path.abspath(video_folder or home),
+        "image_folder": _absolute(image_folder or home),
+        "video_folder": _absolute(video_folder or home),
         "media_source": media_source,
         "allow_outside_paths": allow_outside_paths,
         "ignore_keys": ignore_keys,
@@ -131,6 +133,10 @@ def _open_file(
     return (
         RecordStore.write(records(), notes=notes) if cache is None else open_store(cache, Path(path), settings, write)
     )
+
+
+def _absolute(folder: str) -> str:
+    return os.path.abspath(expand_home(folder))
 
 
 def _judge(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
@@ -190,12 +196,15 @@ def parse_record(
     where = f"sample {identity!r} ({source})"
     folder = _parse_source(sample.get("source"), where) if media_source is None else media_source
     raw = read_raw(sample, where, ignore_keys)
+    num_clips = sum(placeholder_kinds(text).count("video") for _, text in raw.turns)
+    clips = _gather_frames(raw.media["video"], num_clips, where)
+    frame_rate = _parse_frame_rate(sample.get("meta"), clips, where)
     record = Record(
         id=identity,
         turns=tuple(_parse_turns(raw.turns, where)),
         media=(
             *_parse_media(raw.media["image"], "image", image_folder, folder, allow_outside_paths, media_dir, where),
-            *_parse_media(raw.media["video"], "video", video_folder, folder, allow_outside_paths, media_dir, where),
+            *_parse_media(clips, "video", video_folder, folder, allow_outside_paths, media_dir, where, frame_rate),
         ),
         source=source,
         split=_parse_split(sample.get("meta"), where),
@@ -235,21 +244,61 @@ def _parse_source(value: Any, where: str) -> str:
 
 
 def _parse_media(
-    values: Sequence[Any], kind: MediaKind, root: str, source: str, anywhere: bool, media_dir: Path | None, where: str
+    values: Sequence[Any],
+    kind: MediaKind,
+    root: str,
+    source: str,
+    anywhere: bool,
+    media_dir: Path | None,
+    where: str,
+    frame_rate: float = 0.0,
 ) -> Iterator[Media]:
-    """The media of one kind, each given as a path or as bytes."""
-    for value in values:
+    """The media of one kind, each given as a path, as bytes or, a clip, as a list of its frames."""
+
+    def parse(value: Any) -> Media:
         try:
             data, path = _read_medium(value)
             if data is not None:
                 folder = media_dir or media_folder(None)
-                yield Media(kind, write_media(data, path, folder), len(str(folder)))
-                continue
+                return Media(kind, write_media(data, path, folder), len(str(folder)))
         except ValueError as error:
             raise ValueError(f'{where}: "{kind}": {error}') from error
         if not path:
             raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}')
-        yield find_media(os.path.join(source, path), kind, root, anywhere, where)
+        return find_media(os.path.join(source, path), kind, root, anywhere, where)
+
+    for value in values:
+        if isinstance(value, list) and value and kind == "video":
+            frames = [parse(frame) for frame in value]
+            yield replace(frames[0], frames=tuple(frame.path for frame in frames), fps=frame_rate)
+        else:
+            yield replace(medium, fps=frame_rate) if (medium := parse(value)) and kind == "video" else medium
+
+
+def _gather_frames(values: Sequence[Any], num_clips: int, where: str) -> Sequence[Any]:
+    """The clips of a sample; a list of pictures becomes the frames of one clip where the text has one ``<video>``."""
+    if len(values) < 2 or not all(isinstance(value, str) and is_picture_name(value) for value in values):
+        return values
+    if num_clips == 1:
+        return [list(values)]
+    if num_clips == len(values) and not any(value.lower().endswith(ANIMATED_SUFFIXES) for value in values):
+        raise ValueError(
+            f'{where}: its "video" has {len(values)} pictures and its text {num_clips} <video>; give the frames of '
+            'each clip as a list of their own, [["1.jpg", "2.jpg"], ["3.jpg"]], or pictures as "image" with <image>'
+        )
+    return values
+
+
+def _parse_frame_rate(meta: Any, clips: Sequence[Any], where: str) -> float:
+    """Frames a second of clips that are lists or folders of frames; 0 where the sample has none or does not say."""
+    fps = meta.get("fps") if isinstance(meta, dict) else None
+    if fps is None or not any(
+        isinstance(clip, list) or (isinstance(clip, str) and not Path(clip).suffix) for clip in clips
+    ):
+        return 0.0
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+        raise ValueError(f'{where}: "meta.fps" must be the frames a second of a clip, above 0, found {fps!r:.80}')
+    return float(fps)
 
 
 def _read_medium(value: Any) -> tuple[bytes | None, str]:

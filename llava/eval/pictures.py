@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -102,8 +103,9 @@ def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image
     medium = sample.media[-1]  # Of several it is the last that places speak of.
     if medium.kind == "image":
         return [Image.fromarray(load_image(medium.path).numpy())], None
+    frames: dict[str, Any] = {"frame_files": medium.frames, "frame_rate": medium.fps}
     if vision is None:
-        video = sample_video(medium.path, _FRAMES_SHOWN, split=sample.split)
+        video = sample_video(medium.path, _FRAMES_SHOWN, split=sample.split, **frames)
     else:
         video = sample_video(
             medium.path,
@@ -111,6 +113,7 @@ def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image
             fps=vision.video_fps,
             max_frames=vision.frames_upbound,
             split=sample.split,
+            **frames,
         )
     chosen = list(range(len(video.frames)))
     if len(chosen) > _MOST_FRAMES:
