@@ -8,6 +8,8 @@ import stat
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
 _LONGEST_PATH = 4096
+ANIMATED_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
+PICTURE_SUFFIXES = (*ANIMATED_SUFFIXES, ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".heif")
 
 
 class MediaError(ValueError):
@@ -40,6 +42,11 @@ def local_path(path: str) -> str:
 def expand_home(path: str) -> str:
     """A path with ``~`` at its beginning replaced by the home folder."""
     return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
+
+
+def is_picture_name(path: str) -> bool:
+    """Whether a file is a picture by its name."""
+    return path.lower().endswith(PICTURE_SUFFIXES)
 
 
 def check_file(path: str) -> int:

@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.files import MediaError, check_file
+from llava.data.files import MediaError, check_file, is_picture_name
 from llava.data.image_structure import Animation, name_kind
 from llava.data.images import OpenPicture, open_picture, read_image_size, read_picture, to_rgb
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 
-ANIMATED_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
-PICTURE_SUFFIXES = (*ANIMATED_SUFFIXES, ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".heif")
 _NOT_LISTED = ("thumbs.db", "desktop.ini")
-
-
-def is_picture_name(path: str) -> bool:
-    """Whether a file is a picture by its name."""
-    return path.lower().endswith(PICTURE_SUFFIXES)
 
 
 def is_picture_file(path: str) -> bool:

@@ -16,8 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOK
 from llava.data.coordinates import check_coordinates, parse_variables
 from llava.data.data_files import DataEntry, find_entries
 from llava.data.embedded import decode_data_uri, encode_picture, media_folder, write_media
-from llava.data.files import expand_home, local_path
-from llava.data.image_clips import ANIMATED_SUFFIXES, is_picture_name
+from llava.data.files import ANIMATED_SUFFIXES, expand_home, is_picture_name, local_path
 from llava.data.media_folder import find_media
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
