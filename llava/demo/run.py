@@ -99,7 +99,8 @@ def train_on_video(settings: DemoSettings, data: DemoData) -> None:
 
 def common_flags(settings: DemoSettings) -> list[str]:
     """The flags that both phases take."""
-    flags = ["--seed", str(settings.seed)]
+    # A second demonstration takes the first one's place.
+    flags = ["--seed", str(settings.seed), "--overwrite_output_dir", "true"]
     return flags if settings.max_steps is None else [*flags, "--max_steps", str(settings.max_steps)]
 
 

@@ -103,6 +103,7 @@ def train_to_answer(settings: GroundingSettings, data: GroundingData, mode: str)
             *("--vision_tower", str(TOWER_FOLDER)),
             *("--data_path", *map(str, data.train)),
             *("--output_dir", str(checkpoint_of(settings, mode))),
+            *("--overwrite_output_dir", "true"),  # A second demonstration takes the first one's place.
             *("--seed", str(settings.seed)),
             *steps,
         ]
