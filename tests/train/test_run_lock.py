@@ -201,3 +201,18 @@ def test_a_folder_that_is_not_to_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be written to"):
         take_lock(tmp_path)
+
+
+def test_a_forked_worker_gives_back_nothing(tmp_path: Path) -> None:
+    """A data loader's worker has a copy of the note that the lock is held, and ends before the run does."""
+    take_lock(tmp_path)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            release_lock(tmp_path)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert (tmp_path / LOCK).is_file()
+    finally:
+        release_lock(tmp_path)
+    assert not (tmp_path / LOCK).exists()
