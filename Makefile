@@ -57,8 +57,9 @@ lint: $(INSTALLED) ## ruff and shellcheck
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
 
-docs: $(INSTALLED) ## write docs/models.md from the registries
+docs: $(INSTALLED) ## write docs/models.md and docs/flags.md from the code
 	$(BIN)/python -m llava.inspect.models > docs/models.md
+	$(BIN)/python -m llava.inspect.flags > docs/flags.md
 
 clean: ## remove .venv and what demo and tests left
 	rm -rf $(VENV) $(NEWEST) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache

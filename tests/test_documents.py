@@ -107,3 +107,9 @@ def test_models_page_is_what_is_registered() -> None:
     command = [sys.executable, "-m", "llava.inspect.models"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert (ROOT / "docs" / "models.md").read_text() == done.stdout, "run make docs"
+
+
+def test_flags_page_is_what_the_arguments_are_checked_with() -> None:
+    from llava.inspect.flags import describe_flags
+
+    assert (ROOT / "docs" / "flags.md").read_text() == describe_flags(), "run make docs"

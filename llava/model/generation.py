@@ -83,13 +83,20 @@ class MultimodalGeneration:
         Args:
             inputs: int64 (batch, length) prompt, left-padded where lengths differ; also ``input_ids``.
             images, modalities, image_sizes, pixel_values, variables: as for ``forward``.
-            **kwargs: as for transformers' ``generate``.
+            **kwargs: as for transformers' ``generate``; with ``inputs_embeds`` media and coordinates are in them
+                already, and an ``assistant_model`` or ``prompt_lookup_num_tokens`` are for prompts of text alone.
 
         Returns:
-            int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for.
+            int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for; with
+            ``inputs_embeds`` alone the new tokens, as in transformers.
+
+        Raises:
+            ValueError: media, coordinates and other arguments do not go together.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         images = pixel_values if images is None else images
+        if images is not None or any((variables or ())):
+            self._check_media_go_with(kwargs)
         tokens = None if input_ids is None else self.place_coordinates(input_ids, variables)
         vision, grounding = self.get_model().vision, self.get_model().grounding
         if vision is not None and vision.token_ids:
@@ -100,20 +107,41 @@ class MultimodalGeneration:
             settings = kwargs.get("generation_config") or self.generation_config
             suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
             kwargs["suppress_tokens"] = [*suppressed, *visual, *placeholders]
-        if images is not None or tokens is not None:
+        if kwargs.get("inputs_embeds") is None and (images is not None or tokens is not None):
             rows = self.get_model().coordinate_rows()
             kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
+    def _check_media_go_with(self, options: dict[str, Any]) -> None:
+        """A ValueError where ``generate`` is given media or coordinates and what cannot take them."""
+        if options.get("inputs_embeds") is not None:
+            raise ValueError(
+                "pass either inputs_embeds, which images and coordinates are in already, or input_ids with them"
+            )
+        configured = options.get("generation_config") or getattr(self, "generation_config", None)
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if options.get(name, getattr(configured, name, None)) is not None:
+                raise ValueError(
+                    f"{name} guesses from the ids of a prompt, and those of images, videos and coordinates are only "
+                    f"places for them; leave {name} out for a prompt that has any"
+                )
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        prompt_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, with ``prompt_embeds`` (batch, prompt, width) in place of the prompt's ids.
 
         A step whose input still holds the prompt (the first one, or every one without the cache)
         gets the prompt's embeddings followed by those of the tokens generated since.
         """
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        # transformers takes inputs_embeds only for classes whose signature has them.
+        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         step_ids = model_inputs.get("input_ids")
         if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
             generated = self._embed_generated(input_ids[:, prompt_embeds.shape[1] :])

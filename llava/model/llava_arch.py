@@ -187,7 +187,8 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         pixel_values: list[Tensor] | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_logits: bool | None = None,
+        return_logits: bool = True,
+        smoothing: float = 0.0,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         cache: Any = None,
@@ -212,15 +213,17 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
                 tower's square; an error for a model without tables of coordinates.
             logits_to_keep: as in transformers: how many last positions, or which, get logits.
             num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
-            return_logits: whether to return logits beside a loss; by default only without labels.
+            return_logits: False leaves the logits out beside a loss, as the trainer does: the head then runs
+                at supervised positions alone.
+            smoothing: label smoothing of the loss, see ``supervised_loss``; the load balancing loss is not smoothed.
             output_router_logits: for mixtures of experts, whether the loss has its load balancing
                 part; by default what the configuration says.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple; by default what the configuration says.
             **kwargs: handed to the decoder.
 
         Returns:
-            Loss (with labels), logits (without labels, or when asked for) and cache; for a mixture of
-            experts that balances its load, ``aux_loss`` and ``router_logits`` too.
+            Loss (with labels), logits and cache; for a mixture of experts that balances its load,
+            ``aux_loss`` and ``router_logits`` too.
         """
         images = pixel_values if images is None else images
         rows, tokens = self.get_model().coordinate_rows(), None
@@ -245,6 +248,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **cache_argument(choose_cache(cache, past_key_values)),
+            return_dict=True,
             **({"output_router_logits": True} if balances else {}),
             **kwargs,
         )
@@ -255,7 +259,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             targets = labels if labels is None or tokens is None else two_hot_targets(labels, rows.grounding, tokens)
         loss = logits = None
         if labels is not None:
-            loss = supervised_loss(hidden, targets, head, num_items_in_batch)
+            loss = supervised_loss(hidden, targets, head, num_items_in_batch, smoothing)
         if labels is None or return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(hidden[:, kept])
@@ -272,7 +276,23 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             if labels is not None:
                 weight = self.config.router_aux_loss_coef * share_of_batch(labels, num_items_in_batch)
                 result.loss = loss + weight * balance
-        return result if return_dict is not False else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def target_ids(self, input_ids: Tensor, labels: Tensor, variables: Variables | None = None) -> Tensor:
+        """Labels as ids that logits have: those of coordinates become the bins nearest to them.
+
+        Args:
+            input_ids, labels: int64 (batch, length).
+            variables: as for ``forward``.
+
+        Returns:
+            int64 (batch, length), -100 where nothing is predicted.
+        """
+        tokens = self.place_coordinates(input_ids, variables)
+        if tokens is None or self.grounding is None:
+            return labels
+        targets = two_hot_targets(labels, self.grounding, tokens)
+        return torch.where(targets.fraction > 0.5, targets.upper, targets.lower)
 
     def place_coordinates(self, input_ids: Tensor, variables: Variables | None) -> PlacedTokens | None:
         """The tokens of a batch that stand for coordinates, None for a model without tables of them."""

@@ -19,6 +19,7 @@ def supervised_loss(
     labels: Tensor | TwoHot,
     head: Callable[[Tensor], Tensor],
     num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Next-token cross entropy; the head runs only where a label is predicted.
 
@@ -31,6 +32,8 @@ def supervised_loss(
         head: maps (..., width) to (..., vocabulary).
         num_items_in_batch: number of predicted labels of the global batch, which the sum is divided
             by. None divides by the number in ``labels``: the mean over this batch.
+        label_smoothing: in [0, 1), the weight that each target gives to a uniform distribution over the
+            vocabulary (bins of coordinates included), as in ``torch.nn.functional.cross_entropy``.
 
     Returns:
         The fp32 loss; zero, with a graph, for a batch that predicts nothing.
@@ -42,6 +45,9 @@ def supervised_loss(
         total = two_hot_cross_entropy(logits, *(target[:, 1:][predicted] for target in labels))
     else:
         total = F.cross_entropy(logits, ids[:, 1:][predicted], reduction="sum")
+    if label_smoothing:
+        uniform = (logits.logsumexp(1) - logits.mean(1)).sum()  # the cross entropy of a uniform target
+        total = (1 - label_smoothing) * total + label_smoothing * uniform
     if num_items_in_batch is None:
         return total / max(len(logits), 1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)

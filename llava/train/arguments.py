@@ -17,11 +17,13 @@ from llava.streams import POOL_MODES
 from llava.tiles import DEFAULT_PINPOINTS
 from llava.train.engines import (
     check_counts,
+    check_deepspeed_config,
     check_launcher,
     check_precision,
     check_trackers,
     find_deepspeed_config,
 )
+from llava.train.flags import check_flags, check_spelling
 from llava.train.grounding_arguments import CONTENT, GroundingArguments
 from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
@@ -30,6 +32,8 @@ from llava.train.parts import COORDINATES_PART, PARTS
 
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
 _TRUE = ("1", "true", "yes", "on")
+_COUNTED = {"true": "all", "1": "all", "yes": "all", "false": "no", "0": "no", "none": "no"}
+"""Switches that older releases took for ``--include_num_input_tokens_seen``."""
 
 
 @dataclass
@@ -333,6 +337,27 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         default=None, metadata={"help": "Learning rate of the tables of coordinates (default: --learning_rate)."}
     )
 
+    do_train: bool = field(
+        default=True, metadata={"help": "Train; false evaluates the model as it is, with --do_eval (default true)."}
+    )
+    do_eval: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate when training has ended, or alone with --do_train false (default: where --eval_data_path "
+            "is given and --eval_strategy is no).",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    include_num_input_tokens_seen: str = field(
+        default="no",
+        metadata={
+            "help": "Count the tokens trained on, visual ones included: all, non_padding (without padding) or no.",
+            "nargs": "?",
+            "const": "all",
+        },
+    )
+
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -364,13 +389,21 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_counts(self)
         check_precision(self)
         check_trackers(self.report_to)
         if self.deepspeed:
             self.deepspeed = find_deepspeed_config(self.deepspeed)
+            check_deepspeed_config(self.deepspeed)
             check_launcher("LOCAL_RANK" in os.environ)
+        self.include_num_input_tokens_seen = _COUNTED.get(
+            str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
+        )
+        check_spelling(self)
+        asked_to_evaluate = self.do_eval
         super().__post_init__()
+        # transformers makes it true for --eval_strategy; here it asks for an evaluation at the end.
+        self.do_eval = asked_to_evaluate
+        check_flags(self)
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.
             self.logging_nan_inf_filter = False
@@ -382,11 +415,6 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         if self.train_sampling_strategy not in STRATEGIES:
             raise ValueError(
                 f"--train_sampling_strategy is {self.train_sampling_strategy!r}; known: {', '.join(STRATEGIES)}"
-            )
-        if not self.dataloader_in_order:
-            raise ValueError(
-                "--dataloader_in_order false trains batches in the order in which workers happen to finish, which no "
-                "resumed run can repeat; leave it out"
             )
         if self.attn_implementation not in (None, "sdpa", "eager", "flash_attention_2"):
             raise ValueError(

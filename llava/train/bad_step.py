@@ -39,6 +39,7 @@ class RunSettings:
         gradient_checkpointing: whether activations were computed again in the backward pass.
         bits, quant_type, double_quant: how frozen weights were held.
         trainable: names of the parameters that trained.
+        label_smoothing: of the loss; earlier versions do not say it.
     """
 
     world_size: int
@@ -51,6 +52,7 @@ class RunSettings:
     quant_type: str
     double_quant: bool
     trainable: list[str]
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

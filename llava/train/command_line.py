@@ -133,6 +133,7 @@ def _as_word(value: Any) -> str:
 
 def _translate(words: list[str]) -> list[str]:
     """Map flags that the family's scripts still pass to today's, with a note for each."""
+    words = _resolve_warmup(words)
     translated: list[str] = []
     grouping: dict[str, bool] = {}
     skipping = False
@@ -157,6 +158,41 @@ def _translate(words: list[str]) -> list[str]:
         else:
             translated.append(word)
     return _translate_grouping(grouping) + translated
+
+
+def _resolve_warmup(words: list[str]) -> list[str]:
+    """Of ``--warmup_ratio`` and ``--warmup_steps`` the one that counts, as older transformers had it.
+
+    Steps count unless they are 0; flags of a command line, which come later, override those of its recipe.
+
+    Raises:
+        ValueError: the ratio is not below 1, and would be a number of steps.
+    """
+    given: dict[str, tuple[int, int, float]] = {}
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("--warmup_ratio", "--warmup_steps"):
+            text = value if equals else (words[i + 1] if i + 1 < len(words) else "")
+            number = _as_number(text)
+            if number is None:
+                return words  # which the parser explains
+            if name == "--warmup_ratio" and not 0 <= number < 1:
+                raise ValueError(f"--warmup_ratio is {text}; it is a share of the steps, at least 0 and below 1")
+            given[name] = (i, i + (1 if equals else 2), number)
+    if len(given) < 2:
+        return words
+    steps_count = given["--warmup_steps"][2] > 0
+    if steps_count and given["--warmup_ratio"][2] > 0:
+        logger.warning("--warmup_steps and --warmup_ratio are both given: the steps count")
+    first, behind, _ = given["--warmup_ratio" if steps_count else "--warmup_steps"]
+    return words[:first] + words[behind:]
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _translate_grouping(switches: dict[str, bool]) -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, GROUPED, SEQUENTIAL, DataOrder, RankBatchSampler
+from llava.train.evaluation import EvaluationLoader
 from llava.train.saving import DATA_STATE
 
 logger = logging.getLogger(__name__)
@@ -78,38 +79,44 @@ class OrderedDataTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This rank's batches of the evaluation data, every sample once over all ranks.
 
-        With ``compute_metrics``, for which ranks exchange predictions of one shape, they are transformers' own.
+        With ``compute_metrics`` they come in the order of the data, which is that of its predictions.
         """
-        if self.compute_metrics is not None:
-            return super().get_eval_dataloader(eval_dataset)
         named: Any = self.eval_dataset
         dataset: Any = named if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = named[dataset]
+        if dataset is None:
+            raise ValueError("there are no data to evaluate on; give --eval_data_path")
+        strategy = self.args.train_sampling_strategy
+        return self._evaluation_loader(
+            dataset, strategy if strategy in GROUPED and self.compute_metrics is None else SEQUENTIAL
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """This rank's batches of data to predict, in their order."""
+        return self._evaluation_loader(test_dataset, SEQUENTIAL)
+
+    def _evaluation_loader(self, dataset: Any, strategy: str) -> DataLoader:
         args = self.args
-        strategy = args.train_sampling_strategy if args.train_sampling_strategy in GROUPED else SEQUENTIAL
         order = DataOrder(
             len(dataset), args.eval_batch_size * args.world_size, strategy, lengths=read_lengths(dataset, strategy)
         )
         batches = RankBatchSampler(order, args.eval_batch_size, 1, args.world_size, args.process_index)
-        return self._load_batches(dataset, batches)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # For predictions. transformers would look for lengths of its own kind.
-        return SequentialSampler(eval_dataset)
+        return EvaluationLoader(dataset, **self._loading_options(batches))
 
     def _load_batches(self, dataset: Any, batches: RankBatchSampler, **options: Any) -> DataLoader:
+        return DataLoader(dataset, **self._loading_options(batches), **options)
+
+    def _loading_options(self, batches: RankBatchSampler) -> dict[str, Any]:
         args = self.args
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            **options,
-        )
+        return {
+            "batch_sampler": batches,
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
 
     def _make_order(self) -> DataOrder:
         args = self.args

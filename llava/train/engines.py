@@ -24,11 +24,6 @@ _LEAST = {
     "num_frames": 1,
     "video_fps": 0,
     "frames_upbound": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 0.0,
 }
 """The least that a flag may be."""
 
@@ -118,3 +113,54 @@ def check_trackers(report_to: Any) -> None:
             raise ValueError(
                 f"--report_to {name}: its package is not installed; pip install {package}, or --report_to none"
             ) from error
+
+
+_OURS = {
+    "optimizer": "the optimizer is --optim, over groups with a learning rate for each part (--mm_projector_lr), weight "
+    "decay for matrices alone, and vision modules that rest where a step has no media",
+    "scheduler": "the schedule is --lr_scheduler_type, for every part's learning rate, which the log and the report of "
+    "the parts give",
+    "tensor_parallel": "weights are not split within layers",
+}
+"""Sections that a configuration of one's own may not have, and why."""
+
+
+def check_deepspeed_config(given: Any) -> None:
+    """Refuse sections that would take the place of this library's optimizer and schedule behind its back.
+
+    Args:
+        given: a file, a JSON object or settings, as ``find_deepspeed_config`` returns it.
+
+    Raises:
+        ValueError: it is no JSON object, or has such a section.
+    """
+    settings, name = given, "--deepspeed"
+    if isinstance(given, (str, Path)):
+        text = str(given)
+        is_json = text.lstrip().startswith("{")
+        name = "--deepspeed" if is_json else f"--deepspeed {text}"
+        try:
+            settings = json.loads(text if is_json else Path(text).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: expected a JSON object, found {type(settings).__name__}")
+    for section, reason in _OURS.items():
+        if section in settings:
+            raise ValueError(f"{name} has a section {section!r}: {reason}; remove the section")
+
+
+def check_engine(state: Any) -> None:
+    """Refuse what ``accelerate launch`` asks for in the environment, past this library's flags.
+
+    Args:
+        state: of accelerate.
+
+    Raises:
+        ValueError: it asks for FSDP, or for a configuration of DeepSpeed that ``check_deepspeed_config`` refuses.
+    """
+    if getattr(state, "fsdp_plugin", None) is not None:
+        raise ValueError("accelerate's environment asks for FSDP, which is not available; see --deepspeed zero3")
+    plugin = getattr(state, "deepspeed_plugin", None)
+    if plugin is not None:
+        check_deepspeed_config(plugin.deepspeed_config)

@@ -1,20 +1,48 @@
-"""What an evaluation counts, and what training counts of cut samples."""
+"""What an evaluation counts and how it collects predictions, and what training counts of cut samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.state import GradientState
+from accelerate.utils import gather, gather_object, recursively_apply, reduce
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SupervisedDataset
 from llava.data.survey import survey_cut
 from llava.types import BadSample
+
+_BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
+"""Metrics that every evaluation has."""
+
+NOT_PREDICTIONS = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
+"""What a model returns beside loss and logits; predictions are the logits alone."""
+
+
+class EvaluationLoader(DataLoader, DataLoaderStateMixin):
+    """A loader that tells accelerate, and so ``compute_metrics`` with ``--batch_eval_metrics``, its last batch."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.gradient_state = GradientState()
+        self.begin()
+        try:
+            batches = super().__iter__()
+            upcoming = next(batches, None)
+            while upcoming is not None:
+                batch, upcoming = upcoming, next(batches, None)
+                self.end_of_dataloader = upcoming is None
+                yield batch
+        finally:
+            self.end()
 
 
 class CutCounter:
@@ -45,23 +73,32 @@ class CutCounter:
 
 @dataclass
 class EvaluationTally:
-    """The mean loss over all tokens that an evaluation predicts, and its bad samples.
+    """The mean loss over all tokens that an evaluation predicts, its samples, and the bad ones among them.
 
     However samples are split into batches and over ranks, the mean is the same; transformers' is one over batches,
     where one without a good sample would count as a perfect zero.
+
+    Attributes:
+        num_rows: samples in the newest batch of this rank; an empty batch has a row of padding all the same.
+        sample_ids: of this rank, batch after batch.
     """
 
     bad: list[BadSample] = field(default_factory=list)
     loss: float = 0.0
     num_tokens: int = 0
+    num_rows: int = 0
+    sample_ids: list[list[str]] = field(default_factory=list)
 
-    def add(self, batch: Mapping[str, Any], loss: torch.Tensor) -> None:
+    def add(self, batch: Mapping[str, Any], loss: Tensor) -> None:
         """Take in a batch and the mean loss of the tokens that it predicts."""
         # The first label of a row is predicted by nothing.
         num_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         self.bad += batch.get("bad_samples", ())
         self.num_tokens += num_tokens
         self.loss += float(loss) * num_tokens
+        ids = batch.get("sample_ids", [""] * len(batch["labels"]))
+        self.num_rows = len(ids)
+        self.sample_ids.append(list(ids))
 
     def mean_loss(self) -> float:
         """The mean over the tokens of all ranks, which call this together; nan where there are none."""
@@ -70,3 +107,92 @@ class EvaluationTally:
             sums = torch.tensor([loss, num_tokens], dtype=torch.float64, device=PartialState().device)
             loss, num_tokens = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return loss / num_tokens if num_tokens else math.nan
+
+    def gather_rows(self, values: Any) -> Any:
+        """The rows of the newest batch, rank after rank, on all of them, without those of padding.
+
+        Args:
+            values: a tensor, or tuples and dictionaries of tensors, of (rows, ...); all but the number of rows
+                is the same on every rank.
+        """
+        return recursively_apply(self._gather, values)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        rows = rows[: self.num_rows]
+        num_ranks = PartialState().num_processes
+        if num_ranks == 1:
+            return rows
+        counts: Any = gather(torch.tensor([len(rows)], device=rows.device))
+        longest = int(counts.max())
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        if longest == 0:
+            return padded
+        together: Any = gather(padded)
+        pieces = zip(together.split(longest), counts.tolist(), strict=True)
+        return torch.cat([piece[:count] for piece, count in pieces])
+
+    def gather_sample_ids(self) -> list[str]:
+        """The ids of all ranks' samples, in the order of the gathered rows; all ranks call this together."""
+        ranks = gather_object([self.sample_ids])
+        return [sample for batches in zip(*ranks, strict=True) for ids in batches for sample in ids]
+
+
+def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
+    """Decide whether there is an evaluation at the end, and refuse what asks for one that cannot be.
+
+    Args:
+        args: ``TrainingArguments``; ``do_eval`` becomes true or false.
+        has_data: whether ``--eval_data_path`` is given.
+        computes_metrics: whether a program's own metrics come to those of the library.
+
+    Raises:
+        ValueError: names the flag and the way on.
+    """
+    evaluates = args.eval_strategy != IntervalStrategy.NO
+    for asked, flag in (
+        (evaluates, f"--eval_strategy {args.eval_strategy.value}"),
+        (args.eval_on_start, "--eval_on_start"),
+        (args.do_eval, "--do_eval"),
+    ):
+        if asked and not has_data:
+            raise ValueError(f"{flag} asks for an evaluation, but there are no data for one; give --eval_data_path")
+    if args.do_eval is None:
+        args.do_eval = has_data and (not evaluates or not args.do_train)
+    if not args.do_train:
+        _check_evaluation_alone(args)
+    if args.metric_for_best_model is not None and not computes_metrics:
+        name = args.metric_for_best_model.removeprefix("eval_")
+        if name not in _BUILT_IN:
+            raise ValueError(
+                f"--metric_for_best_model is {args.metric_for_best_model!r}; evaluations give {', '.join(_BUILT_IN)}"
+            )
+
+
+def _check_evaluation_alone(args: Any) -> None:
+    if not args.do_eval:
+        raise ValueError("--do_train false leaves nothing to do; give --eval_data_path and --do_eval true")
+    if args.resume_from_checkpoint:
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is for training, but --do_train is false; name "
+            "the folder to evaluate with --model_name_or_path"
+        )
+    if args.deepspeed:
+        raise ValueError("--deepspeed is for training, but --do_train is false; leave it out: ranks work without it")
+
+
+def evaluate_last(trainer: Any) -> dict[str, Any]:
+    """Evaluate the model as it is, print the metrics and write them to ``eval_results.json`` in the output folder.
+
+    An evaluation of the last step that is in the log already is not done again.
+    """
+    state, args = trainer.state, trainer.args
+    done = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step]
+    changed = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    if args.do_train and done and not changed:
+        metrics = {name: value for name, value in done[-1].items() if name != "step"}
+    else:
+        metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics

@@ -167,6 +167,7 @@ def build_guard(trainer: Any) -> NumberGuard:
         quant_type=args.quant_type,
         double_quant=args.double_quant,
         trainable=[name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
+        label_smoothing=args.label_smoothing_factor,
     )
     return NumberGuard(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
 

@@ -113,7 +113,10 @@ def _step(
 
     def run() -> Tensor:
         with _precision(settings, device):
-            loss = model(**inputs, num_items_in_batch=share).loss * settings.loss_factor
+            loss = model(
+                **inputs, num_items_in_batch=share, return_logits=False, smoothing=settings.label_smoothing
+            ).loss
+            loss = loss * settings.loss_factor
         loss.backward()
         return loss.detach()
 

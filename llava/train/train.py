@@ -37,6 +37,7 @@ from llava.train.checkpoint import RUN_IDENTITY, choose_checkpoint, clear_leftov
 from llava.train.command_line import parse_arguments
 from llava.train.data_checks import check_data, data_tables, documents_of
 from llava.train.data_order import describe_changes
+from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.lora import lora_loading, set_up_adapters
 from llava.train.ownership import check_pickles_are_ours, plain_tensors_only
@@ -83,7 +84,13 @@ def main(argv: Sequence[str] | None = None) -> LlavaTrainer:
 
 
 def train(trainer: LlavaTrainer) -> None:
-    """Train, from the checkpoint that ``--resume_from_checkpoint`` asks for, and save what came out."""
+    """Train, from the checkpoint that ``--resume_from_checkpoint`` asks for, save what came out and evaluate it.
+
+    With ``--do_train false`` only the evaluation.
+    """
+    if not trainer.args.do_train:
+        evaluate_last(trainer)
+        return
     try:
         take_folder(trainer.args)
         if not take_finished(trainer):
@@ -108,22 +115,44 @@ def run(trainer: LlavaTrainer) -> None:
             )
         trainer.save_state()
         trainer.save_model()
+    # The model is safe: a signal may end the process from here on.
+    if trainer.args.do_eval:
+        evaluate_last(trainer)
+        trainer.save_state()
 
 
-def build_trainer(argv: Sequence[str] | None = None, **loading: Any) -> LlavaTrainer:
+def build_trainer(
+    argv: Sequence[str] | None = None,
+    *,
+    compute_metrics: Callable[..., dict[str, Any]] | None = None,
+    preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+    callbacks: list[Any] | None = None,
+    **loading: Any,
+) -> LlavaTrainer:
     """All of ``main`` before the first step: model, data and reports, in a trainer that is ready to go.
 
     Args:
         argv: words of a command line; by default this process's.
+        compute_metrics, preprocess_logits_for_metrics, callbacks: as for transformers' ``Trainer``; what predictions
+            are, ``LlavaTrainer`` says.
         **loading: what ``load_model`` takes and no flag says, such as ``variant``.
     """
     model_args, data_args, training_args = parse_arguments(argv)
     check_devices(training_args)
+    plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_output_folder(str(training_args.output_dir), "--output_dir")
     sources = find_sources(model_args, training_args, loading)
+    options = {
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        "callbacks": callbacks,
+    }
+    if not training_args.do_train:  # No training data are read, and the folder becomes no run's.
+        data_args.data_path = []
+        return build_in_folder(model_args, data_args, training_args, sources, options, **loading)
     take_folder(training_args, sources)
     try:
-        return build_in_folder(model_args, data_args, training_args, sources, **loading)
+        return build_in_folder(model_args, data_args, training_args, sources, options, **loading)
     except BaseException:
         give_folder_back(training_args)
         raise
@@ -134,6 +163,7 @@ def build_in_folder(
     data_args: DataArguments,
     training_args: TrainingArguments,
     sources: Mapping[str, str | None],
+    options: Mapping[str, Any],
     **loading: Any,
 ) -> LlavaTrainer:
     """As ``build_trainer``, once the folder is this run's."""
@@ -162,14 +192,16 @@ def build_in_folder(
         print(parts_table(model, training_args.part_learning_rates()))
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
         print(data_tables([data["train_dataset"], data["eval_dataset"]]))
-        print(supervision_table(documents_of(data["train_dataset"])), flush=True)
+        print(supervision_table(documents_of(data["train_dataset"] or data["eval_dataset"])), flush=True)
 
     ledger = data_args.build_ledger(training_args.output_dir)
-    trainer = LlavaTrainer(model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data)
-    # Files are read on one rank only.
-    trainer.identity = decide_once(
-        lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
+    trainer = LlavaTrainer(
+        model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data, **options
     )
+    if training_args.do_train:  # Files are read on one rank only.
+        trainer.identity = decide_once(
+            lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
+        )
     return trainer
 
 

@@ -15,11 +15,12 @@ from llava.messages import list_names
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
-from llava.train.evaluation import CutCounter, EvaluationTally
+from llava.train.engines import check_engine
+from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationTally
 from llava.train.idle_vision import IdleVision
 from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
-from llava.train.parts import parameter_groups
+from llava.train.optimizers import build_optimizer
 from llava.train.preemption import PreemptibleTrainer
 from llava.train.zero3 import gather_added_together
 
@@ -30,7 +31,12 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     """Trains a multimodal model.
 
     The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step
-    and over ranks alike; that of an evaluation is one over all its predicted tokens.
+    and over ranks alike; that of an evaluation is one over all its predicted tokens, without label smoothing.
+
+    ``evaluate`` with ``compute_metrics``, and ``predict``, give the logits of every position, one row a sample in the
+    order of the data: ``predictions[i, t]`` predicts ``label_ids[i, t + 1]``, which is -100 at visual positions, at
+    prompts and behind the end of a row. The label of a coordinate is the bin nearest to it. ``predicted_ids`` has
+    the samples' ids; bad samples that were skipped have no row.
 
     Args:
         ledger: where bad samples are written down; None where they are errors.
@@ -38,10 +44,16 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     """
 
     model: Any
+    predicted_ids: list[str] = []  # noqa: RUF012 - of the newest predictions; replaced, never added to
+    _returns_logits = False
 
     def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_engine(self.accelerator.state)
         gather_added_together(self.model)
+        # transformers' smoother takes the labels from the model: its loss knows neither that they are shifted, nor
+        # coordinates, nor experts. compute_loss asks the model for a smoothed loss instead.
+        self.label_smoother = None
         self.add_callback(FirstStepsCallback())
         self.ledger = ledger
         self.cut: CutCounter | None = None
@@ -54,8 +66,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = parameter_groups(trained, self.args.part_learning_rates(), self.args.weight_decay)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = build_optimizer(trained, self.args, optimizer_class, options)
             idle = IdleVision(self.model.get_model().used_vision_modules, self.args.device)
             self.optimizer.register_step_pre_hook(idle.before_optimizer_step)
             self.add_callback(idle)
@@ -74,20 +85,44 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             self.number_guard.begin_step(batches, num_items)
         return batches, num_items
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """One batch of an evaluation, as in transformers; the tally remembers what was good and what bad."""
-        result: tuple[Any, ...] = super().prediction_step(model, inputs, *args, **kwargs)
-        if self.tally is not None and result[0] is not None:
-            self.tally.add(inputs, result[0])
-        return result
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, smoothed in training, with logits only where they are predictions."""
+        if self.compute_loss_func is None:  # One's own takes the labels away, and so gets logits.
+            inputs = {**inputs, "return_logits": self._returns_logits}
+            if self.args.label_smoothing_factor and model.training:
+                inputs["smoothing"] = self.args.label_smoothing_factor
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """One batch of an evaluation: its loss, logits and labels; the tally remembers what was good and what bad."""
+        ignored = list(NOT_PREDICTIONS) if ignore_keys is None else ignore_keys
+        self._returns_logits = not prediction_loss_only
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        finally:
+            self._returns_logits = False
+        if labels is not None:
+            labels = self.model.target_ids(inputs["input_ids"].to(labels.device), labels, inputs.get("variables"))
+        if self.tally is not None and loss is not None:
+            self.tally.add(inputs, loss)
+        return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the loss by token; skipped samples go into the ledger and do not count."""
         self.tally = tally = EvaluationTally()
+        self.gather_function = tally.gather_rows
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             self.tally = None
+        if output.predictions is not None:
+            self.predicted_ids = tally.gather_sample_ids()
         if self.ledger is not None:
             self.ledger.add(tally.bad)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -146,6 +181,12 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             labels[:, 0] = IGNORE_INDEX
             counted.append({"labels": labels})
         return super()._get_num_items_in_batch(counted, device)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # The row of padding that a rank without a sample trains on is no token of the data.
+        if inputs.get("sample_ids") == []:
+            inputs = {name: inputs[name][:0] for name in ("input_ids", "attention_mask")}
+        super()._track_num_input_tokens(inputs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # transformers reads back only adapters of peft's own model class, and nothing that trained beside them.

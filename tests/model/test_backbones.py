@@ -163,12 +163,14 @@ def test_supervised_positions_equal_the_full_computation(name: str, load_tiny, m
             torch.testing.assert_close(one.grad, other.grad, atol=5e-6, rtol=0, msg=key)
 
 
-def test_logits_only_when_asked_or_without_labels(name: str, load_tiny, mixed_data: Path) -> None:
+def test_logits_as_in_transformers_unless_they_are_declined(name: str, load_tiny, mixed_data: Path) -> None:
     loaded = load_tiny(name)
     batch = make_batch(loaded, mixed_data, [0, 5])
     shape = (*batch["input_ids"].shape, loaded.model.config.vocab_size)
-    assert loaded.model(**batch).logits is None
-    assert loaded.model(**batch, return_logits=True).logits.shape == shape
+    assert loaded.model(**batch).logits.shape == shape
+    declined = loaded.model(**batch, return_logits=False)
+    assert declined.logits is None
+    assert torch.equal(declined.loss, loaded.model(**batch).loss)
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
     assert loaded.model(**unlabelled).logits.shape == shape
     assert loaded.model(**unlabelled, logits_to_keep=1).logits.shape == (2, 1, shape[-1])

@@ -132,8 +132,17 @@ class AlternatingForCausalLM(AlternatingAttention):
         return {"modality_ids": torch.isin(input_ids, visual)}
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, prompt_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        prompt_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds do not tell which positions are visual, which alternating attention has to know; pass "
+                "input_ids, with images where there are any"
+            )
         prepared = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, prompt_embeds=prompt_embeds, **kwargs
         )
