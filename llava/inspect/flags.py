@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from llava.train.flags import FLAGS, NO_EFFECT, REFUSED, WORKS, Flag
 from llava.train.optimizers import OPTIMIZERS, OptimizerRule
@@ -71,7 +72,7 @@ def bounds(flag: Flag) -> str:
     return "; ".join(refusal.reason for refusal in flag.refusals)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

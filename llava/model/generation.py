@@ -95,7 +95,7 @@ class MultimodalGeneration:
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         images = pixel_values if images is None else images
-        if images is not None or any((variables or ())):
+        if images is not None or any(variables or ()):
             self._check_media_go_with(kwargs)
         tokens = None if input_ids is None else self.place_coordinates(input_ids, variables)
         vision, grounding = self.get_model().vision, self.get_model().grounding

@@ -340,7 +340,7 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     do_train: bool = field(
         default=True, metadata={"help": "Train; false evaluates the model as it is, with --do_eval (default true)."}
     )
-    do_eval: bool | None = field(
+    do_eval: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Evaluate when training has ended, or alone with --do_train false (default: where --eval_data_path "

@@ -24,7 +24,7 @@ from llava.types import BadSample
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
 """Metrics that every evaluation has."""
 
-NOT_PREDICTIONS = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
+NOT_PREDICTIONS = ("past_key_values", "cache", "hidden_states", "attentions", "aux_loss", "router_logits")
 """What a model returns beside loss and logits; predictions are the logits alone."""
 
 

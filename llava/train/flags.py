@@ -115,7 +115,9 @@ _OWN_LOADERS = "batches are dealt to ranks and workers by this library (docs/run
 _FLAGS: tuple[Flag, ...] = (
     # --- length and batches ---
     _works("output_dir", "folder of checkpoints and of the model"),
-    _works("per_device_train_batch_size", "samples of a rank's micro-batch", _range("per_device_train_batch_size", 1, "0")),
+    _works(
+        "per_device_train_batch_size", "samples of a rank's micro-batch", _range("per_device_train_batch_size", 1, "0")
+    ),
     _works(
         "num_train_epochs", "unless `--max_steps` is given",
         Refusal(lambda args: args.max_steps < 0 and not args.num_train_epochs > 0, "it must be above 0",
@@ -378,7 +380,7 @@ def _check_settings(name: str, text: str) -> None:
     except json.JSONDecodeError as error:
         raise ValueError(f"--{name} is {text!r}, expected a JSON object: {error}") from error
     if not isinstance(read, dict):
-        raise ValueError(f"--{name} is {text!r}, expected a JSON object such as {{\"key\": 1}}")
+        raise ValueError(f'--{name} is {text!r}, expected a JSON object such as {{"key": 1}}')
 
 
 def check_flags(args: Any) -> None:

@@ -122,7 +122,9 @@ def _check_arguments(name: str, known: tuple[str, ...], given: str) -> None:
             raise ValueError(f"--optim_args gives {key} {value!r}; it is a number") from error
 
 
-def build_optimizer(model: nn.Module, args: Any, optimizer_class: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, args: Any, optimizer_class: Any, options: dict[str, Any]
+) -> torch.optim.Optimizer:
     """An optimizer over the groups of ``parameter_groups``.
 
     Args:

@@ -67,7 +67,9 @@ def test_a_configuration_may_ask_for_tuples(llama_dir: Path) -> None:
 
 
 def test_every_backbone_is_compared() -> None:
-    assert {name for name in BACKBONES if "alternating" not in name and name.startswith("llava_")} == set(TINY_BACKBONES)
+    assert {name for name in BACKBONES if "alternating" not in name and name.startswith("llava_")} == set(
+        TINY_BACKBONES
+    )
 
 
 @torch.no_grad()

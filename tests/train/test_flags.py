@@ -93,7 +93,10 @@ def test_what_no_command_line_can_say_is_refused_in_a_program() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gradient_checkpointing_kwargs", "{bad"], "--gradient_checkpointing_kwargs is '{bad', expected a JSON object"),
+        (
+            ["--gradient_checkpointing_kwargs", "{bad"],
+            "--gradient_checkpointing_kwargs is '{bad', expected a JSON object",
+        ),
         (["--lr_scheduler_kwargs", "min_lr=1"], "--lr_scheduler_kwargs is 'min_lr=1', expected a JSON object"),
         (["--accelerator_config", "none.json"], "--accelerator_config 'none.json' is no file"),
     ],
@@ -235,7 +238,9 @@ def test_every_optimizer_trains_or_is_refused(name: str, llama_dir: Path, text_d
 
 def test_a_missing_package_is_named_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--optim stable_adamw needs the package torch-optimi: pip install torch-optimi"):
+    with pytest.raises(
+        ValueError, match="--optim stable_adamw needs the package torch-optimi: pip install torch-optimi"
+    ):
         check_optimizer("stable_adamw", None)
 
 
