@@ -33,7 +33,6 @@ from llava.train.parts import COORDINATES_PART, PARTS
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
 _TRUE = ("1", "true", "yes", "on")
 _COUNTED = {"true": "all", "1": "all", "yes": "all", "false": "no", "0": "no", "none": "no"}
-"""Switches that older releases took for ``--include_num_input_tokens_seen``."""
 
 
 @dataclass

@@ -39,7 +39,8 @@ def check_data(
         ValueError: media do not fit, the tokenizer does not know the text, files are missing (or, with ``--check_data
             decode``, cannot be decoded), or only vision modules would be trained on data without media.
     """
-    check_vision_is_fed(model_args, documents_of(data["train_dataset"]))
+    if data["train_dataset"] is not None:  # --do_train false reads none.
+        check_vision_is_fed(model_args, documents_of(data["train_dataset"]))
     for dataset in map(documents_of, filter(None, (data["train_dataset"], data["eval_dataset"]))):
         decide_once(partial(check_room_for_media, dataset))
         decide_once(partial(check_text_is_known, dataset))
