@@ -107,11 +107,7 @@ def test_own_media_of_parts_and_the_sample_s_list_meet_in_reading_order():
         ({"image": "a", "images": ["b"], "conversations": turns("<image>", "x")}, "both 'image' and 'images', and"),
         ({"messages": turns("a", "b"), "conversations": turns("c", "d")}, "both 'conversations' and 'messages'"),
         (asked({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), r"https://x\.org/a\.png: is an a"),
-<<<<<<< HEAD
         ({"image": "s3://b/a.png", "conversations": turns("<image>", "x")}, r"\(s3://\), and only files .* fetch"),
-=======
-        ({"image": "s3://b/a.png", "conversations": turns("<image>", "x")}, r"is an address \(s3:.*, and only files"),
->>>>>>> b7b9a58 (A test's line fits)
         ({"image": "QUJD" * 9999, "conversations": turns("<image>", "x")}, "39996 characters and is no path; write"),
         ({"image": "data:image/png;base64,@@", "conversations": turns("<image>", "x")}, "is not base64"),
         ({"image": {"height": 3}, "conversations": turns("<image>", "x")}, '"image" must be a path'),
