@@ -92,6 +92,21 @@ def test_pictures_that_were_not_written_in_full(tmp_path: Path, kind: str, harm:
     assert_refused(path)
 
 
+def test_the_checksums_of_a_png_are_looked_at(tmp_path: Path) -> None:
+    row = bytes(range(90))
+    path = write_png(tmp_path / "a.png", 30, 3, 2, 8, row * 3)
+    data = path.read_bytes()
+    at = data.index(b"IDAT")
+    length = struct.unpack_from(">I", data, at - 4)[0]
+    # As zlib stores them: pixels like any others, but for the checksum.
+    body = zlib.compress((b"\0" + row) * 3, 0)
+    harmed = body.replace(row[40:50], bytes(10), 1)
+    assert harmed != body
+    chunk = struct.pack(">I", len(body)) + b"IDAT" + harmed + struct.pack(">I", zlib.crc32(b"IDAT" + body))
+    path.write_bytes(data[: at - 4] + chunk + data[at + length + 8 :])
+    assert_refused(path, "the checksum of its chunk IDAT at byte 33 is wrong")
+
+
 def test_the_check_before_training_finds_them(tmp_path: Path, capsys) -> None:
     for name in ("whole.jpg", "zero.jpg"):
         save(tmp_path / name, Image.fromarray(NOISE), quality=90)

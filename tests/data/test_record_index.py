@@ -132,6 +132,20 @@ def test_links_in_the_folder_are_not_followed(tmp_path, data, cache, caplog, kin
     assert target.read_bytes() == before
 
 
+def test_a_link_that_comes_at_the_last_moment_is_not_followed(tmp_path, data, cache, monkeypatch):
+    read_records(data, cache_dir=str(cache))
+    (path,) = cache.glob("*.arrow")
+    (tmp_path / "precious").write_bytes(b"a thesis")
+    path.unlink()
+    lock = path.with_name(path.name + ".lock")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "precious")
+    monkeypatch.setattr(Path, "is_symlink", lambda self: False)
+    with pytest.raises(ValueError, match="the index cannot be written"):
+        read_records(data, cache_dir=str(cache))
+    assert (tmp_path / "precious").read_bytes() == b"a thesis"
+
+
 def test_a_pipe_in_the_place_of_the_lock_does_not_hang(data, cache):
     read_records(data, cache_dir=str(cache))
     (path,) = cache.glob("*.arrow")
