@@ -25,7 +25,7 @@ from llava.train import stop_signals
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
-from llava.train.train import build_trainer, cli, load_from_arguments, train
+from llava.train.train import build_trainer, check_media_folders, cli, load_from_arguments, train
 
 MISMATCH = 3
 MANIFEST = "weights_manifest.json"
@@ -122,9 +122,7 @@ def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
         read_model_type(own.backbone_model, "--backbone_model")
     for flag in ("data_path", "eval_data_path"):
         find_entries(values[flag] or [], f"--{flag}")
-    for flag in ("image_folder", "video_folder"):
-        if values[flag] and not Path(values[flag]).exists():
-            raise ValueError(f"--{flag} {values[flag]}: no such folder")
+    check_media_folders(values["image_folder"], values["video_folder"])
 
 
 def inspect_data(paths: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 FAILED = 2
 INTERRUPTED = 130
@@ -64,6 +65,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def network_errors() -> Any:
+    """What the loaded HTTP libraries raise where a server does not answer (a tuple), and that is no OSError."""
+    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
+
+
 def run_command(run: Callable[[], int | None]) -> int:
     """Run a command for a shell: a mistake of the user is one line on standard error, not a traceback.
 
@@ -79,7 +85,7 @@ def run_command(run: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # Whoever read the output, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, *network_errors()) as error:
         print(f"error: {explain_error(error)}", file=sys.stderr)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -26,7 +27,7 @@ def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[s
         config_dict, _ = PretrainedConfig.get_config_dict(path)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # The last three: no object.
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
-    if not config_dict:
+    if not isinstance(config_dict, dict) or not config_dict:
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
     check_quantization(config_dict, f"{flag} {name_or_path!r}")
     return drop_remote_kernels(config_dict, name_or_path)
@@ -80,6 +81,8 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
     path = locate_model(name_or_path, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (AttributeError, TypeError, KeyError, StrictDataclassError) as error:  # JSON, but of another kind.
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error!r}") from error
     except (OSError, ValueError) as error:
         note = foreign_code_note(get_tokenizer_config(path))
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -116,8 +117,8 @@ def load_model(
     model_name_or_path = locate_model(model_name_or_path, flag)
     config_class, model_class = choose_classes(read_model_type(model_name_or_path, flag), model_name_or_path, variant)
     config_dict = read_config(model_name_or_path, flag) | {"model_type": config_class.model_type}
-    tokenizer = load_tokenizer(model_name_or_path, flag)
     stored = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
+    tokenizer = load_tokenizer(model_name_or_path, flag)
     trained = GroundingConfig.from_model_config(stored)
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained, config_dict)
 
@@ -240,8 +241,12 @@ def _read_model(
             )
     except UNSAFE_WEIGHTS as error:
         raise ValueError(f"{flag} {path!r}: {NOT_JUST_TENSORS}") from error
-    except (OSError, SafetensorError, EOFError, KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{flag} {path!r}: no model can be built as its config.json says: {error!r}") from error
+    except (OSError, SafetensorError, EOFError, json.JSONDecodeError) as error:
         raise ValueError(f"{flag} {path!r}: {describe_damage(path, error)}") from error
+    except ValueError as error:  # Transformers' own have no name of a folder; ours say where they come from.
+        raise error if "--" in str(error) else ValueError(f"{flag} {path!r}: {error}") from error
     except RuntimeError as error:
         if not any(words in str(error) for words in _UNREADABLE):
             raise
@@ -251,7 +256,10 @@ def _read_model(
 
 def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:
     """The visual settings of the checkpoint or, for a language model that gets a tower, new ones."""
-    vision = VisionConfig.from_model_config(config)
+    try:
+        vision = VisionConfig.from_model_config(config)
+    except TypeError as error:
+        raise ValueError(f"the visual settings (mm_...) of its config.json are not whole: {error}") from error
     if vision is None and tower is None:
         return None
     if vision is None:

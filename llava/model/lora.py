@@ -91,7 +91,7 @@ def describe_adapters(model: Any) -> str:
 
 
 def is_adapter_folder(path: str) -> bool:
-    return Path(path, ADAPTER_CONFIG).is_file()
+    return os.path.isfile(os.path.join(path, ADAPTER_CONFIG))  # noqa: PTH113 (Path's raises for a name that is too long)
 
 
 def read_base(folder: str) -> str:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import atexit
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,11 @@ from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
-from llava.messages import FAILED, explain_error, is_out_of_memory
+from llava.messages import FAILED, explain_error, is_out_of_memory, network_errors, shorten_text
 from llava.model.adapter import load_adapter
 from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
+from llava.model.locations import locate_model
 from llava.parser import check_output_folder
 from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
@@ -141,6 +143,10 @@ def build_trainer(
     check_devices(training_args)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_output_folder(str(training_args.output_dir), "--output_dir")
+    check_media_folders(data_args.image_folder, data_args.video_folder)
+    model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
+    if model_args.vision_tower is not None:
+        model_args.vision_tower = locate_model(model_args.vision_tower, "--vision_tower")
     sources = find_sources(model_args, training_args, loading)
     options = {
         "compute_metrics": compute_metrics,
@@ -222,6 +228,13 @@ def load_from_arguments(
         **data_args.vision_settings(),
         **loading,
     )
+
+
+def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
+    """A ValueError for a folder of media that is not there."""
+    for flag, folder in (("image_folder", image_folder), ("video_folder", video_folder)):
+        if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111
+            raise ValueError(f"--{flag} {shorten_text(folder, 200)}: no such folder")
 
 
 def check_devices(training_args: TrainingArguments) -> None:
@@ -392,7 +405,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         status = PREEMPTED
         if is_first_rank():
             print(stopped, file=sys.stderr)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, *network_errors()) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         status = FAILED

@@ -132,6 +132,21 @@ MISTAKES = [
     Mistake(
         "resume_from_nothing", "train", "--resume_from_checkpoint ./nothing", ("--resume_from_checkpoint", "nothing")
     ),
+    Mistake("config_list", "train", "--model_name_or_path {listed}", ("--model_name_or_path", r"config\.json")),
+    Mistake("config_of_words", "cli", "--model_path {config_words}", ("--model_path", r"config\.json", "n_layer")),
+    Mistake("cut_index", "train", "--model_name_or_path {cut_index}", ("--model_name_or_path", r"index\.json", "cut")),
+    Mistake("tokenizer_list", "train", "--model_name_or_path {unspoken}", ("--model_name_or_path", "tokenizer")),
+    Mistake("half_a_vision", "train", "--model_name_or_path {half_vision}", ("visual settings", r"config\.json")),
+    Mistake("long_name", "train", ["--model_name_or_path", "x" * 300], ("--model_name_or_path", "no folder")),
+    # --- more flags ---
+    Mistake("seed_below_0", "train", "--seed -1", ("--seed", "-1", "0")),
+    Mistake("seed_too_large", "train", "--seed 5000000000", ("--seed", "below")),
+    Mistake("no_length", "train", "--model_max_length 0", ("--model_max_length", "0", "1")),
+    Mistake("scheduler_words", "train", "--lr_scheduler_kwargs [1", ("--lr_scheduler_kwargs", "JSON")),
+    Mistake("optimizer_words", "train", "--optim_args fast", ("--optim_args", "name=value")),
+    Mistake("no_folder_of_images", "train", "--image_folder ./gone", ("--image_folder", "no such folder")),
+    Mistake("relative_plugin", "train", "--plugins .parts", ("--plugins", "whole name")),
+    Mistake("pushed_to_nobody", "train", "--push_to_hub", ("refused|reach|[Cc]onnect",)),
     # --- data ---
     Mistake("no_data", "train", "--data_path ./nothing.json", ("--data_path", "no such file")),
     Mistake("data_is_a_folder", "train", "--data_path {media}", ("--data_path", "folder|kind|file")),

@@ -110,8 +110,20 @@ def write_models(folder: Path, gpt2: Path, llama: Path, loaded: Any) -> dict[str
     (models["cut"] / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     for file in models["no_tokenizer"].glob("tokenizer*"):
         file.unlink()
-    config["vocab_size"] = 50
-    (models["other_tokenizer"] / "config.json").write_text(json.dumps(config))
+    (models["other_tokenizer"] / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    more: dict[str, dict[str, str]] = {
+        "listed": {"config.json": "[1]"},
+        "config_words": {"config.json": json.dumps(config | {"n_layer": "two"})},
+        "cut_index": {"model.safetensors.index.json": '{"weight'},
+        "unspoken": {"tokenizer_config.json": "[]"},
+        "half_vision": {"config.json": json.dumps(config | {"mm_vision_config": {"model_type": "dinov2"}})},
+    }
+    for name, files in more.items():
+        models[name] = copy(name)
+        for file, content in files.items():
+            (models[name] / file).write_text(content)
+    (models["cut_index"] / "model.safetensors").unlink()
+    (models["cut_index"] / "model-00001-of-00002.safetensors").write_bytes(b"x")
     for name in ("cut_shard", "missing_shard"):
         models[name] = copy(name, seeing)
         (models[name] / "model.safetensors").unlink()
