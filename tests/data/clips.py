@@ -119,7 +119,7 @@ def decode_all(path: Path) -> list[int]:
     """The numbers of all frames, decoded from the first to the last by PyAV alone."""
     numbers = []
     with av.open(str(path)) as container:
-        stream = next(s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic)
+        stream = container.streams.video[0]
         for packet in container.demux(stream):
             try:
                 numbers += [number_of(frame.to_ndarray(format="rgb24")) for frame in packet.decode()]

@@ -87,6 +87,17 @@ def test_pictures_at_the_end_that_only_decoding_shows(tmp_path: Path) -> None:
         sample_video(str(tmp_path / "b.mpg"), 4)
 
 
+@pytest.mark.parametrize("name", ["a.ogv", "a.webm", "a.nut", "a.h264", "a.ivf"])
+def test_zeros_in_the_last_picture(tmp_path: Path, name: str) -> None:
+    codec = {"nut": "libx264", "h264": "libx264", "ivf": "libvpx-vp9"}.get(name[2:], "libvpx")
+    live = {"live": "1"} if name == "a.webm" else {}
+    path = encode(tmp_path / name, codec, X264 if codec == "libx264" else FAST, range(24), container_options=live)
+    data = path.read_bytes()
+    path.write_bytes(data[:-80] + bytes(80))
+    with pytest.raises(MediaError, match="it holds only zeros from byte"):
+        sample_video(str(path), 2)
+
+
 def test_whole_recordings_are_no_alarm(tmp_path: Path) -> None:
     for name, codec, options in (
         ("a.mkv", "libx264", X264),
