@@ -19,7 +19,6 @@ from llava.train.engines import (
     check_counts,
     check_deepspeed_config,
     check_launcher,
-    check_objects,
     check_precision,
     check_trackers,
     find_deepspeed_config,
@@ -390,7 +389,6 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         check_counts(self)
-        check_objects(self)
         check_precision(self)
         check_trackers(self.report_to)
         if self.deepspeed:

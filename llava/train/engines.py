@@ -42,24 +42,6 @@ def check_counts(args: Any) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be below 2**32")
 
 
-def check_objects(args: Any) -> None:
-    """A ValueError for a flag that takes settings, and whose value are none."""
-    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config", "fsdp_config"):
-        value = getattr(args, name, None)
-        if not isinstance(value, str) or Path(value).is_file():
-            continue
-        try:
-            settings = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"--{name} is {shorten(value)}; expected JSON such as '{{\"name\": 1}}' ({error})"
-            ) from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"--{name} is {shorten(value)}; expected an object of settings such as '{{\"name\": 1}}'")
-    if args.optim_args and not all("=" in pair for pair in args.optim_args.split(",")):
-        raise ValueError(f"--optim_args is {shorten(args.optim_args)}; expected name=value,name=value")
-
-
 def find_deepspeed_config(given: Any) -> Any:
     """What ``--deepspeed`` means: one of ``SHIPPED`` by its name, or else the file or the settings that it is.
 

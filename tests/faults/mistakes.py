@@ -143,7 +143,7 @@ MISTAKES = [
     Mistake("seed_too_large", "train", "--seed 5000000000", ("--seed", "below")),
     Mistake("no_length", "train", "--model_max_length 0", ("--model_max_length", "0", "1")),
     Mistake("scheduler_words", "train", "--lr_scheduler_kwargs [1", ("--lr_scheduler_kwargs", "JSON")),
-    Mistake("optimizer_words", "train", "--optim_args fast", ("--optim_args", "name=value")),
+    Mistake("optimizer_words", "train", "--optim_args fast", ("--optim_args", "=value")),
     Mistake("no_folder_of_images", "train", "--image_folder ./gone", ("--image_folder", "no such folder")),
     Mistake("relative_plugin", "train", "--plugins .parts", ("--plugins", "whole name")),
     Mistake("pushed_to_nobody", "train", "--push_to_hub", ("refused|reach|[Cc]onnect",)),
