@@ -9,8 +9,12 @@ mixture.py        chosen rows of tables -> one sequence of Records
 media.py          a file                -> squares of an image or of sampled frames
   files.py          is it a file?
   frames.py         which frames, and their pixels
+  containers.py     which container is it, by its content?
   truncation.py     is the file whole?
-  video_index.py    which frames does it have?
+  video_index.py    which frames does it have, and where may decoding begin?
+  packets.py        what a packet says of that; nal_units.py for H.264 and HEVC
+  video_times.py    when frames are shown
+  display.py        frames upright, with square pixels
   video_backends.py decord or PyAV
   decoder.py        frames.py as a process, decoder_process.py its client with a time limit
 bad_samples.py    an error              -> BadSample
