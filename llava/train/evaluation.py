@@ -13,7 +13,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from accelerate.utils import gather, gather_object, recursively_apply, reduce
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
@@ -167,6 +167,31 @@ def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
             raise ValueError(
                 f"--metric_for_best_model is {args.metric_for_best_model!r}; evaluations give {', '.join(_BUILT_IN)}"
             )
+
+
+def check_best_metric(trainer: Any) -> None:
+    """Evaluate one batch, where only a program's ``compute_metrics`` knows whether ``--metric_for_best_model`` exists.
+
+    Nothing is logged, and no random number that training draws is another. Under DeepSpeed, whose engine does not
+    evaluate before it trains, the first evaluation tells.
+
+    Raises:
+        ValueError: it does not; names the metrics that there are.
+    """
+    args, data = trainer.args, trainer.eval_dataset
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if name in _BUILT_IN or trainer.compute_metrics is None or data is None or isinstance(data, dict):
+        return
+    if trainer.is_deepspeed_enabled:
+        return
+    few = Subset(data, range(min(len(data), args.eval_batch_size * args.world_size)))
+    devices = [torch.cuda.current_device()] if args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        loader = trainer.get_eval_dataloader(few)
+        metrics = trainer.evaluation_loop(loader, description="Metrics", metric_key_prefix="eval").metrics
+    known = [*(metric.removeprefix("eval_") for metric in metrics), *_BUILT_IN[1:]]
+    if name not in known:
+        raise ValueError(f"--metric_for_best_model is {name!r}; evaluations give {', '.join(known)}")
 
 
 def _check_evaluation_alone(args: Any) -> None:

@@ -16,7 +16,7 @@ from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
 from llava.train.engines import check_engine
-from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationTally
+from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationTally, check_best_metric
 from llava.train.idle_vision import IdleVision
 from llava.train.ledger import BadSampleLedger
 from llava.train.numerics import NumberGuard, build_guard
@@ -71,6 +71,11 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             self.optimizer.register_step_pre_hook(idle.before_optimizer_step)
             self.add_callback(idle)
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a best metric that no evaluation gives is found before the first step."""
+        check_best_metric(self)
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step and their predicted tokens; their bad samples go into the ledger."""

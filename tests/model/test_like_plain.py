@@ -46,8 +46,8 @@ def test_a_text_model_answers_as_the_plain_class(name: str, backbone_dirs: dict[
     for what, call in CALLS.items():
         try:
             expected = call(plain)
-        except ValueError as error:  # MPT has no cache that an assistant could wind back.
-            with pytest.raises(ValueError, match=re.escape(str(error))):
+        except (ValueError, RuntimeError) as error:  # MPT has no cache that an assistant could wind back.
+            with pytest.raises(type(error), match=re.escape(str(error))):
                 call(own)
             continue
         found = call(own)
