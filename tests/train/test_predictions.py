@@ -162,7 +162,7 @@ def test_a_best_metric_of_a_program_is_known_before_the_first_step(argv: list[st
     words = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
              "--load_best_model_at_end", "true", "--metric_for_best_model"]  # fmt: skip
     trainer = build_trainer([*argv, *words, "accurcy"], compute_metrics=accuracy)
-    with pytest.raises(ValueError, match="--metric_for_best_model is 'accurcy'; evaluations give .*accuracy, tokens"):
+    with pytest.raises(ValueError, match=r"--metric_for_best_model is 'accurcy'; evaluations give .*accuracy, tokens"):
         trainer.train()
     assert trainer.state.global_step == 0
     trainer.args.metric_for_best_model = "accuracy"
