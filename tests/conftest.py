@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -15,6 +16,11 @@ SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2]
 
 # Tiny tensors gain nothing from threads, and tests run side by side.
 torch.set_num_threads(1)
+
+# An encoder of a clip that a test wrote is garbage with threads of its own. A forked worker has none of these threads,
+# and would wait for them for ever when it collects the garbage: so it is collected before.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=gc.collect)
 
 
 def define_torchvision_operators() -> torch.library.Library | None:

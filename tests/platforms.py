@@ -16,7 +16,7 @@ import sys
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "syslog", "decord")
 NAMES = {
     os: (
-        "sched_getaffinity fork forkpty register_at_fork getuid geteuid getgid setsid killpg getpgid statvfs mkfifo "
+        "sched_getaffinity fork forkpty register_at_fork getuid geteuid getgid setsid killpg getpgid mkfifo "
         "nice O_NOFOLLOW O_DIRECTORY O_DIRECT O_CLOEXEC O_NONBLOCK posix_fadvise posix_fallocate sched_yield getloadavg"
     ),
     signal: "SIGUSR1 SIGUSR2 SIGALRM SIGKILL SIGHUP SIGQUIT SIGSTOP SIGCHLD setitimer ITIMER_REAL alarm pause sigwait",
