@@ -38,7 +38,11 @@ TEXT_CHUNKING = (NONE, DOCUMENT)
 class ChunkedDataset(Dataset["Example | BadSample"]):
     """The samples of a data set, with each text that is too long in as many chunks as it takes.
 
-    Samples with media or coordinates stay as they are. The chunks of a text stand in order, one behind the other.
+    Samples with media or coordinates stay as they are, and are cut. The chunks of a text stand in order, one behind
+    the other.
+
+    Attributes:
+        is_whole: bool (documents,), whether each is one that is not chunked, however long.
 
     Args:
         documents: the samples; of a format that learns all text.
@@ -55,8 +59,8 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
             )
         self.documents = documents
         # Coordinates belong to the media or the text around them.
-        is_whole = (survey_media(documents) > 0) | (survey_coordinates(documents) > 0)
-        cut = np.where(is_whole, 0, survey_cut(documents)).astype(np.int64)
+        self.is_whole = (survey_media(documents) > 0) | (survey_coordinates(documents) > 0)
+        cut = np.where(self.is_whole, 0, survey_cut(documents)).astype(np.int64)
         step = documents.max_length - 1
         self._counts = np.where(cut > 0, -(-(cut + step) // step), 1)  # (documents,) chunks of each
         self._ends = np.cumsum(self._counts)

@@ -233,7 +233,9 @@ def _walk_jpeg(data: bytes, limits: MediaLimits) -> None:
     first_symbols: dict[int, int] = {}  # by class and number of the table: what a code of zeros alone stands for
     at = 2
     while True:
-        at = data.index(b"\xff", at) if 0xFF in data[at:] else len(data)
+        at = data.find(b"\xff", at)
+        if at < 0:
+            raise _cut_off()
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1

@@ -175,7 +175,7 @@ def _read_mpeg12(data: bytes) -> PacketFacts | None:
             sequence = True
         elif code == 0 and start + 2 <= len(data):
             pictures.append(_MpegPicture(data[start + 1] >> 3 & 7, 3))
-        elif code == 0xB5 and pictures and data[start] >> 4 == 8 and start + 3 <= len(data):
+        elif code == 0xB5 and pictures and start + 3 <= len(data) and data[start] >> 4 == 8:
             pictures[-1] = pictures[-1]._replace(structure=data[start + 2] & 3)
     structures = [picture.structure for picture in pictures]
     # One frame, or its two fields.

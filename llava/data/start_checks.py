@@ -77,9 +77,14 @@ def media_table(dataset: SupervisedDataset) -> str:
     return "\n".join([*lines, *(f"  {share}" for share in media_shares(dataset))])
 
 
-def cut_table(dataset: SupervisedDataset) -> str:
-    """How many samples of each data file are cut to the context, and how many tokens of them; "" where none is."""
-    cut = survey_cut(dataset)
+def cut_table(dataset: SupervisedDataset, whole: np.ndarray | None = None) -> str:
+    """How many samples of each data file are cut to the context, and how many tokens of them; "" where none is.
+
+    Args:
+        dataset: the samples.
+        whole: bool (samples,), which of them ``--text_chunking`` leaves as they are; None without it.
+    """
+    cut = survey_cut(dataset) if whole is None else np.where(whole, survey_cut(dataset), 0)
     if dataset.vision is not None and dataset.vision.video_fps > 0:
         cut = np.where(survey_kinds(dataset)[1] > 0, 0, cut)  # Their frames show only when they are opened.
     if not cut.any():
@@ -88,7 +93,9 @@ def cut_table(dataset: SupervisedDataset) -> str:
     for label, rows in _rows_by_source(dataset.records).items():
         if samples := int((cut[rows] > 0).sum()):
             lines.append(f"  {label}: {samples} of {len(rows)} samples lose {int(cut[rows].sum())} tokens")
-    return "\n".join([*lines, "  raise --model_max_length, or train on all of a text with --text_chunking document"])
+    other = ", or train on all of a text with --text_chunking document"
+    what = other if whole is None else "; text with images, videos or coordinates is not chunked"
+    return "\n".join([*lines, f"  raise --model_max_length{what}"])
 
 
 def _rows_by_source(records: Sequence[Record]) -> dict[str, np.ndarray]:

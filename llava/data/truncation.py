@@ -209,7 +209,7 @@ def _check_asf(file: _Reader) -> None:
     header = file.read(0, min(file.number(16, 8), 1 << 20))
     place, start = header.find(_ASF_PROPERTIES), file.number(16, 8)
     file.check_end(start + 50)
-    if place < 0 or file.read(start, 16) != _ASF_DATA:
+    if place < 0 or len(header) < place + 96 or file.read(start, 16) != _ASF_DATA:
         return
     packet = int.from_bytes(header[place + 92 : place + 96], "little")
     if header[place + 88] & 1:  # a live recording does not say how long it is
@@ -242,14 +242,16 @@ def _check_ogg(file: _Reader) -> None:
 
 
 def _check_transport_stream(file: _Reader) -> None:
-    head = file.read(0, _TAIL_BYTES)
-    packet = packet_size(head)
-    start = next(i for i in range(packet) if not head[i::packet].strip(b"G"))
+    packet = packet_size(file.read(0, _TAIL_BYTES))
     file.check_zeros(max(file.size - packet, 0))
+    # Counted from its last packets: whatever was lost on the way has moved them.
+    place = max(file.size - _TAIL_BYTES, 0)
+    tail = file.read(place, _TAIL_BYTES)
+    starts = [i for i in range(min(packet, len(tail))) if not tail[i::packet].strip(b"G")]
     # A packet of 192 or 204 bytes has 188 that count, in front or behind.
-    left = (file.size - start) % packet
-    if left not in (0, 188):
-        file.check_end(file.size + packet - left)
+    left = [(len(tail) - start) % packet for start in starts]
+    if left and not any(count in (0, 188) for count in left):
+        file.check_end(file.size + packet - left[0])
 
 
 def _check_program_stream(file: _Reader) -> None:

@@ -121,8 +121,11 @@ def data_tables(datasets: Sequence[SupervisedDataset | ChunkedDataset | None]) -
         if given is None:
             continue
         dataset = documents_of(given)
-        told = given.describe() if isinstance(given, ChunkedDataset) else cut_table(dataset)
-        lines += [media_table(dataset), *filter(None, [told])]
+        if isinstance(given, ChunkedDataset):
+            told = [given.describe(), cut_table(dataset, given.is_whole)]
+        else:
+            told = [cut_table(dataset)]
+        lines += [media_table(dataset), *filter(None, told)]
         if isinstance(dataset.records, Mixture):
             lines += [f"note: {note}" for note in describe_notes(dataset.records)]
     return "\n".join(lines)

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
+from llava.data.chunks import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
-from llava.data.survey import survey_cut
+from llava.data.survey import survey_cut, survey_kinds
 from llava.types import BadSample
 
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -49,12 +50,13 @@ class CutCounter:
     """Samples whose text was cut to the context since the run was started or resumed, over all ranks.
 
     Args:
-        dataset: trained on; one that knows of no sample that is too long is not counted.
+        dataset: trained on; one of which no sample can be too long is not counted.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.samples = self.tokens = 0
-        self._may_cut = isinstance(dataset, SupervisedDataset) and bool(survey_cut(dataset).any())
+        documents = dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+        self._may_cut = isinstance(documents, SupervisedDataset) and _may_cut(documents)
 
     def add(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Take in the micro-batches of a step; all ranks call this together."""
@@ -69,6 +71,14 @@ class CutCounter:
     def counts(self) -> dict[str, int]:
         """What the log says of them; nothing where nothing was cut."""
         return {"cut_samples": self.samples, "cut_tokens": self.tokens} if self.samples else {}
+
+
+def _may_cut(dataset: SupervisedDataset) -> bool:
+    """Whether a sample may be too long; of videos without a bound, or with their times, only decoding tells."""
+    vision = dataset.vision
+    if vision is not None and (vision.add_time_instruction or not vision.is_bounded):
+        return bool(survey_kinds(dataset)[1].any() or survey_cut(dataset).any())
+    return bool(survey_cut(dataset).any())
 
 
 @dataclass

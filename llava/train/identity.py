@@ -337,7 +337,10 @@ def _plain(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
+    """What is compared of a setting: its content, or where it comes from if that was not hashed."""
+    if isinstance(value, dict) and "sha256" in value:
+        return value["source"] if value["sha256"] is None else value["sha256"]
+    return value
 
 
 def _show(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -79,8 +78,11 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int) -> None:
     assert _Early.leave is not None
-    _Early.leave()
     name = signal.Signals(number).name
-    print(f"{name} received before the first step: nothing is lost; start again the same way", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.
+    said = f"{name} received before the first step: nothing is lost; start again the same way\n"
+    try:
+        _Early.leave()
+        # Not through sys.stderr, which the signal may have come in the midst of.
+        os.write(2, said.encode())
+    finally:
+        os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.

@@ -16,6 +16,8 @@ from PIL import Image
 
 from llava.data.check import main as check
 from llava.data.media import MediaError, sample_video
+from llava.data.packets import packet_reader
+from llava.data.truncation import check_complete
 
 X264, FAST = {"g": "12"}, {"deadline": "realtime", "cpu-used": "8", "g": "12"}
 # Name, codec, its options, those of the container.
@@ -127,6 +129,25 @@ def test_whole_recordings_are_no_alarm(tmp_path: Path) -> None:
             container.mux(stream.encode())
         (tmp_path / name).write_bytes(b"".join(written))
         assert sample_video(str(tmp_path / name), 2).indices == (0, 29), name
+
+
+def test_a_transport_stream_that_lost_packets_is_read(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.ts", "mpeg2video", {"g": "1"}, range(30))
+    data = path.read_bytes()
+    for name, broken in (("mark", data[: 188 * 10] + b"F" + data[188 * 10 + 1 :]), ("gap", data[:1600] + data[1650:])):
+        (tmp_path / f"{name}.ts").write_bytes(broken)
+        check_complete(str(tmp_path / f"{name}.ts"), len(broken))
+        (tmp_path / "cut.ts").write_bytes(broken[:-50])
+        with pytest.raises(ValueError, match="it is cut off"):
+            check_complete(str(tmp_path / "cut.ts"), len(broken) - 50)
+
+
+def test_a_header_that_ends_with_its_packet_says_nothing() -> None:
+    read = packet_reader("mpeg2video", b"")
+    assert read is not None
+    picture, extension = b"\0\0\1\0\0\x08", b"\0\0\1\xb5"
+    facts = [read(picture + extension + rest) for rest in (b"", b"\x80", b"\x80\0\3")]
+    assert [found and found.shown for found in facts] == [1, 1, 1]
 
 
 def write_song(path: Path, codec: str, cover: bool) -> Path:

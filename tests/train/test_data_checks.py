@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ITALIAN, turns
+from conftest import ITALIAN, turns, write_video
 
 from llava.model.loading import load_model
 from llava.model.random_weights import main as random_weights
@@ -139,6 +139,32 @@ def test_text_that_is_cut_is_told_before_training_and_in_the_log(build, tmp_path
     assert f"{tmp_path / 'a.json'}: 1 of 2 samples lose {cut} tokens" in capsys.readouterr().out
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert (losses[-1]["cut_samples"], losses[-1]["cut_tokens"]) == (2, 2 * cut)
+
+
+def test_what_chunking_leaves_whole_is_counted_where_it_is_cut(build, media_dir, tmp_path, capsys):
+    shutil.copy(media_dir / "a.png", tmp_path)
+    long = " ".join(ITALIAN)
+    picture = {"image": "a.png", "conversations": turns("<image>", long)}
+    trainer = build({"a.json": [text(long), picture]}, main, model_max_length=40, text_chunking="document", max_steps=4)
+    cut = trainer.train_dataset.documents.lengths[1] - 40
+    assert "1 texts longer than 40 tokens are trained in" in (printed := capsys.readouterr().out)
+    assert f"{tmp_path / 'a.json'}: 1 of 2 samples lose {cut} tokens" in printed
+    assert "text with images, videos or coordinates is not chunked" in printed
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (losses[-1]["cut_samples"], losses[-1]["cut_tokens"]) == (4, 4 * cut)
+    assert cut > 10
+
+
+def test_what_only_decoding_shows_to_be_cut_is_counted(build, tmp_path):
+    write_video(tmp_path / "a.mp4", num_frames=60)
+    long = " ".join(ITALIAN)
+    sample = {"video": "a.mp4", "conversations": turns("<video>", long)}
+    flags = {"video_fps": 25, "frames_upbound": 0, "mm_resampler_type": "spatial_pool", "mm_spatial_pool_stride": 2}
+    length = len(build({"a.json": [sample]}, **flags).train_dataset[0].input_ids)
+    shutil.rmtree(tmp_path / "out")
+    trainer = build({"a.json": [sample]}, main, model_max_length=length - 5, **flags)
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (losses[-1]["cut_samples"], losses[-1]["cut_tokens"]) == (2, 10)
 
 
 class TestTokenizers:

@@ -15,6 +15,7 @@ from conftest import ITALIAN, make_tower, turns
 from safetensors.torch import load_file, save_file
 
 from llava.train.checkpoint import RUN_IDENTITY, seal
+from llava.train.identity import RunIdentity
 from llava.train.train import cli, main
 
 STEPS = 4
@@ -332,3 +333,13 @@ def test_the_best_checkpoint_survives_a_move(base: Path, texts: Path, tmp_path: 
     assert Path(str(resumed.state.best_model_checkpoint)).resolve() == (tmp_path / "elsewhere/moved" / name).resolve()
     assert same(Path("moved"), Path("moved") / name)
     assert sorted(path.name for path in Path("moved").glob("checkpoint-*")) == sorted({name, "checkpoint-8"})
+
+
+def test_without_a_hash_the_source_is_compared() -> None:
+    def tower(source: str, content: str | None) -> RunIdentity:
+        length = {"steps": 1, "max_steps": 1, "num_train_epochs": 3, "order": {}}
+        return RunIdentity({"vision_tower": {"source": source, "sha256": content}}, {}, length)
+
+    assert tower("b", None).compare(tower("a", None)).wrong
+    assert not tower("a", None).compare(tower("a", None)).wrong
+    assert not tower("b", "0").compare(tower("a", "0")).wrong
