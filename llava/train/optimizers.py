@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,3 +177,24 @@ def check_schedule(args: Any) -> None:
             f"--lr_scheduler_type {getattr(kind, 'value', kind)} cannot be made with --lr_scheduler_kwargs {settings}: "
             f"{error}"
         ) from error
+
+
+def put_in_force(optimizer: Any, scheduler: Any, wanted: Sequence[dict[str, Any]]) -> None:
+    """Give an optimizer that was read from a checkpoint the settings of this run's flags.
+
+    Args:
+        optimizer: whose groups hold the settings of the run that wrote the checkpoint.
+        scheduler: its schedule, at the checkpoint's step.
+        wanted: each group's settings, as they were before the checkpoint was read.
+    """
+    for group, own in zip(optimizer.param_groups, wanted, strict=True):
+        group.update({name: value for name, value in own.items() if name != "lr"})
+    if not hasattr(scheduler, "lr_lambdas"):
+        return  # It sets the rate from what it has seen, not from the step.
+    scheduler.base_lrs = [own["initial_lr"] for own in wanted]
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from llava.train.checkpoint import (
     store_best,
 )
 from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
+from llava.train.optimizers import put_in_force
 from llava.train.run_lock import LOCK
 from llava.train.write_failures import WriteFailure, explain_failures, free_bytes, is_write_error
 
@@ -448,24 +449,3 @@ class CheckpointTrainer(Trainer):
     def _is_finished(self, folder: Path) -> bool:
         whole = 0 < self.state.max_steps <= self.state.global_step
         return whole and os.path.realpath(folder) == os.path.realpath(self.args.output_dir)
-
-
-def put_in_force(optimizer: Any, scheduler: Any, wanted: Sequence[dict[str, Any]]) -> None:
-    """Give an optimizer that was read from a checkpoint the settings of this run's flags.
-
-    Args:
-        optimizer: whose groups hold the settings of the run that wrote the checkpoint.
-        scheduler: its schedule, at the checkpoint's step.
-        wanted: each group's settings, as they were before the checkpoint was read.
-    """
-    for group, own in zip(optimizer.param_groups, wanted, strict=True):
-        group.update({name: value for name, value in own.items() if name != "lr"})
-    if not hasattr(scheduler, "lr_lambdas"):
-        return  # It sets the rate from what it has seen, not from the step.
-    scheduler.base_lrs = [own["initial_lr"] for own in wanted]
-    scheduler._last_lr = [
-        base * factor(scheduler.last_epoch)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate

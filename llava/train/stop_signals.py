@@ -7,6 +7,7 @@ a program can listen before it imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -81,8 +82,10 @@ def _leave(number: int) -> None:
     name = signal.Signals(number).name
     said = f"{name} received before the first step: nothing is lost; start again the same way\n"
     try:
-        _Early.leave()
-        # Not through sys.stderr, which the signal may have come in the midst of.
-        os.write(2, said.encode())
+        with contextlib.suppress(OSError):
+            _Early.leave()
+        # Not through sys.stderr, in the midst of which the signal may have come.
+        with contextlib.suppress(OSError):
+            os.write(2, said.encode())
     finally:
         os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.

@@ -108,3 +108,22 @@ def test_a_longer_run_goes_on_after_one_more_step(argv: list[str], finished: Pat
     done = run("imports", signal.SIGUSR1, [*argv, "--max_steps", "9"], finished)
     assert done.returncode == PREEMPTED, done.stderr[-2000:]
     assert "stopped after step 4 of 9" in done.stderr
+
+
+def test_neither_a_failing_clean_up_nor_a_busy_stream_keeps_the_program() -> None:
+    program = """
+import os, signal, sys
+from llava.train import stop_signals
+stop_signals.listen()
+class Busy:
+    def write(self, text):
+        raise RuntimeError("reentrant call")
+sys.stderr = Busy()
+def clean_up():
+    raise OSError("the folder is gone")
+stop_signals.may_leave(clean_up)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == PREEMPTED
+    assert done.stderr == "SIGTERM received before the first step: nothing is lost; start again the same way\n"

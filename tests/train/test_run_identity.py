@@ -15,7 +15,6 @@ from conftest import ITALIAN, make_tower, turns
 from safetensors.torch import load_file, save_file
 
 from llava.train.checkpoint import RUN_IDENTITY, seal
-from llava.train.identity import RunIdentity
 from llava.train.train import cli, main
 
 STEPS = 4
@@ -336,6 +335,8 @@ def test_the_best_checkpoint_survives_a_move(base: Path, texts: Path, tmp_path: 
 
 
 def test_without_a_hash_the_source_is_compared() -> None:
+    from llava.train.identity import RunIdentity
+
     def tower(source: str, content: str | None) -> RunIdentity:
         length = {"steps": 1, "max_steps": 1, "num_train_epochs": 3, "order": {}}
         return RunIdentity({"vision_tower": {"source": source, "sha256": content}}, {}, length)
