@@ -49,12 +49,12 @@ def two_kinds(media_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def overflowing_dir(gpt2_dir: Path, tower_dir: Path, two_kinds: Path, tmp_path_factory) -> Path:
-    """A multimodal checkpoint with dropout whose projector is infinite: images give NaN, texts do not."""
+    """A multimodal checkpoint with dropout whose projector overflows: images give NaN, texts do not."""
     folder = tmp_path_factory.mktemp("overflowing")
     main(flags(gpt2_dir, tower_dir, two_kinds, folder, max_steps=1))
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "mm_projector" in name and name.endswith("weight"))
-    weights[name][0, 0] = float("inf")
+    weights[name][:] = 3e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1, "embd_pdrop": 0.1}))
@@ -76,7 +76,7 @@ def test_a_bad_loss_stops_the_run_before_the_step(
     assert trainer.state.global_step == 1
     stored = load_file(output / "bad_step-2" / "model" / "model.safetensors")
     bad = {name for name, tensor in stored.items() if not tensor.isfinite().all()}
-    assert len(bad) == 1
+    assert bad == set()
     now = trainer.model.state_dict()
     assert all(torch.equal(stored[name], now[name]) for name in stored)
 
@@ -85,7 +85,7 @@ def test_a_bad_loss_stops_the_run_before_the_step(
     printed = capsys.readouterr().out
     assert "step 2, rank 0: 'image-a', 'image-b'" in printed
     assert "micro-batch 0: loss nan (in the run nan)" in printed
-    assert "1 weights that are not finite" in printed
+    assert "weights that are not finite" not in printed
     first = printed.split("in the order they ran:\n")[1].splitlines()[0]
     assert "mm_projector.0 (Linear)" in first
     assert "as its input is" not in first

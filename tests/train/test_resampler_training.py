@@ -89,4 +89,4 @@ def test_text_beside_media_trains_with_a_resampler_without_parameters(run_flags:
     decoder = trainer.model.get_model()
     assert not [*decoder.mm_projector.parameters(), *decoder.vision_resampler.parameters()]
     with pytest.raises(ValueError, match="--mm_tunable_parts mm_vision_resampler trains nothing"):
-        main(words(**flags, mm_tunable_parts="mm_vision_resampler"))
+        main(words(**flags, mm_tunable_parts="mm_vision_resampler", overwrite_output_dir="true"))
