@@ -95,15 +95,23 @@ class CommandParser(argparse.ArgumentParser):
         return [_name(action) for action in self._actions if action.option_strings]
 
     def warn_of_repeats(self, words: Sequence[str]) -> None:
-        """A warning for each flag that is given several times and of which only the last counts."""
-        counts: dict[str, int] = {}
+        """A warning for each flag that is given several times, with other values, and of which only the last counts."""
+        given: dict[str, list[list[str]]] = {}
+        values: list[str] = []
         for word in words:
-            action = self._option_string_actions.get(word.partition("=")[0])
-            if isinstance(action, argparse._StoreAction):
-                counts[_name(action)] = counts.get(_name(action), 0) + 1
-                if counts[_name(action)] == 2:
-                    several = "; several values go behind one flag" if action.nargs in ("+", "*") else ""
-                    logger.warning("%s is given more than once: only the last one counts%s", _name(action), several)
+            name, _, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is None:
+                values.append(word)
+            else:
+                values = [value] if value else []
+                if isinstance(action, argparse._StoreAction):
+                    given.setdefault(_name(action), []).append(values)
+        for name, told in given.items():
+            if any(values != told[0] for values in told):
+                action = self._option_string_actions[name]
+                several = "; several values go behind one flag" if action.nargs in ("+", "*") else ""
+                logger.warning("%s is given more than once: only the last one counts%s", name, several)
 
     def error(self, message: str) -> Any:  # type: ignore[override]
         """Raises what argparse found wrong; the names of a flag are told once."""

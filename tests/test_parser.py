@@ -73,6 +73,7 @@ def test_values(parser) -> None:
 def test_a_flag_that_is_given_twice_is_named(parser, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         parser.parse_args(["--files", "a", "--rate", "1", "--each", "1", "--each", "2", "--switch", "--switch"])
+        parser.parse_args(["--files", "a", "b", "--rate=1", "--files", "a", "b", "--rate", "1"])  # it says the same
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
         args = parser.parse_args(["--files", "a", "--files", "b", "--rate=1", "--rate", "2"])

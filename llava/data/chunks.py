@@ -81,6 +81,10 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
         document = int(np.searchsorted(self._ends, index, side="right"))
         return document, index - int(self._ends[document] - self._counts[document])
 
+    def is_chunk(self, index: int) -> bool:
+        """Whether a sample is a part of a text, not a sample of the documents."""
+        return bool(self._counts[self.locate(index)[0]] > 1)
+
     def __getitem__(self, index: int) -> Example | BadSample:
         """A sample, or a chunk of one; errors are those of the documents."""
         document, number = self.locate(index)
@@ -141,8 +145,9 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
 
     def describe(self) -> str:
         """How many texts were chunked, into how many samples."""
-        chunks = int(self._counts[self._long].sum())
-        return f"{len(self._long)} texts longer than {self.documents.max_length} tokens are trained in {chunks} chunks"
+        chunks, number = int(self._counts[self._long].sum()), len(self._long)
+        texts, are = ("text", "is") if number == 1 else ("texts", "are")
+        return f"{number} {texts} longer than {self.documents.max_length} tokens {are} trained in {chunks} chunks"
 
 
 class _ChunkRecords(Sequence[Record]):

@@ -263,7 +263,8 @@ def _parse_media(
         except ValueError as error:
             raise ValueError(f'{where}: "{kind}": {error}') from error
         if not path:
-            raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}')
+            hint = "; a sample without media leaves the key out" if value == "" else ""
+            raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}{hint}')
         return find_media(os.path.join(source, path), kind, root, anywhere, where)
 
     for value in values:
@@ -384,9 +385,9 @@ def describe_notes(mixture: Mixture) -> list[str]:
         for key, count in notes.get("unread", {}).items():
             level, _, name = key.rpartition(".")
             place = f" of a {level}" if level else ""
-            samples = "1 sample" if count == 1 else f"{count} samples"
+            samples, have = ("1 sample", "has") if count == 1 else (f"{count} samples", "have")
             lines.append(
-                f'{label}: nothing reads the key "{name}"{place}, which {samples} of {len(store)} have{suggest(key)}'
+                f'{label}: nothing reads the key "{name}"{place}, which {samples} of {len(store)} {have}{suggest(key)}'
             )
         if count := notes.get("without_id", 0):
             lines.append(f"{label}: {count} of {len(store)} samples have no id; they are named after file and place")

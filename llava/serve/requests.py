@@ -96,7 +96,7 @@ class PromptWriter:
         if isinstance(medium, VisualInput):
             return medium
         if self.vision is None:
-            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at a {medium.kind}")
+            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at {medium.kind}s")
         return load_media(medium, self.vision)
 
     def _write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:

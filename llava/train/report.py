@@ -5,8 +5,11 @@ from __future__ import annotations
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.bad_samples import SKIP, describe_error
+from llava.data.chunks import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.files import MediaError
+from llava.train.data_checks import documents_of
+from llava.types import Example
 
 
 def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> str:
@@ -29,21 +32,27 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
     return "\n".join(lines)
 
 
-def supervision_table(dataset: SupervisedDataset, num_samples: int = 3) -> str:
-    """For the first samples: tokens, how many are supervised, and the text that those cover."""
+def supervision_table(dataset: SupervisedDataset | ChunkedDataset, num_samples: int = 3) -> str:
+    """For the first samples, or chunks of them: tokens, how many are supervised, and the text that those cover."""
     lines = ["supervised tokens of the first samples"]
-    for record in dataset.records[:num_samples]:
+    documents = documents_of(dataset)
+    for index, record in enumerate(dataset.records[:num_samples]):
         try:
             if record.fault is not None:
                 raise MediaError(record.fault)
-            dataset.check_target(record)
-            ids, labels = dataset.tokenize(record)
+            documents.check_target(record)
+            if isinstance(dataset, ChunkedDataset) and dataset.is_chunk(index):
+                chunk = dataset[index]
+                assert isinstance(chunk, Example)
+                ids, labels = chunk.input_ids, chunk.labels
+            else:
+                ids, labels = documents.tokenize(record)
         except ValueError as error:
-            if dataset.on_bad_sample != SKIP:
+            if documents.on_bad_sample != SKIP:
                 raise
             lines.append(f"  {describe_error(record, error)} (skipped)")
             continue
         supervised = [label for label in labels if label != IGNORE_INDEX]
-        text = dataset.tokenizer.decode(supervised)
+        text = documents.tokenizer.decode(supervised)
         lines.append(f"  {record.id}: {len(supervised)} of {len(ids)} tokens: {text!r}")
     return "\n".join(lines)

@@ -78,6 +78,7 @@ class CheckpointTrainer(Trainer):
     def _check_resumed(self, checkpoint: Path) -> None:
         """See that a checkpoint is this run's; what differs is an error, or with ``--resume_changed`` a warning."""
         wrong: list[str] = []
+        allowed: list[str] = []
         args, self._changed, self._rescheduled = self.args, frozenset(), False
         if any(checkpoint.glob("global_step*")) != self.is_deepspeed_enabled:
             it = "was written with DeepSpeed" if not self.is_deepspeed_enabled else "was written without DeepSpeed"
@@ -89,8 +90,7 @@ class CheckpointTrainer(Trainer):
             mine = replace(self.identity, length=self.run_length())
             found = decide_once(lambda: compare_runs(mine, checkpoint, args.ignore_data_skip))
             wrong, self._changed, self._rescheduled = found.wrong, found.names, found.rescheduled
-            if found.allowed and is_first_rank():
-                logger.info("going on from %s with changes: %s", checkpoint, "; ".join(found.allowed))
+            allowed = found.allowed
         if wrong and args.resume_changed and is_first_rank():
             logger.warning("going on from %s as another run (--resume_changed): %s", checkpoint, "; ".join(wrong))
         wrong = [] if args.resume_changed else wrong
@@ -103,6 +103,8 @@ class CheckpointTrainer(Trainer):
             wrong.append(str(error))
         if wrong:
             raise AgreedError(explain_other_run(checkpoint, wrong))
+        if allowed and is_first_rank():
+            logger.info("going on from %s with changes: %s", checkpoint, "; ".join(allowed))
 
     def run_length(self) -> dict[str, Any]:
         """How many steps the run has, and the flags that say so."""
@@ -181,8 +183,8 @@ class CheckpointTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         put_in_force(optimizer, scheduler, wanted)
         if is_first_rank():
-            rates = ", ".join(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
-            logger.info("learning rates that the run goes on with: %s", rates)
+            rates = dict.fromkeys(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
+            logger.info("learning rates that the run goes on with: %s", ", ".join(rates))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A finished run that is resumed has nothing left; transformers would take one step more.
@@ -265,6 +267,10 @@ class CheckpointTrainer(Trainer):
             state = json.loads(path.read_text(encoding="utf-8"))
             self._tr_loss.fill_(state["sum"])
             self._globalstep_last_logged = state["last_logged_step"]
+            # The next line of the log is the mean of these and new steps; train_loss is that of new ones alone.
+            others = Path(checkpoint).glob(LOSS_SINCE_LOG.format(rank="*"))
+            sums = [json.loads(other.read_text(encoding="utf-8"))["sum"] for other in others]
+            self._total_loss_scalar = -sum(sums) / len(sums)
         else:
             logger.warning(
                 "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "

@@ -37,7 +37,7 @@ from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
 from llava.train.checkpoint import RUN_IDENTITY, choose_checkpoint, clear_leftovers, list_checkpoints
 from llava.train.command_line import parse_arguments
-from llava.train.data_checks import check_data, data_tables, documents_of
+from llava.train.data_checks import check_data, data_tables
 from llava.train.data_order import describe_changes
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
@@ -198,7 +198,7 @@ def build_in_folder(
         print(parts_table(model, training_args.part_learning_rates()))
         print(budget_table(vision, max_length, model.config.max_position_embeddings))
         print(data_tables([data["train_dataset"], data["eval_dataset"]]))
-        print(supervision_table(documents_of(data["train_dataset"] or data["eval_dataset"])), flush=True)
+        print(supervision_table(data["train_dataset"] or data["eval_dataset"]), flush=True)
 
     ledger = data_args.build_ledger(training_args.output_dir)
     trainer = LlavaTrainer(

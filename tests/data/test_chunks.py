@@ -108,7 +108,12 @@ def test_a_run_trains_on_all_of_the_text_and_resumes_exactly(gpt2_dir, tmp_path,
         return main([word for name, value in values.items() for word in (f"--{name}", str(value))])
 
     trainer = train("a")
-    assert "2 texts longer than 20 tokens are trained in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 texts longer than 20 tokens are trained in" in printed
+    preview = printed.partition("supervised tokens of the first samples\n")[2].splitlines()
+    assert preview[0].startswith("  0: 20 of 20 tokens: ")
+    assert preview[1].startswith("  0 (chunk 1): 19 of 20 tokens: ")
+    assert "endoftext" not in preview[0]  # the text goes on in the next chunk
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert not any("cut_tokens" in entry for entry in trainer.state.log_history)
     resumed = train("b", resume_from_checkpoint=tmp_path / "a" / "checkpoint-3")

@@ -167,10 +167,10 @@ def test_other_keys_are_named_once_with_their_number(tmp_path):
         lines = describe_notes(read_records(str(path), cache_dir=cache and str(cache)))
         assert sorted(lines) == [
             f"{path}: 1 of 4 samples have no id; they are named after file and place",
-            f'{path}: nothing reads the key "Video", which 1 sample of 4 have; did you mean "video"?',
+            f'{path}: nothing reads the key "Video", which 1 sample of 4 has; did you mean "video"?',
             f'{path}: nothing reads the key "licence_note", which 3 samples of 4 have',
-            f'{path}: nothing reads the key "varables", which 1 sample of 4 have; did you mean "variables"?',
-            f'{path}: nothing reads the key "weight" of a turn, which 1 sample of 4 have',
+            f'{path}: nothing reads the key "varables", which 1 sample of 4 has; did you mean "variables"?',
+            f'{path}: nothing reads the key "weight" of a turn, which 1 sample of 4 has',
         ]
 
 

@@ -75,7 +75,7 @@ def test_a_mixture_of_odd_spellings_trains_on_all_of_its_media_and_says_so(build
     printed = capsys.readouterr().out
     for path, counts in zip(paths, ["1 images", "1 videos", "1 images", "1 videos", "1 images"], strict=True):
         assert f"{path}: 1 samples, with {counts} (100.0%)" in printed
-    assert f'note: {paths[3]}: nothing reads the key "oddkey", which 1 sample of 1 have' in printed
+    assert f'note: {paths[3]}: nothing reads the key "oddkey", which 1 sample of 1 has' in printed
     assert f"note: {paths[4]}: 1 of 1 samples have no id" in printed
 
 

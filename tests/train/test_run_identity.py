@@ -275,6 +275,27 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(base: Path, texts: Path, out
     assert "nothing tells whether it is of this run" in caplog.text
 
 
+def test_what_a_longer_run_says_is_of_its_own_steps(base: Path, texts: Path, tmp_path: Path, caplog) -> None:
+    output, few = tmp_path / "out", {"logging_steps": 10, "save_steps": 100}
+    main(line(base, texts, output, max_steps=12, **few))
+    with caplog.at_level(logging.INFO):
+        longer = main(line(base, texts, output, max_steps=14, **few, resume_from_checkpoint="auto"))
+    assert longer.state.global_step == 14
+    train_loss = longer.state.log_history[-1]["train_loss"]
+    if hasattr(longer, "_initial_global_step"):  # Earlier releases divide by all steps there ever were.
+        assert 1 < train_loss < 8, "the losses of steps 11 and 12 are not those of steps 13 and 14"
+    told = [record.getMessage() for record in caplog.records if "learning rates that" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].count("mm_language_model") == 1
+
+
+def test_a_run_that_is_refused_is_not_said_to_go_on(base: Path, texts: Path, output: Path, caplog) -> None:
+    argv = line(base, texts, output, max_steps=8, learning_rate=0.01, resume_from_checkpoint="auto")
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match=r"--learning_rate was 0\.001, is 0\.01"):
+        main(argv)
+    assert "going on from" not in caplog.text
+
+
 # --- finished runs -----------------------------------------------------------------------------------
 
 
