@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -400,7 +401,10 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         )
         check_spelling(self)
         asked_to_evaluate = self.do_eval
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # Of its two names only the older one is known to all releases; recipes keep to it.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing.*is deprecated", FutureWarning)
+            super().__post_init__()
         # transformers makes it true for --eval_strategy; here it asks for an evaluation at the end.
         self.do_eval = asked_to_evaluate
         check_flags(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,11 @@ def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--config", "--vision_tower", "--num_frames", "--mm_projector_lr", "--bf16"))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_older_name_of_checkpointing_is_no_warning(value: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = arguments.TrainingArguments(output_dir=str(tmp_path), gradient_checkpointing=value, use_cpu=True)
+    assert args.gradient_checkpointing is value
