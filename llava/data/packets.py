@@ -25,6 +25,11 @@ _INTRA_CODECS = (
 )  # fmt: skip
 _DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 _RAW_CODECS = ("rawvideo", "v210")
+_START_CODE_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vc1")
+_RUN = bytes(64)
+# Their packets begin with a mark; longer runs are what files are cut into on a disk or for a download.
+_NEVER_ZERO_FIRST = ("vp8", "vp9", "av1", "mjpeg", "theora", "flv1", "h263")
+_PAGE = bytes(4096)
 _MOST_SKIPPED_BYTES = 20
 """An MPEG-4 packet as short as this may say that its picture is left out."""
 
@@ -64,9 +69,25 @@ def check_packet(packet: Any, codec: str, container: str) -> None:
     """
     if packet.is_corrupt and container != "mpegts":
         raise ValueError("it is cut off or damaged: one of its packets is incomplete")
-    data = bytes(packet)
-    if len(data) > 8 and not any(data[:8]) and codec not in _RAW_CODECS and not data.strip(b"\0"):
-        raise ValueError("part of it holds only zeros, so it was not copied or downloaded to its end")
+    if codec not in _RAW_CODECS and _has_hole(bytes(packet), codec):
+        raise ValueError("part of it holds only zeros, so it was not copied or downloaded in full")
+
+
+def _has_hole(data: bytes, codec: str) -> bool:
+    """Whether zeros stand in a packet where its encoder wrote others."""
+    starts_with_zeros = len(data) > 8 and not any(data[:8])
+    if starts_with_zeros and (codec in _NEVER_ZERO_FIRST or not data.strip(b"\0")):
+        return True
+    if codec not in _START_CODE_CODECS:
+        return codec in _NEVER_ZERO_FIRST and _PAGE in data
+    # Their pictures hold no such run; between them there may be filling, up to the next start code.
+    at = data.find(_RUN)
+    while at >= 0:
+        rest = data[at:].lstrip(b"\0")
+        if rest and rest[0] != 1:
+            return True
+        at = data.find(_RUN, len(data) - len(rest))
+    return False
 
 
 def _read_vp8(data: bytes) -> PacketFacts | None:

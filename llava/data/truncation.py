@@ -6,6 +6,7 @@ from the wrong stretch of the clip.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import BinaryIO
@@ -13,6 +14,7 @@ from typing import BinaryIO
 from llava.data.containers import find_container, packet_size
 
 _TAIL_BYTES = 4096
+_AT_ONCE = 1 << 20
 _RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "nut")
 
 
@@ -48,8 +50,16 @@ class _Reader:
         if end > self.size:
             raise ValueError(f"it is cut off: its container speaks of {end} bytes, the file has {self.size}")
 
+    def check_hole(self, start: int, most: int = 64) -> None:
+        """A ValueError if more than ``most`` zeros, which may be filling, lie where a part should begin."""
+        self.check_zeros(start, most)
+        if len(found := self.read(start, most + 1)) > most and not any(found):
+            raise ValueError(
+                f"it holds only zeros at byte {start} of {self.size}: part of it was not copied or downloaded"
+            )
+
     def check_zeros(self, start: int, most: int = 64) -> None:
-        """A ValueError if all is zeros from a place on where a part should begin; ``most`` of them may be filling."""
+        """A ValueError if all is zeros from a place on to the end, or to where nobody looks any more."""
         rest = self.read(start, _TAIL_BYTES)
         if len(rest) > most and not any(rest):
             raise ValueError(
@@ -78,7 +88,7 @@ def _check_mp4(file: _Reader) -> None:
             length = int.from_bytes(header[8:16], "big")
         if length < 8:  # 0: the box lasts to the end of the file
             if fragments:
-                file.check_zeros(start)
+                file.check_hole(start)
             return
         fragments = fragments or kind == b"moof"
         if kind in _MP4_NEEDED:
@@ -111,20 +121,20 @@ def _check_matroska(file: _Reader) -> None:
     if length is not None:  # a live recording does not say it
         file.check_end(start + length)
         end = start + length
-    cluster = _check_elements(file, start, end)
-    if cluster is not None:
+    clusters = _check_elements(file, start, end)
+    for cluster in clusters:
         _check_elements(file, *cluster)
-        if cluster[1] == file.size:
-            _check_last_bytes(file)
+    if clusters and clusters[-1][1] == file.size:
+        _check_last_bytes(file)
 
 
-def _check_elements(file: _Reader, start: int, end: int) -> tuple[int, int] | None:
-    """Look at the parts of a segment or cluster; gives beginning and end of the last cluster in it."""
-    cluster = None
+def _check_elements(file: _Reader, start: int, end: int) -> list[tuple[int, int]]:
+    """Look at the parts of a segment or cluster; gives beginning and end of each cluster in it."""
+    clusters = []
     while start < end:
         first = file.read(start, 1)
         if not first[0]:
-            file.check_zeros(start)
+            file.check_hole(start)
             break
         num_bytes = 9 - first[0].bit_length()
         if num_bytes > 4:
@@ -134,10 +144,11 @@ def _check_elements(file: _Reader, start: int, end: int) -> tuple[int, int] | No
         if length is None and not is_cluster:
             break
         # The parts of a cluster that does not say its length follow like parts of the segment.
-        cluster = (start, start + length) if is_cluster and length is not None else cluster
+        if is_cluster and length is not None:
+            clusters.append((start, start + length))
         start += length or 0
         file.check_end(start)
-    return cluster
+    return clusters
 
 
 def _element_size(file: _Reader, start: int) -> tuple[int | None, int]:
@@ -170,7 +181,7 @@ def _check_chunks(file: _Reader, start: int, end: int) -> None:
     while start + 8 <= end:
         kind, length = file.read(start, 4), file.number(start + 4, 4)
         if not any(kind):
-            file.check_zeros(start)
+            file.check_hole(start)
             return
         if kind == b"LIST" and (length in _NO_LENGTH or file.read(start + 8, 4) in (b"movi", b"rec ")):
             start += 12  # its chunks follow
@@ -190,7 +201,7 @@ def _check_flv(file: _Reader) -> None:
     while start < file.size:
         kind = file.number(start, 1) & 31
         if kind == 0:
-            file.check_zeros(start)
+            file.check_hole(start)
         if kind not in (8, 9, 18):  # sound, pictures, descriptions
             return
         file.check_end(start + 11)
@@ -221,9 +232,9 @@ def _check_asf(file: _Reader) -> None:
         end = start + file.number(start + 16, 8)
     file.check_end(end)
     # Packets are filled up with zeros, but neither they nor the index behind them begin so.
-    for place in (end - packet, end) if packet and end >= start + 50 + packet else ():
+    for place in (*range(start + 50, end, packet), end) if packet else ():
         if not any(file.read(place, 16)):
-            file.check_zeros(place)
+            file.check_hole(place, most=min(64, packet - 1))
 
 
 def _check_ogg(file: _Reader) -> None:
@@ -231,7 +242,7 @@ def _check_ogg(file: _Reader) -> None:
     while start < file.size:
         header = file.read(start, 27 + 255)
         if header[:4] != b"OggS":
-            file.check_zeros(start)
+            file.check_hole(start)
             if b"OggS".startswith(header):
                 file.check_end(start + 27)
             return
@@ -244,6 +255,11 @@ def _check_ogg(file: _Reader) -> None:
 def _check_transport_stream(file: _Reader) -> None:
     packet = packet_size(file.read(0, _TAIL_BYTES))
     file.check_zeros(max(file.size - packet, 0))
+    # Whatever it carries, every packet begins with a byte that is none.
+    zeros = bytes(2 * packet)
+    for at in range(0, file.size, _AT_ONCE):
+        if (found := file.read(at, _AT_ONCE + len(zeros)).find(zeros)) >= 0:
+            file.check_hole(at + found)
     # Counted from its last packets: whatever was lost on the way has moved them.
     place = max(file.size - _TAIL_BYTES, 0)
     tail = file.read(place, _TAIL_BYTES)
@@ -262,7 +278,15 @@ def _check_program_stream(file: _Reader) -> None:
             file.check_zeros(start)
             if b"\0\0\1".startswith(header):
                 file.check_end(start + 4)
-            return
+            # Sectors of a disc may be filled up with zeros, to the next start code.
+            zeros = len(found := file.read(start, _AT_ONCE)) - len(rest := found.lstrip(b"\0"))
+            if zeros < 2:
+                return
+            if rest[:1] != b"\1":
+                file.check_hole(start)
+                return
+            start += zeros - 2
+            continue
         kind = header[3] if len(header) > 3 else 0
         if kind == 0xBA:
             newer = len(header) > 4 and header[4] >> 6 == 1
@@ -298,11 +322,52 @@ def _check_gif(file: _Reader) -> None:
 def _check_ivf(file: _Reader) -> None:
     start = file.number(6, 2)
     while start < file.size:
-        file.check_zeros(start, most=12)
+        file.check_hole(start, most=12)
         file.check_end(start + 12)
         start += 12 + file.number(start, 4)
         file.check_end(start)
     _check_last_bytes(file)
+
+
+_Y4M_LAYOUT = re.compile(rb"(420|422|444alpha|444|411|mono)(?:jpeg|mpeg2|paldv|p?(\d+))?")
+_DV_SEQUENCE = 150 * 80
+"""Bytes of a tenth of a frame of 525 lines, of a twelfth of one of 625."""
+
+
+def _check_dv(file: _Reader) -> None:
+    frame = _DV_SEQUENCE * (12 if file.number(3, 1) & 0x80 else 10)
+    file.check_zeros(max(file.size - min(_TAIL_BYTES, file.size // 8), 0))
+    file.check_end(-(-file.size // frame) * frame)
+
+
+def _check_y4m(file: _Reader) -> None:
+    header, line_end, _ = file.read(0, _TAIL_BYTES).partition(b"\n")
+    fields = {word[:1]: word[1:] for word in header.split()[1:]}
+    width, height, chroma = fields.get(b"W", b""), fields.get(b"H", b""), fields.get(b"C", b"420")
+    if not (line_end and width.isdigit() and height.isdigit()):
+        return
+    picture, start = _y4m_picture_bytes(int(width), int(height), chroma), len(header) + 1
+    while picture and start < file.size:
+        line, line_end, _ = file.read(start, 256).partition(b"\n")
+        if not line.startswith(b"FRAME"):
+            file.check_hole(start)
+        if not line.startswith(b"FRAME"[: len(line)]):
+            return
+        start += len(line) + 1 + picture
+        file.check_end(start)
+
+
+def _y4m_picture_bytes(width: int, height: int, chroma: bytes) -> int:
+    """Bytes of one picture; 0 for a layout that is not known."""
+    match = _Y4M_LAYOUT.fullmatch(chroma)
+    if match is None:
+        return 0
+    half_width, half_height = -(-width // 2), -(-height // 2)
+    colours = {
+        b"420": 2 * half_width * half_height, b"422": 2 * half_width * height, b"444": 2 * width * height,
+        b"444alpha": 3 * width * height, b"411": 2 * -(-width // 4) * height, b"mono": 0,
+    }[match[1]]  # fmt: skip
+    return (width * height + colours) * (2 if match[2] else 1)
 
 
 _CHECKS: dict[str, Callable[[_Reader], None]] = {
@@ -316,4 +381,6 @@ _CHECKS: dict[str, Callable[[_Reader], None]] = {
     "mpeg": _check_program_stream,
     "gif": _check_gif,
     "ivf": _check_ivf,
+    "dv": _check_dv,
+    "yuv4mpegpipe": _check_y4m,
 }

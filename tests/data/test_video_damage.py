@@ -243,5 +243,78 @@ def test_nothing_but_the_file_is_opened(tmp_path: Path) -> None:
 def test_a_picture_is_no_video(tmp_path: Path, suffix: str) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
     (tmp_path / "a.mp4").write_bytes((tmp_path / f"a.{suffix}").read_bytes())
-    with pytest.raises(MediaError, match="it is a picture, not a video"):
+    with pytest.raises(MediaError, match=r"it is a picture, not a video|still picture and no clip"):
         sample_video(str(tmp_path / "a.mp4"), 2)
+
+
+# Name, codec, its options, pixel format, size.
+HOLED: list[tuple[str, str, dict[str, str], str]] = [
+    ("h264.mp4", "libx264", X264, "yuv420p"),
+    ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}, "yuv420p"),
+    ("h264.mkv", "libx264", X264, "yuv420p"),
+    ("live.mkv", "libx264", X264, "yuv420p"),
+    ("vp9.webm", "libvpx-vp9", FAST, "yuv420p"),
+    ("mpeg4.avi", "mpeg4", X264, "yuv420p"),
+    ("mjpeg.avi", "mjpeg", {}, "yuvj420p"),
+    ("h264.ts", "libx264", X264, "yuv420p"),
+    ("mpeg2.mpg", "mpeg2video", X264, "yuv420p"),
+    ("h264.flv", "libx264", X264, "yuv420p"),
+    ("wmv2.wmv", "wmv2", X264, "yuv420p"),
+    ("vp8.ogv", "libvpx", FAST, "yuv420p"),
+    ("h264.264", "libx264", X264, "yuv420p"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options", "pix_fmt"), HOLED, ids=[case[0] for case in HOLED])
+def test_a_hole_in_the_middle_of_a_clip(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str], pix_fmt: str
+) -> None:
+    """A download of many parts, or a copy onto a full disk, may leave out some and have all behind them."""
+    live = {"live": "1"} if name.startswith("live") else {}
+    path = encode(tmp_path / name, codec, options, range(80), pix_fmt=pix_fmt, container_options=live)
+    data = path.read_bytes()
+    assert sample_video(str(path), 80).indices == tuple(range(80))
+    for share in (0.25, 0.4, 0.6):
+        start, end = int(share * len(data)), int((share + 0.25) * len(data))
+        path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+        with pytest.raises(MediaError, match=r"zeros|cut off|damaged|[Ii]nvalid data|no frames") as caught:
+            sample_video(str(path), 80)
+        assert str(path) in str(caught.value)
+
+
+def test_a_transport_stream_whose_second_packet_is_a_hole(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.ts", "libx264", X264, range(80))
+    data = path.read_bytes()
+    path.write_bytes(data[: 188 * 6] + bytes(188 * 5) + data[188 * 11 :])
+    with pytest.raises(MediaError, match="only zeros"):
+        sample_video(str(path), 4)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "gray"])
+def test_uncompressed_clips_that_are_cut_off(tmp_path: Path, pix_fmt: str) -> None:
+    """Their frames are all of one size, and say nothing of their number."""
+    path = encode(tmp_path / "clip.y4m", "wrapped_avframe", {"strict": "-1"}, range(9), pix_fmt=pix_fmt, size=(162, 98))
+    assert sample_video(str(path), 9).indices == tuple(range(9))
+    data = path.read_bytes()
+    for keep in (len(data) // 2, len(data) - 9):
+        path.write_bytes(data[:keep])
+        with pytest.raises(MediaError, match="cut off"):
+            sample_video(str(path), 4)
+
+
+def test_a_dv_clip_that_is_cut_off(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.dv", "dvvideo", {}, range(5), size=(720, 576))
+    assert sample_video(str(path), 5).indices == tuple(range(5))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4 - 7])
+    with pytest.raises(MediaError, match="cut off"):
+        sample_video(str(path), 5)
+
+
+def test_filling_between_pictures_is_no_hole(tmp_path: Path) -> None:
+    """Zeros before a start code keep a stream at its rate."""
+    path = encode(tmp_path / "clip.264", "libx264", X264, range(40))
+    data = path.read_bytes()
+    place = data.index(b"\0\0\1", len(data) // 2)
+    path.write_bytes(data[:place] + bytes(6000) + data[place:])
+    assert sample_video(str(path), 40).indices == tuple(range(40))
