@@ -82,6 +82,21 @@ def decode_frames(request: FrameRequest) -> Frames:
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 
 
+def read_times(path: str) -> tuple[Sequence[float], float]:
+    """Seconds of each frame of a clip from its first one, and the seconds that all of it lasts.
+
+    Raises:
+        MediaError: the file is missing, or cannot be read as a clip.
+    """
+    try:
+        with _open_clip(FrameRequest(path, num_frames=1)) as video:
+            return video.times, video.duration
+    except MediaError:
+        raise
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot be read as a video: {error}") from error
+
+
 @contextmanager
 def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedPicture]:
     """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,19 @@ def test_uneven_boxes_of_st_align_are_spaced_evenly(tmp_path: Path) -> None:
     tube = reference_tube(sample.reference)
     assert tube.box_at(0.25) == pytest.approx((0.05, 0, 0.15, 0.1), abs=1e-3)
     assert tube.box_at(0.45) == pytest.approx((0.1, 0, 0.2, 0.1), abs=1e-3)
+
+
+def test_frames_of_st_align_are_shown_at_their_own_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "data"))
+    from clips import encode
+
+    # Ten frames a second apart, then ten of 30 a second: 9.3 seconds, of which frame 9 has seen 9.
+    times = [i * 1000 for i in range(10)] + [9000 + 33 * (i + 1) for i in range(10)]
+    encode(tmp_path / "a.mp4", numbers=range(20), times=times, time_base=Fraction(1, 1000))
+    changes = {"split": [0, 19], "time_token": {"<s>": 3, "<e>": 9}, "spatial_token": {"<bboxes>": {"3": [0, 0, 9, 9]}}}
+    (sample,) = read_annotations("tubes", [write(tmp_path / "svg.json", [st_align(**changes)])])
+    assert sample.reference.span == pytest.approx((3 / 9.33, 9 / 9.33), abs=1e-3)
+    assert sample.coordinates.temporal_input_locations == pytest.approx((3 / 9.33, 9 / 9.33), abs=1e-3)
 
 
 def test_rows_of_tubes(tmp_path: Path) -> None:

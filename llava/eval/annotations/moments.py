@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.data.files import MediaError, check_file
-from llava.data.video_backends import open_video
+from llava.data.files import MediaError
+from llava.data.frames import read_times
 from llava.eval.annotations.entries import (
     SENTENCE_KEYS,
     VIDEO_KEYS,
@@ -84,12 +84,7 @@ def find_video(name: str, folders: MediaFolders, entry: Entry) -> Media:
 
 def read_length(path: str) -> float:
     """How many seconds a video lasts; a MediaError if it cannot be read."""
-    check_file(path)
-    try:
-        with open_video(path) as video:
-            return video.duration
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be read as a video: {error}") from error
+    return read_times(path)[1]
 
 
 def _read_text(file: str) -> Iterator[_Moment]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from llava.constants import DEFAULT_VIDEO_TOKEN
 from llava.coordinates import Box, TimeSpan, box_text
 from llava.data.files import MediaError
+from llava.data.frames import read_times
+from llava.data.video_times import is_constant
 from llava.eval.annotations.entries import (
     SENTENCE_KEYS,
     VIDEO_KEYS,
@@ -96,11 +99,17 @@ class _Clip:
     height: float
     times: dict[str, Any]
     places: dict[str, Any]
+    seconds: Sequence[float] = ()
+    """Of each frame of the file, where its frame rate varies."""
 
     def time(self, frame: Any) -> float:
-        """A frame's time as a share of the clip."""
+        """A frame's time as a share of the clip: by its time stamp where the frame rate varies."""
         if not is_number(frame):
             raise self.entry.error(f"a time must be the number of a frame, found {frame!r:.80}")
+        if self.seconds:
+            start, end = self.seconds[self.first], self.seconds[self.last]
+            shown = np.interp(frame, np.arange(len(self.seconds)), self.seconds)
+            return float((shown - start) / (end - start))
         return (frame - self.first) / (self.last - self.first)
 
     def box(self, numbers: Any) -> Box:
@@ -118,7 +127,9 @@ class _Clip:
 
 
 def _read_st_align(row: Entry, folders: MediaFolders, number: int) -> EvalSample:
+    media = find_video(row.text("video_path", "video"), folders, row)
     clip = _read_clip(row)
+    clip = replace(clip, seconds=_uneven_times(media.path, clip.first, clip.last))
     span = clip.span()
     boxes = clip.places.get(_BOXES)
     if not isinstance(boxes, dict) or not boxes:
@@ -130,13 +141,23 @@ def _read_st_align(row: Entry, folders: MediaFolders, number: int) -> EvalSample
     return EvalSample(
         row.identity(number),
         row.source,
-        (find_video(row.text("video_path", "video"), folders, row),),
+        (media,),
         Reference(_space_evenly(clip, boxes, span), span, (caption,) if caption else ()),
         expression=text,
         question=text,
         coordinates=coordinates,
         split=(clip.first, clip.last),
     )
+
+
+@lru_cache
+def _uneven_times(path: str, first: int, last: int) -> tuple[float, ...]:
+    """Seconds of a video's frames, if those of the part from first to last frame do not come at a constant rate."""
+    try:
+        seconds, _ = read_times(path)
+    except MediaError:  # It is named when the sample's frames are wanted.
+        return ()
+    return () if last >= len(seconds) or is_constant(seconds[first : last + 1]) else tuple(seconds)
 
 
 def _read_clip(row: Entry) -> _Clip:
