@@ -175,7 +175,9 @@ class OrderedDataTrainer(Trainer):
         return {"steps": steps, **flags, "order": order.fingerprint(self._id_of)}
 
     def _id_of(self, index: int) -> str:
-        return str(self.train_dataset.records[index].id)
+        # A program's own data set, whose samples have no ids, is told by its length.
+        records = getattr(self.train_dataset, "records", None)
+        return str(index if records is None else records[index].id)
 
     def _init_training_state(
         self,

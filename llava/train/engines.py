@@ -46,10 +46,8 @@ def find_deepspeed_config(given: Any) -> Any:
     """What ``--deepspeed`` means: one of ``SHIPPED`` by its name, or else the file or the settings that it is.
 
     Raises:
-        ValueError: it is none of these, or the package is missing.
+        ValueError: it is none of these.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
     if given in SHIPPED:
         return str(_FOLDER / f"{given}.json")
     if not isinstance(given, str):
@@ -66,12 +64,14 @@ def find_deepspeed_config(given: Any) -> Any:
 
 
 def check_launcher(launched: bool) -> None:
-    """A ValueError where ``--deepspeed`` runs without a launcher: it would look for MPI."""
+    """A ValueError where ``--deepspeed`` runs without a launcher (it would look for MPI), or without its package."""
     if not launched and importlib.util.find_spec("mpi4py") is None:
         raise ValueError(
             "--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node N -m llava.train.train ..., "
             "or leave --deepspeed out"
         )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
 
 
 def check_precision(args: Any) -> None:

@@ -243,7 +243,7 @@ def test_nothing_but_the_file_is_opened(tmp_path: Path) -> None:
 def test_a_picture_is_no_video(tmp_path: Path, suffix: str) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
     (tmp_path / "a.mp4").write_bytes((tmp_path / f"a.{suffix}").read_bytes())
-    with pytest.raises(MediaError, match=r"it is a picture, not a video|still picture and no clip"):
+    with pytest.raises(MediaError, match="it is one still picture and no clip"):
         sample_video(str(tmp_path / "a.mp4"), 2)
 
 
