@@ -116,7 +116,13 @@ class HuggingFaceTower(VisionTower):
         The tower's own class and configuration read them, so that of a two-tower model the other
         half is left out, and layers that are not built.
         """
-        source = locate_model(source, "--vision_tower")
+        try:
+            source = locate_model(source, "vision tower")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Give the folder that has its weights with --vision_tower; a checkpoint written with "
+                "--save_vision_tower holds them itself."
+            ) from error
         model_class: Any = type(self.vision_tower)
         config = copy.deepcopy(self.vision_tower.config)
         try:
