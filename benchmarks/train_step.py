@@ -318,10 +318,13 @@ def bare_decoder(model: LlavaGPT2ForCausalLM) -> GPT2Model:
     return decoder.train()
 
 
-def full_loss(hidden: Tensor, labels: Tensor, head: nn.Module, num_items_in_batch: Any = None) -> Tensor:
+def full_loss(
+    hidden: Tensor, labels: Tensor, head: nn.Module, num_items_in_batch: Any = None, label_smoothing: float = 0.0
+) -> Tensor:
     """The loss as plain transformers computes it: the head runs at every position."""
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     total = F.cross_entropy(head(hidden).float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    assert not label_smoothing
     return total / num_items_in_batch
 
 

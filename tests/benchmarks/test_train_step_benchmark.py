@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def train_step() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,32 +31,32 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_a_quick_run_reports_every_stage(benchmark: ModuleType, tmp_path: Path, capsys) -> None:
+def test_a_quick_run_reports_every_stage(train_step: ModuleType, tmp_path: Path, capsys) -> None:
     output = tmp_path / "result.json"
     flags = ["--full-logits", "--checkpointing", "--eager"]
-    benchmark.main(["--quick", "--repeats", "1", *flags, "--output", str(output)])
+    train_step.main(["--quick", "--repeats", "1", *flags, "--output", str(output)])
     report = json.loads(output.read_text())
     printed = capsys.readouterr().out
     for dtype in ("fp32", "bf16"):
         seconds = report[dtype]["seconds"]
         assert set(seconds) == {"library", "floor", "decode", "full_logits", "checkpointing", "eager"}
         for kind in set(seconds) - {"decode"}:
-            assert seconds[kind]["total"] == pytest.approx(sum(seconds[kind][s] for s in benchmark.STAGES), abs=1e-3)
+            assert seconds[kind]["total"] == pytest.approx(sum(seconds[kind][s] for s in train_step.STAGES), abs=1e-3)
         assert report[dtype]["over_floor"]["library"] > 0
         assert f"{dtype}, CPU seconds a step" in printed
 
 
-def test_the_floor_computes_the_librarys_loss_and_gradients(benchmark: ModuleType, tmp_path: Path) -> None:
-    sizes = benchmark.QUICK
-    tokenizer = benchmark.build_tokenizer(sizes)
+def test_the_floor_computes_the_librarys_loss_and_gradients(train_step: ModuleType, tmp_path: Path) -> None:
+    sizes = train_step.QUICK
+    tokenizer = train_step.build_tokenizer(sizes)
     torch.manual_seed(0)
-    model = benchmark.build_model(sizes, tokenizer)
-    path = benchmark.write_data(tmp_path, sizes)
+    model = train_step.build_model(sizes, tokenizer)
+    path = train_step.write_data(tmp_path, sizes)
     data = make_supervised_data_module(tokenizer, DataArguments(data_path=[str(path)]), model.vision, sizes.context)[
         "train_dataset"
     ]
     batch = model_inputs(SupervisedCollator(tokenizer.pad_token_id)([data[i] for i in range(sizes.batch)]))
-    floor = benchmark.Floor(model, batch, bf16=False)
+    floor = train_step.Floor(model, batch, bf16=False)
     for module in (*model.modules(), *floor.decoder.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -71,14 +71,14 @@ def test_the_floor_computes_the_librarys_loss_and_gradients(benchmark: ModuleTyp
     found: dict[str, torch.Tensor] = {}
     keep = torch.optim.SGD(floor.parameters, lr=0.0)
     keep.register_step_pre_hook(lambda *_: found.update({n: p.grad for n, p in model.named_parameters()}))
-    assert floor.step(benchmark.Clock(), keep, max_grad_norm=1e9) == pytest.approx(loss.item(), rel=1e-6)
+    assert floor.step(train_step.Clock(), keep, max_grad_norm=1e9) == pytest.approx(loss.item(), rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_the_full_loss_equals_the_librarys(benchmark: ModuleType) -> None:
+def test_the_full_loss_equals_the_librarys(train_step: ModuleType) -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 7, 8), nn.Linear(8, 11)
     labels = torch.randint(0, 11, (2, 7))
     labels[:, :3] = -100
-    torch.testing.assert_close(benchmark.full_loss(hidden, labels, head, 8), supervised_loss(hidden, labels, head, 8))
+    torch.testing.assert_close(train_step.full_loss(hidden, labels, head, 8), supervised_loss(hidden, labels, head, 8))

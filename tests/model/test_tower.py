@@ -90,7 +90,9 @@ def test_a_source_that_is_gone_or_changed_is_an_error(load_tiny, tower_dir: Path
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
     source.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"source' is no folder. Give the folder that has its weights with --vision_tower"):
+    with pytest.raises(
+        ValueError, match=r"source' is no folder. Give the folder that has its weights with --vision_tower"
+    ):
         load_model(str(tmp_path / "model"))
     moved = load_model(str(tmp_path / "model"), vision_tower=str(tower_dir))
     assert moved.vision.vision_tower == str(tower_dir)
