@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -365,6 +366,11 @@ def check_spelling(args: Any) -> None:
         value = getattr(args, name, None)
         if isinstance(value, str):
             _check_settings(name, value)
+    asked = args.accelerator_config
+    if isinstance(asked, str) and asked.startswith("{"):  # transformers makes an object of it, and stumbles
+        known = [field.name for field in fields(AcceleratorConfig)]
+        if unknown := sorted(json.loads(asked).keys() - set(known)):
+            raise ValueError(f"--accelerator_config has the unknown setting {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def _check_choice(name: str, values: Iterable[Any], kind: type[Enum]) -> None:

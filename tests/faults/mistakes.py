@@ -62,6 +62,12 @@ MISTAKES = [
     Mistake("tf32_on_a_cpu", "train", "--tf32 true", ("--tf32", "GPU")),
     Mistake("deepspeed_alone", "train", "--deepspeed zero2", ("--deepspeed", "torchrun")),
     Mistake("deepspeed_unknown", "train", "--deepspeed zero9", ("--deepspeed", "zero9", "zero2")),
+    Mistake(
+        "accelerator_unknown",
+        "train",
+        ["--accelerator_config", '{{"foo": true}}'],
+        ("--accelerator_config", "foo", "known"),
+    ),
     Mistake("deepspeed_not_json", "train", "--deepspeed {garbage}", ("--deepspeed", "JSON")),
     Mistake("tracker_missing", "train", "--report_to clearml", ("--report_to", "clearml", "pip install")),
     Mistake("tracker_unknown", "train", "--report_to wandbb", ("--report_to", "wandbb", "wandb")),
