@@ -147,7 +147,7 @@ def test_what_chunking_leaves_whole_is_counted_where_it_is_cut(build, media_dir,
     picture = {"image": "a.png", "conversations": turns("<image>", long)}
     trainer = build({"a.json": [text(long), picture]}, main, model_max_length=40, text_chunking="document", max_steps=4)
     cut = trainer.train_dataset.documents.lengths[1] - 40
-    assert "1 texts longer than 40 tokens are trained in" in (printed := capsys.readouterr().out)
+    assert "1 text longer than 40 tokens is trained in" in (printed := capsys.readouterr().out)
     assert f"{tmp_path / 'a.json'}: 1 of 2 samples lose {cut} tokens" in printed
     assert "text with images, videos or coordinates is not chunked" in printed
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
