@@ -27,8 +27,12 @@ _PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b
 _JPEG_END = b"\xff\xd9"
 # A marker that ends compressed data: neither a stuffed zero, nor a restart, nor a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-# Compressed data have no such run of zeros, but in a JPEG whose tables say that nothing changes.
+# Compressed data have no such run of zeros, but where a code of zeros says that nothing changes.
 _ZEROS = bytes(256)
+# More than the bytes with which encoders fill up the last of a WebP's data.
+_WEBP_NEEDED = 32
+_JP2, _JP2_CODE = b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"
+_QOI_END = bytes(7) + b"\1"
 _NO_DELAY = 0.1
 """Seconds that a frame is shown whose file says 0, as viewers have it."""
 
@@ -72,12 +76,12 @@ def read_structure(data: bytes, limits: MediaLimits) -> Animation | None:
     walk: Callable[[bytes, MediaLimits], Animation | None] | None = {
         PNG: _walk_png, GIF: _walk_gif, WEBP: _walk_webp, JPEG: _walk_jpeg,
     }.get(kind or "")  # fmt: skip
-    if walk is None:
-        if data.endswith(_ZEROS) and kind not in (BMP, TIFF) and data[:2] not in (b"P5", b"P6"):
+    try:
+        if walk is not None:
+            return walk(data, limits)
+        if data.endswith(_ZEROS) and not _ends_before_zeros(data):
             raise ValueError("its end is zeros: it was not written to its end")
         return None
-    try:
-        return walk(data, limits)
     except (IndexError, struct.error) as error:
         raise _cut_off() from error
 
@@ -88,6 +92,40 @@ def _cut_off() -> ValueError:
 
 def _zero_filled() -> ValueError:
     return ValueError("part of its compressed data is zeros: it was not written in full")
+
+
+def _ends_before_zeros(data: bytes) -> bool:
+    """Whether the picture may end before the zeros at the end of its file, or consist of them.
+
+    Only the formats below say where they end, in a way that zeros cannot.
+    """
+    if name_kind(data[:16]) == HEIF:
+        media = [end for kind, _, end in _iso_boxes(data) if kind == b"mdat"]
+        return bool(media) and not data[: media[-1]].endswith(_ZEROS)
+    if data.startswith(_JP2):
+        code = next((data[body:end] for kind, body, end in _iso_boxes(data) if kind == b"jp2c"), b"")
+        return code.rstrip(b"\0").endswith(_JPEG_END)
+    if data.startswith(_JP2_CODE):
+        return data.rstrip(b"\0").endswith(_JPEG_END)
+    if data.startswith(b"qoif"):
+        return data.rstrip(b"\0").endswith(_QOI_END)
+    return True
+
+
+def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each outermost box, where its content begins, and where it ends."""
+    at = 0
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = at + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, body)
+            body += 8
+        end = at + length if length else len(data)
+        if kind == bytes(4) or end < body:
+            return
+        yield kind, body, end
+        at = end
 
 
 def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
@@ -164,14 +202,14 @@ def _walk_webp(data: bytes, limits: MediaLimits) -> Animation | None:
     seconds: list[float] = []
     for kind, body, end in _riff_chunks(data, 12, size):
         if kind in (b"VP8 ", b"VP8L"):
-            _check_webp_zeros(kind, data[body:end])
+            _check_webp_zeros(kind, data[body:end], limits)
         elif kind == b"ANMF":
             milliseconds = int.from_bytes(data[body + 12 : body + 15], "little")
             seconds.append(milliseconds / 1000 or _NO_DELAY)
             limits.check_length(len(seconds))
             for inner, start, stop in _riff_chunks(data, body + 16, end):
                 if inner in (b"VP8 ", b"VP8L"):
-                    _check_webp_zeros(inner, data[start:stop])
+                    _check_webp_zeros(inner, data[start:stop], limits)
     return Animation(tuple(seconds)) if len(seconds) > 1 else None
 
 
@@ -199,28 +237,25 @@ def _riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, i
         at += 8 + length + length % 2
 
 
-def _check_webp_zeros(kind: bytes, body: bytes) -> None:
-    """A ValueError for the data of a frame that are zeros where its encoder wrote others."""
-    if _ZEROS not in body:
-        return
-    if kind == b"VP8 ":
-        # Areas in which nothing changes become zeros too, but about a byte for 10,000 pixels.
-        width, height = struct.unpack_from("<HH", body, 6)
-        zeros = bytes(len(_ZEROS) + (width & 0x3FFF) * (height & 0x3FFF) // 5000) in body
-    else:
-        # Where one colour is a code of zeros, they may be right. Then all of them are needed to the last.
-        zeros = _can_be_decoded(body[:-32])
-    if zeros:
+def _check_webp_zeros(kind: bytes, body: bytes, limits: MediaLimits) -> None:
+    """A ValueError for the data of a frame that are zeros where its encoder wrote others.
+
+    Where nothing changes, zeros may be right, and many thousands of them. Then all of the data are needed to the last
+    bytes; behind zeros that are not its own, a decoder is through too early, or runs out of data.
+    """
+    if _ZEROS in body and _is_decoded(kind, body[:-_WEBP_NEEDED], limits):
         raise _zero_filled()
 
 
-def _can_be_decoded(lossless: bytes) -> bool:
-    """Whether the data of a lossless WebP make up a picture."""
+def _is_decoded(kind: bytes, body: bytes, limits: MediaLimits) -> bool:
+    """Whether the data of a frame of a WebP make up a picture."""
     from PIL import Image
 
-    chunk = struct.pack("<4sI", b"VP8L", len(lossless)) + lossless + bytes(len(lossless) % 2)
+    chunk = struct.pack("<4sI", kind, len(body)) + body + bytes(len(body) % 2)
+    data = struct.pack("<4sI4s", b"RIFF", 4 + len(chunk), b"WEBP") + chunk
+    limits.check_picture(*_webp_size(data))
     try:
-        with Image.open(io.BytesIO(struct.pack("<4sI4s", b"RIFF", 4 + len(chunk), b"WEBP") + chunk)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, ValueError, RuntimeError):
         return False

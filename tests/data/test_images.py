@@ -143,6 +143,44 @@ def test_what_stands_behind_a_picture_does_no_harm(tmp_path: Path, kind: str) ->
         assert torch.equal(load_image(str(path)), expected)
 
 
+@pytest.mark.parametrize("kind", ["jp2", "j2k", "avif", "qoi", "tga", "pcx", "sgi", "ppm"])
+def test_zeros_behind_a_picture_do_no_harm(tmp_path: Path, kind: str) -> None:
+    Image.init()
+    if f".{kind}" not in Image.EXTENSION or Image.EXTENSION[f".{kind}"] not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = save(tmp_path / f"a.{kind}", Image.fromarray(NOISE))
+    expected, data = load_image(str(path)), path.read_bytes()
+    path.write_bytes(data + bytes(1000))
+    assert torch.equal(load_image(str(path)), expected)
+    if kind in ("jp2", "j2k", "avif", "qoi"):  # they say where they end
+        for filled in (300, len(data) // 2):
+            path.write_bytes(data[:-filled] + bytes(filled + 1000))
+            assert_refused(path)
+
+
+@pytest.mark.parametrize("kind", ["sgi", "tga", "pcx", "dib", "qoi", "pbm"])
+def test_black_pictures_are_whole(tmp_path: Path, kind: str) -> None:
+    if kind == "qoi" and "QOI" not in Image.SAVE:
+        pytest.skip("this Pillow writes no qoi")
+    image = Image.new("1" if kind == "pbm" else "RGB", (300, 200), "white" if kind == "pbm" else "black")
+    assert (load_image(str(save(tmp_path / f"a.{kind}", image))) == (255 if kind == "pbm" else 0)).all()
+
+
+@pytest.mark.parametrize("black", [slice(0, 750), slice(750, 1500)])
+@pytest.mark.parametrize("method", [0, 6])
+def test_zeros_of_a_webp_that_is_half_black_may_be_meant(tmp_path: Path, black: slice, method: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
+    pixels[black] = 0
+    path = save(tmp_path / "a.webp", Image.fromarray(pixels), quality=1, method=method)
+    assert load_image(str(path)).shape == pixels.shape
+    data = path.read_bytes()
+    half = len(data) // 2
+    for harmed in (data[:half] + bytes(len(data) - half), data[:half] + bytes(4096) + data[half + 4096 :]):
+        if harmed != data:
+            path.write_bytes(harmed)
+            assert_refused(path)
+
+
 def test_zeros_in_the_description_of_a_photograph_do_no_harm(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x927C] = bytes(3000)
