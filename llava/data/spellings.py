@@ -129,13 +129,25 @@ def _kind_of_name(key: str) -> MediaKind | None:
 def _check_not_blind(sample: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
     """A ValueError for a sample without media that has a key which looks as if it held some."""
     for key in unread:
-        value = sample.get(key)
-        if _looks_like_media(key, value):
+        level, _, name = key.rpartition(".") if key not in sample else ("", "", key)
+        value = next((held for held in _values_of(sample, level, name) if _looks_like_media(name, held)), None)
+        if value is not None:
+            remedy = "remove the key" if level else f"give --ignore_keys {key}"
             meant = suggest(key).removeprefix("; ") or 'media are read from "image" and "video".'
             raise ValueError(
                 f'{where}: has no media, but "{key}" ({_shorten(value)}), which nothing reads: it would be trained on '
-                f"blind; {meant} If it is no medium, give --ignore_keys {key}"
+                f"blind; {meant} If it is no medium, {remedy}"
             )
+
+
+def _values_of(sample: Mapping[str, Any], level: str, name: str) -> Iterator[Any]:
+    """What the keys of one name hold: the sample's own or, of a level "turn" or "part", those of its turns or parts."""
+    lists = [value for key in CONVERSATION_KEYS if isinstance(value := sample.get(key), list)]
+    turns = [turn for turns in lists for turn in turns if isinstance(turn, dict)]
+    contents = [_first(turn, "value", "content") for turn in turns]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    holders: Sequence[Mapping[str, Any]] = {"turn": turns, "part": parts}.get(level, [sample])  # type: ignore[assignment]
+    yield from (holder[name] for holder in holders if name in holder)
 
 
 def _looks_like_media(key: str, value: Any) -> bool:

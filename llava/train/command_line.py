@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _OFF = ("false", "0", "no", "none")
+_ON = ("true", "1", "yes")
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 Group = TypeVar("Group")
@@ -154,6 +155,8 @@ def _translate(words: list[str]) -> list[str]:
                 raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
             logger.warning("--%s is not needed any more: off is all there is", name)
         elif name in GROUPING:
+            if given and not given.startswith("--") and given.lower() not in (*_ON, *_OFF):
+                raise ValueError(f"--{name} is {shorten(given)}, expected true or false")
             grouping[name] = given.lower() not in _OFF
         else:
             translated.append(word)

@@ -228,8 +228,10 @@ def _model_settings(model: Any, model_args: ModelArguments) -> dict[str, Any]:
         on_command_line = {field.name for group in (ModelArguments, DataArguments) for field in fields(group)}
         for name, value in entries.items():
             settings[name if name in on_command_line else name.removeprefix("mm_")] = _plain(value)
-        tower = model.vision.vision_tower, model.vision.vision_tower_hash
-        settings["vision_tower"] = dict(zip(("source", "sha256"), tower, strict=True))
+        structure = {k: v for k, v in model.vision.vision_config.items() if k not in _CONFIG_NOISE}
+        what = json.dumps([model.vision.vision_tower_hash, _plain(structure)], sort_keys=True)
+        digest = hashlib.sha256(what.encode()).hexdigest()
+        settings["vision_tower"] = {"source": model.vision.vision_tower, "sha256": digest}
     if model.grounding is not None:
         settings |= {
             "grounding": model.grounding.mode,

@@ -27,7 +27,7 @@ from llava.data.dataset import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.data.preprocess import Format, build_format
 from llava.data.preprocess.plain import preprocess_plain_lm
-from llava.messages import FAILED, explain_error, is_out_of_memory, network_errors, shorten_text
+from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
 from llava.model.adapter import load_adapter
 from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
@@ -396,7 +396,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         run: what to do; an int that it returns is the exit status.
 
     Returns:
-        The exit status: 0, 2 after an error, 85 if the run was asked to stop and can be resumed.
+        The exit status: 0, 2 after an error, 85 if the run was asked to stop and can be resumed, 130 after ^C.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
@@ -414,6 +414,12 @@ def cli(run: Callable[[], Any] = main) -> int:
             print(f"error: {explain_error(error)}", file=sys.stderr)
         if not agreed:  # The other ranks may wait for this one: leave without them.
             return status
+    except KeyboardInterrupt:
+        print(
+            "interrupted; --resume_from_checkpoint auto goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     finally:
         stop_signals.forget()
     leave_process_group()

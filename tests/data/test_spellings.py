@@ -144,6 +144,16 @@ def test_a_key_that_looks_like_media_is_an_error_where_a_sample_has_none(key):
 
 
 @pytest.mark.parametrize(
+    ("turn", "key"),
+    [({"from": "human", "value": "guarda", "img": "a.png"}, "turn.img"),
+     ({"from": "human", "value": [{"type": "text", "text": "guarda", "photo": "a.jpg"}]}, "part.photo")],
+)  # fmt: skip
+def test_a_key_of_a_turn_or_a_part_that_looks_like_media_is_an_error_too(turn, key):
+    with pytest.raises(ValueError, match=f'has no media, but "{key}" .* blind.*remove the key'):
+        parse({"conversations": [turn, turns("", "un gatto")[1]]})
+
+
+@pytest.mark.parametrize(
     "harmless",
     [{"frames": 120}, {"image_id": "000123"}, {"video_id": "x7"}, {"Image": None}, {"video_path": ""}, {"images": []},
      {"caption": "il file a.png è rotto, dice"}, {"url": "https://it.wikipedia.org/wiki/File:A.jpg"}, {"fps": 8.0}],

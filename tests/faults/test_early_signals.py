@@ -127,3 +127,15 @@ os.kill(os.getpid(), signal.SIGTERM)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == PREEMPTED
     assert done.stderr == "SIGTERM received before the first step: nothing is lost; start again the same way\n"
+
+
+def test_an_interrupted_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from llava.train.train import cli
+
+    def run() -> None:
+        raise KeyboardInterrupt
+
+    assert cli(run) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "interrupted; --resume_from_checkpoint auto goes on from the last checkpoint, if there is one"
+    ]

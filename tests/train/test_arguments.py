@@ -111,6 +111,11 @@ def test_switches_for_grouping_are_a_strategy(
         assert "is now --train_sampling_strategy" in caplog.text
 
 
+def test_a_switch_for_grouping_is_on_or_off() -> None:
+    with pytest.raises(ValueError, match="--group_by_length is 'maybe', expected true or false"):
+        parse_arguments([*REQUIRED, "--group_by_length", "maybe"])
+
+
 def test_a_switch_overrides_that_of_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "grouped.yaml"
     recipe.write_text("group_by_modality_length: true\n")

@@ -162,6 +162,9 @@ def test_vision_settings_and_tower(base: Path, tower_dir: Path, mixed_data: Path
     # The same settings said in full, and the tower elsewhere, are the same run.
     explicit = vision | {"vision_tower": other, "mm_projector_type": "mlp2x_gelu", "num_frames": 3, "max_steps": 2}
     main(line(base, mixed_data, output, **explicit, resume_from_checkpoint="auto"))
+    # The same weights, and another arithmetic.
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
     for changes, said in (
         ({"num_frames": 2}, "--num_frames was 3, is 2"),
         ({"mm_projector_type": "linear"}, "--mm_projector_type was mlp2x_gelu, is linear"),
@@ -169,6 +172,7 @@ def test_vision_settings_and_tower(base: Path, tower_dir: Path, mixed_data: Path
         ({"mm_tunable_parts": "mm_mlp_adapter"}, "--mm_tunable_parts was mm_language_model,mm_mlp_adapter, is mm_mlp"),
         ({"mm_projector_lr": 1e-4}, "--mm_projector_lr was 0.001, is 0.0001"),
         ({"vision_tower": make_tower(tmp_path / "deeper", layers=4)}, "--vision_tower was"),
+        ({"vision_tower": other}, "--vision_tower was"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="was written by another run") as error:
             main(line(base, mixed_data, output, **vision | changes, resume_from_checkpoint="auto"))
