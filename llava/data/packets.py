@@ -23,7 +23,6 @@ _HIDDEN = PacketFacts(shown=0)
 _INTRA_CODECS = (
     "mjpeg", "prores", "dnxhd", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "dvvideo", "jpeg2000", "v210", "cfhd",
 )  # fmt: skip
-_DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 _RAW_CODECS = ("rawvideo", "v210")
 _START_CODE_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vc1")
 _RUN = bytes(64)
@@ -50,13 +49,6 @@ def packet_reader(codec: str, extradata: bytes) -> PacketReader | None:
     return {"vp8": _read_vp8, "vp9": _read_vp9, "av1": _read_av1, "mpeg4": _read_mpeg4}.get(
         codec, _read_mpeg12 if codec in ("mpeg1video", "mpeg2video") else None
     )
-
-
-def codec_name(stream: Any) -> str:
-    """FFmpeg's name of a stream's codec, which may be another than that of the decoder in use."""
-    decoder = stream.codec_context.name
-    name = getattr(stream.codec_context.codec, "canonical_name", None)  # from PyAV 14.1 on
-    return str(name or _DECODERS.get(decoder, decoder))
 
 
 def check_packet(packet: Any, codec: str, container: str) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from llava.data.containers import open_container
 from llava.data.display import Display
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
-from llava.data.packets import check_packet, codec_name
+from llava.data.packets import check_packet
 from llava.data.video_index import VideoIndex, decode_start, index_packets
 from llava.data.video_times import frame_rate, last_frame_seconds, seconds_of
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Cut at the right place they look whole; only their last pictures show it.
 _WITHOUT_LENGTH = ("mpegts", "mpeg", "mpegvideo", "nut", "mxf")
-_PICTURES = ("mjpeg", "png", "bmp", "gif")
 _MOV, _MATROSKA = "mov", "matroska"
 # By name decord guesses as libav does: others may stand for several files.
 _DECORD_NAMES = (".mp4", ".m4v", ".mov", ".mkv")
@@ -231,7 +230,7 @@ class Video:
         return True
 
     def _decode_all(self) -> Iterator[Any]:
-        codec = codec_name(self._stream)
+        codec = self._stream.codec_context.codec.canonical_name
         with open_container(self._path) as container:
             stream = _main_stream(container)
             self._prepare(stream)
@@ -278,9 +277,7 @@ def _main_stream(container: Any) -> Any:
 
 def _is_cover(stream: Any) -> bool:
     """Whether a stream is the picture of a record's or film's cover."""
-    disposition = getattr(stream, "disposition", None)
-    if disposition is None:  # PyAV 14.0 does not say it, but such a picture has no frame rate
-        return stream.codec_context is not None and not stream.average_rate and stream.codec_context.name in _PICTURES
+    disposition = stream.disposition
     return bool(disposition & type(disposition).attached_pic)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.nal_units import PacketFacts
-from llava.data.packets import check_packet, codec_name, packet_reader
+from llava.data.packets import check_packet, packet_reader
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIM
         stream: the video stream.
         limits: say how many frames there may be; more are a ValueError.
     """
-    codec = codec_name(stream)
+    codec = stream.codec_context.codec.canonical_name
     read = packet_reader(codec, bytes(stream.codec_context.extradata or b""))
     packets: list[_Packet] | None = []
     first = None
