@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Files in the order of tests/conftest.py, the slowest first: else one process ends with them alone.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 # A smaller job on the newest transformers: the parts that a new release has broken before.
 NEWEST := .venv-newest
 NEWEST_INSTALLED := $(NEWEST)/.installed
@@ -12,7 +15,7 @@ NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_au
 	tests/model/test_alternating.py tests/model/test_backbones.py tests/model/test_generation.py \
 	tests/model/test_loading.py tests/train/test_training.py tests/train/test_checkpoint.py
 
-.PHONY: help install demo demo-grounding test test-newest lint types docs clean
+.PHONY: help install install-newest demo demo-grounding test test-newest lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,7 +37,7 @@ demo-grounding: $(INSTALLED) ## train a tiny model that says where in a picture 
 	$(BIN)/python -m llava.demo.grounding
 
 test: $(INSTALLED) lint types ## lint, type checks and tests
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PARALLEL)
 
 # Made anew when a pin changes: constraints.txt with the lines of constraints-newest.txt in place of its own.
 $(NEWEST_INSTALLED): pyproject.toml constraints.txt constraints-newest.txt
@@ -46,8 +49,10 @@ $(NEWEST_INSTALLED): pyproject.toml constraints.txt constraints-newest.txt
 		--editable '.[lora]' pytest pytest-xdist
 	touch $@
 
+install-newest: $(NEWEST_INSTALLED) ## create .venv-newest, for test-newest
+
 test-newest: $(NEWEST_INSTALLED) ## some of the tests on the newest transformers (constraints-newest.txt)
-	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS)
+	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(NEWEST_TESTS)
 
 lint: $(INSTALLED) ## ruff and shellcheck
 	$(BIN)/ruff check .

@@ -42,6 +42,19 @@ def define_torchvision_operators() -> torch.library.Library | None:
 TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_spec("timm") else None
 
 
+SLOWEST = (
+    "faults/test_early_signals.py", "scripts_italian/test_italian_shell.py", "train/test_mixed_ranks.py",
+    "test_extending.py", "faults/test_two_rank_runs.py", "train/test_training.py", "train/test_predictions.py",
+    "train/test_data_order.py",
+)  # fmt: skip
+"""Files that take a minute or so, which start whole programs: they are run first, so that no process waits for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_dir(tmp_path_factory: pytest.TempPathFactory):
     """Indexes of the tests' data files, those of the commands they start included, stay out of the user's folder."""
