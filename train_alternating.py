@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.data.data_files import find_entries
-from llava.data.raw_samples import read_samples
+from llava.data.files import find_entries, read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport

@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from llava.data import decoder_process
+from llava.data import decoding as decoder_process
 from llava.data.media import sample_video
 
 SIZES = {"64x48": (64, 48, 12), "320x240": (320, 240, 75), "640x480": (640, 480, 75), "1280x720": (1280, 720, 75)}

@@ -49,9 +49,9 @@ from transformers import (
 
 from llava.config import VisionConfig
 from llava.constants import VISUAL_TOKENS
-from llava.coordinates import GroundingConfig, span_text
 from llava.data.collator import SupervisedCollator
-from llava.train.agreement import leave_process_group
+from llava.grounding.syntax import GroundingConfig, span_text
+from llava.train.distributed import leave_process_group
 from llava.train.train import build_trainer
 from llava.types import NO_COORDINATES, Batch, Coordinates, Example, VisualInput
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llava.coordinates import box_text
 from llava.demo.base_model import write_tokenizer
 from llava.eval.run import main as evaluate
+from llava.grounding.syntax import box_text
 from llava.train.train import main as train
 
 TOWER = Path(__file__).parents[1] / "llava" / "demo" / "tower"

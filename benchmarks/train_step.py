@@ -60,7 +60,7 @@ from llava.data.dataset import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens
-from llava.streams import FAST_SLOW_RESAMPLER
+from llava.token_layout import FAST_SLOW_RESAMPLER
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.parts import set_trainable_parts
 from llava.train.train import lower_frozen_precision

@@ -22,8 +22,7 @@ from llava.constants import (
     VIDEO_START,
     VISUAL_TOKENS,
 )
-from llava.streams import STREAM_LAWS, StreamLaw
-from llava.tiles import (
+from llava.geometry import (
     ANYRES,
     DEFAULT_PINPOINTS,
     FLAT,
@@ -33,10 +32,11 @@ from llava.tiles import (
     parse_aspect_ratio,
     parse_pinpoints,
 )
+from llava.token_layout import STREAM_LAWS, StreamLaw
 from llava.types import MediaKind
 
 ASPECT_RATIOS = ("square", "pad")
-"""Manners of fitting an image into a single square; anyres and anyres_max_N are those of ``llava.tiles``."""
+"""Manners of fitting an image into a single square; anyres and anyres_max_N are those of ``llava.geometry``."""
 PROJECTOR_STRIDES = {"pooler": 2}
 """Projectors that pool the grid, and how many patches a side become one."""
 

@@ -1,10 +1,14 @@
 """Strings and numbers that text, labels and model share."""
 
+import re
+
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss (the default of PyTorch's cross entropy)."""
 
 DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_VIDEO_TOKEN = "<video>"
+PLACEHOLDER = re.compile(rf"(?<!\\)(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN})")
+"""Where the text of a sample has a medium; behind a backslash it is the word itself."""
 
 IMAGE_START = "<im_start>"
 IMAGE_PATCH = "<im_patch>"

@@ -99,7 +99,7 @@ def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixe
 
 
 def test_a_plugin_that_is_not_there() -> None:
-    from llava.plugins import import_plugins
+    from llava.registry import import_plugins
 
     import_plugins(None)
     import_plugins(["json"])
@@ -108,7 +108,7 @@ def test_a_plugin_that_is_not_there() -> None:
 
 
 def test_what_goes_wrong_inside_a_plugin_is_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava.plugins import import_plugins
+    from llava.registry import import_plugins
 
     (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava.data.image_ops import fit_frames
-from llava.framing import frame_picture
+from llava.data.media import fit_frames
+from llava.geometry import frame_picture
 
 
 @pytest.mark.parametrize("manner", ["pad", "stretch", "crop"])

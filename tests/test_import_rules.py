@@ -16,14 +16,11 @@ FOUNDATION = {
     "constants",
     "registry",
     "types",
-    "streams",
-    "tiles",
+    "token_layout",
+    "geometry",
     "config",
-    "framing",
-    "coordinates",
-    "plugins",
+    "grounding",
     "compat",
-    "system",
     "messages",
     "parser",
     "io",
@@ -31,15 +28,12 @@ FOUNDATION = {
 MAY_IMPORT = {
     "constants": set(),
     "compat": set(),
-    "system": set(),
     "registry": set(),
     "types": set(),
-    "streams": {"registry", "types", "config"},
-    "tiles": set(),
-    "config": {"constants", "types", "streams", "tiles"},
-    "framing": {"config"},
-    "coordinates": {"types"},
-    "plugins": set(),
+    "token_layout": {"registry", "types", "config"},
+    "geometry": {"config"},
+    "config": {"constants", "types", "token_layout", "geometry"},
+    "grounding": {"constants", "types", "config", "geometry", "grounding"},
     "messages": set(),
     "parser": {"messages"},
     "io": {"messages"},
@@ -203,7 +197,7 @@ def test_import_takes_nothing_heavy(module):
 
 
 def test_reading_records_takes_nothing_heavy_before_there_are_any():
-    assert loaded_after("import llava.data.records, llava.data.placeholders, llava.data.preprocess.plain") == set()
+    assert loaded_after("import llava.data.records, llava.data.placeholders, llava.data.formats.plain") == set()
 
 
 def test_data_takes_no_decoder_and_no_transformers():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava import system
+from llava import io as system
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,9 +45,9 @@ def test_every_module_loads_and_trains_without_the_names_of_linux(
 def test_a_decoder_that_hangs_is_ended_where_pipes_cannot_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     import select
 
-    from llava.data import decoder_process
-    from llava.data.files import MediaError
-    from llava.data.frames import FrameRequest
+    from llava.data import decoding as decoder_process
+    from llava.data.media_files import MediaError
+    from llava.data.video import FrameRequest
 
     monkeypatch.delattr(select, "poll")
     monkeypatch.setattr(
@@ -64,7 +64,7 @@ def test_a_decoder_that_hangs_is_ended_where_pipes_cannot_be_watched(monkeypatch
 def _request(kind: type) -> object:
     from dataclasses import MISSING, fields
 
-    from llava.data.limits import DEFAULT_LIMITS
+    from llava.data.media_files import DEFAULT_LIMITS
 
     values = {"path": "clip.mp4", "limits": DEFAULT_LIMITS}
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]

@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 
 from llava.config import PROJECTOR_STRIDES, VisionConfig
-from llava.streams import STREAM_LAWS, stream_law
+from llava.token_layout import STREAM_LAWS, stream_law
 
 NEWCOMER = """
-from llava.streams import stream_law
+from llava.token_layout import stream_law
 
 @stream_law("one_in_ten", shorten=("lower --num_frames",))
 def count_one_in_ten(vision, kind, num_frames):

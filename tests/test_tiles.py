@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava.tiles import DEFAULT_PINPOINTS, AnyRes, Size, fit_into, parse_aspect_ratio, parse_pinpoints
+from llava.geometry import DEFAULT_PINPOINTS, AnyRes, Size, fit_into, parse_aspect_ratio, parse_pinpoints
 
 DEFAULT = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava.data.files import MediaError
+from llava.data.media_files import MediaError
 from llava.types import BadSample, Record
 
 __all__ = ["ERROR", "ON_BAD_SAMPLE", "SKIP", "BadSample", "BadSampleError", "check_on_bad_sample", "describe_error"]

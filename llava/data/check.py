@@ -16,14 +16,12 @@ from typing import Any, TextIO
 from torch.utils.data import DataLoader, Dataset
 
 from llava.data.bad_samples import SKIP, describe_error
-from llava.data.files import MediaError
-from llava.data.limits import DEFAULT_LIMITS, MediaLimits
 from llava.data.media import load_image, sample_video
-from llava.data.media_folder import check_links
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_links
 from llava.data.records import describe_notes, read_records
+from llava.io import num_cores
 from llava.messages import run_command
 from llava.parser import CommandParser, check_at_least
-from llava.system import num_cores
 from llava.types import BadSample, Record
 
 

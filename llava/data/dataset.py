@@ -12,20 +12,10 @@ from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
-from llava.coordinates import GroundingConfig
 from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
-from llava.data.chunks import DOCUMENT, ChunkedDataset
+from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
-from llava.data.coordinates import move_to_square
-from llava.data.files import MediaError
-from llava.data.limits import DEFAULT_LIMITS, MediaLimits
-from llava.data.media import load_media, read_image_size
-from llava.data.placeholders import expand_placeholders, placeholder_kinds, remove_placeholders
-from llava.data.preprocess import PLAIN_LM, Format, build_format
-from llava.data.preprocess.base import ContextError, Segment, label_segments, truncate_segments
-from llava.data.preprocess.plain import join_turns
-from llava.data.records import read_records
-from llava.data.survey import (
+from llava.data.dataset_stats import (
     describe_lengths,
     survey_coordinates,
     survey_lengths,
@@ -33,7 +23,17 @@ from llava.data.survey import (
     survey_media,
     survey_targets,
 )
+from llava.data.formats import PLAIN_LM, Format, build_format
+from llava.data.formats.base import ContextError, Segment, label_segments, truncate_segments
+from llava.data.formats.plain import join_turns
+from llava.data.images import read_image_size
+from llava.data.media import load_media
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
+from llava.data.placeholders import expand_placeholders, placeholder_kinds, remove_placeholders
+from llava.data.records import read_records
 from llava.data.time_instruction import Clip, add_time_instruction, check_format, clips_of, stand_in
+from llava.grounding.samples import move_to_square
+from llava.grounding.syntax import GroundingConfig
 from llava.types import NO_COORDINATES, BadSample, Coordinates, Example, Record, Turn, VisualInput
 
 if TYPE_CHECKING:

@@ -1,65 +1,447 @@
-"""What can be said of a media file before a decoder looks at it."""
+"""What ``--data_path`` names: data files, brace patterns, and YAML mixtures of both."""
 
 from __future__ import annotations
 
+import codecs
+import difflib
+import json
+import math
 import os
 import re
-import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
-_LONGEST_PATH = 4096
-ANIMATED_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
-PICTURE_SUFFIXES = (*ANIMATED_SUFFIXES, ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".heif")
+from llava.data.media_files import expand_home
+from llava.io import read_yaml
+
+MIXTURE_SUFFIXES = (".yaml", ".yml")
+
+_GROUP = re.compile(r"\{([^{}]*)\}")
+_SAMPLING = re.compile(r"(all|(?:first|end|random):(\d+|\d+(?:\.\d+)?%))")
+_ENTRY_KEYS = ("json_path", "sampling_strategy", "source", "data_folder")
 
 
-class MediaError(ValueError):
-    """A file that is missing, broken or not what it should be; the message names it.
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples of an entry are taken: ``all``, or its ``first``, its ``end`` or ``random`` ones.
 
-    ``path`` is the file, where the message stands for a sample and not for the file alone.
+    ``amount`` is a number of samples, or a share of them as in "10%"; "" with ``all``.
     """
 
-    def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message)
-        self.path = path
+    kind: str = "all"
+    amount: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.amount}" if self.amount else self.kind
+
+    def count(self, available: int) -> int:
+        """How many of ``available`` samples are taken; shares are rounded up.
+
+        Raises:
+            ValueError: more than there are.
+        """
+        if self.kind == "all":
+            return available
+        if self.amount.endswith("%"):
+            return math.ceil(available * Fraction(self.amount[:-1]) / 100)
+        if int(self.amount) > available:
+            raise ValueError(f"sampling_strategy {self} asks for more than the {available} samples there are")
+        return int(self.amount)
 
 
-def local_path(path: str) -> str:
-    """A path with ``~`` for the home folder replaced.
+@dataclass(frozen=True)
+class DataEntry:
+    """Data files that are read and sampled together.
+
+    Attributes:
+        files: paths, in order.
+        sampling: which samples of all of them are taken.
+        source: the sub-folder of the media folder that stands in for the samples' own ``source``; "" is none.
+        data_folder: what relative media paths start from, before any flag.
+        name: what the entry is called in errors.
+    """
+
+    files: tuple[str, ...]
+    sampling: Sampling = Sampling()
+    source: str | None = None
+    data_folder: str | None = None
+    name: str = "--data_path"
+
+
+def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEntry]:
+    """The entries that the words behind a flag stand for.
+
+    Args:
+        paths: data files, folders of ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures.
+        flag: its name, for errors.
 
     Raises:
-        MediaError: it is no path but an address, or the content of a file.
+        ValueError: a file is missing or of an unknown kind, or a mixture is not as ``docs/data.md`` describes.
     """
-    if address := _ADDRESS.match(path):
-        raise MediaError(
-            f"{path[:100]}{'...' if len(path) > 100 else ''}: is an address ({address.group()}), and only files are "
-            "read, so that a run does not depend on a server; fetch it and give its path"
-        )
-    if len(path) > _LONGEST_PATH:
-        raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
-    return expand_home(path)
+    entries: list[DataEntry] = []
+    for path in map(expand_home, paths):
+        if Path(path).suffix in MIXTURE_SUFFIXES:
+            entries += _read_mixture(path, flag)
+        else:
+            entries += [DataEntry((file,), name=f"{flag} {path}") for file in _find_files(path, f"{flag} {path}")]
+    return entries
 
 
-def expand_home(path: str) -> str:
-    """A path with ``~`` at its beginning replaced by the home folder."""
-    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
+def expand_braces(pattern: str, name: str) -> list[str]:
+    """The paths of a pattern, its last group varying fastest; a path without braces, or that exists, is itself.
+
+    Raises:
+        ValueError: braces that do not match, or an alternative that is empty; begins with ``name``.
+    """
+    if not ("{" in pattern or "}" in pattern) or Path(pattern).exists():
+        return [pattern]
+    pieces = _GROUP.split(pattern)
+    if any("{" in piece or "}" in piece for piece in pieces):
+        raise ValueError(f"{name}: braces that do not match, or stand within braces; write prefix{{a,b}}.json")
+    groups = [[part.strip() for part in group.split(",")] for group in pieces[1::2]]
+    for group, written in zip(groups, pieces[1::2], strict=True):
+        if "" in group:
+            raise ValueError(
+                f"{name}: alternative {group.index('') + 1} of {{{written}}} is empty; write prefix{{a,b}}.json"
+            )
+    return [
+        "".join(text for pair in zip(pieces[::2], (*choice, ""), strict=True) for text in pair)
+        for choice in product(*groups)
+    ]
 
 
-def is_picture_name(path: str) -> bool:
-    """Whether a file is a picture by its name."""
-    return path.lower().endswith(PICTURE_SUFFIXES)
+def _find_files(pattern: str, name: str) -> list[str]:
+    """The data files of a path, a folder of ``datasets`` or a brace pattern; each must be there."""
+    files = [file for path in expand_braces(pattern, name) for file in _open_folder(path, name)]
+    for file in files:
+        check_data_file(file, name if file == pattern else f"{name}: {file}")
+    return files
 
 
-def check_file(path: str) -> int:
-    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
+def _open_folder(path: str, name: str) -> list[str]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote; any other path is itself."""
+    state = Path(path, "state.json")
+    if Path(path, "dataset_dict.json").is_file():
+        splits = sorted(file.parent.name for file in Path(path).glob("*/state.json"))
+        raise ValueError(f"{name}: holds several splits; give one of them: {', '.join(f'{path}/{s}' for s in splits)}")
+    if not state.is_file():
+        return [path]
     try:
-        status = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError as error:
-        raise MediaError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{path}: cannot be opened: {reason}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
-    if status.st_size == 0:
-        raise MediaError(f"{path}: the file is empty")
-    return status.st_size
+        files = [str(Path(path, entry["filename"])) for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: its state.json is not one of datasets' save_to_disk: {error!r}") from error
+    if outside := [file for file in files if Path(file).parent != Path(path)]:
+        raise ValueError(f"{name}: its state.json names {outside[0]}, which lies outside of it")
+    return files
+
+
+def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
+    """The entries of a YAML mixture."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{flag} {path}: {'not a file' if file.exists() else 'no such file'}")
+    content = read_yaml(file, path)
+    if not isinstance(content, dict) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
+        raise ValueError(f"{path}: expected datasets, a list of entries with a json_path each, found {content!r:.80}")
+    _check_keys(content, ("datasets",), path)
+    for number, entry in enumerate(content["datasets"], start=1):
+        yield _parse_entry(entry, file.absolute().parent, f"{path}, entry {number}")
+
+
+def _parse_entry(entry: Any, home: Path, name: str) -> DataEntry:
+    """An entry of a mixture whose relative paths start from ``home``."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected json_path and its settings, found {entry!r:.80}")
+    _check_keys(entry, _ENTRY_KEYS, name)
+    given = entry.get("json_path")
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise ValueError(f"{name}: json_path must be a path or a list of paths, found {given!r}")
+    for key in ("source", "data_folder"):
+        if not isinstance(entry.get(key), str | None):
+            raise ValueError(f"{name}: {key} must be the name of a folder, found {entry[key]!r}")
+    files = [
+        file for p in patterns for file in _find_files(os.path.join(home, expand_home(p)), f"{name}: json_path {p}")
+    ]
+    folder = entry.get("data_folder")
+    return DataEntry(
+        files=tuple(files),
+        sampling=_parse_sampling(entry.get("sampling_strategy", "all"), name),
+        source=entry.get("source"),
+        data_folder=os.path.normpath(os.path.join(home, expand_home(folder))) if folder else None,
+        name=name,
+    )
+
+
+def _parse_sampling(value: Any, name: str) -> Sampling:
+    match = _SAMPLING.fullmatch(value) if isinstance(value, str) else None
+    kind, _, amount = match.group().partition(":") if match else ("", "", "")
+    number = Fraction(amount.rstrip("%") or 1)
+    if not match or number == 0 or (amount.endswith("%") and number > 100):
+        raise ValueError(
+            f"{name}: sampling_strategy must be all, first:N, end:N or random:N, where N is at least 1 or up to 100%, "
+            f"found {value!r}"
+        )
+    return Sampling(kind, amount)
+
+
+def _check_keys(found: dict[Any, Any], known: Sequence[str], name: str) -> None:
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{name}: unknown key {key!r}; {hint}")
+
+
+# The raw samples of data files, one by one: no file is ever in memory as a whole.
+
+KNOWN_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+
+_BYTES_AT_ONCE = 1 << 22
+_LONG_FILE = 1 << 26
+"""Bytes from which on reading a file is shown with a progress bar."""
+LONGEST_SAMPLE = 1 << 26
+"""Bytes that the text of one sample may have: a file without line ends is no reason to read all of it."""
+_ROWS_AT_ONCE = 64
+"""Of a table, whose rows may hold pictures."""
+_LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def check_data_file(path: str, name: str) -> None:
+    """A ValueError, beginning with ``name``, if a path is no data file that can be read."""
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{name}: no such file")
+    if not file.is_file():
+        raise ValueError(f"{name}: not a file")
+    if file.suffix not in KNOWN_SUFFIXES:
+        raise ValueError(
+            f"{name}: unknown kind of file {file.suffix!r}; known: {', '.join(KNOWN_SUFFIXES)}, and .yaml for a mixture"
+        )
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{name}: may not be read by this user")
+
+
+def read_samples(path: str) -> Iterator[tuple[Any, str]]:
+    """The raw samples of a file, each with the words that say where it stands.
+
+    Raises:
+        ValueError: the file or a line of it is not what it should be; names it.
+    """
+    for sample, source in read_values(path):
+        if isinstance(sample, ValueError):
+            raise sample
+        yield sample, source
+
+
+def read_values(path: str) -> Iterator[tuple[Any, str]]:
+    """``read_samples`` that goes on behind a line that is no JSON: the error stands in its place."""
+    check_data_file(path, path)
+    file = Path(path)
+    if file.suffix == ".jsonl":
+        # Lines end with a newline only: JSON strings may hold the other characters that split text.
+        with _open(file) as (lines, advance):
+            for number, line in enumerate(read_lines(lines), start=1):
+                advance(len(line))
+                if line.strip():
+                    yield parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
+    elif file.suffix == ".json":
+        for number, sample in enumerate(iterate_list(file), start=1):
+            yield sample, f"{file.name}, sample {number}"
+    else:
+        for number, sample in enumerate(_read_table(file), start=1):
+            yield sample, f"{file.name}, row {number}"
+
+
+def _read_table(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet or Arrow file; pictures and clips are what is stored of them, bytes or paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            batches: Any = pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=_ROWS_AT_ONCE)
+        else:
+            batches = _arrow_batches(pa.memory_map(str(path)))
+        for batch in batches:
+            for start in range(0, len(batch), _ROWS_AT_ONCE):
+                yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """The batches of an Arrow file, in the form that ``datasets`` writes (a stream) or the one with an index."""
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, ``LONGEST_SAMPLE`` bytes and one more."""
+    while line := file.readline(LONGEST_SAMPLE + 1):
+        yield line
+        while len(line) > LONGEST_SAMPLE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_SAMPLE + 1)
+
+
+def parse_line(data: bytes, where: str) -> Any:
+    """The value of a line, or the ValueError that says what is wrong with it."""
+    if len(data) > LONGEST_SAMPLE:
+        return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8")
+    except json.JSONDecodeError as error:
+        return ValueError(f"{where}: not JSON: {error}")
+    except RecursionError:
+        return ValueError(f"{where}: not a sample: brackets within brackets without end")
+    except ValueError as error:
+        return ValueError(f"{where}: {_LONG_NUMBER}") if "integer string" in str(error) else error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, Callable[[int], Any]]]:
+    """A file, and what to call with the number of bytes that were read of it."""
+    from tqdm import tqdm
+
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        # None: shown on a terminal, not in a log.
+        disable = None if size >= _LONG_FILE else True
+        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=disable) as bar:
+            yield file, bar.update
+
+
+def iterate_list(path: Path) -> Iterator[Any]:
+    """The elements of the list that a UTF-8 file holds.
+
+    Raises:
+        ValueError: the file is empty, not UTF-8, not JSON or not a list; names the file and the line.
+    """
+    text = _Text(path)
+    if not text.skip_space():
+        raise ValueError(f"{path}: the file is empty; expected a list of samples")
+    if text.peek() != "[":
+        found = text.decode_value()
+        raise ValueError(f"{path}: expected a list of samples, found {type(found).__name__}; use .jsonl for one a line")
+    text.take("[")
+    if not (text.skip_space() and text.peek() == "]"):
+        yield text.decode_value()
+        while text.skip_space() and text.peek() == ",":
+            text.take(",")
+            yield text.decode_value()
+    text.take("]")
+    if text.skip_space():
+        raise text.error("something stands behind the end of the list")
+
+
+class _Text:
+    """A window on the text of a file that moves forward over it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._chunks = _decode_chunks(path)
+        self._buffer, self._position = "", 0
+        self._lines = 0
+        self._decoder = json.JSONDecoder()
+
+    def skip_space(self) -> bool:
+        """Go to the next character that is no white space; False at the end of the file."""
+        while True:
+            match = _SPACE.match(self._buffer, self._position)
+            assert match is not None
+            self._position = match.end()
+            if self._position < len(self._buffer):
+                return True
+            if not self._read_on():
+                return False
+
+    def peek(self) -> str:
+        return self._buffer[self._position]
+
+    def take(self, character: str) -> None:
+        """Step over a character that must come next."""
+        if not self.skip_space() or self.peek() != character:
+            raise self.error(f"expected {character!r}" + (" or ','" if character == "]" else ""))
+        self._position += 1
+
+    def decode_value(self) -> Any:
+        """Step over the JSON value that comes next, and return it."""
+        if not self.skip_space():
+            raise self.error("the file ends where a sample should stand")
+        while True:
+            start = self._position
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, start)
+            except json.JSONDecodeError as error:
+                # Perhaps only the window ends here.
+                if len(self._buffer) - start > LONGEST_SAMPLE or not self._read_on():
+                    raise self.error(error.msg, error.pos - start) from error
+            except ValueError as error:
+                # As JSONDecodeError is one too, this stands behind it. Nothing else is wrong with a file of JSON.
+                raise ValueError(f"{self._path}: line {self._line()}: {_LONG_NUMBER}") from error
+            except RecursionError as error:
+                raise ValueError(f"{self._path}: not a sample: brackets within brackets without end") from error
+            else:
+                # A number that ends with the window may go on behind it.
+                if end < len(self._buffer) or not self._read_on():
+                    self._position += end - start
+                    return value
+
+    def error(self, message: str, ahead: int = 0) -> ValueError:
+        """An error of the character that is so far ahead."""
+        return ValueError(f"{self._path}: not JSON: line {self._line(ahead)}: {message}")
+
+    def _line(self, ahead: int = 0) -> int:
+        return self._lines + self._buffer.count("\n", 0, self._position + ahead) + 1
+
+    def _read_on(self) -> bool:
+        """Let go of what is behind, add at least as much as is left; False at the end of the file."""
+        self._lines += self._buffer.count("\n", 0, self._position)
+        pieces = [self._buffer[self._position :]]
+        self._position, size = 0, 0
+        # Twice the window each time: a value that is longer than many windows is not tried for each of them.
+        for chunk in self._chunks:
+            pieces.append(chunk)
+            size += len(chunk)
+            if size and size >= len(pieces[0]):
+                break
+        self._buffer = "".join(pieces)
+        return size > 0
+
+
+def _decode_chunks(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    start = 0
+    with _open(path) as (file, advance):
+        while chunk := file.read(_BYTES_AT_ONCE):
+            advance(len(chunk))
+            held_back = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, start - held_back + error.start) from error
+            start += len(chunk)
+        try:
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, start - len(decoder.getstate()[0])) from error
+
+
+def _not_utf8(path: Path, position: int) -> ValueError:
+    return ValueError(f"{path}: not UTF-8 (byte {position}); save it as UTF-8")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llava.data.limits import MediaLimits
+from llava.data.media_files import MediaLimits
 
 PNG, GIF, WEBP, JPEG, BMP, TIFF, HEIF = "PNG", "GIF", "WebP", "JPEG", "BMP", "TIFF", "HEIC or AVIF"
 _SIGNATURES = {

@@ -13,9 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.data.data_files import Sampling
-from llava.data.record_index import digest, open_array
-from llava.data.record_store import RecordStore
+from llava.data.files import Sampling
+from llava.data.index import RecordStore, digest, open_array
 from llava.types import Record
 
 if TYPE_CHECKING:

@@ -8,16 +8,13 @@ from itertools import repeat
 from typing import Any, TypeVar
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER
 from llava.types import MediaKind, Turn
 
 T = TypeVar("T")
 
 PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDEO_TOKEN: "video"}
-_WORDS = "|".join(PLACEHOLDERS)
-# One behind a backslash is the word itself.
-PLACEHOLDER = re.compile(rf"(?<!\\)(?:{_WORDS})")
-_ESCAPED = re.compile(rf"\\({_WORDS})")
+_ESCAPED = re.compile(rf"\\({'|'.join(PLACEHOLDERS)})")
 
 
 def placeholder_kinds(text: str) -> list[MediaKind]:

@@ -13,17 +13,23 @@ from typing import Any
 from urllib.parse import unquote
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
-from llava.data.coordinates import check_coordinates, parse_variables
-from llava.data.data_files import DataEntry, find_entries
-from llava.data.embedded import decode_data_uri, encode_picture, media_folder, write_media
-from llava.data.files import ANIMATED_SUFFIXES, expand_home, is_picture_name, local_path
-from llava.data.media_folder import find_media
+from llava.data.files import DataEntry, find_entries, read_samples, read_values
+from llava.data.index import RecordStore, open_store
+from llava.data.media_files import (
+    ANIMATED_SUFFIXES,
+    decode_data_uri,
+    encode_picture,
+    expand_home,
+    find_media,
+    is_picture_name,
+    local_path,
+    media_folder,
+    write_media,
+)
 from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
-from llava.data.raw_samples import read_samples, read_values
-from llava.data.record_index import open_store
-from llava.data.record_store import RecordStore
 from llava.data.spellings import name_type, read_raw, suggest
+from llava.grounding.samples import check_coordinates, parse_variables
 from llava.types import Media, MediaKind, Record, Role, Turn
 
 __all__ = ["describe_notes", "parse_record", "read_records", "read_samples"]

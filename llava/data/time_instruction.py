@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from llava.constants import DEFAULT_VIDEO_TOKEN
+from llava.data.formats.base import Format
 from llava.data.placeholders import placeholder_kinds
-from llava.data.preprocess.base import Format
 from llava.types import Turn, VisualInput
 
 SENTENCE = "{name} lasts {duration:.2f} seconds. Frames shown: {count}, at {times} seconds."

@@ -95,9 +95,9 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
 def read_texts(path: str) -> Iterator[str]:
     """The texts of a file: its lines, or the turns of its samples without their placeholders."""
     if Path(path).suffix in (".json", ".jsonl"):
-        from llava.coordinates import strip_coordinates
         from llava.data.dataset import text_without_media
         from llava.data.records import parse_record, read_samples
+        from llava.grounding.syntax import strip_coordinates
 
         # Media are not opened, wherever they are said to lie.
         for sample, source in read_samples(path):

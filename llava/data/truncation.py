@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import BinaryIO
 
-from llava.data.containers import find_container, packet_size
+from llava.data.packets import find_container, packet_size
 
 _TAIL_BYTES = 4096
 _AT_ONCE = 1 << 20

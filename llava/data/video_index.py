@@ -1,4 +1,4 @@
-"""Which frames a video has and where decoding can begin, told from its packets alone."""
+"""When the frames of a video are shown, in seconds, and which of them lie nearest to given times."""
 
 from __future__ import annotations
 
@@ -6,11 +6,185 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from llava.data.limits import DEFAULT_LIMITS, MediaLimits
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
 from llava.data.nal_units import PacketFacts
 from llava.data.packets import check_packet, packet_reader
+
+_RESTART_SECONDS = 1.0
+"""A time that is so much before the latest one begins another clip, which was joined to the one before it."""
+_SAME_RATE, _ROUNDING = 0.01, 0.0011
+
+
+def seconds_of(times: Sequence[int | None], unit: float, rate: float) -> list[float]:
+    """Seconds of each frame from the first one, ascending.
+
+    Frames without a time, or with one that was there already, lie evenly between their neighbours.
+
+    Args:
+        times: of frames in the order in which they are shown.
+        unit: seconds that a time counts.
+        rate: frames a second, for the frames before the first known time and behind the last; 0 where it is not known.
+    """
+    known = [time for time in times if time is not None]
+    if len(known) == len(times) and all(a < b for a, b in pairwise(known)):
+        return [float((time - known[0]) * unit) for time in known]
+    gaps = np.diff(known)
+    step = 1 / rate if rate else float(np.median(gaps[gaps > 0])) * unit if (gaps > 0).any() else 1.0
+    places: list[int] = []
+    seconds: list[float] = []
+    shift = 0.0
+    for place, time in enumerate(times):
+        if time is None:
+            continue
+        second = time * unit + shift
+        if seconds and second <= seconds[-1]:
+            if seconds[-1] - second < _RESTART_SECONDS:
+                continue
+            shift += seconds[-1] + step * (place - places[-1]) - second
+            second = time * unit + shift
+        places.append(place)
+        seconds.append(second)
+    if not places:
+        return [step * i for i in range(len(times))]
+    before = [seconds[0] - step * (places[0] - i) for i in range(places[0])]
+    after = [seconds[-1] + step * (i - places[-1]) for i in range(places[-1] + 1, len(times))]
+    between = np.interp(range(places[0], places[-1] + 1), places, seconds).tolist()
+    first, *others = [*before, *between, *after]
+    return [0.0, *(second - first for second in others)]
+
+
+def frame_rate(times: Sequence[float], declared: float) -> float:
+    """Frames a second on average: what the container declares where the frames' times agree with it."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return declared or 1.0
+    gaps, seconds = len(times) - 1, times[-1] - times[0]
+    # Matroska rounds times to milliseconds.
+    if declared and abs(gaps / declared - seconds) <= max(_SAME_RATE * seconds, _ROUNDING):
+        return declared
+    return gaps / seconds
+
+
+def is_constant(times: Sequence[float]) -> bool:
+    """Whether frames lie so evenly that counting them and looking at their times give the same frames."""
+    if len(times) < 3:
+        return True
+    even = np.linspace(times[0], times[-1], len(times))
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    return bool(np.abs(np.asarray(times) - even).max() <= step / 2)
+
+
+def last_frame_seconds(times: Sequence[float], rate: float) -> float:
+    """How long the last frame is shown: as an average one, or as the one before it where the frame rate varies."""
+    return 1 / rate if is_constant(times) else times[-1] - times[-2]
+
+
+def nearest(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
+    """For each wanted time the position of the nearest one; of two that are as near, the earlier."""
+    known = np.asarray(times)
+    after = np.searchsorted(known, wanted).clip(0, len(known) - 1)
+    before = (after - 1).clip(0)
+    is_before = np.asarray(wanted) - known[before] <= known[after] - np.asarray(wanted)
+    return np.where(is_before, before, after).tolist()  # type: ignore[no-any-return]
+
+
+# How the frames of a video are shown: upright, not mirrored, with square pixels, all of one size.
+
+_MOST_STRETCH = 16
+"""A pixel that is said to be so many times as wide as high, or more, is a damaged header."""
+_AS_STORED = (1, 0, 0, 1)
+
+Turn = tuple[int, int, int, int]
+"""Where a stored pixel at (x, y) is shown: at (a x + c y, b x + d y), each of a, b, c, d being -1, 0 or 1."""
+
+
+class Display:
+    """How one clip is shown.
+
+    Orientation comes with frames, from the container (MP4, MOV, Matroska) or from the stream (H.264 and HEVC, where
+    only the first frame of a group may carry it, and it holds on). The shape of pixels is that of the stored picture.
+
+    Attributes:
+        size: width and height of a frame as it is shown.
+    """
+
+    def __init__(self, first: Any, pixel_ratio: Any) -> None:
+        self._stored = (first.width, first.height)
+        self._width = first.width
+        if pixel_ratio:
+            if not 1 / _MOST_STRETCH <= pixel_ratio <= _MOST_STRETCH:
+                raise ValueError(f"its pixels are said to be {float(pixel_ratio):g} times as wide as high")
+            self._width = max(round(first.width * float(pixel_ratio)), 1)
+        self._is_start = True
+        self._first_turn = self._turn = read_turn(first) or _AS_STORED
+        self.size = (self._width, first.height)
+        if self._turn[0] == 0:
+            self.size = self.size[::-1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether frames are shown as they are stored."""
+        return self._first_turn == _AS_STORED and self._width == self._stored[0]
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether frames are turned, but neither mirrored nor stretched."""
+        a, b, c, d = self._first_turn
+        return a * d - b * c == 1 and self._width == self._stored[0]
+
+    def begin(self, place: int) -> None:
+        """Say that frames follow from a place of the clip on, where decoding begins."""
+        self._turn, self._is_start = self._first_turn, place == 0
+
+    def follow(self, frame: Any, index: int) -> None:
+        """Look at a frame, in the order in which they are decoded; a ValueError if it is damaged or of another size."""
+        if frame.is_corrupt and not self._is_start:
+            raise ValueError(f"frame {index} is damaged: the file was cut off there, or not copied as it was")
+        # A recording that begins in the middle begins with pictures that lack what came before.
+        self._is_start = self._is_start and frame.is_corrupt
+        size = (frame.width, frame.height)
+        if size != self._stored:
+            raise ValueError(
+                f"its picture changes size on the way, from {self._stored[0]} x {self._stored[1]} to {size[0]} x "
+                f"{size[1]} at frame {index}; re-encode it to one size"
+            )
+        self._turn = read_turn(frame) or self._turn
+        if (self._turn[0] == 0) != (self._first_turn[0] == 0):
+            raise ValueError(f"its picture is turned to its side on the way, at frame {index}; cut it into two clips")
+
+    def show(self, frame: Any) -> NDArray[np.uint8]:
+        """The frame that was followed last, as (height, width, 3)."""
+        if self._width != self._stored[0]:
+            frame = frame.reformat(width=self._width, height=self._stored[1], format="rgb24", interpolation="BICUBIC")
+        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+        a, b, c, d = self._turn
+        if a == 0:
+            pixels = pixels.swapaxes(0, 1)
+        # Rows run along y, columns along x; the sign that is not zero says which way.
+        return pixels[:: b + d, :: a + c]
+
+
+def read_turn(frame: Any) -> Turn | None:
+    """How a frame is to be shown, to the nearest quarter turn; None where it does not say."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(data), np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (_sign(a), 0, 0, _sign(d)) if a and d else None
+    return 0, _sign(b), _sign(c), 0
+
+
+def _sign(number: int) -> int:
+    return 1 if number >= 0 else -1
+
+
+# Which frames a video has and where decoding can begin, told from its packets alone.
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llava.coordinates import Box, TimeSpan
-from llava.eval.tubes import Tube
+from llava.eval.metrics.grounding import Tube
+from llava.grounding.syntax import Box, TimeSpan
 
 Place = Box | TimeSpan | Tube
 Colour = tuple[int, int, int]

@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from llava.data.bad_samples import ERROR, ON_BAD_SAMPLE
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
-from llava.eval.samples import EvalSample, Prediction
-from llava.eval.store import PICTURES, SCORES, PredictionStore, Row
+from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row
 from llava.eval.tasks import EXPRESSION, TASKS, Task
+from llava.io import num_cores
 from llava.messages import INTERRUPTED, run_command
 from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
-from llava.system import num_cores
 from llava.types import BadSample
 
 if TYPE_CHECKING:
@@ -107,10 +106,9 @@ def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    from llava.eval.pictures import write_pictures
-    from llava.eval.report import write_report
+    from llava.eval.report import write_pictures, write_report
     from llava.eval.tasks import score_all
-    from llava.plugins import import_plugins
+    from llava.registry import import_plugins
 
     import_plugins(args.plugins)
     task = TASKS.get(args.task)
@@ -151,7 +149,7 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
 
     References may be corrected behind a run, which then scores again, where no question tells a part of them.
     """
-    from llava.model.locations import locate_model
+    from llava.model.pretrained import locate_model
 
     model = Path(locate_model(args.model_path, "--model_path"))
     if not model.is_dir():
@@ -218,8 +216,7 @@ def _answer_missing(
     """Ask about the samples that are not done, with a progress bar where somebody watches."""
     from tqdm import tqdm
 
-    from llava.eval.engine import Asking, CaptionerSource, find_batches
-    from llava.eval.workers import Share, choose_devices, run_shares
+    from llava.eval.engine import Asking, CaptionerSource, Share, choose_devices, find_batches, run_shares
 
     batches = find_batches(len(samples), args.batch_size, done)
     devices = choose_devices(args.device, args.num_processes)[: len(batches)]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.coordinates import BOX_AXES, LOCATIONS, Box, GroundingConfig, TimeSpan, box_text, parse_places, span_text
 from llava.eval.metrics import (
     CaptionScorer,
     Tube,
@@ -22,7 +21,17 @@ from llava.eval.metrics import (
     score_tvg,
     split_words,
 )
-from llava.eval.samples import EvalSample, Prediction, Reference
+from llava.eval.store import EvalSample, Prediction, Reference
+from llava.grounding.syntax import (
+    BOX_AXES,
+    LOCATIONS,
+    Box,
+    GroundingConfig,
+    TimeSpan,
+    box_text,
+    parse_places,
+    span_text,
+)
 from llava.registry import Registry
 from llava.types import Coordinates
 

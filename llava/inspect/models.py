@@ -12,14 +12,14 @@ from typing import Any
 
 import llava.model as models
 from llava.config import ASPECT_RATIOS, VisionConfig
-from llava.data.preprocess import FORMATS
+from llava.data.formats import FORMATS
+from llava.geometry import ANYRES, PATCH_MERGE_TYPES
 from llava.messages import run_command
 from llava.model.multimodal_encoder.builder import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler.builder import RESAMPLERS
 from llava.parser import CommandParser
-from llava.plugins import import_plugins
-from llava.tiles import ANYRES, PATCH_MERGE_TYPES
+from llava.registry import import_plugins
 
 HEAD = """\
 # Models

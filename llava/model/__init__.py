@@ -1,7 +1,7 @@
 """The models: backbones, vision modules, loading.
 
 Nothing heavy is imported until a name of ``AVAILABLE_MODELS`` (or ``load_model``) is asked for. transformers' Auto
-classes know all of them from here on (see ``auto_classes``).
+classes know all of them from here on (see ``backbones``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from llava.model import auto_classes
+from llava.model import backbones
 
 BACKBONES = {
     "llava_gemma": "LlavaGemma",
@@ -61,7 +61,7 @@ def split_type(model_type: str) -> tuple[str, str]:
 def list_names(names: Sequence[str], module: str) -> None:
     """Let the three classes of a model type, and its two text classifiers, be found here."""
     prefix = names[2].removesuffix("ForCausalLM")
-    endings = (auto_classes.SEQUENCE_CLASSIFICATION, auto_classes.TOKEN_CLASSIFICATION)
+    endings = (backbones.SEQUENCE_CLASSIFICATION, backbones.TOKEN_CLASSIFICATION)
     _MODULES.update(dict.fromkeys([*names, *(prefix + ending for ending in endings)], module))
 
 
@@ -74,7 +74,7 @@ for _backbone, _prefix in BACKBONES.items():
         _names = (f"{_prefix}{_infix}Config", f"{_prefix}{_infix}Model", f"{_prefix}{_infix}ForCausalLM")
         AVAILABLE_MODELS[variant_type(_backbone, _variant)] = _names
         list_names(_names, f"llava.model.language_model.{_backbone}")
-        auto_classes.register(variant_type(_backbone, _variant), _names, this_module())
+        backbones.register(variant_type(_backbone, _variant), _names, this_module())
 
 
 def __getattr__(name: str) -> Any:

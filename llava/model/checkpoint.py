@@ -11,11 +11,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import llava.model as models
-from llava.model.foreign_code import check_quantization, drop_remote_kernels, foreign_code_note
 from llava.model.language_model.registration import PLAIN_TYPES
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.locations import locate_model
 from llava.model.lora import is_adapter_folder, read_base
+from llava.model.pretrained import check_quantization, drop_remote_kernels, foreign_code_note, locate_model
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
+from llava.grounding.syntax import AXES, BOX_AXES, SPAN_AXES, Axis, GroundingConfig
 from llava.model.coordinates import Variables, embed_tokens
 from llava.types import MediaKind
 
@@ -168,3 +171,125 @@ class MultimodalGeneration:
         rows, tokens = self.get_model().coordinate_rows(), self.place_coordinates(input_ids, None)
         embed = self.get_input_embeddings()
         return embed(input_ids) if rows is None or tokens is None else embed_tokens(input_ids, embed, rows, tokens)
+
+
+# Generation that keeps to the syntax of boxes and spans of time, which ``llava.grounding.syntax`` describes.
+
+_LOCATED = (("[", *BOX_AXES, "]"), ("{", *SPAN_AXES, "}"))
+"""What a box and a span of time are made of, in order."""
+_LONGEST = len(_LOCATED[0]) - 1
+"""How many tokens back the beginning of a box lies at most."""
+_KINDS = {kind: number for number, kind in enumerate(("[", "{", *AXES), start=1)}
+"""Numbers of the kinds of tokens that count: those that open a box or a span, and those of an axis."""
+_OTHER, _ANY = 0, -1
+_BRACKETS = frozenset("[]{}")
+_BYTES = {f"<0x{ord(bracket):02X}>" for bracket in _BRACKETS}
+"""How SentencePiece names a bracket that is no piece of its own."""
+
+
+class CoordinateSyntax(LogitsProcessor):
+    """Lets a bin be generated only where a box or a span of time wants one, and there nothing but bins of its kind.
+
+    Behind a token whose text ends with ``[`` come bins of width, height, width, height and a token whose text
+    begins with ``]``; behind one that ends with ``{`` come two bins of time and one that begins with ``}``. No bin
+    comes anywhere else. Where the vocabulary has no closing bracket, whatever is no bin may close.
+
+    What may come is told from the last five tokens of a row and nothing else. So rows may be beams that change
+    places, prompts may be padded on the left, and one may end inside a box.
+
+    Args:
+        tokenizer: of the model; its special tokens are no brackets, whatever their names.
+        grounding: of the model, with tables of bins.
+        device: of the model.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, grounding: GroundingConfig, device: torch.device | str = "cpu"
+    ) -> None:
+        brackets = _find_brackets(tokenizer, grounding)
+        begun = [(parts[:n], parts[n]) for parts in _LOCATED for n in range(1, len(parts))]
+        endings = [[_ANY] * (_LONGEST - len(parts)) + [_KINDS[part] for part in parts] for parts, _ in begun]
+        forbidden = [_is_bin(grounding), *(~_may_be(part, brackets, grounding) for _, part in begun)]
+        self._kinds = _kinds_of_tokens(brackets, grounding).to(device)
+        self._endings = torch.tensor(endings, device=device)
+        self._forbidden = torch.stack(forbidden).to(device)
+        self._lengths = [0, *(len(parts) for parts, _ in begun)]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """The scores (rows, vocabulary) of the next token, minus infinity for what the syntax forbids.
+
+        Args:
+            input_ids: int64 (rows, length), the prompts and what was generated since.
+            scores: logits, or their logarithms of probability.
+        """
+        if scores.shape[1] != self._forbidden.shape[1]:
+            raise ValueError(
+                f"the model scores {scores.shape[1]} tokens, but its grounding speaks of {self._forbidden.shape[1]}; "
+                "load model and tokenizer from one checkpoint"
+            )
+        return scores.masked_fill(self._forbidden[self._states(input_ids)], float("-inf"))
+
+    def count_open(self, ids: Sequence[int]) -> int:
+        """How many tokens at the end of ``ids`` belong to a box or a span that is not closed yet."""
+        rows = torch.tensor(ids, dtype=torch.long, device=self._kinds.device).unsqueeze(0)
+        return self._lengths[int(self._states(rows))]
+
+    def _states(self, input_ids: Tensor) -> Tensor:
+        """For each row the number of the ending that it has, from 1 on, or 0 if it is in no box and no span."""
+        recent = self._kinds[input_ids[:, -_LONGEST:]]
+        recent = F.pad(recent, (_LONGEST - recent.shape[1], 0), value=_OTHER)
+        fits = (recent.unsqueeze(1) == self._endings) | (self._endings == _ANY)
+        # At most one fits: an opening bracket is the first part of an ending, and of no other part's kind.
+        numbers = torch.arange(1, len(self._endings) + 1, device=fits.device)
+        return (fits.all(-1) * numbers).sum(-1)
+
+
+def _find_brackets(tokenizer: PreTrainedTokenizerBase, grounding: GroundingConfig) -> dict[int, str]:
+    """By id, the text of each token that has a bracket in it; white space around the text is left out."""
+    special = set(tokenizer.all_special_ids)
+    texts = {
+        i: tokenizer.convert_tokens_to_string([token]).strip()
+        for token, i in tokenizer.get_vocab().items()
+        if i not in special and i < _size(grounding) and (token in _BYTES or not _BRACKETS.isdisjoint(token))
+    }
+    return {i: text for i, text in texts.items() if text}
+
+
+def _size(grounding: GroundingConfig) -> int:
+    assert grounding.first_bin is not None
+    return grounding.first_bin + grounding.total_bins
+
+
+def _is_bin(grounding: GroundingConfig) -> Tensor:
+    """Whether each token is a bin, (vocabulary,)."""
+    assert grounding.first_bin is not None
+    return torch.arange(_size(grounding)) >= grounding.first_bin
+
+
+def _kinds_of_tokens(brackets: dict[int, str], grounding: GroundingConfig) -> Tensor:
+    """The kind of each token as one that others follow, (vocabulary,)."""
+    kinds = torch.full((_size(grounding),), _OTHER)
+    for i, text in brackets.items():
+        kinds[i] = _KINDS.get(text[-1], _OTHER)
+    for axis in AXES:
+        kinds[_bins_of(axis, grounding)] = _KINDS[axis]
+    # Coordinates that a prompt gives by placeholders stand where bins do.
+    for placeholder, i in grounding.token_ids.items():
+        kinds[i] = next(_KINDS[axis] for axis in AXES if axis in placeholder)
+    return kinds
+
+
+def _may_be(part: str, brackets: dict[int, str], grounding: GroundingConfig) -> Tensor:
+    """Whether each token may stand for a part of a box or a span: an axis or a closing bracket; (vocabulary,)."""
+    may = torch.zeros(_size(grounding), dtype=torch.bool)
+    for axis in AXES:
+        if axis == part:
+            may[_bins_of(axis, grounding)] = True
+            return may
+    may[[i for i, text in brackets.items() if text[0] == part]] = True
+    return may if may.any() else ~_is_bin(grounding)
+
+
+def _bins_of(axis: Axis, grounding: GroundingConfig) -> slice:
+    first = grounding.first_bin_of(axis)
+    return slice(first, first + grounding.num_bins(axis))

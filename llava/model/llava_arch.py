@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from llava.compat import cache_argument, cache_of, choose_cache
 from llava.config import VisionConfig
-from llava.coordinates import GroundingConfig
+from llava.geometry import SPATIAL_UNPAD
+from llava.grounding.syntax import GroundingConfig
 from llava.model.coordinates import (
     CoordinateRows,
     CoordinateTables,
@@ -29,18 +30,15 @@ from llava.model.coordinates import (
     place_tokens,
     two_hot_targets,
 )
-from llava.model.gate import encode_through_gate
 from llava.model.generation import MultimodalGeneration
+from llava.model.grad_sync import encode_through_gate
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_tower
-from llava.model.multimodal_projector.builder import build_projector
+from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler.builder import build_resampler
-from llava.model.splice import splice
 from llava.model.tower_weights import TowerWeights
-from llava.model.views import ViewMerger
-from llava.model.visual import as_media, encode_visual, infer_modalities
-from llava.tiles import SPATIAL_UNPAD
+from llava.model.visual import ViewMerger, as_media, encode_visual, infer_modalities, splice
 from llava.types import MediaKind
 
 

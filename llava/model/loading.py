@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
-from llava.coordinates import GroundingConfig, choose_grounding
+from llava.grounding.syntax import GroundingConfig, choose_grounding
 from llava.messages import list_names, shorten
 from llava.model.checkpoint import (
     choose_classes,
@@ -27,15 +27,13 @@ from llava.model.checkpoint import (
     vocab_size,
 )
 from llava.model.coordinates import COORDINATES
-from llava.model.foreign_code import NOT_JUST_TENSORS, UNSAFE_WEIGHTS
 from llava.model.generation import drop_unused_sampling
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.locations import describe_damage, locate_model
 from llava.model.lora import is_adapter_folder, load_adapters
 from llava.model.multimodal_encoder.builder import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
+from llava.model.pretrained import NOT_JUST_TENSORS, UNSAFE_WEIGHTS, describe_damage, locate_model, quiet_transformers
 from llava.model.quantization import Quantization, quantization_options
-from llava.model.quiet import quiet_transformers
 from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.visual import is_added, vision_module_of
 from llava.model.vocabulary import (
@@ -100,8 +98,8 @@ def load_model(
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; by default what transformers picks.
         dtype: of the weights.
         quantization: holds the linear layers of the language model in fewer bits.
-        grounding: of ``llava.coordinates.GROUNDING_MODES``, what coordinates are to the model; by default what they
-            are to the checkpoint. New tables of coordinates have random rows.
+        grounding: of ``llava.grounding.syntax.GROUNDING_MODES``, what coordinates are to the model; by default
+            what they are to the checkpoint. New tables of coordinates have random rows.
         num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
         flag: what an error calls the first argument.
         allow_bad_weights: whether weights may be NaN or infinite.

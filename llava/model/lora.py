@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters
-from llava.model.linear_layers import find_linear_layers
-from llava.model.quantization import quantized_bits
+from llava.model.quantization import find_linear_layers, quantized_bits
 from llava.model.visual import is_added
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llava.messages import run_command
 from llava.parser import CommandParser, check_output_folder
-from llava.plugins import import_plugins
+from llava.registry import import_plugins
 
 
 def build_parser() -> CommandParser:
@@ -38,8 +38,8 @@ def merge_checkpoint(
     """
     # Here: they take seconds to load, which --help need not wait for.
     from llava.model.loading import load_model
-    from llava.model.locations import locate_model
     from llava.model.lora import is_adapter_folder, merge_adapters
+    from llava.model.pretrained import locate_model
 
     model_path = locate_model(model_path, "--model_path")
     check_output_folder(output_dir, "--output_dir")

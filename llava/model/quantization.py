@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
-from llava.model.linear_layers import find_linear_layers
+from llava.model.visual import vision_module_of
 
 QUANT_TYPES = ("nf4", "fp4")
 
@@ -106,3 +107,22 @@ def _other_linear_layers(model_class: Any, config: PretrainedConfig) -> list[str
     quantized = set(find_linear_layers(skeleton))
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return sorted(linear - quantized)
+
+
+# The linear layers of a language model, found by structure: what carries adapters and may be held in k bits.
+
+
+def find_linear_layers(model: Any) -> list[str]:
+    """Names of the linear layers of a model's decoder: ``nn.Linear``, its kin in k bits, GPT-2's ``Conv1D``.
+
+    Vision modules, embeddings and head are not among them; nor are the routers and experts of a
+    mixture, which transformers holds as bare parameters and not as layers.
+
+    Args:
+        model: a language model with head, of any backbone.
+    """
+    return [
+        f"{model.decoder_attribute}.{name}"
+        for name, module in model.get_model().named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and vision_module_of(name) is None
+    ]

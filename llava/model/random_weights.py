@@ -64,12 +64,10 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
 
     import llava.model.language_model  # noqa: F401  (registers the types of this library's checkpoints)
     from llava.config import VisionConfig
+    from llava.io import apply_umask
     from llava.model.checkpoint import load_tokenizer
-    from llava.model.foreign_code import forget_implementations
-    from llava.model.locations import locate_model
-    from llava.model.quiet import quiet_transformers
+    from llava.model.pretrained import forget_implementations, locate_model, quiet_transformers
     from llava.model.vocabulary import check_vocabulary
-    from llava.system import apply_umask
 
     model_path = locate_model(model_path, "--model_path")
     if not Path(model_path, "config.json").is_file():

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from llava.config import VisionConfig
+from llava.io import apply_umask
 from llava.model.lora import has_adapters, save_adapters
-from llava.system import apply_umask
 
 
 class TowerWeights:

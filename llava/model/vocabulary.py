@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import VISUAL_TOKENS
-from llava.coordinates import COORDINATE_PLACEHOLDERS, GroundingConfig
+from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, GroundingConfig
 
 logger = logging.getLogger(__name__)
 

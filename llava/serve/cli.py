@@ -15,7 +15,7 @@ from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_op
 
 if TYPE_CHECKING:
     from llava.config import VisionConfig
-    from llava.serve.answer import Answer
+    from llava.serve.generate import Answer
     from llava.types import Media
 
 
@@ -82,7 +82,7 @@ def describe(args: argparse.Namespace) -> None:
     """
     from transformers import logging, set_seed
 
-    from llava.plugins import import_plugins
+    from llava.registry import import_plugins
     from llava.serve.generate import Captioner, Request
     from llava.types import Media
 

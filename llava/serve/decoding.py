@@ -89,7 +89,7 @@ def read_settings(model_path: str) -> dict[str, Any]:
     """
     from transformers import GenerationConfig
 
-    from llava.model.quiet import quiet_transformers
+    from llava.model.pretrained import quiet_transformers
 
     if not Path(model_path, CONFIG_FILE).is_file():
         return {}

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llava.config import VisionConfig
-from llava.coordinates import Box, TimeSpan
 from llava.data.media import load_image, load_media
-from llava.framing import frame_picture
-from llava.serve.answer import Answer
+from llava.geometry import frame_picture
+from llava.grounding.syntax import Box, TimeSpan
+from llava.serve.generate import Answer
 from llava.types import Media
 
 if TYPE_CHECKING:

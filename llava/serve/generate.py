@@ -1,25 +1,205 @@
-"""Captions, answers and continuations from a trained checkpoint."""
+"""What a model answered: its text, and the boxes and spans of time that the text tells."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
-from llava.coordinates import GroundingConfig
-from llava.data.preprocess import PLAIN_LM, build_format
-from llava.model.coordinate_positions import expected_positions
-from llava.model.coordinate_syntax import CoordinateSyntax
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.formats import PLAIN_LM, Format, build_format
+from llava.data.media import load_media
+from llava.data.placeholders import expand_placeholders, placeholder_kinds
+from llava.data.time_instruction import add_time_instruction, clips_of
+from llava.geometry import Framing, frame_picture
+from llava.grounding.samples import check_coordinates, move_to_square
+from llava.grounding.syntax import (
+    Box,
+    GroundingConfig,
+    TimeSpan,
+    count_bins,
+    parse_boxes,
+    parse_spans,
+    write_numbers,
+)
+from llava.model.coordinates import expected_positions
+from llava.model.generation import CoordinateSyntax
 from llava.model.loading import LoadedModel, choose_device, load_model
+from llava.model.pretrained import quiet_transformers
 from llava.model.quantization import Quantization
-from llava.model.quiet import quiet_transformers
-from llava.serve.answer import Answer, read_answer
 from llava.serve.decoding import MAX_NEW_TOKENS, without_own_settings
-from llava.serve.requests import Prompt, PromptWriter, Request
+from llava.types import NO_COORDINATES, Coordinates, Media, Record, Turn, VisualInput
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of a model.
+
+    Attributes:
+        text: as it was generated, bins included, without the prompt; if the prompt ended inside a box or a
+            span, from where that begins.
+        boxes: in reading order, in fractions of the width and height of the request's picture or video, the last
+            of several.
+        spans: in reading order, in fractions of the time from the first to the last sampled frame.
+    """
+
+    text: str
+    boxes: list[Box] = field(default_factory=list)
+    spans: list[TimeSpan] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """The text with numbers in the place of bins, such as "the star [0.12 0.34 0.56 0.78]"."""
+        return write_numbers(self.text, self.boxes, self.spans)
+
+
+def read_answer(
+    text: str,
+    grounding: GroundingConfig | None,
+    framing: Framing | None = None,
+    positions: Sequence[float | None] | None = None,
+) -> Answer:
+    """Read the boxes and spans of a text.
+
+    Args:
+        text: as a model generated it.
+        grounding: of the model; without tables of bins no text tells a box.
+        framing: how the picture lies in the square that the model saw; None if they are the same.
+        positions: of its bins, see ``parse_boxes``.
+    """
+    if grounding is None or not grounding.has_tables:
+        return Answer(text)
+    if positions is not None and len(positions) != count_bins(text):
+        # Some bin is spelled letter by letter: which of them are tokens cannot be told from the text.
+        positions = None
+    boxes = parse_boxes(text, grounding, positions)
+    if framing is not None:
+        boxes = [Box(*framing.from_square(*box[:2]), *framing.from_square(*box[2:])) for box in boxes]
+    return Answer(text, boxes, parse_spans(text, grounding, positions))
+
+
+# What a model is asked, and the prompt that this becomes.
+
+_PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to describe, to answer or to continue.
+
+    Media, in order, then the text so far or, for a model trained on conversations, the user's question;
+    ``system`` is a system turn before both. A prompt that shows the media itself, with ``<image>`` or ``<video>`` for
+    each of them, is taken as it stands, as the user's turn of a training sample is. ``coordinates`` are what the
+    prompt's placeholders stand for (``<WIDTH-INPUT>``), in fractions of the last picture's width and height and of
+    the clip's time.
+    """
+
+    media: Sequence[Media | VisualInput] = ()
+    prompt: str = ""
+    system: str = ""
+    coordinates: Coordinates = NO_COORDINATES
+
+    def __str__(self) -> str:
+        """Its files and the beginning of its prompt, to name it in a message."""
+        files = [medium.path for medium in self.media if isinstance(medium, Media)]
+        return ", ".join([*files, repr(self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:60]}...")])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request as the model gets it.
+
+    Attributes:
+        ids: of its tokens, visual spans included.
+        media: loaded, in reading order.
+        coordinates: in the tower's square.
+        framing: how the picture that the answer speaks of lies in that square: the last one, as in training.
+            None without media.
+    """
+
+    ids: list[int]
+    media: list[VisualInput]
+    coordinates: Coordinates = NO_COORDINATES
+    framing: Framing | None = None
+
+
+@dataclass(frozen=True)
+class PromptWriter:
+    """Writes requests as a model's training samples began.
+
+    Attributes:
+        tokenizer: of the model.
+        text_format: that it was trained with.
+        vision: None for a model of text alone.
+        grounding: None for a model without coordinates.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_format: Format
+    vision: VisionConfig | None = None
+    grounding: GroundingConfig | None = None
+
+    def write(self, request: Request) -> Prompt:
+        """Load the media of a request and write its prompt.
+
+        Raises:
+            ValueError: a file cannot be read, the model does not see, or the coordinates are not those of the
+                prompt or are given to a model that has none.
+        """
+        media = [self.load(medium) for medium in request.media]
+        turns = self._write_turns(request, media)
+        ids, coordinates = self._encode(turns, media), self._place(request, turns, media)
+        if self.vision is None or not media:
+            return Prompt(ids, media, coordinates)
+        return Prompt(ids, media, coordinates, frame_picture(media[-1].original_size, self.vision))
+
+    def load(self, medium: Media | VisualInput) -> VisualInput:
+        """Load an image or a video, if that is not done yet."""
+        if isinstance(medium, VisualInput):
+            return medium
+        if self.vision is None:
+            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at {medium.kind}s")
+        return load_media(medium, self.vision)
+
+    def _write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
+        """The turns of a request, media and coordinates as placeholders."""
+        kinds, shown = [medium.kind for medium in media], placeholder_kinds(request.prompt)
+        if shown and shown != kinds:
+            raise ValueError(f"the prompt {request.prompt!r} shows {shown}, but the request has {kinds}; or show none")
+        words = [*([] if shown else [_PLACEHOLDERS[kind] for kind in kinds]), request.prompt.strip()]
+        turns = [Turn("system", request.system)] if request.system else []
+        turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
+        if self.vision is not None and self.vision.add_time_instruction:
+            turns = add_time_instruction(turns, clips_of(media))
+        return turns
+
+    def _encode(self, turns: Sequence[Turn], media: Sequence[VisualInput]) -> list[int]:
+        frame_counts = [len(m.frames) for m in media if m.kind == "video"]
+        image_sizes = [m.original_size for m in media if m.kind == "image"]
+        expanded = expand_placeholders(turns, self.vision, frame_counts, image_sizes)
+        ids = [i for segment in self.text_format.encode_prompt(expanded) for i in segment.ids]
+        # A text model that is asked to begin on its own starts behind an end of text.
+        return ids or [self.tokenizer.eos_token_id]  # type: ignore[list-item]
+
+    def _place(self, request: Request, turns: Sequence[Turn], media: Sequence[VisualInput]) -> Coordinates:
+        """The coordinates of a request in the tower's square; none for a model to which placeholders are words."""
+        if self.grounding is None:
+            if request.coordinates:
+                raise ValueError(
+                    f"the request {request.prompt!r} has coordinates, but this model has none; train it with --stage 2"
+                )
+            return NO_COORDINATES
+        if self.vision is None or not self.grounding.has_tables:
+            return NO_COORDINATES
+        check_coordinates(Record("request", tuple(turns), source=request.prompt, coordinates=request.coordinates))
+        return move_to_square(turns, request.coordinates, [m.original_size for m in media], self.vision)
+
+
+# Captions, answers and continuations from a trained checkpoint.
 
 
 class PromptTooLongError(ValueError):

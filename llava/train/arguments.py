@@ -11,11 +11,12 @@ from typing import Any
 
 import transformers
 
-from llava.data.chunks import NONE, TEXT_CHUNKING
-from llava.data.preprocess import BUILT_IN, CHAT, FORMATS, PLAIN_LM
+from llava.data.chunking import NONE, TEXT_CHUNKING
+from llava.data.formats import BUILT_IN, CHAT, FORMATS, PLAIN_LM
 from llava.data.samplers import RANDOM, STRATEGIES
-from llava.streams import POOL_MODES
-from llava.tiles import DEFAULT_PINPOINTS
+from llava.geometry import DEFAULT_PINPOINTS
+from llava.token_layout import POOL_MODES
+from llava.train.bad_samples import BadSampleArguments
 from llava.train.engines import (
     check_counts,
     check_deepspeed_config,
@@ -26,7 +27,6 @@ from llava.train.engines import (
 )
 from llava.train.flags import check_flags, check_spelling
 from llava.train.grounding_arguments import CONTENT, GroundingArguments
-from llava.train.ledger import BadSampleArguments
 from llava.train.lora import LoraArguments
 from llava.train.media_arguments import MediaArguments
 from llava.train.parts import COORDINATES_PART, PARTS

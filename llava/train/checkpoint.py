@@ -6,6 +6,7 @@ A folder ``checkpoint-N`` is complete from the moment it has that name. Until th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,13 +14,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from llava.model.pretrained import UNSAFE_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -328,3 +334,127 @@ def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> 
             logger.warning("--save_total_limit: %s cannot be removed: %s", path, error)
             continue
         shutil.rmtree(gone, ignore_errors=True)
+
+
+# Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps.
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_HINTS = {
+    errno.EIO: "the disk fails to write (I/O error): look at it, or give another folder",
+    errno.EROFS: "the disk is mounted read-only: mount it for writing, or give another folder",
+    errno.EACCES: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.EPERM: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.ENOENT: "something that was just written, or the folder itself, is gone: see that no other run and no "
+    "cleaning job uses this folder",
+    errno.ENOTDIR: "something on the way to it is a file, not a folder",
+    errno.EMFILE: "this process has too many files open: raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many files open",
+    errno.ENAMETOOLONG: "its name is too long: give a shorter --output_dir",
+    errno.ETIMEDOUT: "the network disk did not answer: look at it, or give another folder",
+}
+if hasattr(errno, "ESTALE"):
+    _HINTS[errno.ESTALE] = "the network disk has lost the folder: mount it anew"
+_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+
+
+class WriteFailure(contextlib.AbstractContextManager):
+    """Keeps the first error of writing, instead of letting it out: the other ranks wait at the next meeting.
+
+    Attributes:
+        message: of the error, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or not is_write_error(error):
+            return False
+        self.message = self.message or str(error).partition("\n")[0]
+        return True
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a file could not be written: each library that writes a checkpoint says it in its own way."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    text = str(error)
+    if isinstance(error, RuntimeError):  # torch.save
+        return "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
+    return type(error) is Exception and "(os error" in text  # tokenizers
+
+
+def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, about_to_go: int = 0) -> str:
+    """The one error that a save which failed ends the run with.
+
+    Args:
+        folder: what could not be written.
+        failures: of the ranks.
+        needed: bytes that it takes.
+        kept: what there still is to go on from.
+        about_to_go: bytes on that disk that the run gives back when it ends.
+    """
+    numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
+    free = free_bytes(folder) + about_to_go
+    said = f"{folder} could not be written: {'; '.join(failures)}"
+    # Who does not say what went wrong (torch.save) has in most cases found no room.
+    if numbers & _FULL or not numbers:
+        return (
+            f"{said}. About {needed:,} bytes are needed, {free:,} are free on that disk (a quota may allow less); "
+            f"{kept}. Make room, or save less with --save_total_limit, and go on with --resume_from_checkpoint auto"
+        )
+    hints = "; ".join(dict.fromkeys(_HINTS[number] for number in sorted(numbers) if number in _HINTS))
+    hints = hints[:1].upper() + hints[1:] if hints else "Mend that"
+    return f"{said}. {hints}; {kept}. Then go on with --resume_from_checkpoint auto"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+# What a resumed run unpickles: plain tensors, and DeepSpeed's files, which must be this user's own.
+
+_STEP_FOLDER = "global_step*"
+"""Folders in which DeepSpeed keeps its state, inside a checkpoint."""
+
+_WRITABLE_BY_ALL = 0o002
+
+
+def check_pickles_are_ours(checkpoint: str) -> None:
+    """Refuse to resume from DeepSpeed's files where somebody else may have written them.
+
+    transformers reads its own files of a checkpoint as plain tensors (``weights_only``). DeepSpeed unpickles
+    its own, which runs whatever code they hold, and there is no switch for that: a file must belong to this
+    user, who then could have run that code anyway, and not be open to writing by all.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    for folder in Path(checkpoint).glob(_STEP_FOLDER):
+        for file in (folder, *sorted(folder.rglob("*"))):
+            status = file.stat()
+            foreign = status.st_uid != os.getuid()
+            if foreign or (status.st_mode & _WRITABLE_BY_ALL and not file.is_symlink()):
+                whose = f"belongs to user {status.st_uid}, not to you" if foreign else "can be written by everybody"
+                raise ValueError(
+                    f"--resume_from_checkpoint {checkpoint}: {file} {whose}, and DeepSpeed runs what its files hold; "
+                    "if you trust whoever wrote them, copy the checkpoint to a folder of your own and resume from there"
+                )
+
+
+@contextmanager
+def plain_tensors_only(checkpoint: str | None) -> Iterator[None]:
+    """Within it a file of a checkpoint that holds more than tensors, which is not unpickled, is a ValueError."""
+    try:
+        yield
+    except UNSAFE_WEIGHTS as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: one of its files (optimizer.pt, scheduler.pt, scaler.pt, "
+            "rng_state*.pth) holds more than plain tensors, or is damaged, and is not read; resume from another"
+        ) from error

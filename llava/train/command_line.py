@@ -15,7 +15,7 @@ from llava.data.samplers import RANDOM
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.parser import CommandParser
-from llava.plugins import import_plugins
+from llava.registry import import_plugins
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.flag_table import ALWAYS_OFF, CONFIG_HELP, DESCRIPTION, GROUPING, PROGRAM, RENAMED, RETIRED
 

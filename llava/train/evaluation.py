@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
-from llava.data.chunks import ChunkedDataset
+from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
-from llava.data.survey import survey_cut, survey_kinds
+from llava.data.dataset_stats import survey_cut, survey_kinds
 from llava.types import BadSample
 
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")

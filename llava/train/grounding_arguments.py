@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llava.coordinates import DEFAULT_BINS, GROUNDING_MODES, LAPE, NONE
+from llava.grounding.syntax import DEFAULT_BINS, GROUNDING_MODES, LAPE, NONE
 
 CONTENT, COORDINATES, INSTRUCTIONS = "1", "2", "3"
 STAGES = (CONTENT, COORDINATES, INSTRUCTIONS)

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llava.data.data_files import DataEntry, find_entries
+from llava.data.files import DataEntry, find_entries
 from llava.model.checkpoint import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments

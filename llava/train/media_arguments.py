@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from llava.data.limits import DEFAULT_LIMITS, MediaLimits
+from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
 from llava.data.start_checks import CHECK_DATA
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.train import stop_signals
-from llava.train.agreement import is_wanted_by_any
+from llava.train.distributed import is_wanted_by_any
 from llava.train.saving import CheckpointTrainer
 from llava.train.stop_signals import PREEMPTED as PREEMPTED
 from llava.train.stop_signals import SIGNALS

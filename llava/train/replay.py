@@ -16,8 +16,15 @@ from llava.messages import run_command
 from llava.model.loading import choose_device, load_model
 from llava.model.quantization import Quantization
 from llava.parser import CommandParser
-from llava.train.bad_step import MODEL_FOLDER, RankBatch, RunSettings, read_batch, read_run, set_random_states
-from llava.train.numerics import describe_samples
+from llava.train.nan_check import (
+    MODEL_FOLDER,
+    RankBatch,
+    RunSettings,
+    describe_samples,
+    read_batch,
+    read_run,
+    set_random_states,
+)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_SHOWN = 10

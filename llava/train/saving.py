@@ -19,12 +19,15 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.model.lora import has_adapters
+from llava.model.pretrained import quiet_transformers
 from llava.model.quantization import count_weights
-from llava.model.quiet import quiet_transformers
-from llava.train.agreement import AgreedError, decide_once, gather_failures, is_first_rank
 from llava.train.checkpoint import (
     RUN_IDENTITY,
+    WriteFailure,
+    explain_failures,
     find_best,
+    free_bytes,
+    is_write_error,
     list_checkpoints,
     measure,
     publish,
@@ -34,10 +37,10 @@ from llava.train.checkpoint import (
     staging_of,
     store_best,
 )
+from llava.train.distributed import AgreedError, decide_once, gather_failures, is_first_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
 from llava.train.optimizers import put_in_force
-from llava.train.run_lock import LOCK
-from llava.train.write_failures import WriteFailure, explain_failures, free_bytes, is_write_error
+from llava.train.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
 

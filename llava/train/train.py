@@ -24,33 +24,36 @@ import torch
 from transformers import set_seed
 
 from llava.data.dataset import make_supervised_data_module
+from llava.data.formats import Format, build_format
+from llava.data.formats.plain import preprocess_plain_lm
 from llava.data.placeholders import preprocess_multimodal
-from llava.data.preprocess import Format, build_format
-from llava.data.preprocess.plain import preprocess_plain_lm
 from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
-from llava.model.adapter import load_adapter
 from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
-from llava.model.locations import locate_model
+from llava.model.pretrained import locate_model
+from llava.model.transfer import load_adapter
 from llava.parser import check_output_folder
-from llava.train.agreement import AgreedError, decide_once, is_first_rank, leave_process_group
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
-from llava.train.checkpoint import RUN_IDENTITY, choose_checkpoint, clear_leftovers, list_checkpoints
+from llava.train.checkpoint import (
+    RUN_IDENTITY,
+    check_pickles_are_ours,
+    choose_checkpoint,
+    clear_leftovers,
+    list_checkpoints,
+    plain_tensors_only,
+)
 from llava.train.command_line import parse_arguments
-from llava.train.data_checks import check_data, data_tables
 from llava.train.data_order import describe_changes
+from llava.train.distributed import AgreedError, decide_once, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.lora import lora_loading, set_up_adapters
-from llava.train.ownership import check_pickles_are_ours, plain_tensors_only
 from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.preemption import Preempted
-from llava.train.report import budget_table, supervision_table
-from llava.train.run_folder import prepare_folder
-from llava.train.run_lock import release_lock, take_lock
+from llava.train.report import budget_table, check_data, data_tables, supervision_table
+from llava.train.run_folder import prepare_folder, release_lock, take_lock
 from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
-from llava.train.zero3 import loading_whole
 
 __all__ = [
     "DataArguments",

@@ -12,17 +12,17 @@ from torch import nn
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.messages import list_names
+from llava.model.grad_sync import IdleVision
 from llava.model.lora import has_adapters, load_adapter_weights
+from llava.train.bad_samples import BadSampleLedger
 from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
+from llava.train.distributed import gather_added_together
 from llava.train.engines import check_engine
 from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationTally, check_best_metric
-from llava.train.idle_vision import IdleVision
-from llava.train.ledger import BadSampleLedger
-from llava.train.numerics import NumberGuard, build_guard
+from llava.train.nan_check import NumberGuard, build_guard
 from llava.train.optimizers import build_optimizer
 from llava.train.preemption import PreemptibleTrainer
-from llava.train.zero3 import gather_added_together
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llava.data.video_backends import open_video
+from llava.data.video import open_video
 
 ONE = 1 << 16
 """The 1 of a display matrix."""

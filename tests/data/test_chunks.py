@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from conftest import ITALIAN, turns
 
-from llava.data.chunks import ChunkedDataset
+from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
-from llava.data.preprocess import build_format
+from llava.data.formats import build_format
 from llava.data.records import read_records
 from llava.train.train import main
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from llava.coordinates import box_text
-from llava.data.coordinates import move_to_square
+from llava.grounding.samples import move_to_square
+from llava.grounding.syntax import box_text
 from llava.types import Coordinates, Turn
 
 LYING, STANDING, SQUARE = (30, 60), (80, 20), (50, 50)

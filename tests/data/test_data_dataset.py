@@ -12,7 +12,7 @@ from conftest import ITALIAN, turns, write_video
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
-from llava.data import survey
+from llava.data import dataset_stats as survey
 from llava.data.bad_samples import BadSample, BadSampleError
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
 from llava.data.media import load_media

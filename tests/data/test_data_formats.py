@@ -12,10 +12,10 @@ from conftest import ITALIAN, turns
 
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
+from llava.data.formats import FORMATS, build_format
+from llava.data.formats.base import ContextError, label_segments, truncate_segments
+from llava.data.formats.templates import TEMPLATES, Template, register_template
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
-from llava.data.preprocess import FORMATS, build_format
-from llava.data.preprocess.base import ContextError, label_segments, truncate_segments
-from llava.data.preprocess.templates import TEMPLATES, Template, register_template
 from llava.data.records import read_records
 from llava.train.arguments import DataArguments
 from llava.types import Media, Record, Turn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.data.image_ops import fit_frames, resize
+from llava.data.media import fit_frames, resize
 
 SIZES = [(480, 640), (640, 480), (333, 500), (224, 224), (360, 640), (100, 57), (50, 50)]
 

@@ -13,9 +13,9 @@ import pytest
 from clips import encode
 from PIL import Image
 
-from llava.data.files import MediaError
-from llava.data.limits import DEFAULT_LIMITS, PILLOW_LIMIT, MediaLimits
-from llava.data.media import load_image, load_media, read_image_size, sample_video
+from llava.data.images import read_image_size
+from llava.data.media import load_image, load_media, sample_video
+from llava.data.media_files import DEFAULT_LIMITS, PILLOW_LIMIT, MediaError, MediaLimits
 from llava.train.arguments import DataArguments
 from llava.types import Media
 

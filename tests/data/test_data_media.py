@@ -20,9 +20,8 @@ import pytest
 from conftest import COMMITTED_VIDEO
 from PIL import Image
 
-from llava.data.frames import choose_frames
 from llava.data.media import MediaError, load_image, load_media, sample_video
-from llava.data.video_backends import Video, open_video
+from llava.data.video import Video, choose_frames, open_video
 from llava.types import Media
 
 CODECS = {

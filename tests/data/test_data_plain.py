@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llava.constants import IGNORE_INDEX
-from llava.data.preprocess.base import ContextError, Segment, label_segments, truncate_segments
-from llava.data.preprocess.plain import join_turns, preprocess_plain_lm, tokenize_plain
+from llava.data.formats.base import ContextError, Segment, label_segments, truncate_segments
+from llava.data.formats.plain import join_turns, preprocess_plain_lm, tokenize_plain
 
 EOS = 0
 CAPTION = "una stella gialla"

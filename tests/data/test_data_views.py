@@ -15,8 +15,8 @@ from llava.data import dataset as dataset_module
 from llava.data.bad_samples import BadSampleError
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
-from llava.data.image_ops import cut_views, fit_frames
-from llava.data.media import MediaError, load_image, load_media, read_image_size
+from llava.data.images import read_image_size
+from llava.data.media import MediaError, cut_views, fit_frames, load_image, load_media
 from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
 from llava.train.report import supervision_table
 from llava.types import Media, Record, Turn

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image, features
 
 from llava.data.check import main as check
-from llava.data.files import MediaError
-from llava.data.image_clips import list_frames
-from llava.data.limits import MediaLimits
+from llava.data.images import list_frames
 from llava.data.media import load_media, sample_video
+from llava.data.media_files import MediaError, MediaLimits
 from llava.data.records import read_records
 from llava.types import Media
 

@@ -17,12 +17,10 @@ from PIL import Image, ImageDraw, TiffImagePlugin, features
 
 from llava.data import images
 from llava.data.check import main as check
-from llava.data.files import MediaError
-from llava.data.image_ops import fit_frames, resize
 from llava.data.images import map_by_range, read_image_size, read_picture
-from llava.data.limits import MediaLimits
-from llava.data.media import load_image, load_media
-from llava.framing import frame_picture
+from llava.data.media import fit_frames, load_image, load_media, resize
+from llava.data.media_files import MediaError, MediaLimits
+from llava.geometry import frame_picture
 from llava.types import Media
 
 NOISE = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)

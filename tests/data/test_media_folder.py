@@ -10,8 +10,7 @@ import pytest
 
 from llava.data.check import main as check
 from llava.data.dataset import SupervisedDataset
-from llava.data.files import MediaError
-from llava.data.media_folder import check_links, find_media
+from llava.data.media_files import MediaError, check_links, find_media
 from llava.data.records import parse_record, read_records
 from llava.types import Media
 

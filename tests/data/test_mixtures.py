@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import turns
 
-from llava.data.data_files import Sampling, expand_braces
+from llava.data.files import Sampling, expand_braces
 from llava.data.mixture import choose_rows, cut_rows
 from llava.data.records import read_records
 

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from llava.coordinates import Box
-from llava.data.localized_narratives.alignment import find_ends
-from llava.data.localized_narratives.boxes import BoxSettings, compute_quantile, form_box
-from llava.data.localized_narratives.grounding import GroundedUtterance, group_utterances
 from llava.data.localized_narratives.preview import PreviewChoice, wrap_text
 from llava.data.localized_narratives.rows import Narrative, Point, Utterance
-from llava.data.localized_narratives.samples import NarrativeSample
+from llava.data.localized_narratives.samples import (
+    BoxSettings,
+    GroundedUtterance,
+    NarrativeSample,
+    compute_quantile,
+    find_ends,
+    form_box,
+    group_utterances,
+)
+from llava.grounding.syntax import Box
 
 SETTINGS = BoxSettings()
 

@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 from conftest import ITALIAN, turns
 
-from llava.data import raw_samples, record_index, record_store, records, survey
+from llava.data import dataset_stats as survey
+from llava.data import files as raw_samples
+from llava.data import index as record_index
+from llava.data import index as record_store
+from llava.data import records
 from llava.data.dataset import SupervisedDataset, check_supervision, find_unsupervised
+from llava.data.files import iterate_list
+from llava.data.formats import build_format
+from llava.data.index import DamagedStoreError, RecordStore
 from llava.data.mixture import Mixture
-from llava.data.preprocess import build_format
-from llava.data.raw_samples import iterate_list
-from llava.data.record_store import DamagedStoreError, RecordStore
 from llava.data.records import read_records
 from llava.types import Record, Turn
 

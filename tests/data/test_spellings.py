@@ -13,9 +13,9 @@ from conftest import ITALIAN, turns
 from PIL import Image
 
 from llava.data.dataset import SupervisedDataset, text_without_media
+from llava.data.formats import build_format
+from llava.data.formats.base import label_segments
 from llava.data.placeholders import placeholder_kinds
-from llava.data.preprocess import build_format
-from llava.data.preprocess.base import label_segments
 from llava.data.records import describe_notes, parse_record, read_records
 from llava.types import Turn
 

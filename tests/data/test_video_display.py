@@ -15,8 +15,8 @@ from clips import ONE, copy_packets, encode, filter_packets, stamp, with_matrix
 from numpy.typing import NDArray
 
 from llava.config import VisionConfig
-from llava.data.limits import MediaLimits
 from llava.data.media import MediaError, load_media, sample_video
+from llava.data.media_files import MediaLimits
 from llava.types import Media
 
 UPRIGHT = stamp(5)

@@ -12,7 +12,7 @@ from clips import copy_packets, decode_all, encode, number_of, read_one, read_si
 
 from llava.data.nal_units import PacketFacts
 from llava.data.packets import packet_reader
-from llava.data.video_backends import Video, open_video
+from llava.data.video import Video, open_video
 
 
 @pytest.fixture(params=["decord", "PyAV"], autouse=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava.coordinates import TimeSpan, box_text, span_text
 from llava.data.records import read_records
 from llava.demo.captions import Noun
 from llava.demo.grounding.dataset import (
@@ -23,6 +22,7 @@ from llava.demo.grounding.dataset import (
 from llava.demo.grounding.questions import ask_when, ask_where, ask_where_frame_by_frame, names_held_out_pair
 from llava.demo.grounding.scenes import NUM_FIGURES, NUM_FRAMES, reflect, render_frames, render_picture, time_moved
 from llava.demo.scenes import FRAME_SIZE, HELD_OUT_PAIRS
+from llava.grounding.syntax import TimeSpan, box_text, span_text
 
 
 @pytest.fixture(scope="module")

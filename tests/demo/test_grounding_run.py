@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.coordinates import Box, TimeSpan
 from llava.demo.grounding.__main__ import main
 from llava.demo.grounding.base_model import write_base_model
 from llava.demo.grounding.evaluation import best_fixed_answer, choose_examples, score_answer, summarise
 from llava.demo.grounding.report import case_lines, score_lines
-from llava.serve.answer import Answer
+from llava.grounding.syntax import Box, TimeSpan
+from llava.serve.generate import Answer
 from llava.types import Coordinates, Media, Record, Turn
 
 

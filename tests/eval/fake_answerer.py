@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.config import VisionConfig
-from llava.coordinates import Box, GroundingConfig, bin_token, parse_boxes, parse_spans
-from llava.serve.answer import Answer
+from llava.grounding.syntax import Box, GroundingConfig, bin_token, parse_boxes, parse_spans
+from llava.serve.generate import Answer
 
 GROUNDING = GroundingConfig()
 

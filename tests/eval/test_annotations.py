@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.coordinates import box_text, span_text
 from llava.eval.annotations import MediaFolders, read_annotations
 from llava.eval.tasks import TASKS, reference_tube
+from llava.grounding.syntax import box_text, span_text
 from llava.types import Coordinates
 
 REFS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava.eval import bootstrap as module
 from llava.eval.metrics import CaptionScorer, bootstrap
+from llava.eval.metrics import bootstrap as module
 
 ROWS = [{"hit": float(i % 2), "score": i / 10} for i in range(400)]
 REFERENCES = ["una stella gialla si muove", "un cerchio blu resta fermo", "la luna sale", "una croce verde va via"]

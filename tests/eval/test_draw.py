@@ -9,12 +9,12 @@ import pytest
 from conftest import write_video
 from PIL import Image
 
-from llava.coordinates import Box, TimeSpan
 from llava.data.media import sample_video
 from llava.eval.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
 from llava.eval.metrics import Tube
-from llava.eval.pictures import _frames
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.report import _frames
+from llava.eval.store import EvalSample, Reference
+from llava.grounding.syntax import Box, TimeSpan
 from llava.types import Media
 
 GREY = (90, 90, 90)

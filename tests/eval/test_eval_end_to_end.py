@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import turns
 
-from llava.coordinates import Box, TimeSpan, box_text
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.eval.annotations import MediaFolders, read_annotations
 from llava.eval.run import main
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.store import EvalSample, Reference
 from llava.eval.tasks import TASKS
-from llava.serve.generate import Captioner
-from llava.serve.requests import PromptWriter, Request
+from llava.grounding.syntax import Box, TimeSpan, box_text
+from llava.serve.generate import Captioner, PromptWriter, Request
 from llava.types import Coordinates, Media
 
 

@@ -15,7 +15,7 @@ from llava.data.bad_samples import BadSampleError
 from llava.data.dataset import SupervisedDataset
 from llava.data.media import sample_video
 from llava.data.records import read_records
-from llava.train.ledger import read_ledger
+from llava.train.bad_samples import read_ledger
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 from llava.types import BadSample

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llava.data import decoder_process
+from llava.data import decoding as decoder_process
 from llava.data.dataset import SupervisedDataset
-from llava.data.decoder_process import DecoderProcess
-from llava.data.frames import FrameRequest
+from llava.data.decoding import DecoderProcess
 from llava.data.media import MediaError, sample_video
+from llava.data.video import FrameRequest
 from llava.types import BadSample, Media, Record, Turn
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import ctypes, os, sys
 sys.path[:] = {path!r}
-from llava.data import decoder
+from llava.data import decoding as decoder
 
 def decode(request, decode_frames=decoder.decode_frames):
     if "hang" in request.path:
@@ -168,8 +168,8 @@ def test_hanging_sample_is_reported_and_the_others_come(media_dir, visual_tokeni
 
 ASKS = """
 import sys
-from llava.data import decoder_process
-from llava.data.frames import FrameRequest
+from llava.data import decoding as decoder_process
+from llava.data.video import FrameRequest
 decoder_process.PROGRAM, decoder_process._GRACE = sys.argv[1], 0.0
 process = decoder_process.DecoderProcess()
 print(process._process.pid, flush=True)

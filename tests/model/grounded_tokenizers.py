@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava.coordinates import GroundingConfig
+from llava.grounding.syntax import GroundingConfig
 from llava.model.checkpoint import load_tokenizer
 from llava.model.vocabulary import add_coordinate_tokens
 

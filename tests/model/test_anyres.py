@@ -11,12 +11,12 @@ import torch
 from conftest import TINY_BACKBONES
 from test_splice import batch_of
 
-from llava.data.image_ops import cut_views
-from llava.model.adapter import load_adapter
+from llava.data.media import cut_views
+from llava.geometry import AnyRes, parse_pinpoints
 from llava.model.loading import load_model
-from llava.model.views import ViewMerger
-from llava.streams import STREAM_LAWS
-from llava.tiles import AnyRes, parse_pinpoints
+from llava.model.transfer import load_adapter
+from llava.model.visual import ViewMerger
+from llava.token_layout import STREAM_LAWS
 from llava.train.parts import part_of
 
 FLAT = {"image_aspect_ratio": "anyres"}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from grounded_tokenizers import add_coordinates, build_tokenizer
 
-from llava.coordinates import BOX_AXES, Box, TimeSpan, box_text, parse_boxes, parse_spans, span_text, write_bins
-from llava.framing import Framing, frame_picture
+from llava.geometry import Framing, frame_picture
+from llava.grounding.syntax import BOX_AXES, Box, TimeSpan, box_text, parse_boxes, parse_spans, span_text, write_bins
 from llava.types import Coordinates
 
 NUM_BOXES = 10_000

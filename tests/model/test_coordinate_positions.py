@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llava.coordinates import AXES, GroundingConfig
-from llava.model.coordinate_positions import expected_positions
+from llava.grounding.syntax import AXES, GroundingConfig
+from llava.model.coordinates import expected_positions
 
 GROUNDING = GroundingConfig(num_temporal=7, num_spatial=5, first_bin=10)
 SIZE = GROUNDING.first_bin + GROUNDING.total_bins

@@ -10,8 +10,8 @@ import torch
 from grounded_tokenizers import KINDS, add_coordinates, build_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
-from llava.coordinates import GroundingConfig, parse_boxes, parse_spans
-from llava.model.coordinate_syntax import CoordinateSyntax
+from llava.grounding.syntax import GroundingConfig, parse_boxes, parse_spans
+from llava.model.generation import CoordinateSyntax
 
 BOX = "<WIDTH-001><HEIGHT-002><WIDTH-003><HEIGHT-004>"
 SPAN = "<TEMP-001><TEMP-006>"

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from llava.constants import IGNORE_INDEX
-from llava.coordinates import AXES, GroundingConfig, box_text, span_text
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.framing import frame_picture
+from llava.geometry import frame_picture
+from llava.grounding.syntax import AXES, GroundingConfig, box_text, span_text
 from llava.model import BACKBONES
 from llava.model.coordinates import CoordinateTables, place, propagate, two_hot_cross_entropy
 from llava.model.loading import load_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava.model.gate import encode_through_gate
+from llava.model.grad_sync import encode_through_gate
 from llava.model.multimodal_projector.projectors import PROJECTORS
 from llava.model.multimodal_resampler.base import RESAMPLERS
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.model.adapter import load_adapter
 from llava.model.loading import load_model
+from llava.model.transfer import load_adapter
 
 
 def copy_checkpoint(source: Path, target: Path, **changes) -> Path:

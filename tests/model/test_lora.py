@@ -17,10 +17,10 @@ from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.model import BACKBONES
-from llava.model.linear_layers import find_linear_layers
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, has_adapters, is_adapter_parameter, load_adapter_weights, merge_adapters
 from llava.model.merge_lora import main as merge_main
+from llava.model.quantization import find_linear_layers
 from llava.model.visual import vision_module_of
 from llava.train.parts import PARTS, parameter_groups, part_of, parts_table, set_trainable_parts
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from llava.config import VisionConfig
 from llava.model.loading import load_model
-from llava.model.multimodal_projector.builder import build_projector
-from llava.model.multimodal_projector.projectors import PROJECTORS
+from llava.model.multimodal_projector.projectors import PROJECTORS, build_projector
 
 NAMES = [*PROJECTORS.names(), "mlp1x_gelu", "mlp3x_gelu", "mlp1x_res1x_gelu", "mlp2x_res3x_gelu"]
 WIDTH = 10

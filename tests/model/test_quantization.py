@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from llava.model import BACKBONES
-from llava.model.linear_layers import find_linear_layers
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, is_adapter_parameter, merge_adapters
-from llava.model.quantization import Quantization, check_bitsandbytes, count_weights, quantized_bits
+from llava.model.quantization import Quantization, check_bitsandbytes, count_weights, find_linear_layers, quantized_bits
 from llava.train.parts import PARTS, parts_table, set_trainable_parts
 
 needs_bitsandbytes = pytest.mark.skipif(

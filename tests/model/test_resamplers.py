@@ -16,7 +16,7 @@ from llava.model.loading import load_model
 from llava.model.multimodal_resampler.base import Resampler
 from llava.model.multimodal_resampler.builder import RESAMPLERS, build_resampler, structural_settings
 from llava.model.multimodal_resampler.perceiver import LatentAttention, PerceiverLayer
-from llava.streams import STREAM_LAWS
+from llava.token_layout import STREAM_LAWS
 
 WIDTH, SIDE = 12, 5
 NAMES = RESAMPLERS.names()
@@ -236,7 +236,7 @@ from torch import Tensor, nn
 
 from llava.config import VisionConfig
 from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
-from llava.streams import stream_law
+from llava.token_layout import stream_law
 from llava.types import MediaKind
 
 

@@ -10,7 +10,7 @@ import torch
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.model.splice import splice
+from llava.model.visual import splice
 
 
 def batch_of(loaded, mixed_data: Path, rows: list[int]):

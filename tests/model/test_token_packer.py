@@ -11,9 +11,16 @@ from torch import Tensor
 
 from llava.config import VisionConfig
 from llava.model.multimodal_resampler.builder import build_resampler
-from llava.model.multimodal_resampler.token_packer import TokenPacker, WindowAttention, pool_space, pool_time
-from llava.model.multimodal_resampler.windows import axis_windows, grid_windows, window_index
-from llava.streams import FAST_SLOW_RESAMPLER
+from llava.model.multimodal_resampler.token_packer import (
+    TokenPacker,
+    WindowAttention,
+    axis_windows,
+    grid_windows,
+    pool_space,
+    pool_time,
+    window_index,
+)
+from llava.token_layout import FAST_SLOW_RESAMPLER
 
 WIDTH, INNER, HEADS = 12, 16, 4
 

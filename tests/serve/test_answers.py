@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llava.coordinates import Box, GroundingConfig, TimeSpan, box_text, parse_boxes, parse_spans
-from llava.framing import Framing, frame_picture
+from llava.geometry import Framing, frame_picture
+from llava.grounding.syntax import Box, GroundingConfig, TimeSpan, box_text, parse_boxes, parse_spans
 from llava.model import BACKBONES
-from llava.serve.answer import Answer, read_answer
-from llava.serve.generate import Captioner, Request
+from llava.serve.generate import Answer, Captioner, Request, read_answer
 from llava.types import Coordinates, Media
 
 WHOLE = re.compile(r"\[(<WIDTH-\d{3}><HEIGHT-\d{3}>){2}\]|\{(<TEMP-\d{3}>){2}\}")

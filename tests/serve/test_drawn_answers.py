@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from llava.coordinates import Box, TimeSpan
-from llava.serve.answer import Answer
+from llava.grounding.syntax import Box, TimeSpan
 from llava.serve.draw import _COLOURS, draw_answer
+from llava.serve.generate import Answer
 from llava.types import Media
 
 FIRST, SECOND, THIRD = (ImageColor.getrgb(colour) for colour in _COLOURS[:3])

@@ -11,9 +11,9 @@ import pytest
 from transformers import GenerationConfig
 
 from llava.train import saving
+from llava.train.checkpoint import explain_failures
 from llava.train.train import cli, main
 from llava.train.trainer import LlavaTrainer
-from llava.train.write_failures import explain_failures
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.preprocess import BUILT_IN
+from llava.data.formats import BUILT_IN
 from llava.data.samplers import BY_LENGTH, BY_MODALITY
 from llava.parser import CommandParser
 from llava.train import flag_table
@@ -34,7 +34,7 @@ def test_every_flag_of_the_parser_is_in_the_table_with_its_help(parser: CommandP
 
 
 def test_the_formats_named_in_the_help_are_those_that_come_with_the_library() -> None:
-    program = "from llava.data.preprocess import FORMATS; print(*FORMATS)"
+    program = "from llava.data.formats import FORMATS; print(*FORMATS)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

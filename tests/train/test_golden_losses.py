@@ -24,7 +24,7 @@ import torch
 from conftest import ITALIAN, TINY_VISION, turns
 from PIL import Image
 
-from llava.coordinates import box_text
+from llava.grounding.syntax import box_text
 from llava.model.loading import load_model
 from llava.train.train import main
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava.train.idle_vision import IdleVision
+from llava.model.grad_sync import IdleVision
 
 
 def groups(**modules: nn.Module) -> list[dict]:

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from llava.data.bad_samples import describe_error
 from llava.data.records import read_records
-from llava.train.ledger import BadSampleLedger, read_ledger
+from llava.train.bad_samples import BadSampleLedger, read_ledger
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 from llava.types import BadSample
@@ -139,7 +139,7 @@ from accelerate import PartialState
 from transformers import TrainerState
 from llava.data.bad_samples import describe_error
 from llava.data.records import read_records
-from llava.train.ledger import BadSampleLedger
+from llava.train.bad_samples import BadSampleLedger
 from llava.types import BadSample
 
 rank = PartialState(cpu=True).process_index

@@ -14,8 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.train.bad_step import RankBatch, RunSettings, read_batch, write_batch
-from llava.train.numerics import MOST_OVERFLOWS, BadNumbersError, NumberGuard
+from llava.train.nan_check import (
+    MOST_OVERFLOWS,
+    BadNumbersError,
+    NumberGuard,
+    RankBatch,
+    RunSettings,
+    read_batch,
+    write_batch,
+)
 from llava.train.replay import main as replay
 from llava.train.train import build_trainer, main
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.train.checkpoint import seal
-from llava.train.ownership import check_pickles_are_ours
+from llava.train.checkpoint import check_pickles_are_ours, seal
 from llava.train.train import main
 
 

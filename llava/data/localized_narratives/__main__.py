@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from llava.data.localized_narratives.boxes import BoxSettings
-from llava.data.localized_narratives.images import ImageFinder
-from llava.data.localized_narratives.prepare import Settings, prepare
+from llava.data.localized_narratives.prepare import ImageFinder, Settings, prepare
 from llava.data.localized_narratives.preview import Preview, PreviewChoice
+from llava.data.localized_narratives.samples import BoxSettings
 from llava.messages import run_command
 from llava.parser import CommandParser, check_at_least, check_output_folder
 

@@ -12,11 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.data.files import MediaError
-from llava.data.limits import DEFAULT_LIMITS, MediaLimits
-from llava.data.localized_narratives.grounding import GroundedUtterance
 from llava.data.localized_narratives.rows import Point
-from llava.data.localized_narratives.samples import NarrativeSample
+from llava.data.localized_narratives.samples import GroundedUtterance, NarrativeSample
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
-from llava.coordinates import count_bins, find_placeholders
-from llava.data.raw_samples import parse_line, read_lines
+from llava.data.files import parse_line, read_lines
+from llava.grounding.syntax import count_bins, find_placeholders
 
 _LARGEST = 1e9
 """No time or place is beyond: what is not a finite number is not, either."""

@@ -1,16 +1,252 @@
-"""A narrative's samples: its text, its text with the image, its text with the image and boxes."""
+"""From where a pointer was to a box."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import takewhile
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.coordinates import box_text
-from llava.data.localized_narratives.grounding import GroundedUtterance
-from llava.data.localized_narratives.rows import Narrative
+from llava.data.localized_narratives.rows import Finding, Narrative, Point, Utterance
+from llava.grounding.syntax import Box, box_text
 from llava.types import Coordinates
+
+_MOST_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class BoxSettings:
+    """How a box is formed of the points of a trace; each is a flag of the command, ``docs`` argue the defaults.
+
+    Attributes:
+        padding: seconds before and after an utterance whose points still count.
+        quantile: share of the points that may lie beyond each edge of the box.
+        min_points: fewer points than these make no box.
+        min_size: least width and height of a box, as fractions of the image's.
+        decimals: digits behind the point to which the edges are rounded.
+    """
+
+    padding: float = 0.25
+    quantile: float = 0.05
+    min_points: int = 1
+    min_size: float = 0.05
+    decimals: int = 3
+
+    def __post_init__(self) -> None:
+        _check("padding", self.padding, 0.0, 10.0)
+        _check("quantile", self.quantile, 0.0, 0.4)
+        _check("min_points", self.min_points, 1, 1000)
+        _check("decimals", self.decimals, 1, _MOST_DECIMALS)
+        # Below the last digit a box could be rounded to a line.
+        _check("min_size", self.min_size, 10.0**-self.decimals, 1.0)
+
+
+def _check(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"--{name} is {value:g}; it must be {least:g} to {most:g}")
+
+
+def form_box(points: Sequence[Point], settings: BoxSettings) -> Box | None:
+    """The box that holds most of the points; None if there are too few.
+
+    Points outside of the image are dropped. On either axis the edges are the quantiles ``quantile`` and
+    1 - ``quantile`` of the rest. A box that is smaller than ``min_size`` grows around its middle, and moves into
+    the image where it would reach out of it.
+    """
+    inside = [point for point in points if 0 <= point.x <= 1 and 0 <= point.y <= 1]
+    if len(inside) < settings.min_points:
+        return None
+    x1, x2 = _find_edges([point.x for point in inside], settings)
+    y1, y2 = _find_edges([point.y for point in inside], settings)
+    return Box(x1, y1, x2, y2)
+
+
+def _find_edges(positions: Sequence[float], settings: BoxSettings) -> tuple[float, float]:
+    ordered = sorted(positions)
+    low, high = compute_quantile(ordered, settings.quantile), compute_quantile(ordered, 1 - settings.quantile)
+    if high - low < settings.min_size:
+        low = min(max((low + high - settings.min_size) / 2, 0.0), 1 - settings.min_size)
+        high = low + settings.min_size
+    return round(low, settings.decimals), round(high, settings.decimals)
+
+
+def compute_quantile(ordered: Sequence[float], share: float) -> float:
+    """The quantile of ordered numbers, interpolated linearly (numpy's default, type 7 of Hyndman and Fan)."""
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+# Where in a caption the utterances stand of which it was written down.
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_APOSTROPHE = re.compile("['’]")
+
+LEAST_LIKENESS = 0.5
+"""Share of the letters of two words, in order, that must be the same ones for a misspelling of each other."""
+
+
+def find_ends(caption: str, utterances: Sequence[str]) -> list[int | None]:
+    """How many characters of the caption lead up to the end of each utterance; None for one that is not in it.
+
+    Words are compared without case, punctuation and apostrophes, and all utterances are aligned with the caption
+    at once, so that a word which returns is found where it was said. Between words that agree, two that are spelt
+    alike (``LEAST_LIKENESS``) stand for each other; others are aligned with nothing.
+
+    An utterance ends behind the last of its words that is aligned, and behind the punctuation that the caption has
+    there if the utterance has it, too. Ends of later utterances are further on.
+    """
+    written = list(_WORD.finditer(caption))
+    spoken = [(owner, word) for owner, utterance in enumerate(utterances) for word in _WORD.finditer(utterance)]
+    ends: list[int | None] = [None] * len(utterances)
+    owners = [owner for owner, _ in spoken]
+    for i, j in _align([_fold(word) for _, word in spoken], [_fold(word) for word in written]):
+        owner, word = spoken[i]
+        is_last = i + 1 == len(spoken) or owners[i + 1] != owner
+        behind = utterances[owner][word.end() :].strip() if is_last else ""
+        end = written[j].end()
+        ends[owner] = end + _count_common(caption[end:], behind)
+    return ends
+
+
+def _align(spoken: Sequence[str], written: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of words, by their numbers, that stand for each other, in order."""
+    for kind, i, i_end, j, j_end in SequenceMatcher(None, spoken, written, autojunk=False).get_opcodes():
+        if kind == "equal":
+            yield from zip(range(i, i_end), range(j, j_end), strict=True)
+        elif kind == "replace":
+            for behind_i, behind_j in _pair_alike(spoken[i:i_end], written[j:j_end]):
+                yield i + behind_i, j + behind_j
+
+
+def _pair_alike(spoken: Sequence[str], written: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of words that are spelt alike, in order, with the largest sum of likenesses."""
+    likeness = [[_compare(a, b) for b in written] for a in spoken]
+    # The largest sum that the words from i on, and from j on, can have.
+    best = [[0.0] * (len(written) + 1) for _ in range(len(spoken) + 1)]
+    for i in reversed(range(len(spoken))):
+        for j in reversed(range(len(written))):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + likeness[i][j])
+    i = j = 0
+    while best[i][j]:
+        if best[i][j] == best[i + 1][j]:
+            i += 1
+        elif best[i][j] == best[i][j + 1]:
+            j += 1
+        else:
+            yield i, j
+            i, j = i + 1, j + 1
+
+
+def _compare(first: str, second: str) -> float:
+    """The share of letters that two words have in common, 0 if it is too small to mean anything."""
+    likeness = SequenceMatcher(None, first, second, autojunk=False).ratio()
+    return likeness if likeness >= LEAST_LIKENESS else 0.0
+
+
+def _count_common(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _fold(word: re.Match[str]) -> str:
+    return _APOSTROPHE.sub("", word.group()).casefold()
+
+
+# A narrative's utterances, each with the box of its place in the image and its place in the caption.
+
+NOT_IN_CAPTION = "utterances that were not found in the caption"
+WITHOUT_TIME = "utterances without a start_time and an end_time behind it"
+WITHOUT_POINTS = "utterances without enough points of the trace in the image"
+
+_ENDS_A_PHRASE = (".", ",", ";", ":", "!", "?")
+
+
+@dataclass(frozen=True)
+class GroundedUtterance:
+    """What was said, and what shows where.
+
+    Attributes:
+        text: of the utterance.
+        end: how many characters of the caption lead up to its end.
+        points: of the trace while it was said.
+        box: in the image; None if it has none, and then ``lacks`` says why.
+        lacks: one of the reasons above, or "".
+    """
+
+    text: str
+    end: int = 0
+    points: tuple[Point, ...] = ()
+    box: Box | None = None
+    lacks: str = ""
+
+
+def ground_utterances(narrative: Narrative, settings: BoxSettings, words_per_box: int = 1) -> list[GroundedUtterance]:
+    """The utterances of a narrative, or groups of them, in order.
+
+    Args:
+        narrative: where.
+        settings: how boxes are formed.
+        words_per_box: see ``group_utterances``.
+    """
+    utterances = list(group_utterances(narrative.utterances, words_per_box))
+    ends = find_ends(narrative.caption, [utterance.text for utterance in utterances])
+    return [
+        _ground(utterance, end, narrative.points, settings) for utterance, end in zip(utterances, ends, strict=True)
+    ]
+
+
+def group_utterances(utterances: Sequence[Utterance], words_per_box: int) -> Iterator[Utterance]:
+    """Join utterances to the next one until they have so many words together, or a phrase ends with punctuation."""
+    group: list[Utterance] = []
+    for utterance in utterances:
+        group.append(utterance)
+        num_words = sum(len(part.text.split()) for part in group)
+        if num_words >= words_per_box or utterance.text.endswith(_ENDS_A_PHRASE):
+            yield _join(group)
+            group = []
+    if group:
+        yield _join(group)
+
+
+def _join(group: Sequence[Utterance]) -> Utterance:
+    if len(group) == 1:
+        return group[0]
+    intervals = [part.interval for part in group if part.interval is not None]
+    interval = (min(start for start, _ in intervals), max(end for _, end in intervals)) if intervals else None
+    return Utterance(" ".join(part.text for part in group), interval)
+
+
+def _ground(utterance: Utterance, end: int | None, points: Sequence[Point], settings: BoxSettings) -> GroundedUtterance:
+    if end is None:
+        return GroundedUtterance(utterance.text, lacks=NOT_IN_CAPTION)
+    if utterance.interval is None:
+        return GroundedUtterance(utterance.text, end, lacks=WITHOUT_TIME)
+    first = bisect_left(points, utterance.interval[0] - settings.padding, key=_time_of)
+    last = bisect_right(points, utterance.interval[1] + settings.padding, key=_time_of)
+    taken = tuple(points[first:last])
+    box = form_box(taken, settings)
+    return GroundedUtterance(utterance.text, end, taken, box, lacks=WITHOUT_POINTS if box is None else "")
+
+
+def _time_of(point: Point) -> float:
+    return point.t
+
+
+def find_ungrounded(utterances: Sequence[GroundedUtterance]) -> Iterator[Finding]:
+    """A finding for each reason why utterances got no box."""
+    for reason in (NOT_IN_CAPTION, WITHOUT_TIME, WITHOUT_POINTS):
+        if texts := tuple(utterance.text for utterance in utterances if utterance.lacks == reason):
+            yield Finding(reason, texts)
+
+
+# A narrative's samples: its text, its text with the image, its text with the image and boxes.
 
 TEXT, IMAGE, GROUNDED = "t", "ti", "tim"
 """What is behind the names of the three files."""

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.coordinates import Box, box_text, span_text
 from llava.demo.clips import write_clip
 from llava.demo.grounding.questions import ask_when, ask_where, ask_where_frame_by_frame
 from llava.demo.grounding.scenes import (
@@ -29,6 +28,7 @@ from llava.demo.grounding.scenes import (
     sample_picture,
 )
 from llava.demo.scenes import HELD_OUT_PAIRS, TRAINING_PAIRS, Pair
+from llava.grounding.syntax import Box, box_text, span_text
 from llava.types import Coordinates
 
 Sample = dict[str, Any]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.coordinates import Box, TimeSpan
 from llava.data.records import read_records
 from llava.eval.metrics import bootstrap, box_iou, score_rec, score_tvg, span_iou
+from llava.grounding.syntax import Box, TimeSpan
 from llava.types import Coordinates, Record
 
 if TYPE_CHECKING:
-    from llava.serve.answer import Answer
-    from llava.serve.generate import Captioner
+    from llava.serve.generate import Answer, Captioner
 
 Place = Box | TimeSpan
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava.coordinates import Box
 from llava.demo.grounding.evaluation import Case
 from llava.demo.grounding.scenes import NUM_FRAMES
 from llava.demo.picture import read_frames
 from llava.eval.draw import draw_case
+from llava.grounding.syntax import Box
 
 
 def write_pictures(folder: Path, examples: Mapping[str, Sequence[Case]]) -> None:

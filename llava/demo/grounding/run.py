@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.coordinates import LAPE, PLACEHOLDER
 from llava.data.records import read_records
 from llava.demo.grounding.base_model import write_base_model
 from llava.demo.grounding.dataset import Amounts, GroundingData, write_dataset
@@ -17,6 +16,7 @@ from llava.demo.grounding.report import case_lines, score_lines
 from llava.demo.report import time_lines
 from llava.demo.run import TOWER_FOLDER
 from llava.demo.timing import phase
+from llava.grounding.syntax import LAPE, PLACEHOLDER
 
 _NUM_EXAMPLES = 6
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.coordinates import Box, TimeSpan
 from llava.demo.render import composite, cover_pixels, paint_mask, render_background
 from llava.demo.scenes import FRAME_SIZE, TRAINING_PAIRS, Background, Pair, sample_background, sample_rgb, sample_tilt
+from llava.grounding.syntax import Box, TimeSpan
 
 NUM_FIGURES = 2
 """Shapes of a picture. With more it takes longer to find out that a question tells which is meant."""

@@ -16,7 +16,7 @@ from llava.eval.annotations.entries import (
     read_object,
 )
 from llava.eval.annotations.moments import find_video
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.store import EvalSample, Reference
 
 
 def read_captions(files: Sequence[str], folders: MediaFolders) -> list[EvalSample]:

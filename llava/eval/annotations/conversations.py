@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from llava.coordinates import (
+from llava.data.placeholders import literal_text, placeholder_kinds
+from llava.data.records import read_records
+from llava.eval.annotations.entries import MediaFolders
+from llava.eval.store import EvalSample, Reference
+from llava.grounding.syntax import (
     LOCATIONS,
     Box,
     GroundingConfig,
@@ -17,10 +21,6 @@ from llava.coordinates import (
     parse_places,
     strip_coordinates,
 )
-from llava.data.placeholders import literal_text, placeholder_kinds
-from llava.data.records import read_records
-from llava.eval.annotations.entries import MediaFolders
-from llava.eval.samples import EvalSample, Reference
 from llava.types import Coordinates, Media, Record
 
 _LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.coordinates import Box, TimeSpan
-from llava.data.media_folder import find_media
-from llava.data.raw_samples import read_samples
+from llava.data.files import read_samples
+from llava.data.media_files import find_media
+from llava.grounding.syntax import Box, TimeSpan
 from llava.types import Media, MediaKind
 
 SENTENCE_KEYS = ("expression", "sent", "sents", "sentence", "sentences", "caption", "captions", "query", "text")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.coordinates import Box
-from llava.data.files import MediaError
-from llava.data.media import read_image_size
+from llava.data.images import read_image_size
+from llava.data.media_files import MediaError
 from llava.eval.annotations.entries import (
     IMAGE_KEYS,
     SENTENCE_KEYS,
@@ -24,7 +23,8 @@ from llava.eval.annotations.entries import (
     read_entries,
     read_object,
 )
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.store import EvalSample, Reference
+from llava.grounding.syntax import Box
 
 AUTO, SHARES, CORNERS, SIZES = "auto", "normalised", "xyxy", "xywh"
 BOX_FORMATS = (AUTO, SHARES, CORNERS, SIZES)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.data.files import MediaError
-from llava.data.frames import read_times
+from llava.data.media_files import MediaError
+from llava.data.video import read_times
 from llava.eval.annotations.entries import (
     SENTENCE_KEYS,
     VIDEO_KEYS,
@@ -28,7 +28,7 @@ from llava.eval.annotations.entries import (
     read_lines,
     read_object,
 )
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.store import EvalSample, Reference
 from llava.types import Media
 
 SPAN_KEYS = ("span",)

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from llava.constants import DEFAULT_VIDEO_TOKEN
-from llava.coordinates import Box, TimeSpan, box_text
-from llava.data.files import MediaError
-from llava.data.frames import read_times
-from llava.data.video_times import is_constant
+from llava.data.media_files import MediaError
+from llava.data.video import read_times
+from llava.data.video_index import is_constant
 from llava.eval.annotations.entries import (
     SENTENCE_KEYS,
     VIDEO_KEYS,
@@ -30,7 +29,8 @@ from llava.eval.annotations.entries import (
     is_number,
 )
 from llava.eval.annotations.moments import SECONDS_KEYS, find_video, read_length
-from llava.eval.samples import EvalSample, Reference
+from llava.eval.store import EvalSample, Reference
+from llava.grounding.syntax import Box, TimeSpan, box_text
 from llava.types import Coordinates
 
 _START, _END, _BOXES = "<s>", "<e>", "<bboxes>"

@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 from llava.config import VisionConfig
-from llava.coordinates import GroundingConfig
-from llava.model.auto_classes import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from llava.grounding.syntax import GroundingConfig
+from llava.model.backbones import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES

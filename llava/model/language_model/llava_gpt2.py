@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from llava.model.language_model.family import FamilyDefaults
-from llava.model.language_model.registration import register_backbone
+from llava.model.language_model.registration import FamilyDefaults, register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
-from llava.model.language_model.family import FamilyDefaults
-from llava.model.language_model.registration import register_backbone
+from llava.model.language_model.registration import FamilyDefaults, register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 

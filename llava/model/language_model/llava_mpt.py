@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
-from llava.model.language_model.family import FamilyDefaults
-from llava.model.language_model.registration import register_backbone
+from llava.model.language_model.registration import FamilyDefaults, register_backbone
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 

@@ -1,8 +1,8 @@
-"""Makes a backbone known: to this library by its model type, and to transformers' Auto classes."""
+"""What the configurations of all backbones have in common: the LLaVA family's defaults for generating."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -10,10 +10,32 @@ from transformers.conversion_mapping import (
 )
 
 import llava.model as models
-from llava.model import auto_classes
+from llava.model import backbones
 from llava.model.language_model.alternating import make_variant
 from llava.model.language_model.classification import make_classifiers
 from llava.model.llava_arch import LlavaMetaForCausalLM
+
+
+class FamilyDefaults:
+    """Mixin for a configuration; put it first.
+
+    The family's configurations say that a model answers greedily with at most 1,024 new tokens. They are read from
+    here, as from the family's, but are nothing of one model's: transformers keeps what a model generates with in its
+    ``generation_config``, and refuses to store such values in a ``config.json``.
+    """
+
+    temperature: ClassVar[float] = 0.0
+    max_new_tokens: ClassVar[int] = 1024
+    do_sample: ClassVar[bool] = False
+    top_p: ClassVar[float | None] = None
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Those that were set on this configuration, which transformers then refuses to save."""
+        found = super()._get_generation_parameters()  # type: ignore[misc]
+        return {name: value for name, value in found.items() if name in vars(self)}
+
+
+# Makes a backbone known: to this library by its model type, and to transformers' Auto classes.
 
 Backbone = TypeVar("Backbone", bound=type[LlavaMetaForCausalLM])
 
@@ -55,7 +77,7 @@ def _publish(backbone: type[LlavaMetaForCausalLM]) -> None:
     models.list_names(names, backbone.__module__)
     make_classifiers(backbone)
     plain_type = _plain_class(config_class).model_type
-    auto_classes.register(config_class.model_type, names, models.this_module(), plain_type)
+    backbones.register(config_class.model_type, names, models.this_module(), plain_type)
     _inherit_conversions(_plain_class(config_class).model_type, config_class.model_type)
     _inherit_conversions(_plain_class(backbone).__name__, backbone.__name__)
 

@@ -6,11 +6,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from llava.config import VisionConfig
-from llava.model.foreign_code import foreign_code_note, forget_implementations
-from llava.model.locations import locate_model
-from llava.model.multimodal_encoder import clip, dino, siglip, timm_tower  # noqa: F401  (register themselves)
+from llava.model.multimodal_encoder import hf, timm  # noqa: F401  (they register themselves)
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, VisionTower
-from llava.model.multimodal_encoder.timm_tower import require_timm
+from llava.model.multimodal_encoder.timm import require_timm
+from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
 
 
 def build_tower(vision: VisionConfig) -> VisionTower:

@@ -99,3 +99,29 @@ def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
     for _ in range(shape.depth - 1):
         layers += [nn.GELU(), nn.Linear(output_size, output_size)]
     return nn.Sequential(*layers, *(ResidualBlock(output_size) for _ in range(shape.num_blocks)))
+
+
+# Chooses a projector by name.
+
+
+def build_projector(vision: VisionConfig, hidden_size: int) -> nn.Module:
+    """Build the projector that ``vision.projector_type`` names.
+
+    Args:
+        vision: gives the type, the tower's width and its grid.
+        hidden_size: width of the language model.
+
+    Returns:
+        A module that maps (frames, ``vision.num_patches``, ``vision.hidden_size``) to
+        (frames, ``vision.grid_patches``, hidden_size).
+
+    Raises:
+        ValueError: an unknown type, or widths that the type cannot join.
+    """
+    shape = parse_mlp(vision.projector_type)
+    if shape is not None:
+        return build_mlp(vision.hidden_size, hidden_size, shape)
+    if vision.projector_type not in PROJECTORS:
+        known = ", ".join([*PROJECTORS.names(), *MLP_NAMES])
+        raise ValueError(f"unknown --mm_projector_type {vision.projector_type!r}; known: {known}")
+    return PROJECTORS.get(vision.projector_type)(vision, hidden_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
@@ -15,7 +16,7 @@ from llava.types import MediaKind
 class Resampler(nn.Module, ABC):
     """Turns patch features of equally long media into their token features.
 
-    A subclass is registered under the name that its law has in ``llava.streams``. Learned queries
+    A subclass is registered under the name that its law has in ``llava.token_layout``. Learned queries
     belong into an ``nn.Embedding``: a checkpoint without them is loaded into a model that was built
     without memory, and transformers fills the modules that it knows; a bare parameter stays as it
     happens to be.
@@ -61,9 +62,17 @@ class Resampler(nn.Module, ABC):
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"the resampler {self.vision.resampler_type!r} makes {tokens.shape[1]} tokens of one {kind} of "
-                f"{features.shape[1]} frames, but its law in llava.streams counts {expected}"
+                f"{features.shape[1]} frames, but its law in llava.token_layout counts {expected}"
             )
         return tokens
 
 
 RESAMPLERS: Registry[type[Resampler]] = Registry("resampler")
+
+
+# Interpolation of grids and of time.
+
+
+def resize(x: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
+    """Interpolate (batch, width, *axes) to (batch, width, *size), in fp32."""
+    return F.interpolate(x.float(), size=size, mode=mode, align_corners=False).to(x.dtype)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from llava.config import VisionConfig
 from llava.model.multimodal_resampler import (  # noqa: F401  (they register themselves)
-    masked_drop,
     perceiver,
+    pooling,
     qformer,
-    spatial_pool,
     token_packer,
 )
 from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler

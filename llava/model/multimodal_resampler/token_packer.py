@@ -1,25 +1,55 @@
-"""The fast/slow TokenPacker.
+"""Local windows over a grid or over time, cut as adaptive pooling cuts them.
 
-Three blocks of window attention. The main block pools each frame's patch grid to the slow grid; of
-its output the slow block pools the frames in time, cell by cell, and the fast block pools each
-frame's cells once more, to the fast grid. Windows are cut on the grid as it is: keys are never
-resized to make a division come out.
-
-Facts follow the resampler of LLaVA-ST (arXiv 2501.08282), itself built on TokenPacker (arXiv
-2407.02392): where a division is exact the result is theirs.
+Cell ``i`` of ``n`` on an axis of length ``m`` looks at positions from ``floor(i m / n)`` up to, not
+including, ``ceil((i + 1) m / n)``. Where ``n`` divides ``m`` the windows tile the axis; elsewhere
+they overlap by at most one position and differ in length by at most one, so they are padded to the
+longest and masked.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
-from llava.model.multimodal_resampler.interpolation import resize
-from llava.model.multimodal_resampler.windows import axis_windows, grid_windows, window_index
-from llava.streams import FAST_SLOW_RESAMPLER
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
+from llava.token_layout import FAST_SLOW_RESAMPLER
 from llava.types import MediaKind
+
+
+@lru_cache(maxsize=64)
+def axis_windows(length: int, num_windows: int) -> tuple[tuple[int, ...], ...]:
+    """Positions of each of ``num_windows`` windows over an axis of ``length`` positions."""
+    return tuple(
+        tuple(range(i * length // num_windows, -(-(i + 1) * length // num_windows))) for i in range(num_windows)
+    )
+
+
+@lru_cache(maxsize=64)
+def grid_windows(side: int, num_windows: int) -> tuple[tuple[int, ...], ...]:
+    """Flat positions, row by row, of the windows of a square grid, row by row."""
+    axis = axis_windows(side, num_windows)
+    return tuple(tuple(y * side + x for y in rows for x in columns) for rows in axis for columns in axis)
+
+
+def window_index(windows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Gather index and mask of padded windows.
+
+    Returns:
+        An int64 index (windows, longest) that repeats a window's first position as padding, and a
+        bool mask of the same shape, true where a position is real, or None where nothing is padded.
+    """
+    longest = max(map(len, windows))
+    index = [list(window) + [window[0]] * (longest - len(window)) for window in windows]
+    if all(len(window) == longest for window in windows):
+        return torch.tensor(index, device=device), None
+    mask = [[j < len(window) for j in range(longest)] for window in windows]
+    return torch.tensor(index, device=device), torch.tensor(mask, device=device)
+
+
+# The fast/slow TokenPacker.
 
 
 def _gelu_mlp(input_size: int, output_size: int) -> nn.Sequential:

@@ -1,0 +1,170 @@
+"""``--text_chunking document``: a text that is longer than the context becomes several samples, and none of it is lost.
+
+A text of tokens 0 to 9 and a context of 4 become::
+
+    chunk 0    0 1 2 3    all learned
+    chunk 1    3 4 5 6    4 5 6 learned, 3 is read only
+    chunk 2    6 7 8 9    7 8 9 learned
+
+so that every token but the first is predicted once, as in a context without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from llava.constants import IGNORE_INDEX
+from llava.data.dataset_stats import survey_coordinates, survey_cut, survey_media
+from llava.data.formats.base import label_segments
+from llava.data.index import digest, open_array
+from llava.data.mixture import Mixture
+from llava.types import BadSample, Example, Record
+
+if TYPE_CHECKING:
+    from llava.data.dataset import SupervisedDataset
+
+NONE, DOCUMENT = "none", "document"
+TEXT_CHUNKING = (NONE, DOCUMENT)
+"""What ``--text_chunking`` may do with a text that is too long: cut it off, or go on with it in further samples."""
+
+
+class ChunkedDataset(Dataset["Example | BadSample"]):
+    """The samples of a data set, with each text that is too long in as many chunks as it takes.
+
+    Samples with media or coordinates stay as they are, and are cut. The chunks of a text stand in order, one behind
+    the other.
+
+    Attributes:
+        is_whole: bool (documents,), whether each is one that is not chunked, however long.
+
+    Args:
+        documents: the samples; of a format that learns all text.
+
+    Raises:
+        ValueError: the format writes conversations, which cannot be cut where it happens.
+    """
+
+    def __init__(self, documents: SupervisedDataset) -> None:
+        if documents.text_format.has_prompts:
+            raise ValueError(
+                "--text_chunking document cuts running text wherever the context ends, but this format writes "
+                "conversations, whose answers would lose their questions; leave it out, or take --plain_lm true"
+            )
+        self.documents = documents
+        # Coordinates belong to the media or the text around them.
+        self.is_whole = (survey_media(documents) > 0) | (survey_coordinates(documents) > 0)
+        cut = np.where(self.is_whole, 0, survey_cut(documents)).astype(np.int64)
+        step = documents.max_length - 1
+        self._counts = np.where(cut > 0, -(-(cut + step) // step), 1)  # (documents,) chunks of each
+        self._ends = np.cumsum(self._counts)
+        self._long = np.flatnonzero(cut)  # rows of the documents that are chunked
+        self._offsets = np.concatenate(([0], np.cumsum(cut[self._long] + documents.max_length)))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker maps the tokens itself.
+        return {name: value for name, value in vars(self).items() if name != "_tokens"}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The document of a sample, and which of its chunks it is."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        document = int(np.searchsorted(self._ends, index, side="right"))
+        return document, index - int(self._ends[document] - self._counts[document])
+
+    def is_chunk(self, index: int) -> bool:
+        """Whether a sample is a part of a text, not a sample of the documents."""
+        return bool(self._counts[self.locate(index)[0]] > 1)
+
+    def __getitem__(self, index: int) -> Example | BadSample:
+        """A sample, or a chunk of one; errors are those of the documents."""
+        document, number = self.locate(index)
+        if self._counts[document] == 1:
+            return self.documents[document]
+        record = self.documents.records[document]
+        self.documents.check_model(record)
+        place = int(np.searchsorted(self._long, document))
+        start, end = self._offsets[place : place + 2].tolist()
+        size = self.documents.max_length
+        first = start + number * (size - 1)
+        ids = self._tokens[first : min(first + size, end)].tolist()
+        labels = self.documents.mask_input_coordinates(list(ids))
+        if number:
+            labels[0] = IGNORE_INDEX
+        return Example(chunk_id(record, number), ids, labels)
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The record of each sample; those of chunks behind the first have ids of their own."""
+        return _ChunkRecords(self)
+
+    @cached_property
+    def _tokens(self) -> NDArray[np.int32]:
+        """int32: the tokens of all texts that are too long, one behind the other; of indexed data they are mapped."""
+        records, length = self.documents.records, int(self._offsets[-1])
+        if not isinstance(records, Mixture) or records.cache_dir is None:
+            return self._tokenize()
+        key = digest(records.fingerprint, *self.documents.length_key(), self.documents.max_length)
+        return open_array(records.cache_dir / f"tokens-{key}.npy", length, np.int32, self._tokenize)
+
+    def _tokenize(self) -> NDArray[np.int32]:
+        tokens = np.empty(int(self._offsets[-1]), np.int32)
+        for document, start, end in zip(self._long.tolist(), self._offsets, self._offsets[1:], strict=False):
+            record = self.documents.records[document]
+            ids, _ = label_segments(self.documents.text_format.encode(record.turns))
+            if len(ids) != end - start:
+                raise ValueError(f"{record}: has {len(ids)} tokens, but was counted with {end - start}")
+            tokens[start:end] = ids
+        return tokens
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each sample; those of a chunk are as many as the context has, but for the last."""
+        lengths = np.repeat(self.documents.lengths, self._counts)
+        size = self.documents.max_length
+        numbers = np.arange(len(self)) - np.repeat(self._ends - self._counts, self._counts)
+        of_chunks = np.minimum(lengths - numbers * (size - 1), size)
+        return np.where(np.repeat(self._counts, self._counts) > 1, of_chunks, lengths).astype(np.int32)
+
+    @property
+    def modality_lengths(self) -> NDArray[np.int32]:
+        """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
+        if self.documents.early_mix_text:
+            return self.lengths
+        has_media = np.repeat(survey_media(self.documents) > 0, self._counts)
+        return np.where(has_media, self.lengths, -self.lengths)
+
+    def describe(self) -> str:
+        """How many texts were chunked, into how many samples."""
+        chunks, number = int(self._counts[self._long].sum()), len(self._long)
+        texts, are = ("text", "is") if number == 1 else ("texts", "are")
+        return f"{number} {texts} longer than {self.documents.max_length} tokens {are} trained in {chunks} chunks"
+
+
+class _ChunkRecords(Sequence[Record]):
+    def __init__(self, dataset: ChunkedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        document, number = self._dataset.locate(int(index) + len(self) if index < 0 else int(index))
+        record = self._dataset.documents.records[document]
+        return replace(record, id=chunk_id(record, number))
+
+
+def chunk_id(record: Record, number: int) -> str:
+    """The id of a chunk: the first has that of its text."""
+    return f"{record.id} (chunk {number})" if number else record.id

@@ -1,0 +1,258 @@
+"""Conversations with markup around their turns, of which only the assistant's are learned.
+
+The markup depends on the roles alone. It is written once for each order of roles, tokenised once, and
+every conversation of these roles puts its own contents into the gaps: no text is tokenised to find a
+boundary. ``<user>ciao<end>\\n<assistant>salve<end>\\n`` with two turns becomes::
+
+    before turn 0    <user>                    not learned
+    turn 0           ciao                      not learned
+    before turn 1    <end>\\n<assistant>        not learned
+    turn 1           salve                     learned
+    behind           <end> end-of-text         learned
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava.data.formats.base import (
+    CHAT,
+    FORMATS,
+    Format,
+    PieceEncoder,
+    Segment,
+    control_tokens,
+    split_at_spans,
+    visual_ids,
+)
+from llava.types import Role, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokenised markup of conversations with certain roles.
+
+    ``before[i]`` stands before turn i and ``spaces[i]`` ("" or " ") begins that turn's text, since
+    tokenizers tie a space to the word behind it; ``has_markup[i]`` is whether ``before[i]`` has any
+    text of the format. ``closing`` stands behind the last turn and ends with the end of text.
+    """
+
+    before: list[list[Segment]]
+    spaces: list[str]
+    has_markup: list[bool]
+    closing: list[Segment]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.ids) for gap in [*self.before, self.closing] for segment in gap)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a turn: its text, or visual tokens; ``inside`` is whether text stands before it."""
+
+    turn: int
+    text: str
+    visual: bool
+    inside: bool
+
+
+class ConversationFormat(Format):
+    """A format that puts markup around turns.
+
+    Args:
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: the tokenizer cannot write this format.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        markup = self.markup(_PROBE)
+        self._encoder = PieceEncoder(tokenizer, "".join(markup))
+        self._control = control_tokens(tokenizer)
+        self._turn_end = self._through_control(markup[-1]) or markup[-1]
+        self._frames: dict[tuple[Role, ...], Frame] = {}
+
+    @abstractmethod
+    def markup(self, roles: Sequence[Role]) -> list[str]:
+        """The text before each turn, and behind the last one: one more than there are roles."""
+
+    def content(self, turn: Turn) -> str:
+        """What is written of a turn's text."""
+        return turn.text.strip()
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        end = self._encoder.encode_markup(self._through_control(self._turn_end))[-1:]
+        return list(dict.fromkeys([*super().stop_token_ids, *end]))
+
+    def check(self, turns: Sequence[Turn]) -> None:
+        roles = [turn.role for turn in turns]
+        start = int(roles[:1] == ["system"])
+        for i, role in enumerate(roles[start:]):
+            expected = ("user", "assistant")[i % 2]
+            if role != expected:
+                raise ValueError(
+                    f"turn {start + i + 1} is the {role}'s, but must be the {expected}'s: a chat format takes an "
+                    "optional system turn, then user and assistant in turn; mend the sample, or take --plain_lm true"
+                )
+        self._frame(roles)
+
+    def has_target(self, turns: Sequence[Turn]) -> bool:
+        answers = [split_at_spans(turn.text) for turn in turns if turn.role == "assistant"]
+        return bool(answers) and all(any(piece.strip() for piece, visual in answer if not visual) for answer in answers)
+
+    def encode(self, turns: Sequence[Turn]) -> list[Segment]:
+        self.check(turns)
+        frame = self._frame([turn.role for turn in turns])
+        return _without_empty([*self._encode_turns(turns, frame), *frame.closing])
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        asked = [*turns, Turn("assistant", "")]
+        self.check(asked)
+        frame = self._frame([turn.role for turn in asked])
+        return _without_empty([*self._encode_turns(turns, frame), *frame.before[len(turns)]])
+
+    def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
+        frames = [self._frame([turn.role for turn in turns]) for turns in conversations]
+        pieces = [
+            [piece for piece in self._pieces(turns, frame) if not piece.visual]
+            for turns, frame in zip(conversations, frames, strict=True)
+        ]
+        encoded = iter(self._encode_pieces([piece for of_one in pieces for piece in of_one]))
+        return [
+            frame.num_tokens + sum(len(next(encoded)) for _ in of_one)
+            for frame, of_one in zip(frames, pieces, strict=True)
+        ]
+
+    def _encode_turns(self, turns: Sequence[Turn], frame: Frame) -> list[Segment]:
+        """The turns, with the markup before each."""
+        pieces = self._pieces(turns, frame)
+        encoded = iter(self._encode_pieces([piece for piece in pieces if not piece.visual]))
+        contents: list[list[Segment]] = [[] for _ in turns]
+        for piece in pieces:
+            ids = visual_ids(piece.text, self.tokenizer) if piece.visual else next(encoded)
+            learned = turns[piece.turn].role == "assistant"
+            contents[piece.turn].append(Segment(ids, piece.visual, supervised=learned))
+        return [
+            segment for before, content in zip(frame.before, contents, strict=False) for segment in (*before, *content)
+        ]
+
+    def _pieces(self, turns: Sequence[Turn], frame: Frame) -> list[_Piece]:
+        """The contents of the turns, cut at spans."""
+        pieces, inside = [], False
+        for i, turn in enumerate(turns):
+            inside = inside or frame.has_markup[i]
+            for text, visual in split_at_spans(frame.spaces[i] + self.content(turn)):
+                pieces.append(_Piece(i, text, visual, inside))
+                inside = not visual
+        return pieces
+
+    def _encode_pieces(self, pieces: Sequence[_Piece]) -> list[list[int]]:
+        return self._encoder.encode_contents([piece.text for piece in pieces], [piece.inside for piece in pieces])
+
+    def _frame(self, roles: Sequence[Role]) -> Frame:
+        key = tuple(roles)
+        if key not in self._frames:
+            self._frames[key] = self._build_frame(key)
+        return self._frames[key]
+
+    def _build_frame(self, roles: tuple[Role, ...]) -> Frame:
+        *texts, closing = self.markup(roles)
+        spaces = [" " if text.endswith(" ") else "" for text in texts]
+        texts = [text.removesuffix(" ") for text in texts]
+        before = [[Segment(self._encoder.encode_start(texts[0]), supervised=False)]]
+        for role, text in zip(roles, texts[1:], strict=False):
+            before.append(self._behind_answer(text) if role == "assistant" else [self._given(text)])
+        return Frame(before, spaces, [bool(text) for text in texts], self._close(roles[-1], closing))
+
+    def _given(self, text: str) -> Segment:
+        return Segment(self._encoder.encode_markup(text), supervised=False)
+
+    def _behind_answer(self, text: str) -> list[Segment]:
+        """Markup behind an assistant's turn: what ends the turn is learned, the rest is not."""
+        end = self._turn_end if text.startswith(self._turn_end) else self._through_control(text)
+        ids, end_ids = self._encoder.encode_markup(text), self._encoder.encode_markup(end)
+        if ids[: len(end_ids)] == end_ids:
+            return [Segment(end_ids), Segment(ids[len(end_ids) :], supervised=False)]
+        return [Segment(end_ids), self._given(text[len(end) :])]
+
+    def _close(self, last: Role, text: str) -> list[Segment]:
+        """The end of a sample: that of the last turn, then the end of text, unless that is what ended the turn."""
+        markup = self._behind_answer(text)[0] if last == "assistant" else self._given(text)
+        eos = self.tokenizer.eos_token_id
+        ids = markup.ids[:-1] if markup.ids[-1:] == [eos] else markup.ids
+        return [Segment(ids, supervised=markup.supervised), Segment([eos])]
+
+    def _through_control(self, text: str) -> str:
+        """The text up to and with its first control token; empty if it has none."""
+        match = self._control.search(text) if self._control else None
+        return text[: match.end()] if match else ""
+
+
+def _without_empty(segments: Sequence[Segment]) -> list[Segment]:
+    return [segment for segment in segments if segment.ids]
+
+
+# The tokenizer's own chat template.
+
+
+@FORMATS.register(CHAT)
+class ChatFormat(ConversationFormat):
+    """What the Jinja template in the tokenizer's files writes.
+
+    The template is run with stand-ins for the turns' texts, and its output is cut where these stand: a
+    template that strips or rewrites texts cannot move a boundary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            named = ", ".join(name for name in FORMATS if name != CHAT)
+            raise ValueError(
+                f"--version {CHAT} needs a chat template, and the tokenizer of {tokenizer.name_or_path!r} has none; "
+                f"give --version one of: {named}"
+            )
+        super().__init__(tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self.tokenizer.chat_template}"
+
+    def markup(self, roles: Sequence[Role]) -> list[str]:
+        import jinja2
+
+        stand_ins = [f"@@turn{i}@@" for i in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, stand_ins, strict=True)]
+        try:
+            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._whose()} refuses turns of {', '.join(roles)}: {error}; {_REMEDY}") from error
+        return self._cut(rendered, stand_ins, roles)
+
+    def _cut(self, rendered: str, stand_ins: Sequence[str], roles: Sequence[Role]) -> list[str]:
+        """The pieces of a rendered conversation before, between and behind the stand-ins."""
+        pieces: list[str] = []
+        for i, stand_in in enumerate(stand_ins):
+            times = sum(text.count(stand_in) for text in (*pieces, rendered))
+            piece, found, rendered = rendered.partition(stand_in)
+            if times != 1 or not found:
+                what = "leaves out" if not times else "repeats" if times > 1 else "moves"
+                raise ValueError(f"{self._whose()} {what} turn {i + 1} of {', '.join(roles)}; {_REMEDY}")
+            pieces.append(piece)
+        return [*pieces, rendered]
+
+    def _whose(self) -> str:
+        return f"the chat template of the tokenizer of {self.tokenizer.name_or_path!r}"
+
+
+_REMEDY = "mend the samples or the template, or give --version a named format"

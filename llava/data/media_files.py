@@ -1,0 +1,273 @@
+"""What can be said of a media file before a decoder looks at it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import stat
+import tempfile
+import uuid
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llava.types import Media, MediaKind
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
+_LONGEST_PATH = 4096
+ANIMATED_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
+PICTURE_SUFFIXES = (*ANIMATED_SUFFIXES, ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".heif")
+
+
+class MediaError(ValueError):
+    """A file that is missing, broken or not what it should be; the message names it.
+
+    ``path`` is the file, where the message stands for a sample and not for the file alone.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def local_path(path: str) -> str:
+    """A path with ``~`` for the home folder replaced.
+
+    Raises:
+        MediaError: it is no path but an address, or the content of a file.
+    """
+    if address := _ADDRESS.match(path):
+        raise MediaError(
+            f"{path[:100]}{'...' if len(path) > 100 else ''}: is an address ({address.group()}), and only files are "
+            "read, so that a run does not depend on a server; fetch it and give its path"
+        )
+    if len(path) > _LONGEST_PATH:
+        raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
+    return expand_home(path)
+
+
+def expand_home(path: str) -> str:
+    """A path with ``~`` at its beginning replaced by the home folder."""
+    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
+
+
+def is_picture_name(path: str) -> bool:
+    """Whether a file is a picture by its name."""
+    return path.lower().endswith(PICTURE_SUFFIXES)
+
+
+def check_file(path: str) -> int:
+    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MediaError(f"{path}: cannot be opened: {reason}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
+    if status.st_size == 0:
+        raise MediaError(f"{path}: the file is empty")
+    return status.st_size
+
+
+# Paths in data files stay inside the folder of media, whatever they say and wherever links lead.
+
+
+def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str) -> Media:
+    """The file that a path of a data file names.
+
+    Only the path is looked at here, which is quick enough for a million samples; where links lead is for
+    ``check_links`` to say, when the file is opened.
+
+    Args:
+        path: absolute, or relative to the root.
+        kind: what the file is.
+        root: the folder of media.
+        anywhere: whether the path may lead out of it.
+        where: names the sample.
+
+    Raises:
+        ValueError: it leads out of the root.
+    """
+    try:
+        path = local_path(path)
+    except MediaError as error:
+        raise ValueError(f"{where}: its {kind} {error}") from error
+    root = os.path.abspath(expand_home(root))
+    found = os.path.normpath(os.path.join(root, path))
+    if anywhere:
+        return Media(kind, found)
+    if not _is_inside(found, root):
+        raise ValueError(
+            f"{where}: its {kind} {path!r} lies outside the folder {root}; give the folder that has it with "
+            f"--{kind}_folder, or allow it with --allow_outside_paths"
+        )
+    return Media(kind, found, len(root))
+
+
+def check_links(media: Media) -> None:
+    """A MediaError for a file that symbolic links put outside the folder it may not leave."""
+    if not media.root:
+        return
+    root = media.path[: media.root]
+    real_root = os.path.realpath(root)
+    for path in _files_of(media):
+        real = os.path.realpath(path)
+        if _is_inside(real, real_root):
+            continue
+        raise MediaError(
+            f"{path}: is a link to {real}, which lies outside the folder {root}; give the folder that has it "
+            f"with --{media.kind}_folder, or allow it with --allow_outside_paths"
+        )
+
+
+def _files_of(media: Media) -> list[str]:
+    """The files of a medium, of a clip that is a folder the links in it."""
+    if media.frames:
+        return list(media.frames)
+    if media.kind == "video" and os.path.isdir(media.path):
+        with os.scandir(media.path) as entries:
+            return [media.path, *(entry.path for entry in entries if entry.is_symlink())]
+    return [media.path]
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+# How large media may be: what is more is an error before it is decoded, not a process without memory.
+
+PILLOW_LIMIT = 178_956_970
+"""Pixels above which Pillow refuses an image (twice its ``MAX_IMAGE_PIXELS``, which is the whole process's to set)."""
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """The most that a file may ask for; each field is a flag. Its checks raise ValueError without the path.
+
+    Attributes:
+        max_image_pixels: of an image, or of one frame of a video.
+        max_image_bytes: of an image's file.
+        max_video_pixels: of all frames sampled from a clip, which are in memory together (3 bytes each).
+        max_video_frames: of a clip, whose times are in memory together.
+    """
+
+    max_image_pixels: int = 100_000_000
+    max_image_bytes: int = 2**29
+    max_video_pixels: int = 500_000_000
+    max_video_frames: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if self.max_image_pixels > PILLOW_LIMIT:
+            raise ValueError(
+                f"--max_image_pixels is {self.max_image_pixels}; it can be at most {PILLOW_LIMIT}, where Pillow stops"
+            )
+
+    def check_image_file(self, size: int) -> None:
+        """Before an image is opened; ``size`` in bytes."""
+        if size > self.max_image_bytes:
+            raise ValueError(f"its file has {size} bytes, but --max_image_bytes is {self.max_image_bytes}")
+
+    def check_picture(self, width: int, height: int) -> None:
+        """Before an image, or any frame of a clip, is decoded; sizes as its header declares them."""
+        if width * height > self.max_image_pixels:
+            raise ValueError(
+                f"it is {width} x {height} pixels, {width * height}, but --max_image_pixels is {self.max_image_pixels}"
+            )
+
+    def check_frames(self, num_frames: int, width: int, height: int) -> None:
+        """Before the frames sampled from a clip are decoded."""
+        if (pixels := num_frames * width * height) > self.max_video_pixels:
+            raise ValueError(
+                f"{num_frames} frames of {width} x {height} are {pixels} pixels, but --max_video_pixels is "
+                f"{self.max_video_pixels}; scale the clip down, or lower --num_frames or --frames_upbound"
+            )
+
+    def check_length(self, num_frames: int) -> None:
+        """While the frames of a clip are counted."""
+        if num_frames > self.max_video_frames:
+            raise ValueError(f"it has more frames than --max_video_frames, {self.max_video_frames}; cut it into clips")
+
+
+DEFAULT_LIMITS = MediaLimits()
+
+
+# Media that stand in a data file itself, as bytes: written once to a folder of files, which everything else reads.
+
+_DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,")
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
+
+
+def media_folder(cache_dir: Path | None) -> Path:
+    """The folder of such files: below that of the indexes or, without one, a folder that goes with this process."""
+    return _temporary_folder() if cache_dir is None else cache_dir.absolute() / "media"
+
+
+@cache
+def _temporary_folder() -> Path:
+    import atexit
+    import shutil
+
+    folder = tempfile.mkdtemp(prefix="llava-media-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def write_media(data: bytes, name: str, folder: Path) -> str:
+    """The path of a file with these bytes; it is named after them, so that each is there once.
+
+    Args:
+        data: of an image or a video.
+        name: that it had, of which the suffix is kept; "" if none is known.
+        folder: see ``media_folder``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not data:
+        raise ValueError("its bytes are empty")
+    digest = hashlib.sha256(data).hexdigest()
+    suffix = Path(name).suffix.lower()
+    path = folder / digest[:2] / (digest + (suffix if _SUFFIX.fullmatch(suffix) else ""))
+    if path.is_file() and path.stat().st_size == len(data):
+        return str(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return str(path)
+
+
+def decode_data_uri(text: str) -> bytes | None:
+    """The bytes of a ``data:...;base64,`` address; None for any other text.
+
+    Raises:
+        ValueError: what follows is not base64.
+    """
+    match = _DATA_URI.match(text)
+    if match is None:
+        return None
+    try:
+        return base64.b64decode(text[match.end() :], validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its data: address is not base64: {error}") from error
+
+
+def encode_picture(picture: Any) -> bytes:
+    """A picture of Pillow as a PNG, without loss."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,223 @@
+"""Whether a score reaches a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llava.grounding.syntax import Box, GroundingConfig, TimeSpan, parse_places
+
+THRESHOLDS = (0.3, 0.5, 0.7)
+
+_DECIMALS = 9
+"""Scores are compared rounded: 0.1 / (0.3 - 0.1) is no half in floating point, yet it is one to whoever reads it."""
+
+
+def reaches(score: float, threshold: float) -> bool:
+    """Whether the score is at least the threshold."""
+    return round(score, _DECIMALS) >= threshold
+
+
+def exceeds(score: float, threshold: float) -> bool:
+    """Whether the score is more than the threshold."""
+    return round(score, _DECIMALS) > threshold
+
+
+def shares_reaching(name: str, score: float) -> dict[str, float]:
+    """Of a sample's score, 1 for each of 0.3, 0.5 and 0.7 that it reaches and else 0, under ``NAME>=0.3``."""
+    return {f"{name}>={threshold}": float(reaches(score, threshold)) for threshold in THRESHOLDS}
+
+
+# How well boxes in pictures are found (REC).
+
+
+def box_ious(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """Intersection over union of boxes and others, pair by pair.
+
+    Args:
+        boxes, others: (..., 4), each x1, y1, x2, y2, in one unit of any kind; they broadcast.
+
+    Returns:
+        (...), in [0, 1]. A reversed box (x1 > x2 or y1 > y2) holds nothing, and two boxes without any area
+        have 0, even where they are equal.
+    """
+    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    upper_left = np.maximum(boxes[..., :2], others[..., :2])
+    lower_right = np.minimum(boxes[..., 2:], others[..., 2:])
+    shared = _areas(upper_left, lower_right)
+    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(others[..., :2], others[..., 2:]) - shared
+    ious = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return np.minimum(ious, 1.0)  # Of boxes that are equal but for rounding it may come out a hair above.
+
+
+def box_iou(box: Box, other: Box) -> float:
+    """Intersection over union of two boxes; see ``box_ious``."""
+    return float(box_ious(box, other))
+
+
+def score_rec(boxes: Sequence[Box], reference: Box) -> dict[str, float]:
+    """Score the answer to "where is it?" in a picture; a report has the means over all samples.
+
+    Args:
+        boxes: of the answer, in its order. The first counts; without any the answer is unparsable and scores 0.
+        reference: in the unit of the boxes.
+    """
+    iou = box_iou(boxes[0], reference) if boxes else 0.0
+    return {"mIoU": iou, "IoU>=0.5": float(reaches(iou, 0.5)), "unparsable": float(not boxes)}
+
+
+def _areas(upper_left: NDArray[np.float64], lower_right: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.prod(np.maximum(lower_right - upper_left, 0.0), axis=-1)
+
+
+# How well stretches of a video are found (TVG).
+
+
+def span_iou(span: TimeSpan, other: TimeSpan) -> float:
+    """Intersection over union of two stretches of time, in [0, 1].
+
+    A reversed span (start > end) holds nothing, and two spans without any length have 0, even where they are equal.
+    """
+    shared = _length(max(span.start, other.start), min(span.end, other.end))
+    union = _length(*span) + _length(*other) - shared
+    return min(shared / union, 1.0) if union > 0 else 0.0
+
+
+def score_tvg(spans: Sequence[TimeSpan], reference: TimeSpan) -> dict[str, float]:
+    """Score the answer to "when is it?" in a video; a report has the means over all samples.
+
+    Args:
+        spans: of the answer, in its order. The first counts (it is what R@1 recalls by); without any the answer
+            is unparsable and scores 0.
+        reference: in the unit of the spans.
+    """
+    iou = span_iou(spans[0], reference) if spans else 0.0
+    recalls = {f"R@1 IoU>{threshold}": float(exceeds(iou, threshold)) for threshold in THRESHOLDS}
+    return {"mIoU": iou, **recalls, "unparsable": float(not spans)}
+
+
+def _length(start: float, end: float) -> float:
+    return max(end - start, 0.0)
+
+
+# How well moving things are found in a video: boxes over a stretch of time (STVG, SVG).
+
+NUM_FRAMES = 100
+
+_FRAME_TIMES = np.arange(NUM_FRAMES) / (NUM_FRAMES - 1)
+"""The first frame lies at 0 and the last at 1: where the bins of time lie, when there are 100 of them too."""
+_TOLERANCE = 1e-9
+"""A frame at the edge of a span is in it, however the two were rounded."""
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A box that moves over a stretch of a video.
+
+    Attributes:
+        span: in [0, 1] of the clip.
+        boxes: one or more, evenly spaced in time from the span's start to its end; between two of them the box is
+            interpolated linearly. A single one stays all the time.
+    """
+
+    span: TimeSpan
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        if not self.boxes:
+            raise ValueError(f"the tube over {tuple(self.span)} has no box; it needs one or more")
+
+    def box_at(self, time: float) -> Box | None:
+        """The box at a time in [0, 1] of the clip; None outside of the span."""
+        if not self.span.start - _TOLERANCE <= time <= self.span.end + _TOLERANCE:
+            return None
+        return Box(*self.boxes_at(np.array([time]))[0].tolist())
+
+    def boxes_at(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(len(times), 4): the boxes at times; before the span the first of them, after it the last."""
+        corners = np.array(self.boxes)
+        known = np.linspace(self.span.start, self.span.end, len(corners))
+        if self.span.start >= self.span.end:  # No time passes, in which it could move.
+            return np.repeat(corners[:1], len(times), axis=0)
+        return np.stack([np.interp(times, known, column) for column in corners.T], axis=-1)
+
+
+def parse_tube(
+    text: str, grounding: GroundingConfig, positions: Sequence[float] | None = None, span: TimeSpan | None = None
+) -> Tube | None:
+    """The tube that an answer tells, or None where it tells none.
+
+    It is the first span of time and the boxes after it, up to a second span, which would be another tube's.
+
+    Args:
+        text, grounding, positions: see ``llava.grounding.syntax.parse_places``.
+        span: where the question gives it (SVG). The answer is then boxes alone: all of them count, and a span
+            that it tells nevertheless is passed over.
+    """
+    return find_tube(parse_places(text, grounding, positions), span)
+
+
+def find_tube(places: Sequence[Box | TimeSpan], span: TimeSpan | None = None) -> Tube | None:
+    """The tube that the boxes and spans of an answer make up, in its order; see ``parse_tube``."""
+    boxes = []
+    if span is not None:
+        boxes = [place for place in places if isinstance(place, Box)]
+    else:
+        for place in places:
+            if isinstance(place, Box):
+                boxes += [place] if span is not None else []
+            elif span is None:
+                span = place
+            else:
+                break
+    return Tube(span, tuple(boxes)) if span is not None and boxes else None
+
+
+def frames_in(span: TimeSpan) -> NDArray[np.bool_]:
+    """(100,): which of the video's 100 uniform frames lie in a span, its ends included.
+
+    A span so short that it falls between two frames has the one nearest to its middle, so that it can be found at
+    all. A reversed span has none, nor has one that lies wholly outside of [0, 1].
+    """
+    times = _FRAME_TIMES
+    inside = (times >= span.start - _TOLERANCE) & (times <= span.end + _TOLERANCE)
+    if not inside.any() and 0 <= span.start <= span.end <= 1:
+        inside[np.abs(times - (span.start + span.end) / 2).argmin()] = True
+    return inside
+
+
+def score_stvg(tube: Tube | None, reference: Tube) -> dict[str, float]:
+    """Score the answer to "where and when is it?" in a video; a report has the means over all samples.
+
+    Of 100 frames evenly spread over the clip, with "both" those in the answer's span and in the reference's, and
+    "either" those in one of the two at least:
+
+    - ``tIoU`` = both / either;
+    - ``sIoU`` = sum over both of the boxes' IoU / both, and 0 without a frame in both;
+    - ``vIoU`` = sum over both of the boxes' IoU / either, which is ``tIoU`` times ``sIoU``;
+    - for each of the three, whether it is at least 0.3, 0.5 and 0.7.
+
+    Args:
+        tube: of the answer; None for an unparsable one, which scores 0.
+        reference: its span and boxes in the units of the tube.
+    """
+    temporal = spatial = volume = 0.0
+    if tube is not None:
+        answered, wanted = frames_in(tube.span), frames_in(reference.span)
+        both, either = answered & wanted, int((answered | wanted).sum())
+        if both.any():
+            times = _FRAME_TIMES[both]
+            overlap = float(box_ious(tube.boxes_at(times), reference.boxes_at(times)).sum())
+            temporal, spatial, volume = len(times) / either, overlap / len(times), overlap / either
+    scores = {"tIoU": temporal, "sIoU": spatial, "vIoU": volume}
+    for name, score in tuple(scores.items()):
+        scores |= shares_reaching(name, score)
+    return {**scores, "unparsable": float(tube is None)}
+
+
+def score_svg(tube: Tube | None, reference: Tube) -> dict[str, float]:
+    """Score the answer to "where is it?" over a given time: ``score_stvg``, the answer's span being the reference's."""
+    return score_stvg(None if tube is None else Tube(reference.span, tube.boxes), reference)

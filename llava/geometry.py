@@ -1,0 +1,252 @@
+"""How a picture lies in the square that the tower sees: for its pixels, and for the coordinates in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from llava.config import VisionConfig
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The place of a resized picture in a square.
+
+    Attributes:
+        side: of the square, in pixels.
+        height, width: of the resized picture, in pixels.
+        top, left: where its corner lies in the square; negative where the picture is cut.
+    """
+
+    side: int
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
+
+    def to_square(self, x: float, y: float) -> tuple[float, float]:
+        """From a point of the picture to one of the square, both in [0, 1]; what was cut off goes to the edge."""
+        return _clamp((self.left + x * self.width) / self.side), _clamp((self.top + y * self.height) / self.side)
+
+    def from_square(self, x: float, y: float) -> tuple[float, float]:
+        """From a point of the square to one of the picture; what lies in the padding goes to the edge."""
+        return _clamp((x * self.side - self.left) / self.width), _clamp((y * self.side - self.top) / self.height)
+
+
+def frame_picture(size: tuple[int, int], vision: VisionConfig) -> Framing:
+    """How a picture of a size (height, width) is fitted to the square.
+
+    ``pad`` keeps all of it in the middle; otherwise ``image_resize_size`` resizes the shorter side and cuts out
+    the centre, and without it the picture is stretched. Under ``anyres`` this holds for the frames of videos.
+    """
+    height, width = size
+    side = vision.image_size
+    if vision.image_aspect_ratio == "pad":
+        height, width = _scaled(height, width, side / max(height, width))
+        return Framing(side, height, width, (side - height) // 2, (side - width) // 2)
+    if vision.image_resize_size is not None:
+        height, width = _scaled(height, width, vision.image_resize_size / min(height, width))
+        if min(height, width) >= side:
+            return Framing(side, height, width, -((height - side) // 2), -((width - side) // 2))
+    return Framing(side, side, side)
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    # Cut, not rounded, as image processors of transformers do; a hair more against 0.999... of a pixel.
+    return max(int(height * scale + 1e-6), 1), max(int(width * scale + 1e-6), 1)
+
+
+def _clamp(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
+# Anyres: how a picture of any size is cut into tiles, and how the tiles' features are put together.
+
+ANYRES = "anyres"
+FLAT = "flat"
+SPATIAL_UNPAD = "spatial_unpad"
+PATCH_MERGE_TYPES = (FLAT, SPATIAL_UNPAD)
+DEFAULT_PINPOINTS = "(1x2),(2x1),(2x2),(3x1),(1x3)"
+
+_PAIR = re.compile(r"[(\[]\s*(\d+)\s*([x,])\s*(\d+)\s*[)\]]")
+_ASPECT_RATIO = re.compile(rf"{ANYRES}(?:_max_([1-9]\d*))?")
+_SHRINK_FROM = 1.1
+
+
+class Size(NamedTuple):
+    """Height and width, in the unit that its owner names."""
+
+    height: int
+    width: int
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+
+class Window(NamedTuple):
+    """A rectangle of a grid: its first row and column, and its size."""
+
+    top: int
+    left: int
+    size: Size
+
+
+def parse_aspect_ratio(aspect_ratio: str) -> tuple[bool, int | None]:
+    """Whether ``--image_aspect_ratio`` asks for tiles, and the N of ``anyres_max_N`` (None without)."""
+    match = _ASPECT_RATIO.fullmatch(aspect_ratio)
+    return match is not None, int(match[1]) if match and match[1] else None
+
+
+@cache
+def parse_pinpoints(text: str, side: int) -> tuple[Size, ...]:
+    """Read ``--image_grid_pinpoints``: the canvases that a picture may be laid on, in tiles.
+
+    Args:
+        text: each canvas as (width x height): ``(1x2),(2x1)`` in tiles, ``(1x1),...,(6x6)`` for all
+            between two corners, or ``[[224, 448], [448, 224]]`` in pixels.
+        side: pixels of a tile.
+
+    Raises:
+        ValueError: another form, an empty canvas, or pixels that are no multiple of ``side``.
+    """
+    shape = _PAIR.sub("#", re.sub(r"\s", "", text)).strip("[]()")
+    pairs = [(int(width), int(height), unit) for width, unit, height in _PAIR.findall(text)]
+    if re.fullmatch(r"#,\.\.\.,#", shape) and pairs[0][2] == pairs[1][2] == "x":
+        (first, low, _), (last, high, _) = pairs
+        grids = [Size(rows, columns) for columns in range(first, last + 1) for rows in range(low, high + 1)]
+    elif re.fullmatch(r"#(,#)*,?", shape):
+        uneven = [(width, height) for width, height, unit in pairs if unit == "," and (width % side or height % side)]
+        if uneven:
+            raise ValueError(
+                f"--image_grid_pinpoints has {uneven[0]} pixels, but a tile is {side} x {side}; "
+                "give multiples of that, or numbers of tiles such as (1x2),(2x1)"
+            )
+        grids = [Size(h, w) if unit == "x" else Size(h // side, w // side) for w, h, unit in pairs]
+    else:
+        grids = []
+    if not grids or not all(grid.area for grid in grids):
+        raise ValueError(
+            f"--image_grid_pinpoints is {text!r}; expected (width x height) in tiles such as {DEFAULT_PINPOINTS}, "
+            "a range such as (1x1),...,(6x6), or pixels such as [[224, 448], [448, 224]]"
+        )
+    return tuple(grids)
+
+
+def fit_into(picture: tuple[int, int], canvas: tuple[int, int], round_up: bool = False) -> Size:
+    """The largest size of a picture's aspect ratio that a canvas holds, at least one each way.
+
+    Args:
+        picture, canvas: sizes in any one unit each.
+        round_up: whether the side that does not fill the canvas is rounded up; else it is cut.
+    """
+    (height, width), (rows, columns) = picture, canvas
+    if columns * height <= rows * width:
+        return Size(max(_divide(height * columns, width, round_up), 1), columns)
+    return Size(rows, max(_divide(width * rows, height, round_up), 1))
+
+
+def _divide(dividend: int, divisor: int, round_up: bool) -> int:
+    return -(-dividend // divisor) if round_up else dividend // divisor
+
+
+@dataclass(frozen=True)
+class AnyRes:
+    """The geometry of anyres images for one model.
+
+    Attributes:
+        side: pixels of a tile, which is the square that the tower sees.
+        patches_per_side: side of one view's grid of features.
+        view_tokens: features of one view.
+        grids: canvases to choose from, in tiles.
+        merge_type: ``flat`` (all features of all views, one after another) or ``spatial_unpad``
+            (the whole picture's features, then one grid of all tiles without its padding, a newline
+            behind each row).
+        max_tiles: with ``spatial_unpad``, about how many tiles' worth of features the grid may keep; a
+            larger one is shrunk. None sets no limit.
+    """
+
+    side: int
+    patches_per_side: int
+    view_tokens: int
+    grids: tuple[Size, ...]
+    merge_type: str = FLAT
+    max_tiles: int | None = None
+
+    def choose_grid(self, picture: tuple[int, int]) -> Size:
+        """The canvas, in tiles, that keeps most of a picture's pixels and, of those, wastes least of itself."""
+        original = Size(*picture).area
+
+        def rank(grid: Size) -> tuple[int, int]:
+            kept = min(fit_into(picture, self.canvas(grid)).area, original)
+            return -kept, self.canvas(grid).area - kept
+
+        return min(self.grids, key=rank)
+
+    def canvas(self, grid: Size) -> Size:
+        """A canvas in pixels."""
+        return Size(grid.height * self.side, grid.width * self.side)
+
+    def place(self, picture: tuple[int, int]) -> tuple[Size, Size]:
+        """A picture's canvas in tiles, and the pixels that the picture is resized to, for the middle of it."""
+        grid = self.choose_grid(picture)
+        return grid, fit_into(picture, self.canvas(grid), round_up=True)
+
+    def num_views(self, picture: tuple[int, int]) -> int:
+        """Views of a picture: the whole of it and its tiles."""
+        return 1 + self.choose_grid(picture).area
+
+    def patches_without_padding(self, picture: tuple[int, int]) -> Window:
+        """The part of the tiles' common grid of patches that shows the picture.
+
+        Padding is cut on both sides alike, so that an odd row or column of it stays.
+        """
+        whole = self._whole(self.choose_grid(picture))
+        shown = fit_into(picture, whole)
+        top, left = (whole.height - shown.height) // 2, (whole.width - shown.width) // 2
+        return Window(top, left, Size(whole.height - 2 * top, whole.width - 2 * left))
+
+    def without_excess(self, patches: Size) -> Size:
+        """The size that a grid of patches is resized to where ``max_tiles`` asks for it, else its own."""
+        if self.max_tiles is None:
+            return patches
+        ratio = math.sqrt(patches.area / (self.max_tiles * self.patches_per_side**2))
+        if ratio <= _SHRINK_FROM:
+            return patches
+        return Size(max(int(patches.height // ratio), 1), max(int(patches.width // ratio), 1))
+
+    def num_tokens(self, picture: tuple[int, int]) -> int:
+        """Features of a picture, those of all its views and the newlines."""
+        if self.merge_type == FLAT:
+            return self.num_views(picture) * self.view_tokens
+        return self._count_merged(self.patches_without_padding(picture).size)
+
+    @property
+    def most_views(self) -> int:
+        """Views of the picture that has most of them."""
+        return 1 + max(grid.area for grid in self.grids)
+
+    @property
+    def most_tokens(self) -> int:
+        """What no picture has more features than."""
+        if self.merge_type == FLAT:
+            return self.most_views * self.view_tokens
+        return max(self._count_merged(patches) for grid in self.grids for patches in _cuts(self._whole(grid)))
+
+    def _whole(self, grid: Size) -> Size:
+        return Size(grid.height * self.patches_per_side, grid.width * self.patches_per_side)
+
+    def _count_merged(self, patches: Size) -> int:
+        rows, columns = self.without_excess(patches)
+        return self.view_tokens + rows * (columns + 1)
+
+
+def _cuts(whole: Size) -> Iterator[Size]:
+    """Every size that a grid can have when its padding is cut off."""
+    yield from (Size(rows, whole.width) for rows in range(whole.height, 0, -2))
+    yield from (Size(whole.height, columns) for columns in range(whole.width, 0, -2))

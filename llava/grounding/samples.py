@@ -1,0 +1,95 @@
+"""Coordinates of samples: read from ``variables``, checked against the text, moved into the tower's square."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from llava.config import VisionConfig
+from llava.constants import PLACEHOLDER
+from llava.geometry import frame_picture
+from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS, find_placeholders
+from llava.types import NO_COORDINATES, Coordinates, Record, Turn
+
+_NAMES = [field.name for field in fields(Coordinates)]
+_MEDIUM_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
+
+
+def parse_variables(variables: Any, where: str) -> Coordinates:
+    """Validate the ``variables`` of a raw sample.
+
+    Args:
+        variables: the parsed JSON; None, and a missing list, are empty.
+        where: the sample, for errors.
+    """
+    if variables is None:
+        return NO_COORDINATES
+    if not isinstance(variables, dict):
+        raise ValueError(f'{where}: "variables" must be an object of lists, found {type(variables).__name__}')
+    if unknown := sorted(name for name in set(variables) - set(_NAMES) if variables[name]):
+        raise ValueError(f'{where}: "variables" has the unknown list {unknown[0]!r}; known: {", ".join(_NAMES)}')
+    return Coordinates.from_variables({name: _parse_list(variables.get(name), name, where) for name in _NAMES})
+
+
+def _parse_list(numbers: Any, name: str, where: str) -> Sequence[float]:
+    numbers = [] if numbers is None else numbers
+    if not isinstance(numbers, list):
+        raise ValueError(f'{where}: "variables.{name}" must be a list of numbers, found {type(numbers).__name__}')
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f'{where}: "variables.{name}" has {number!r}, which is no number')
+        # Not math.isfinite, which fails over a whole number of hundreds of digits.
+        if not 0 <= number <= 1:
+            raise ValueError(
+                f'{where}: "variables.{name}" has {str(number)[:40]}; a coordinate is a fraction, from 0 to 1, of the '
+                "picture's width or height or of the clip's length"
+            )
+    return [float(number) for number in numbers]
+
+
+def check_coordinates(record: Record) -> None:
+    """A ValueError that names the record unless each coordinate has its placeholder, and each placeholder its own."""
+    wanted = Counter(find_placeholders(" ".join(turn.text for turn in record.turns)))
+    for placeholder, name in LOCATIONS.items():
+        given = len(getattr(record.coordinates, name))
+        if wanted[placeholder] != given:
+            raise ValueError(
+                f'{record}: its text has {wanted[placeholder]} {placeholder}, but "variables.{name}" has {given} '
+                f"number{'' if given == 1 else 's'}; there must be one for each"
+            )
+
+
+def move_to_square(
+    turns: Sequence[Turn], coordinates: Coordinates, sizes: Sequence[tuple[int, int]], vision: VisionConfig
+) -> Coordinates:
+    """Coordinates of pictures as coordinates of the squares that the tower sees.
+
+    Places speak of the image or video before them in the text, or of the first one. Times stay as they are.
+
+    Args:
+        turns: placeholders not expanded.
+        coordinates: in order of appearance.
+        sizes: original (height, width) of the media, in reading order.
+        vision: how pictures are fitted to the square.
+    """
+    if not coordinates or not sizes:
+        return coordinates
+    framings = [frame_picture(size, vision) for size in sizes]
+    waiting = {name: iter(numbers) for name, numbers in coordinates.to_variables().items()}
+    moved: dict[str, list[float]] = {name: [] for name in waiting}
+    medium = -1
+    for found in _MEDIUM_OR_PLACE.findall(" ".join(turn.text for turn in turns)):
+        name = LOCATIONS.get(found)
+        if name is None:
+            medium += 1
+            continue
+        number, framing = next(waiting[name]), framings[max(medium, 0)]
+        if "width" in name:
+            number, _ = framing.to_square(number, 0)
+        elif "height" in name:
+            _, number = framing.to_square(0, number)
+        moved[name].append(number)
+    return Coordinates.from_variables(moved)

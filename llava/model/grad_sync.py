@@ -1,0 +1,142 @@
+"""Where the trained vision parameters enter the graph of a step that several ranks take together.
+
+A rank's batch may hold videos while another's is text alone, and yet the collectives of DDP and ZeRO
+wait for a gradient of every parameter on every rank, ZeRO in the same order. So all trained vision
+parameters pass one node of the graph, the gate, whatever is done with them behind it. Its backward
+pass hands out all their gradients at once, in their own order, zeros where nothing was encoded. A rank
+without media runs no vision module: nothing is computed that could overflow or take time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import TrainerCallback
+
+from llava.model.visual import VISION_MODULES, vision_module_of
+
+
+class _Gate(torch.autograd.Function):
+    """Hands parameters on as they are, with an empty (0, width) tensor that ties them to the loss of any batch."""
+
+    @staticmethod
+    def forward(ctx: Any, used: set[str], width: int, names: list[str], *parameters: Tensor) -> tuple[Tensor, ...]:
+        # None says that nothing was encoded with a parameter; a gradient of zeros would not.
+        ctx.set_materialize_grads(False)
+        ctx.used, ctx.names, ctx.parameters = used, names, parameters
+        return parameters[0].new_empty((0, width)), *(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        own = gradients[1:]
+        for name, gradient in zip(ctx.names, own, strict=True):
+            if gradient is not None:
+                ctx.used.add(vision_module_of(name))
+        pairs = zip(own, ctx.parameters, strict=True)
+        complete = [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
+        return None, None, None, *complete
+
+
+class _Encoder(nn.Module):
+    """``encode_media`` of a decoder as a module, which can be called with other tensors for its parameters."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, *media: Any) -> list[Tensor]:
+        return self.decoder.encode_media(*media)
+
+
+def encode_through_gate(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
+    """Encode media on a training step of one rank among several.
+
+    Call it before anything else of the step is computed: what enters a graph first leaves its backward
+    pass last, so that the vision gradients follow those of the language model on every rank.
+
+    Args:
+        decoder: a ``LlavaMetaModel`` with vision modules. ``decoder.used_vision_modules`` gains, in the
+            backward pass, the names of those that this rank's media passed.
+        media: the arguments of ``encode_media``, or None for a batch of text alone.
+
+    Returns:
+        What ``encode_media`` gives and, last, an empty (0, width) tensor. It joins no token, yet ties
+        every trained vision parameter into the graph.
+    """
+    width = decoder.get_input_embeddings().embedding_dim
+    trained = {name: parameter for name, parameter in decoder.named_parameters() if _is_trained(name, parameter)}
+    if not trained:
+        encoded = [] if media is None else decoder.encode_media(*media)
+        return [*encoded, torch.empty((0, width), device=decoder.device)]
+    names = list(trained)
+    anchor, *tensors = _Gate.apply(decoder.used_vision_modules, width, names, *trained.values())
+    if media is None:
+        return [anchor]
+    gated = {f"decoder.{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
+    return [*functional_call(_Encoder(decoder), gated, media), anchor]
+
+
+def _is_trained(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and vision_module_of(name) is not None
+
+
+# Keeps the optimizer's hands off vision modules in steps in which no rank had media for them.
+
+
+class IdleVision(TrainerCallback):
+    """Takes idle vision modules out of an optimizer's step.
+
+    A gradient of zero is not none: AdamW decays weights and moments all the same, and counts a step.
+    Ranks that wait for each other have zeros even where no sample of the global step had an image or
+    a video. A module moves as a whole if any of its parameters was used by any micro-batch of any
+    rank, and else not at all; so it is with one process and with every engine.
+
+    Args:
+        used: the model's ``used_vision_modules``, which the backward passes of the step fill.
+        device: where the ranks' small collective runs, one for each step of the optimizer.
+    """
+
+    def __init__(self, used: set[str], device: torch.device) -> None:
+        self.used = used
+        self.device = device
+        self._moving: set[str] | None = None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.used.clear()
+        self._moving = None
+
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        """Hook for ``Optimizer.register_step_pre_hook``; groups say in ``vision_module`` what they hold.
+
+        ZeRO steps group by group, with flat shares of the parameters in the groups.
+        """
+        if self._moving is None:
+            self._moving = self._agree() if _has_ranks() else _modules_with_gradients(optimizer)
+        for group in optimizer.param_groups:
+            module = group["vision_module"]
+            for parameter in group["params"] if module is not None else ():
+                if module not in self._moving:
+                    parameter.grad = None
+                elif parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def _agree(self) -> set[str]:
+        """The modules that were used on any rank."""
+        flags = torch.tensor([module in self.used for module in VISION_MODULES], dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return {module for module, flag in zip(VISION_MODULES, flags.tolist(), strict=True) if flag}
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _modules_with_gradients(optimizer: torch.optim.Optimizer) -> set[str]:
+    def has_gradient(parameters: list[Tensor]) -> bool:
+        return any(parameter.grad is not None for parameter in parameters)
+
+    return {group["vision_module"] for group in optimizer.param_groups if has_gradient(group["params"])}

@@ -1,0 +1,137 @@
+"""Ranks that decide together, a choice of the first one, a mistake of any, a wish of any; and their parting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.integrations import deepspeed as integration
+
+from llava.model.coordinates import COORDINATES
+from llava.model.visual import VISION_MODULES, is_added
+
+Choice = TypeVar("Choice")
+
+
+class AgreedError(ValueError):
+    """An error that every rank raises alike, so that the first one speaks for all."""
+
+
+def has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    return not has_ranks() or dist.get_rank() == 0
+
+
+def decide_once(decide: Callable[[], Choice]) -> Choice:
+    """What ``decide`` returns on the first rank, on all of them.
+
+    Raises:
+        AgreedError: it raised a ValueError there.
+    """
+    if not has_ranks():
+        return decide()
+    decision: list = [None, None]
+    if is_first_rank():
+        try:
+            decision[0] = decide()
+        except ValueError as error:
+            decision[1] = str(error)
+    dist.broadcast_object_list(decision)
+    if decision[1] is not None:
+        raise AgreedError(decision[1])
+    return decision[0]
+
+
+def gather_failures(failure: str | None) -> list[str]:
+    """The failures of all ranks, on all of them; each must come here, with None where nothing failed."""
+    if not has_ranks():
+        return [failure] if failure is not None else []
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+
+
+def is_wanted_by_any(wanted: bool, device: torch.device) -> bool:
+    """Whether any rank wants it; each must ask, with the device that its process group talks from."""
+    if not has_ranks():
+        return wanted
+    votes = torch.tensor(int(wanted), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def leave_process_group() -> None:
+    """End what this rank has in common with the others; to be called once a run needs them no more.
+
+    A thread of gloo may still hold the tensors of the last exchange, and it needs the interpreter to let go of
+    them. One that asks for it after the interpreter has begun to end aborts the process. Neither
+    ``destroy_process_group`` nor dropping the trainer ends these threads, so they are given their turn here.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    threads_may_linger = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if threads_may_linger:
+        time.sleep(0.5)
+
+
+# ZeRO-3, which shares out the parameters themselves: what loading and the vision modules need to fit it.
+
+
+@contextmanager
+def loading_whole(training_args: Any) -> Iterator[None]:
+    """Load models as without DeepSpeed, although ``training_args`` have announced it to transformers."""
+    announced = getattr(training_args, "hf_deepspeed_config", None)
+    if announced is None:
+        yield
+        return
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(announced)
+
+
+def gather_added_together(model: Any) -> None:
+    """Let every rank gather vision modules and coordinates before each forward pass, if DeepSpeed shares them out.
+
+    Args:
+        model: a language model with head. Without ZeRO-3, or for plain text, nothing changes.
+    """
+    decoder = model.get_model()
+    names = [name for name, _ in decoder.named_parameters() if is_added(name)]
+
+    @torch.no_grad()
+    def gather(*args: Any) -> None:
+        own = dict(decoder.named_parameters())
+        shared: list[Any] = [own[name] for name in names if hasattr(own[name], "ds_status")]
+        if not shared:
+            return
+        if not all(parameter.ds_persist for parameter in shared):
+            _release_from_engine(decoder)
+            for parameter in shared:
+                # DeepSpeed's word for what stays whole from the first use to the optimizer's step.
+                parameter.ds_persist = True
+        # Does nothing for those that are whole; which ones these are is the same on every rank.
+        shared[0].all_gather(param_list=shared)
+
+    if names:
+        model.register_forward_pre_hook(gather)
+
+
+def _release_from_engine(decoder: nn.Module) -> None:
+    """Remove the hooks that DeepSpeed has put on the modules that were added to the language model."""
+    parts = (getattr(decoder, name, None) for name in (*VISION_MODULES, COORDINATES))
+    modules = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
+                del hooks[key]
