@@ -1,18 +1,135 @@
-"""Reading files that people write."""
+"""Files: atomic and durable writes, lines of JSON, hashes, locks, and YAML that people write."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import time
-from collections.abc import Hashable
+import uuid
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from llava.messages import shorten, shorten_text
 
 if TYPE_CHECKING:
     import yaml
+
+_BLOCK = 1 << 20
+
+
+# Atomic and durable writes: a file has its old content or the new one, whatever happens.
+
+
+@contextmanager
+def write_beside(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+    """A path to write a file at, which takes the name ``path`` when the block ends, and is removed if it fails.
+
+    Args:
+        path: of the file; one that exists is replaced as a whole.
+        durable: whether the new content is on the disk before the file takes its name. Needless where a damaged
+            file is noticed and made again.
+        shared: whether other processes may write the same file at the same time, so that each needs a path of its own.
+    """
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
+    try:
+        yield beside
+        if durable:
+            sync(beside)
+        beside.replace(path)
+        if durable:
+            sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a whole file, atomically and durably; text as UTF-8."""
+    with write_beside(path) as beside:
+        beside.write_bytes(_encode(content) if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
+    """Write a value as indented JSON, atomically and durably."""
+    write_durably(path, json.dumps(value, ensure_ascii=False, indent=1, sort_keys=sort_keys) + "\n")
+
+
+def _encode(text: str) -> bytes:
+    # Names of files may hold halves of characters, which are no UTF-8; escaped so, JSON is still JSON.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of the files in a folder, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network disks cannot, and need not.
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# Files to which a line of JSON is appended at a time. A process that is killed leaves half a line at most.
+
+
+def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, object]]) -> None:
+    """Append one line for each row to an open file; they are on the disk when this returns."""
+    file.write(b"".join(_encode(json.dumps(row, ensure_ascii=False) + "\n") for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The value of each line; half a line at the end is left out, and without the file there are none.
+
+    Raises:
+        ValueError: a line is no JSON; names file and line.
+    """
+    values = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return values
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Drop what a file has behind its last newline, so that lines can be appended again."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+
+# Hashes.
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: object, num_digits: int = 64) -> str:
+    """SHA-256 of a value as JSON with sorted keys; what JSON does not know counts as its ``str``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:num_digits]
+
+
+# YAML.
 
 
 def read_yaml(path: Path, name: str) -> Any:
