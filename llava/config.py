@@ -66,75 +66,79 @@ class VisionConfig:
 
     A model's ``config.json`` holds each field under its name with the prefix ``mm_``.
 
-    Attributes:
-        vision_tower: name or folder that the tower's weights come from.
-        vision_config: the tower's own configuration, with its ``model_type``.
-        vision_tower_hash: digest of the tower's weights, see ``hf_tower.hash_weights``.
-        save_vision_tower: whether checkpoints hold the tower's weights too.
-        vision_select_layer: which hidden state is used, counted as in the list of the embeddings
-            and every layer's output: -2 is the output of the last layer but one.
-        hidden_size: width of the tower's features.
-        image_size: side in pixels of the square frames that the tower sees.
-        image_resize_size: with aspect ratio ``square``, the shorter side before a centre crop;
-            None stretches the image to the square.
-        image_aspect_ratio: ``square``, ``pad`` (the whole image, padded with the mean colour), or
-            ``anyres`` and ``anyres_max_N`` (the whole image and tiles of it, see ``tiles.AnyRes``).
-        image_grid_pinpoints: with anyres, the canvases to choose from, see ``tiles.parse_pinpoints``.
-        patch_merge_type: with anyres, how the features of an image's views are put together.
-        image_mean, image_std: per channel, of pixels in [0, 1].
-        patches_per_side: side of the tower's patch grid.
-        projector_type: a registered projector.
-        resampler_type: a registered resampler, or None.
-        perceiver_latents: tokens a frame of the perceiver, or in the slow stream (and of a resampled image).
-        perceiver_latents_fast: tokens a frame in the fast stream.
-        perceiver_depth: layers of the perceiver.
-        qformer_latents, qformer_depth: tokens a frame and layers of the Q-Former.
-        spatial_pool_stride: how many patches a side the spatial pool makes one.
-        spatial_pool_mode: ``average``, ``max`` or ``bilinear``.
-        mask_drop_ratio: share of each frame's patches that the masked drop keeps.
-        resampler_width, resampler_heads: inner width and heads of the resampler's attention.
-        resample_images: whether images pass the resampler too; False keeps one token a patch.
-        num_frames: frames sampled from a video.
-        slow_frames: temporal length of the slow stream; 0 keeps every frame.
-        video_fps: frames sampled a second instead of ``num_frames``; 0 switches this off.
-        frames_upbound: most frames that ``video_fps`` may sample; 0 sets no bound but the frames that there are.
-        add_time_instruction: whether the user's turn tells how long a video is and when its frames were taken.
-        token_ids: ids of the visual tokens in the model's vocabulary.
+    Where a field is a flag too, the text under it is the flag's help.
     """
 
     vision_tower: str
+    """Name or folder that the tower's weights come from."""
     vision_config: dict[str, Any]
+    """The tower's own configuration, with its ``model_type``."""
     hidden_size: int
+    """Width of the tower's features."""
     image_size: int
+    """Side in pixels of the square frames that the tower sees."""
     patches_per_side: int
+    """Side of the tower's patch grid."""
     vision_tower_hash: str | None = None
+    """Digest of the tower's weights, see ``multimodal_encoder.hf.hash_weights``."""
     save_vision_tower: bool = False
+    """Whether checkpoints hold the tower's weights too."""
     vision_select_layer: int = -2
+    """Hidden state of the tower to use; -2 is the output of the last layer but one (default)."""
     image_resize_size: int | None = None
+    """With aspect ratio ``square``, the shorter side before a centre crop; None stretches the image to the square."""
     image_aspect_ratio: str = "square"
+    """square (default: as the tower's processor does), pad (the whole picture), anyres (the whole picture and tiles of
+    it) or anyres_max_N (of the tiles, about N tiles' worth of tokens at most)."""
     image_grid_pinpoints: str = DEFAULT_PINPOINTS
+    """What anyres may cut an image into, width x height: (1x2),(2x1) in tiles, (1x1),...,(6x6) for a range, or
+    [[224, 448]] in pixels."""
     patch_merge_type: str = FLAT
+    """How the tokens of an anyres image stand: flat (default: view by view) or spatial_unpad (its tiles as one grid
+    without padding, a learned newline behind each row)."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, of pixels in [0, 1]."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, of pixels in [0, 1]."""
     projector_type: str = "mlp2x_gelu"
+    """linear, identity, pooler, mlpNx_gelu or mlpNx_resMx_gelu."""
     resampler_type: str | None = None
+    """fast_slow_resampler, perceiver, qformer, spatial_pool, masked_drop, or none (default): every patch becomes a
+    token."""
     perceiver_latents: int = 81
+    """Tokens a frame of the perceiver, or in the slow stream, there a square."""
     perceiver_latents_fast: int = 9
+    """Tokens a frame in the fast stream, a square."""
     perceiver_depth: int = 2
+    """Layers of the perceiver."""
     qformer_latents: int = 32
+    """Tokens a frame of the Q-Former."""
     qformer_depth: int = 3
+    """Layers of the Q-Former."""
     spatial_pool_stride: int = 2
+    """How many patches a side spatial_pool makes one."""
     spatial_pool_mode: str = "bilinear"
+    """How spatial_pool does so: average, max, bilinear."""
     mask_drop_ratio: float = 0.25
+    """Share of each frame's patches that masked_drop keeps."""
     resampler_width: int = 1024
+    """Inner width of the resampler's attention."""
     resampler_heads: int = 8
+    """Heads of the resampler's attention."""
     resample_images: bool = False
+    """Let images pass the resampler too (default false: one token a patch)."""
     num_frames: int = 4
+    """Frames sampled evenly from a video."""
     slow_frames: int = 0
+    """Temporal length of the slow stream; 0 (default) keeps every frame."""
     video_fps: float = 0.0
+    """Sample so many frames a second instead of --num_frames; 0 (default) does not."""
     frames_upbound: int = 32
+    """Most frames that --video_fps samples (default 32; 0: no bound)."""
     add_time_instruction: bool = False
+    """Tell the user's turn how long its videos are and when their frames were taken; needs --version."""
     token_ids: dict[str, int] = field(default_factory=dict)
+    """Ids of the visual tokens in the model's vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "patches_per_side"):

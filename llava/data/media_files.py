@@ -150,19 +150,17 @@ PILLOW_LIMIT = 178_956_970
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """The most that a file may ask for; each field is a flag. Its checks raise ValueError without the path.
-
-    Attributes:
-        max_image_pixels: of an image, or of one frame of a video.
-        max_image_bytes: of an image's file.
-        max_video_pixels: of all frames sampled from a clip, which are in memory together (3 bytes each).
-        max_video_frames: of a clip, whose times are in memory together.
-    """
+    """The most that a file may ask for; each field is a flag. Its checks raise ValueError without the path."""
 
     max_image_pixels: int = 100_000_000
+    """Most pixels of an image, or of one frame of a video (default 100 million)."""
     max_image_bytes: int = 2**29
+    """Largest image file, in bytes (default 512 MiB)."""
     max_video_pixels: int = 500_000_000
+    """Most pixels of the frames sampled from a clip, before they are fitted to the tower (default 500 million, which
+    take 1.5 GB)."""
     max_video_frames: int = 1_000_000
+    """Most frames of a clip (default 1 million)."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

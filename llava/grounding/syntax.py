@@ -74,19 +74,20 @@ class GroundingConfig:
     A model's ``config.json`` holds it under ``grounding``, ``num_temporal_tokens``, ``num_spatial_tokens``,
     ``coordinate_token_ids`` and ``first_coordinate_bin``.
 
-    Attributes:
-        mode: ``lape`` (tables of bins, which text and pictures share) or ``placeholder`` (a placeholder is a word
-            like others, and says nothing of where).
-        num_temporal, num_spatial: bins of time, and of height and of width.
-        token_ids: ids of the placeholders.
-        first_bin: id of the first bin; all others follow it, time, height, width. None with ``placeholder``.
+    Where a field is a flag too, the text under it is the flag's help.
     """
 
     mode: str = LAPE
+    """``lape`` (tables of bins, which text and pictures share) or ``placeholder`` (a placeholder is a word like others,
+    and says nothing of where)."""
     num_temporal: int = DEFAULT_BINS
+    """Bins of time in new tables."""
     num_spatial: int = DEFAULT_BINS
+    """Bins of height, and of width, in new tables."""
     token_ids: dict[str, int] = field(default_factory=dict)
+    """Ids of the placeholders."""
     first_bin: int | None = None
+    """Id of the first bin; all others follow it, time, height, width. None with ``placeholder``."""
 
     def __post_init__(self) -> None:
         if self.mode not in (LAPE, PLACEHOLDER):
