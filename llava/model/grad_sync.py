@@ -115,7 +115,7 @@ class IdleVision(TrainerCallback):
         ZeRO steps group by group, with flat shares of the parameters in the groups.
         """
         if self._moving is None:
-            self._moving = self._agree() if _has_ranks() else _modules_with_gradients(optimizer)
+            self._moving = self._agree() if is_distributed() else _modules_with_gradients(optimizer)
         for group in optimizer.param_groups:
             module = group["vision_module"]
             for parameter in group["params"] if module is not None else ():
@@ -131,7 +131,8 @@ class IdleVision(TrainerCallback):
         return {module for module, flag in zip(VISION_MODULES, flags.tolist(), strict=True) if flag}
 
 
-def _has_ranks() -> bool:
+def is_distributed() -> bool:
+    """Whether this process is one of a group; the group may have no other member."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -31,7 +30,7 @@ from llava.model.coordinates import (
     two_hot_targets,
 )
 from llava.model.generation import MultimodalGeneration
-from llava.model.grad_sync import encode_through_gate
+from llava.model.grad_sync import encode_through_gate, is_distributed
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_tower
@@ -345,4 +344,4 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
 
     def _is_rank(self) -> bool:
         """Whether this process is one of a group, whose other ranks may hold other modalities."""
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
+        return is_distributed()

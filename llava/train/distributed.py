@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations import deepspeed as integration
 
 from llava.model.coordinates import COORDINATES
+from llava.model.grad_sync import is_distributed
 from llava.model.visual import VISION_MODULES, is_added
 
 Choice = TypeVar("Choice")
@@ -22,21 +23,17 @@ class AgreedError(ValueError):
     """An error that every rank raises alike, so that the first one speaks for all."""
 
 
-def has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def is_first_rank() -> bool:
-    return not has_ranks() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def decide_once(decide: Callable[[], Choice]) -> Choice:
-    """What ``decide`` returns on the first rank, on all of them.
+def broadcast_from_rank0(decide: Callable[[], Choice]) -> Choice:
+    """Call ``decide`` on the first rank alone, and return on every rank what it returned there.
 
     Raises:
         AgreedError: it raised a ValueError there.
     """
-    if not has_ranks():
+    if not is_distributed():
         return decide()
     decision: list = [None, None]
     if is_first_rank():
@@ -52,18 +49,18 @@ def decide_once(decide: Callable[[], Choice]) -> Choice:
 
 def gather_failures(failure: str | None) -> list[str]:
     """The failures of all ranks, on all of them; each must come here, with None where nothing failed."""
-    if not has_ranks():
+    if not is_distributed():
         return [failure] if failure is not None else []
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     return [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
 
 
-def is_wanted_by_any(wanted: bool, device: torch.device) -> bool:
-    """Whether any rank wants it; each must ask, with the device that its process group talks from."""
-    if not has_ranks():
-        return wanted
-    votes = torch.tensor(int(wanted), device=device)
+def is_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; each must ask, with the device that its process group talks from."""
+    if not is_distributed():
+        return flag
+    votes = torch.tensor(int(flag), device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
 
@@ -75,7 +72,7 @@ def leave_process_group() -> None:
     them. One that asks for it after the interpreter has begun to end aborts the process. Neither
     ``destroy_process_group`` nor dropping the trainer ends these threads, so they are given their turn here.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return
     threads_may_linger = "gloo" in dist.get_backend()
     dist.destroy_process_group()

@@ -82,7 +82,7 @@ def _may_cut(dataset: SupervisedDataset) -> bool:
 
 
 @dataclass
-class EvaluationTally:
+class EvaluationMeter:
     """The mean loss over all tokens that an evaluation predicts, its samples, and the bad ones among them.
 
     However samples are split into batches and over ranks, the mean is the same; transformers' is one over batches,

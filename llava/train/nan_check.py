@@ -29,7 +29,7 @@ class BadNumbersError(ValueError):
     """The loss or the gradient of a step is NaN or infinite; the message names step and samples."""
 
 
-class NumberGuard:
+class NanCheck:
     """Looks at every loss of a step, and at the norm of its gradient before the optimizer uses it.
 
     Losses stay on the device until then: a step costs one look at a flag (one wait for the device) and, with
@@ -156,7 +156,7 @@ class NumberGuard:
         return f"The batch is in {folder}; replay it with: python -m llava.train.replay {folder}"
 
 
-def build_guard(trainer: Any) -> NumberGuard:
+def build_nan_check(trainer: Any) -> NanCheck:
     """The guard of a trainer's run, once its model is on its device."""
     args = trainer.args
     settings = RunSettings(
@@ -172,7 +172,7 @@ def build_guard(trainer: Any) -> NumberGuard:
         trainable=[name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
         label_smoothing=args.label_smoothing_factor,
     )
-    return NumberGuard(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
+    return NanCheck(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
 
 
 def _without_bad_samples(micro_batch: Mapping[str, Any]) -> dict[str, Any]:

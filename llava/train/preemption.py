@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.train import stop_signals
-from llava.train.distributed import is_wanted_by_any
+from llava.train.distributed import is_any_rank
 from llava.train.saving import CheckpointTrainer
 from llava.train.stop_signals import PREEMPTED as PREEMPTED
 from llava.train.stop_signals import SIGNALS
@@ -65,7 +65,7 @@ class StopRequest(AbstractContextManager):
 
     def agree(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; every rank must call it at the same place."""
-        if self._listening and not self.agreed and is_wanted_by_any(self._received is not None, device):
+        if self._listening and not self.agreed and is_any_rank(self._received is not None, device):
             self.agreed = True
             if self._received is not None:
                 name = signal.Signals(self._received).name

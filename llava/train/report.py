@@ -21,7 +21,7 @@ from llava.data.mixture import Mixture
 from llava.data.records import describe_notes
 from llava.data.start_checks import check_media, check_media_files, check_text_is_known, cut_table, media_table
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.distributed import AgreedError, decide_once, gather_failures
+from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
 from llava.train.parts import COORDINATES_PART
 from llava.types import Example
 
@@ -95,10 +95,10 @@ def check_data(
     if data["train_dataset"] is not None:  # --do_train false reads none.
         check_vision_is_fed(model_args, documents_of(data["train_dataset"]))
     for dataset in map(documents_of, filter(None, (data["train_dataset"], data["eval_dataset"]))):
-        decide_once(partial(check_room_for_media, dataset))
-        decide_once(partial(check_text_is_known, dataset))
+        broadcast_from_rank0(partial(check_room_for_media, dataset))
+        broadcast_from_rank0(partial(check_text_is_known, dataset))
         if data_args.check_data == "files":
-            decide_once(partial(check_media_files, dataset))
+            broadcast_from_rank0(partial(check_media_files, dataset))
         elif data_args.check_data == "decode":
             check_decoding(dataset, training_args)
 

@@ -37,7 +37,7 @@ from llava.train.checkpoint import (
     staging_of,
     store_best,
 )
-from llava.train.distributed import AgreedError, decide_once, gather_failures, is_first_rank
+from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures, is_first_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
 from llava.train.optimizers import put_in_force
 from llava.train.run_folder import LOCK
@@ -91,7 +91,7 @@ class CheckpointTrainer(Trainer):
             )
         if self.identity is not None:
             mine = replace(self.identity, length=self.run_length())
-            found = decide_once(lambda: compare_runs(mine, checkpoint, args.ignore_data_skip))
+            found = broadcast_from_rank0(lambda: compare_runs(mine, checkpoint, args.ignore_data_skip))
             wrong, self._changed, self._rescheduled = found.wrong, found.names, found.rescheduled
             allowed = found.allowed
         if wrong and args.resume_changed and is_first_rank():
@@ -399,9 +399,9 @@ class CheckpointTrainer(Trainer):
         Raises:
             ValueError: it cannot be saved, or not even one checkpoint has room on the disk.
         """
-        decide_once(self._save_trial)
+        broadcast_from_rank0(self._save_trial)
         length = self.run_length()["steps"]
-        decide_once(lambda: self._check_room(length))
+        broadcast_from_rank0(lambda: self._check_room(length))
 
     def _save_trial(self) -> None:
         folder = Path(self.args.output_dir)

@@ -44,7 +44,7 @@ from llava.train.checkpoint import (
 )
 from llava.train.command_line import parse_arguments
 from llava.train.data_order import describe_changes
-from llava.train.distributed import AgreedError, decide_once, is_first_rank, leave_process_group, loading_whole
+from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.lora import lora_loading, set_up_adapters
@@ -208,7 +208,7 @@ def build_in_folder(
         model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data, **options
     )
     if training_args.do_train:  # Files are read on one rank only.
-        trainer.identity = decide_once(
+        trainer.identity = broadcast_from_rank0(
             lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
         )
     return trainer
@@ -334,7 +334,7 @@ def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | No
             prepare_folder(str(folder), given, training_args.overwrite_output_dir, sources)
 
     try:
-        decide_once(take)
+        broadcast_from_rank0(take)
     except ValueError:
         give_folder_back(training_args)
         raise
@@ -375,7 +375,7 @@ def take_finished(trainer: LlavaTrainer) -> bool:
             )
         return False
 
-    if not decide_once(is_finished):
+    if not broadcast_from_rank0(is_finished):
         return False
     trainer.take_final_model(folder)
     return True
@@ -389,7 +389,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         clear_leftovers(output_dir)
         return choose_checkpoint(training_args.resume_from_checkpoint, output_dir, training_args.resume_changed)
 
-    return decide_once(choose)
+    return broadcast_from_rank0(choose)
 
 
 def cli(run: Callable[[], Any] = main) -> int:

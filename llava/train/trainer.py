@@ -19,8 +19,8 @@ from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
 from llava.train.distributed import gather_added_together
 from llava.train.engines import check_engine
-from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationTally, check_best_metric
-from llava.train.nan_check import NumberGuard, build_guard
+from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationMeter, check_best_metric
+from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.optimizers import build_optimizer
 from llava.train.preemption import PreemptibleTrainer
 
@@ -57,7 +57,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         self.add_callback(FirstStepsCallback())
         self.ledger = ledger
         self.cut: CutCounter | None = None
-        self.tally: EvaluationTally | None = None
+        self.tally: EvaluationMeter | None = None
         if ledger is not None:
             self.add_callback(ledger)
 
@@ -86,8 +86,8 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         if self.cut is None:
             self.cut = CutCounter(self.train_dataset)
         self.cut.add(batches)
-        if self.number_guard is not None:
-            self.number_guard.begin_step(batches, num_items)
+        if self.nan_check is not None:
+            self.nan_check.begin_step(batches, num_items)
         return batches, num_items
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the loss by token; skipped samples go into the ledger and do not count."""
-        self.tally = tally = EvaluationTally()
+        self.tally = tally = EvaluationMeter()
         self.gather_function = tally.gather_rows
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
@@ -156,23 +156,23 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         return super()._prepare_inputs(model_inputs(inputs))
 
     @cached_property
-    def number_guard(self) -> NumberGuard | None:
+    def nan_check(self) -> NanCheck | None:
         """Stops the run where numbers go wrong; None with ``--stop_on_bad_numbers false``."""
-        return build_guard(self) if self.args.stop_on_bad_numbers else None
+        return build_nan_check(self) if self.args.stop_on_bad_numbers else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.number_guard is None:
+        if self.nan_check is None:
             return super().training_step(*args, **kwargs)
-        self.number_guard.begin_micro_batch()
+        self.nan_check.begin_micro_batch()
         loss = super().training_step(*args, **kwargs)
-        self.number_guard.add_loss(loss)
+        self.nan_check.add_loss(loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last thing before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.number_guard is not None:
-            self.number_guard.check(grad_norm, self.state.global_step + 1)
+        if self.nan_check is not None:
+            self.nan_check.check(grad_norm, self.state.global_step + 1)
         return grad_norm
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

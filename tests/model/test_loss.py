@@ -9,7 +9,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.model.loss import share_of_batch, supervised_loss
-from llava.train.evaluation import EvaluationTally
+from llava.train.evaluation import EvaluationMeter
 
 VOCABULARY = 7
 
@@ -47,7 +47,7 @@ def test_a_batch_that_predicts_nothing_has_a_loss_of_zero_and_no_gradient(head, 
 
 
 def test_an_evaluation_counts_tokens_not_batches() -> None:
-    tally = EvaluationTally()
+    tally = EvaluationMeter()
     assert math.isnan(tally.mean_loss())
     nothing = {"labels": torch.full((2, 3), IGNORE_INDEX)}
     tally.add(nothing, torch.tensor(0.0))

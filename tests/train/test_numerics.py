@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from llava.train.nan_check import (
     MOST_OVERFLOWS,
     BadNumbersError,
-    NumberGuard,
+    NanCheck,
     RankBatch,
     RunSettings,
     read_batch,
@@ -167,11 +167,11 @@ def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path
 SETTINGS = RunSettings(1, 1, "fp32", False, None, False, 16, "nf4", True, ["weight"])
 
 
-def make_guard(folder: Path, scales_loss: bool = False, save_model=lambda path: None) -> NumberGuard:
-    return NumberGuard(str(folder), 0, torch.device("cpu"), SETTINGS, scales_loss, save_model)
+def make_check(folder: Path, scales_loss: bool = False, save_model=lambda path: None) -> NanCheck:
+    return NanCheck(str(folder), 0, torch.device("cpu"), SETTINGS, scales_loss, save_model)
 
 
-def take_step(guard: NumberGuard, step: int, loss: float = 1.0, grad_norm: float | None = 1.0) -> None:
+def take_step(guard: NanCheck, step: int, loss: float = 1.0, grad_norm: float | None = 1.0) -> None:
     guard.begin_step([{"input_ids": torch.tensor([[1]]), "sample_ids": ["a"]}], 3)
     guard.begin_micro_batch()
     guard.add_loss(torch.tensor(loss))
@@ -190,7 +190,7 @@ def take_step(guard: NumberGuard, step: int, loss: float = 1.0, grad_norm: float
     ],
 )
 def test_what_is_no_finite_number(tmp_path: Path, loss: float, grad_norm: float | None, message: str) -> None:
-    guard = make_guard(tmp_path)
+    guard = make_check(tmp_path)
     take_step(guard, 3)
     take_step(guard, 3, grad_norm=None)
     with pytest.raises(BadNumbersError, match=message):
@@ -206,7 +206,7 @@ def test_every_rank_stops_for_another(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("torch.distributed.all_reduce", reduce)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    guard = make_guard(tmp_path)
+    guard = make_check(tmp_path)
     guard.settings = replace(SETTINGS, world_size=2)
     # Of an infinite loss the gradient may well be finite: this rank sees nothing wrong in its own numbers.
     with pytest.raises(
@@ -216,7 +216,7 @@ def test_every_rank_stops_for_another(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_loss_scale_may_overflow_but_not_for_ever(tmp_path: Path) -> None:
-    guard = make_guard(tmp_path, scales_loss=True)
+    guard = make_check(tmp_path, scales_loss=True)
     for step in range(1, MOST_OVERFLOWS + 1):
         take_step(guard, step, grad_norm=float("inf"))
     take_step(guard, 60)
@@ -226,7 +226,7 @@ def test_a_loss_scale_may_overflow_but_not_for_ever(tmp_path: Path) -> None:
     with pytest.raises(BadNumbersError, match="the gradient norm is inf"):
         take_step(guard, 200, grad_norm=float("inf"))
     with pytest.raises(BadNumbersError, match="micro-batch 0 is nan"):
-        take_step(make_guard(tmp_path, scales_loss=True), 1, loss=float("nan"))
+        take_step(make_check(tmp_path, scales_loss=True), 1, loss=float("nan"))
 
 
 def test_a_full_disk_does_not_hide_what_was_found(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_full_disk_does_not_hide_what_was_found(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(BadNumbersError, match=r"step 2: .* is nan.*could not be written to .*No space left on device"):
-        take_step(make_guard(tmp_path, save_model=fail), 2, loss=float("nan"))
+        take_step(make_check(tmp_path, save_model=fail), 2, loss=float("nan"))
 
 
 def test_a_batch_is_read_as_it_was_written(tmp_path: Path) -> None:
