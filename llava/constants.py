@@ -8,7 +8,9 @@ IGNORE_INDEX = -100
 DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_VIDEO_TOKEN = "<video>"
 PLACEHOLDER = re.compile(rf"(?<!\\)(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN})")
-"""Where the text of a sample has a medium; behind a backslash it is the word itself."""
+"""Where the text of a sample has an image or a video; behind a backslash it is the word itself."""
+ESCAPED_PLACEHOLDER = re.compile(rf"\\({DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN})")
+"""The word with its backslash; what reads is its group."""
 
 IMAGE_START = "<im_start>"
 IMAGE_PATCH = "<im_patch>"

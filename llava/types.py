@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 MediaKind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
 
+ERROR, SKIP = "error", "skip"
+ON_BAD_SAMPLE = (ERROR, SKIP)
+"""What may be done about a bad sample: stop with an error that names it, or leave it out and write it down."""
+
 
 @dataclass(frozen=True)
 class Media:
@@ -137,6 +141,13 @@ class BadSample:
     reason: str
     data_file: str = ""
 
+    @classmethod
+    def from_error(cls, record: Record, error: ValueError) -> BadSample:
+        """What an error that was raised over a record says of it; that of a media file has a ``path``."""
+        file: str = getattr(error, "path", "")
+        reason = str(error).removeprefix(f"{record}: ").removeprefix(f"{record.source}: ").removeprefix(f"{file}: ")
+        return cls(record.id, record.source, file, " ".join(reason.splitlines()), record.data_file)
+
     def to_row(self) -> dict[str, str]:
         """What a file of bad samples says of it, its data file aside."""
         return {"id": self.id, "source": self.source, "file": self.file, "reason": self.reason}
@@ -144,6 +155,17 @@ class BadSample:
     def __str__(self) -> str:
         where = f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
         return ": ".join(part for part in (where, self.file, self.reason) if part)
+
+
+class BadSampleError(ValueError):
+    """A bad sample under ``on_bad_sample="error"``; the message is one line that names sample and file.
+
+    PyTorch raises the error of a worker process anew from its type and a text, the worker's traceback. That text
+    ends with the line that was meant, which is taken out of it here.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].rstrip())
 
 
 class Batch(TypedDict, total=False):

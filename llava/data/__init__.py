@@ -11,9 +11,8 @@ media.py          a file                -> squares of an image or of sampled fra
   packets.py        containers and what a packet shows; nal_units.py for H.264 and HEVC
   truncation.py     is the file whole?
   decoding.py       video.py as a process with a time limit
-placeholders.py   turns                 -> text with visual spans, within the context
+placeholders.py   turns                 -> text with visual spans and the times of frames
 formats/          turns                 -> ids and labels, in one of the formats
-time_instruction.py turns               -> turns that tell the times of frames
 dataset.py        Record                -> Example
 dataset_stats.py  all Records           -> their lengths, and what has something to learn
 collator.py       Examples              -> Batch

@@ -15,14 +15,13 @@ from typing import Any, TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
-from llava.data.bad_samples import SKIP, describe_error
 from llava.data.media import load_image, sample_video
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_links
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
 from llava.messages import run_command
 from llava.parser import CommandParser, check_at_least
-from llava.types import BadSample, Record
+from llava.types import SKIP, BadSample, Record
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class MediaCheck(Dataset["BadSample | None"]):
     def __getitem__(self, index: int) -> BadSample | None:
         record = self.records[index]
         if record.fault is not None:
-            return describe_error(record, ValueError(record.fault))
+            return BadSample.from_error(record, ValueError(record.fault))
         try:
             self.decode(record)
         except ValueError as error:
-            return describe_error(record, error)
+            return BadSample.from_error(record, error)
         return None
 
     def decode(self, record: Record) -> None:

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
-from llava.data.bad_samples import ERROR, SKIP, BadSampleError, check_on_bad_sample, describe_error
 from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset_stats import (
@@ -24,17 +23,34 @@ from llava.data.dataset_stats import (
     survey_targets,
 )
 from llava.data.formats import PLAIN_LM, Format, build_format
-from llava.data.formats.base import ContextError, Segment, label_segments, truncate_segments
-from llava.data.formats.plain import join_turns
+from llava.data.formats.base import ContextError, Segment, label_segments
 from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
-from llava.data.placeholders import expand_placeholders, placeholder_kinds, remove_placeholders
+from llava.data.placeholders import (
+    Clip,
+    add_time_instruction,
+    clips_of,
+    expand_placeholders,
+    placeholder_kinds,
+    stand_in,
+)
 from llava.data.records import read_records
-from llava.data.time_instruction import Clip, add_time_instruction, check_format, clips_of, stand_in
 from llava.grounding.samples import move_to_square
 from llava.grounding.syntax import GroundingConfig
-from llava.types import NO_COORDINATES, BadSample, Coordinates, Example, Record, Turn, VisualInput
+from llava.types import (
+    ERROR,
+    NO_COORDINATES,
+    ON_BAD_SAMPLE,
+    SKIP,
+    BadSample,
+    BadSampleError,
+    Coordinates,
+    Example,
+    Record,
+    Turn,
+    VisualInput,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +88,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         grounding: GroundingConfig | None = None,
         skip_empty: bool = False,
     ) -> None:
-        check_on_bad_sample(on_bad_sample)
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"--on_bad_sample is {on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
         self.skip_empty = skip_empty
         self.records = records
         self.tokenizer = tokenizer
@@ -82,7 +99,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
         self.on_bad_sample = on_bad_sample
         if vision is not None and vision.add_time_instruction:
-            check_format(self.text_format)
+            check_times_are_not_learned(self.text_format)
         self.decode_timeout = decode_timeout
         self.limits = limits
         self.grounding = grounding
@@ -103,7 +120,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         try:
             return self.load_example(record)
         except ValueError as error:
-            bad = describe_error(record, error)
+            bad = BadSample.from_error(record, error)
             if self.on_bad_sample == ERROR:
                 raise BadSampleError(str(bad)) from error
             return bad
@@ -185,7 +202,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     def _label(self, record: Record, segments: list[Segment]) -> tuple[list[int], list[int]]:
         """Ids and labels of a record's segments, within ``max_length``."""
         try:
-            ids, labels = label_segments(truncate_segments(segments, self.max_length))
+            ids, labels = label_segments(segments, self.max_length)
         except ContextError as error:
             remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
             raise ContextError(f"{record}: {error}{remedy}") from error
@@ -292,9 +309,14 @@ def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[Visu
     return [next(waiting[kind]) for turn in record.turns for kind in placeholder_kinds(turn.text)]
 
 
-def text_without_media(record: Record) -> str:
-    """The text of a record as ``plain_lm`` joins it, placeholders left out."""
-    return join_turns([remove_placeholders(turn.text) for turn in record.turns])
+def check_times_are_not_learned(text_format: Format) -> None:
+    """A ValueError if the times of frames, which go into a user's turn, would be learned or left out."""
+    if not (text_format.has_prompts and text_format.writes_user_text):
+        raise ValueError(
+            "--add_time_instruction tells the times of frames in the user's turns, but this format "
+            f"{'leaves their text out' if text_format.has_prompts else 'learns all text'}; give a --version that "
+            "writes and does not learn them (chat, qwen, v1, ...)"
+        )
 
 
 def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:

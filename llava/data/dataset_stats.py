@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.bad_samples import ERROR
 from llava.data.index import NUMBERS
 from llava.data.mixture import Mixture
-from llava.types import Record, Turn
+from llava.types import ERROR, Record, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

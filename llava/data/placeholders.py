@@ -1,20 +1,20 @@
-"""From ``<image>`` and ``<video>`` in the text to spans of visual tokens."""
+"""From ``<image>`` and ``<video>`` in the text to spans of visual tokens, and to sentences with the times of frames."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, TypeVar
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER
-from llava.types import MediaKind, Turn
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER
+from llava.types import MediaKind, Turn, VisualInput
 
 T = TypeVar("T")
 
 PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDEO_TOKEN: "video"}
-_ESCAPED = re.compile(rf"\\({'|'.join(PLACEHOLDERS)})")
 
 
 def placeholder_kinds(text: str) -> list[MediaKind]:
@@ -33,8 +33,8 @@ def split_at_placeholders(text: str, keep: bool = False) -> list[str]:
 
 
 def literal_text(text: str) -> str:
-    r"""A text without media as it reads: ``\<image>`` is the word ``<image>``, and no medium."""
-    return _ESCAPED.sub(r"\1", text) if "\\<" in text else text
+    r"""A text as it reads: ``\<image>`` is the word ``<image>``, and no image."""
+    return ESCAPED_PLACEHOLDER.sub(r"\1", text)
 
 
 def remove_placeholders(text: str) -> str:
@@ -140,3 +140,64 @@ def _one_for_each(placeholder: str, texts: Sequence[str], given: Sequence[T] | N
             f"the text has {found} {placeholder}, but {len(given)} {PLACEHOLDERS[placeholder]}s were given"
         )
     return iter(given)
+
+
+# --add_time_instruction: the user's turn says how long its videos are and when their frames were taken.
+
+SENTENCE = "{name} lasts {duration:.2f} seconds. Frames shown: {count}, at {times} seconds."
+ONE_VIDEO, ONE_OF_SEVERAL = "The video", "Video {number}"
+SEPARATOR = "\n"
+"""Stands between the sentences and the turn's own text."""
+
+_STAND_IN_SECONDS = 987.65
+"""Length of a video that was not opened: as many digits as most have, and none that make a common token."""
+
+Clip = tuple[float, tuple[float, ...]]
+"""Seconds that a video lasts, and those of its frames from its first one."""
+
+
+def clips_of(media: Iterable[VisualInput]) -> list[Clip]:
+    """The clips that decoded media have, in order."""
+    return [(medium.duration, medium.times) for medium in media if medium.kind == "video"]
+
+
+def stand_in(num_frames: int) -> Clip:
+    """A clip for a video that was not opened, whose sentence is about as long as its real one."""
+    import numpy as np
+
+    return _STAND_IN_SECONDS, tuple(np.linspace(0, _STAND_IN_SECONDS, num_frames).tolist())
+
+
+def add_time_instruction(turns: Sequence[Turn], clips: Sequence[Clip]) -> list[Turn]:
+    """Put the sentences of the videos that a turn shows before its text.
+
+    Args:
+        turns: with placeholders, in reading order.
+        clips: one for each video, in the order of the placeholders.
+
+    Raises:
+        ValueError: the assistant shows a video, or the times of one are not known.
+    """
+    waiting = iter(clips)
+    written = []
+    for turn in turns:
+        shown = [next(waiting) for _ in range(placeholder_kinds(turn.text).count("video"))]
+        if shown and turn.role == "assistant":
+            raise ValueError(
+                f"a turn of the assistant has {DEFAULT_VIDEO_TOKEN}, where --add_time_instruction would be learned; "
+                "move it to the user's"
+            )
+        written.append(replace(turn, text=SEPARATOR.join([*_sentences(shown), turn.text])))
+    return written
+
+
+def _sentences(clips: Sequence[Clip]) -> list[str]:
+    """A sentence for each video of a turn."""
+    sentences = []
+    for number, (duration, times) in enumerate(clips, start=1):
+        if not times:
+            raise ValueError("the times of a video's frames are not known, which --add_time_instruction tells")
+        name = ONE_VIDEO if len(clips) == 1 else ONE_OF_SEVERAL.format(number=number)
+        listed = ", ".join(f"{time:.2f}" for time in times)
+        sentences.append(SENTENCE.format(name=name, duration=duration, count=len(times), times=listed))
+    return sentences

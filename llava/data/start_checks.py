@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava.data.bad_samples import SKIP
 from llava.data.dataset_stats import survey_cut, survey_kinds
 from llava.data.media_files import MediaError, check_file
 from llava.data.mixture import Mixture
 from llava.data.placeholders import remove_placeholders
-from llava.types import Media, MediaKind, Record
+from llava.types import SKIP, Media, MediaKind, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from llava.data.placeholders import remove_placeholders
 from llava.messages import run_command
 from llava.parser import CommandParser, check_output_folder
+from llava.types import Record
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
@@ -95,7 +97,6 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
 def read_texts(path: str) -> Iterator[str]:
     """The texts of a file: its lines, or the turns of its samples without their placeholders."""
     if Path(path).suffix in (".json", ".jsonl"):
-        from llava.data.dataset import text_without_media
         from llava.data.records import parse_record, read_samples
         from llava.grounding.syntax import strip_coordinates
 
@@ -115,6 +116,11 @@ def read_texts(path: str) -> Iterator[str]:
         raise ValueError(f"--data {path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"--data {path}: cannot be read to its end: {error}") from error
+
+
+def text_without_media(record: Record) -> str:
+    """The text of a record as ``plain_lm`` joins it, placeholders left out."""
+    return " ".join(text for turn in record.turns if (text := remove_placeholders(turn.text).strip()))
 
 
 def open_text(path: str) -> IO[str]:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llava.data.bad_samples import ERROR
 from llava.data.media import load_media
 from llava.data.media_files import MediaError
 from llava.eval.store import EvalSample, Prediction, Row, write_rows
 from llava.eval.tasks import TASKS
 from llava.model.loading import choose_device
 from llava.serve.generate import Answer, Captioner, PromptTooLongError, Request
-from llava.types import BadSample, Coordinates, VisualInput
+from llava.types import ERROR, BadSample, Coordinates, VisualInput
 
 if TYPE_CHECKING:
     from llava.config import VisionConfig

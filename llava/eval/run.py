@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llava.data.bad_samples import ERROR, ON_BAD_SAMPLE
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row
 from llava.eval.tasks import EXPRESSION, TASKS, Task
@@ -32,7 +31,7 @@ from llava.io import num_cores
 from llava.messages import INTERRUPTED, run_command
 from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
-from llava.types import BadSample
+from llava.types import ERROR, ON_BAD_SAMPLE, BadSample
 
 if TYPE_CHECKING:
     from llava.config import VisionConfig

@@ -14,8 +14,7 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.media import load_media
-from llava.data.placeholders import expand_placeholders, placeholder_kinds
-from llava.data.time_instruction import add_time_instruction, clips_of
+from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, placeholder_kinds
 from llava.geometry import Framing, frame_picture
 from llava.grounding.samples import check_coordinates, move_to_square
 from llava.grounding.syntax import (

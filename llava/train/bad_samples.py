@@ -1,4 +1,4 @@
-"""What a run does about bad samples: its flags, and the ledger of those that it left out."""
+"""What a run does about bad samples: its flags, and the log of those that it left out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.data.bad_samples import ERROR, SKIP, check_on_bad_sample
-from llava.types import BadSample
+from llava.types import ERROR, ON_BAD_SAMPLE, SKIP, BadSample
 
 logger = logging.getLogger(__name__)
 
-LEDGER = "bad_samples.jsonl"
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
 FEWEST_SEEN = 20
 """Samples that must have been seen before their bad ones can end a run in the middle of an epoch."""
 
@@ -34,7 +33,7 @@ class BadSampleArguments:
         default=ERROR,
         metadata={
             "help": "error (default): a sample that cannot be used stops the run; skip: it is left out and written to "
-            f"{LEDGER} in --output_dir."
+            f"{BAD_SAMPLES_FILE} in --output_dir."
         },
     )
     max_bad_share: float = field(
@@ -49,21 +48,22 @@ class BadSampleArguments:
 
     def check_bad_samples(self) -> None:
         """A ValueError for values that do not fit."""
-        check_on_bad_sample(self.on_bad_sample)
+        if self.on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"--on_bad_sample is {self.on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
         if not 0 <= self.decode_timeout < math.inf:
             raise ValueError(f"--decode_timeout is {self.decode_timeout}; it is a number of seconds, or 0 for no limit")
 
-    def build_ledger(self, output_dir: str | None) -> BadSampleLedger | None:
-        """The ledger of a run that skips bad samples; None for one that stops at the first."""
+    def build_bad_sample_log(self, output_dir: str | None) -> BadSampleLog | None:
+        """The log of a run that skips bad samples; None for one that stops at the first."""
         if self.on_bad_sample != SKIP:
             return None
         assert output_dir is not None
-        return BadSampleLedger(Path(output_dir) / LEDGER, self.max_bad_share)
+        return BadSampleLog(Path(output_dir) / BAD_SAMPLES_FILE, self.max_bad_share)
 
 
-class BadSampleLedger(TrainerCallback):
+class BadSampleLog(TrainerCallback):
     """A file with one row for each bad sample of a run, whichever rank, worker and epoch met it.
 
     Rows are ``{"id", "source", "file", "reason", "data_file"}``, written by the first rank as they come in, each on
@@ -90,7 +90,7 @@ class BadSampleLedger(TrainerCallback):
         self.num_seen = self.num_bad = 0
         self._known = set()
         if state.global_step:
-            self._known = {_key(row) for row in read_ledger(self.path)}
+            self._known = {_key(row) for row in read_bad_samples(self.path)}
         # Every rank has read before the first one writes.
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -152,8 +152,8 @@ def _key(row: dict[str, str]) -> tuple[str, str, str]:
     return row.get("data_file", ""), row["source"], row["id"]
 
 
-def read_ledger(path: Path) -> list[dict[str, str]]:
-    """The rows of a ledger; of a run that was killed while it wrote, without the last half."""
+def read_bad_samples(path: Path) -> list[dict[str, str]]:
+    """The lines of a log; of a run that was killed while it wrote, without the last half."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

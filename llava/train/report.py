@@ -11,7 +11,6 @@ import numpy as np
 
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
-from llava.data.bad_samples import SKIP, describe_error
 from llava.data.check import MediaCheck, find_bad
 from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset, check_room
@@ -23,7 +22,7 @@ from llava.data.start_checks import check_media, check_media_files, check_text_i
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
 from llava.train.parts import COORDINATES_PART
-from llava.types import Example
+from llava.types import SKIP, BadSample, Example
 
 
 def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> str:
@@ -64,7 +63,7 @@ def supervision_table(dataset: SupervisedDataset | ChunkedDataset, num_samples: 
         except ValueError as error:
             if documents.on_bad_sample != SKIP:
                 raise
-            lines.append(f"  {describe_error(record, error)} (skipped)")
+            lines.append(f"  {BadSample.from_error(record, error)} (skipped)")
             continue
         supervised = [label for label in labels if label != IGNORE_INDEX]
         text = documents.tokenizer.decode(supervised)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llava.train.bad_samples import LEDGER
+from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_resume_asked, list_checkpoints, remove_leftovers
 from llava.train.nan_check import BAD_STEP_RUN
 
@@ -122,7 +122,7 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
         )
     folders = [path for path in list_checkpoints(folder) if _is_checkpoint(path)]
     folders += [path for path in folder.glob("bad_step-*") if (path / BAD_STEP_RUN).is_file()]
-    files = [path for pattern in (*_MODEL_FILES, LEDGER) for path in folder.glob(pattern) if path.is_file()]
+    files = [path for pattern in (*_MODEL_FILES, BAD_SAMPLES_FILE) for path in folder.glob(pattern) if path.is_file()]
     going = {path.resolve() for path in (*folders, *files)}
     for flag, source in sources.items():
         place = Path(source).resolve() if source else None

@@ -203,9 +203,9 @@ def build_in_folder(
         print(data_tables([data["train_dataset"], data["eval_dataset"]]))
         print(supervision_table(data["train_dataset"] or data["eval_dataset"]), flush=True)
 
-    ledger = data_args.build_ledger(training_args.output_dir)
+    bad_sample_log = data_args.build_bad_sample_log(training_args.output_dir)
     trainer = LlavaTrainer(
-        model=model, args=training_args, processing_class=tokenizer, ledger=ledger, **data, **options
+        model=model, args=training_args, processing_class=tokenizer, bad_sample_log=bad_sample_log, **data, **options
     )
     if training_args.do_train:  # Files are read on one rank only.
         trainer.identity = broadcast_from_rank0(

@@ -14,7 +14,7 @@ from llava.data.collator import model_inputs
 from llava.messages import list_names
 from llava.model.grad_sync import IdleVision
 from llava.model.lora import has_adapters, load_adapter_weights
-from llava.train.bad_samples import BadSampleLedger
+from llava.train.bad_samples import BadSampleLog
 from llava.train.callbacks import FirstStepsCallback
 from llava.train.data_order import OrderedDataTrainer
 from llava.train.distributed import gather_added_together
@@ -39,7 +39,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     the samples' ids; bad samples that were skipped have no row.
 
     Args:
-        ledger: where bad samples are written down; None where they are errors.
+        bad_sample_log: where bad samples are written down; None where they are errors.
         *args, **kwargs: as for transformers' ``Trainer``.
     """
 
@@ -47,7 +47,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     predicted_ids: list[str] = []  # noqa: RUF012 - of the newest predictions; replaced, never added to
     _returns_logits = False
 
-    def __init__(self, *args: Any, ledger: BadSampleLedger | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bad_sample_log: BadSampleLog | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator.state)
         gather_added_together(self.model)
@@ -55,11 +55,11 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         # coordinates, nor experts. compute_loss asks the model for a smoothed loss instead.
         self.label_smoother = None
         self.add_callback(FirstStepsCallback())
-        self.ledger = ledger
+        self.bad_sample_log = bad_sample_log
         self.cut: CutCounter | None = None
         self.tally: EvaluationMeter | None = None
-        if ledger is not None:
-            self.add_callback(ledger)
+        if bad_sample_log is not None:
+            self.add_callback(bad_sample_log)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over groups with a learning rate for each part."""
@@ -78,11 +78,11 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of a step and their predicted tokens; their bad samples go into the ledger."""
+        """The micro-batches of a step and their predicted tokens; their bad samples go into the log of these."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.ledger is not None:
+        if self.bad_sample_log is not None:
             num_good = sum(len(batch["sample_ids"]) for batch in batches)
-            self.ledger.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+            self.bad_sample_log.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
         if self.cut is None:
             self.cut = CutCounter(self.train_dataset)
         self.cut.add(batches)
@@ -119,7 +119,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the loss by token; skipped samples go into the ledger and do not count."""
+        """As in transformers, with the loss by token; skipped samples are logged and do not count."""
         self.tally = tally = EvaluationMeter()
         self.gather_function = tally.gather_rows
         try:
@@ -128,8 +128,8 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             self.tally = None
         if output.predictions is not None:
             self.predicted_ids = tally.gather_sample_ids()
-        if self.ledger is not None:
-            self.ledger.add(tally.bad)
+        if self.bad_sample_log is not None:
+            self.bad_sample_log.add(tally.bad)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
             output.metrics[name] = tally.mean_loss()
@@ -146,8 +146,8 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""
-        if self.ledger is not None:
-            logs["skipped_samples"] = len(self.ledger)
+        if self.bad_sample_log is not None:
+            logs["skipped_samples"] = len(self.bad_sample_log)
         if self.cut is not None:
             logs |= self.cut.counts()
         super().log(logs, *args, **kwargs)

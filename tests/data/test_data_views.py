@@ -12,14 +12,13 @@ from PIL import Image, ImageFile
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
-from llava.data.bad_samples import BadSampleError
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
 from llava.data.images import read_image_size
 from llava.data.media import MediaError, cut_views, fit_frames, load_image, load_media
 from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
 from llava.train.report import supervision_table
-from llava.types import Media, Record, Turn
+from llava.types import BadSampleError, Media, Record, Turn
 
 COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200), (200, 10, 200)]
 MEAN = (123, 116, 103)

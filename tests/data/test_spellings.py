@@ -12,11 +12,12 @@ import pytest
 from conftest import ITALIAN, turns
 from PIL import Image
 
-from llava.data.dataset import SupervisedDataset, text_without_media
+from llava.data.dataset import SupervisedDataset
 from llava.data.formats import build_format
 from llava.data.formats.base import label_segments
 from llava.data.placeholders import placeholder_kinds
 from llava.data.records import describe_notes, parse_record, read_records
+from llava.data.train_tokenizer import text_without_media
 from llava.types import Turn
 
 SOURCE = "data.json, sample 1"

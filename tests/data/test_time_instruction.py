@@ -12,7 +12,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SupervisedDataset, check_supervision
 from llava.data.formats import FORMATS, build_format
 from llava.data.media import load_media, sample_video
-from llava.data.time_instruction import add_time_instruction
+from llava.data.placeholders import add_time_instruction
 from llava.train.command_line import parse_arguments
 from llava.types import Media, Record, Turn, VisualInput
 

@@ -1,6 +1,6 @@
 """Formats: from the turns of a conversation to ids and labels, made together.
 
-base.py       what a format is and makes: segments, their labels, cutting them to a length; stretches of text to ids
+base.py       what a format is and makes: segments, their labels, cutting them to a length
 plain.py      plain_lm: all text joined and learned
 chat.py       markup around turns, only the assistant's learned; the tokenizer's own chat template
 templates.py  the named templates, as data

@@ -8,8 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IGNORE_INDEX, VISUAL_TOKENS
-from llava.data.placeholders import PLACEHOLDER, literal_text
+from llava.constants import (
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
+    ESCAPED_PLACEHOLDER,
+    IGNORE_INDEX,
+    PLACEHOLDER,
+    VISUAL_TOKENS,
+)
 from llava.registry import Registry
 from llava.types import Turn
 
@@ -26,7 +32,7 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a sample: its token ids, whether they are a visual span, whether they are learned.
+    """A stretch of a sample: its token ids, whether they are a visual span, whether they are supervised.
 
     A visual span is never learned, whatever ``supervised`` says.
     """
@@ -53,13 +59,12 @@ class Format(ABC):
     has_prompts: ClassVar[bool] = True
     """Whether there is text that is given and not learned."""
 
-    @property
-    def writes_user_text(self) -> bool:
-        """Whether the words of user turns are written, and not only their media."""
-        return True
+    writes_user_text: bool = True
+    """Whether the words of user turns are written, and not only their media."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.prefix_ids = prefix_ids(tokenizer)
 
     @property
     def fingerprint(self) -> str:
@@ -108,8 +113,15 @@ def build_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     return FORMATS.get(name)(tokenizer)
 
 
-def label_segments(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Ids of the segments in a row, and labels that are -100 wherever nothing is learned."""
+def label_segments(segments: list[Segment], max_length: int | None = None) -> tuple[list[int], list[int]]:
+    """Ids of the segments in a row, and labels that are -100 wherever nothing is learned.
+
+    Args:
+        segments: of one sample.
+        max_length: most ids; text is cut to it, see ``truncate_segments``.
+    """
+    if max_length is not None:
+        segments = truncate_segments(segments, max_length)
     ids = [i for segment in segments for i in segment.ids]
     labels = [i if segment.learned else IGNORE_INDEX for segment in segments for i in segment.ids]
     return ids, labels
@@ -159,85 +171,12 @@ def _text_to_first_target(segments: Sequence[Segment]) -> tuple[int, int]:
 
 VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 _VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{PLACEHOLDER.pattern})+)")
-_NEWLINE = "\n"
-
-
-class PieceEncoder:
-    """Tokenises pieces of a sample so that they read as parts of one text.
-
-    Tokenizers of SentencePiece's kind put a space before whatever they are given; within a text that
-    space would be wrong. Such a tokenizer gets the piece behind a newline, whose ids are taken off again.
-
-    Args:
-        tokenizer: of the model.
-        markup: the text that a format writes around turns; no content becomes a control token of it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, markup: str) -> None:
-        self.tokenizer = tokenizer
-        newline, letter, both = tokenizer([_NEWLINE, "a", _NEWLINE + "a"], add_special_tokens=False)["input_ids"]
-        self._newline_ids = newline if both != newline + letter else []
-        self._breaks = _break_points([token for token in _plain_added_tokens(tokenizer) if token in markup])
-
-    def encode_start(self, text: str) -> list[int]:
-        """Ids of the text that a sample begins with: exactly one beginning of text, where the tokenizer has that."""
-        ids: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        begin = prefix_ids(self.tokenizer)
-        return ids if ids[:1] == begin else begin + ids
-
-    def encode_markup(self, text: str) -> list[int]:
-        """Ids of a format's own text, within a sample; control tokens are recognised."""
-        return self._encode([text], [True])[0] if text else []
-
-    def encode_contents(self, texts: Sequence[str], inside: Sequence[bool]) -> list[list[int]]:
-        """Ids of what people wrote; a control token that they typed is plain text, and so is an escaped placeholder.
-
-        Args:
-            texts: any number, tokenised in one call.
-            inside: for each whether text stands before it.
-        """
-        texts = [literal_text(text) for text in texts]
-        pieces = [self._breaks.split(text) if self._breaks else [text] for text in texts]
-        flags = [within or i > 0 for of_text, within in zip(pieces, inside, strict=True) for i in range(len(of_text))]
-        encoded = iter(self._encode([piece for of_text in pieces for piece in of_text], flags, typed=True))
-        return [[i for _ in of_text for i in next(encoded)] for of_text in pieces]
-
-    def _encode(self, texts: Sequence[str], inside: Sequence[bool], typed: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        options = {"add_special_tokens": False, "split_special_tokens": typed, "verbose": False}
-        begin = self._newline_ids
-        if not begin:
-            return self.tokenizer(list(texts), **options)["input_ids"]
-        shielded = [_NEWLINE + text if within else text for text, within in zip(texts, inside, strict=True)]
-        encoded: list[list[int]] = self.tokenizer(shielded, **options)["input_ids"]
-        return [
-            ids[len(begin) :] if within and ids[: len(begin)] == begin else self.tokenizer(text, **options)["input_ids"]
-            for ids, text, within in zip(encoded, texts, inside, strict=True)
-        ]
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the tokenizer's own tokens, but for visual ones and white space; None if it has none."""
-    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - set(VISUAL_TOKENS)
-    longest_first = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def _plain_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that were added without being declared special: splitting special ones leaves them whole."""
-    return [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and len(t.content.strip()) > 1]
-
-
-def _break_points(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches, with no width, behind the first character of each token in a text."""
-    points = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
-    return re.compile("|".join(points)) if points else None
 
 
 def split_at_spans(text: str) -> list[tuple[str, bool]]:
-    """The pieces of a text that are not empty, each with whether it is visual (spans or placeholders)."""
-    return [(piece, i % 2 == 1) for i, piece in enumerate(_VISUAL_RUN.split(text)) if piece]
+    """The pieces of a text that are not empty, as they read, each with whether it is visual (spans or placeholders)."""
+    pieces = enumerate(_VISUAL_RUN.split(text))
+    return [(ESCAPED_PLACEHOLDER.sub(r"\1", piece), i % 2 == 1) for i, piece in pieces if piece]
 
 
 def visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,26 +13,20 @@ boundary. ``<user>ciao<end>\\n<assistant>salve<end>\\n`` with two turns becomes:
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava.data.formats.base import (
-    CHAT,
-    FORMATS,
-    Format,
-    PieceEncoder,
-    Segment,
-    control_tokens,
-    split_at_spans,
-    visual_ids,
-)
+from llava.constants import VISUAL_TOKENS
+from llava.data.formats.base import CHAT, FORMATS, Format, Segment, split_at_spans, visual_ids
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NEWLINE = "\n"
 _PROBE: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
 
 
@@ -78,7 +72,7 @@ class ConversationFormat(Format):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
         markup = self.markup(_PROBE)
-        self._encoder = PieceEncoder(tokenizer, "".join(markup))
+        self._encoder = PieceEncoder(tokenizer, self.prefix_ids, "".join(markup))
         self._control = control_tokens(tokenizer)
         self._turn_end = self._through_control(markup[-1]) or markup[-1]
         self._frames: dict[tuple[Role, ...], Frame] = {}
@@ -202,6 +196,82 @@ class ConversationFormat(Format):
 
 def _without_empty(segments: Sequence[Segment]) -> list[Segment]:
     return [segment for segment in segments if segment.ids]
+
+
+# Pieces of text to ids.
+
+
+class PieceEncoder:
+    """Tokenises pieces of a sample so that they read as parts of one text.
+
+    Tokenizers of SentencePiece's kind put a space before whatever they are given; within a text that
+    space would be wrong. Such a tokenizer gets the piece behind a newline, whose ids are taken off again.
+
+    Args:
+        tokenizer: of the model.
+        prefix_ids: what every sample begins with.
+        markup: the text that a format writes around turns; no content becomes a control token of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix_ids: list[int], markup: str) -> None:
+        self.tokenizer = tokenizer
+        self._prefix_ids = prefix_ids
+        newline, letter, both = tokenizer([_NEWLINE, "a", _NEWLINE + "a"], add_special_tokens=False)["input_ids"]
+        self._newline_ids = newline if both != newline + letter else []
+        self._breaks = _break_points([token for token in _plain_added_tokens(tokenizer) if token in markup])
+
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of the text that a sample begins with: exactly one beginning of text, where the tokenizer has that."""
+        ids = self._encode([text], [False])[0]
+        return ids if ids[:1] == self._prefix_ids else self._prefix_ids + ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of a format's own text, within a sample; control tokens are recognised."""
+        return self._encode([text], [True])[0] if text else []
+
+    def encode_contents(self, texts: Sequence[str], inside: Sequence[bool]) -> list[list[int]]:
+        """Ids of what people wrote; a control token that they typed is plain text.
+
+        Args:
+            texts: any number, tokenised in one call.
+            inside: for each whether text stands before it.
+        """
+        pieces = [self._breaks.split(text) if self._breaks else [text] for text in texts]
+        flags = [within or i > 0 for of_text, within in zip(pieces, inside, strict=True) for i in range(len(of_text))]
+        encoded = iter(self._encode([piece for of_text in pieces for piece in of_text], flags, typed=True))
+        return [[i for _ in of_text for i in next(encoded)] for of_text in pieces]
+
+    def _encode(self, texts: Sequence[str], inside: Sequence[bool], typed: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "split_special_tokens": typed, "verbose": False}
+        begin = self._newline_ids
+        if not begin:
+            return self.tokenizer(list(texts), **options)["input_ids"]
+        shielded = [_NEWLINE + text if within else text for text, within in zip(texts, inside, strict=True)]
+        encoded: list[list[int]] = self.tokenizer(shielded, **options)["input_ids"]
+        return [
+            ids[len(begin) :] if within and ids[: len(begin)] == begin else self.tokenizer(text, **options)["input_ids"]
+            for ids, text, within in zip(encoded, texts, inside, strict=True)
+        ]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the tokenizer's own tokens, but for visual ones and white space; None if it has none."""
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - set(VISUAL_TOKENS)
+    longest_first = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _plain_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that were added without being declared special: splitting special ones leaves them whole."""
+    return [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and len(t.content.strip()) > 1]
+
+
+def _break_points(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """Matches, with no width, behind the first character of each token in a text."""
+    points = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
+    return re.compile("|".join(points)) if points else None
 
 
 # The tokenizer's own chat template.

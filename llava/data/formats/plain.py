@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from llava.data.formats.base import (
     FORMATS,
@@ -12,11 +12,9 @@ from llava.data.formats.base import (
     Format,
     Segment,
     label_segments,
-    prefix_ids,
     split_at_spans,
     visual_ids,
 )
-from llava.data.placeholders import literal_text, split_at_placeholders
 from llava.types import Turn
 
 if TYPE_CHECKING:
@@ -41,30 +39,40 @@ class PlainFormat(Format):
         return has_text and (is_answered or not any(visual for _, visual in pieces))
 
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
-        return tokenize_plain(_join(turns), self.tokenizer)
+        segments = self.encode_prompt(turns)
+        # A text may end with the end of text itself.
+        if not segments or segments[-1].ids[-1:] != [self.tokenizer.eos_token_id]:
+            segments.append(Segment([self.tokenizer.eos_token_id]))
+        return segments
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
-        return tokenize_plain(_join(turns), self.tokenizer, end=False)
+        segments = [Segment(self.prefix_ids)] if self.prefix_ids else []
+        for piece, visual in split_at_spans(_join(turns)):
+            ids = visual_ids(piece, self.tokenizer) if visual else self._tokenize([piece])[0]
+            segments.append(Segment(ids, visual))
+        return segments
 
     def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
-        pieces = [split_at_placeholders(_join(turns)) for turns in conversations]
-        flat = [literal_text(piece) for of_conversation in pieces for piece in of_conversation]
-        encoded = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
-        prefix = prefix_ids(self.tokenizer)
+        pieces = [split_at_spans(_join(turns)) for turns in conversations]
+        encoded = iter(self._tokenize([piece for of_one in pieces for piece, visual in of_one if not visual]))
         counts = []
-        for of_conversation in pieces:
-            ids = [next(encoded) for _ in of_conversation]
-            last = ids[-1] if len(ids) > 1 else prefix + ids[0]
-            counts.append(len(prefix) + sum(map(len, ids)) + needs_end(last, self.tokenizer))
+        for of_one in pieces:
+            ids = [[] if visual else next(encoded) for _, visual in of_one]
+            needs_end = [self.prefix_ids, *ids][-1][-1:] != [self.tokenizer.eos_token_id]
+            counts.append(len(self.prefix_ids) + sum(map(len, ids)) + needs_end)
         return counts
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _join(turns: Sequence[Turn]) -> str:
-    return join_turns([turn.text for turn in turns])
+    """The turns' texts, joined by single spaces; empty ones leave no gap."""
+    return " ".join(text for turn in turns if (text := turn.text.strip()))
 
 
 def preprocess_plain_lm(
-    sources: Sequence[Sequence[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, has_image: bool = False
+    sources: Sequence[Sequence[Mapping[str, str]]], tokenizer: PreTrainedTokenizerBase, has_image: bool = False
 ) -> dict[str, list[list[int]]]:
     """Ids and labels of conversations whose placeholders are expanded.
 
@@ -79,43 +87,13 @@ def preprocess_plain_lm(
     Returns:
         ``{"input_ids": [[int]], "labels": [[int]]}``, one list a conversation.
     """
+    text_format = PlainFormat(tokenizer)
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for source in sources:
-        text = join_turns([turn["value"] if "value" in turn else turn["content"] for turn in source])
-        if not has_image and VISUAL_TOKEN.search(text):
+        turns = [Turn("user", turn["value"] if "value" in turn else turn["content"]) for turn in source]
+        if not has_image and any(VISUAL_TOKEN.search(turn.text) for turn in turns):
             raise ValueError("the text has visual tokens, but has_image is False")
-        ids, labels = label_segments(tokenize_plain(text, tokenizer))
+        ids, labels = label_segments(text_format.encode(turns))
         encoded["input_ids"].append(ids)
         encoded["labels"].append(labels)
     return encoded
-
-
-def join_turns(texts: Sequence[str]) -> str:
-    """The turns' texts, joined by single spaces; empty ones leave no gap."""
-    return " ".join(stripped for text in texts if (stripped := text.strip()))
-
-
-def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = True) -> list[Segment]:
-    """Tokenise text and visual spans, piece by piece.
-
-    Args:
-        text: placeholders expanded.
-        tokenizer: one that begins texts with a token of its own (as Llama's do) keeps that habit.
-        end: whether the end-of-text token is added, unless the text ends with it already.
-    """
-    segments = [Segment(prefix)] if (prefix := prefix_ids(tokenizer)) else []
-    for piece, visual in split_at_spans(text):
-        if visual:
-            segments.append(Segment(visual_ids(piece, tokenizer), visual=True))
-        else:
-            segments.append(
-                Segment(tokenizer(literal_text(piece), add_special_tokens=False, verbose=False)["input_ids"])
-            )
-    if end and needs_end(segments[-1].ids if segments else [], tokenizer):
-        segments.append(Segment([tokenizer.eos_token_id]))
-    return segments
-
-
-def needs_end(last_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a sample whose last piece has these ids still lacks its end of text."""
-    return list(last_ids[-1:]) != [tokenizer.eos_token_id]

@@ -61,15 +61,12 @@ class TemplateFormat(ConversationFormat):
                 "not know as special tokens; take --version v1, llama_2 or plain, which need none, or --plain_lm true"
             )
         self.template = template
+        self.writes_user_text = not template.media_only
         self._special = {
             "{eos}": str(tokenizer.eos_token),
             "{bos}": str(tokenizer.bos_token) if prefix_ids(tokenizer) else "",
         }
         super().__init__(tokenizer)
-
-    @property
-    def writes_user_text(self) -> bool:
-        return not self.template.media_only
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The ledger of bad samples: a row for each, once a run, and an end where too many are bad."""
+"""The log of bad samples: a line for each, once a run, and an end where too many are bad."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import pytest
 from conftest import ITALIAN, turns
 from transformers import TrainerControl, TrainerState
 
-from llava.data.bad_samples import describe_error
 from llava.data.records import read_records
-from llava.train.bad_samples import BadSampleLedger, read_ledger
+from llava.train.bad_samples import BadSampleLog, read_bad_samples
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 from llava.types import BadSample
@@ -28,25 +27,25 @@ def bad(name: str, source: str = "x.json, sample 1") -> BadSample:
     return BadSample(name, source, f"{name}.mp4", "no such file")
 
 
-def begin(path: Path, max_share: float = 0.5, step: int = 0) -> BadSampleLedger:
-    ledger = BadSampleLedger(path, max_share)
-    ledger.on_train_begin(None, TrainerState(global_step=step), TrainerControl())
-    return ledger
+def begin(path: Path, max_share: float = 0.5, step: int = 0) -> BadSampleLog:
+    log = BadSampleLog(path, max_share)
+    log.on_train_begin(None, TrainerState(global_step=step), TrainerControl())
+    return log
 
 
 def test_each_bad_sample_has_one_row(tmp_path: Path) -> None:
     path = tmp_path / "out" / "bad_samples.jsonl"
-    ledger = begin(path)
+    log = begin(path)
     assert not path.exists()
-    ledger.record(3, [bad("a"), bad("b")])
-    ledger.record(3, [bad("b"), bad("b", "y.json, sample 7"), bad("a")])
-    assert [(row["id"], row["source"]) for row in read_ledger(path)] == [
+    log.record(3, [bad("a"), bad("b")])
+    log.record(3, [bad("b"), bad("b", "y.json, sample 7"), bad("a")])
+    assert [(row["id"], row["source"]) for row in read_bad_samples(path)] == [
         ("a", "x.json, sample 1"), ("b", "x.json, sample 1"), ("b", "y.json, sample 7"),
     ]  # fmt: skip
-    assert read_ledger(path)[0] == {
+    assert read_bad_samples(path)[0] == {
         "id": "a", "source": "x.json, sample 1", "file": "a.mp4", "reason": "no such file",
     }  # fmt: skip
-    assert (len(ledger), ledger.num_seen, ledger.num_bad) == (3, 11, 5)
+    assert (len(log), log.num_seen, log.num_bad) == (3, 11, 5)
 
 
 def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: Path) -> None:
@@ -56,7 +55,7 @@ def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: 
         (tmp_path / folder / "train.json").write_text(json.dumps(samples))
     paths = [str(tmp_path / folder / "train.json") for folder in "ab"]
     records = read_records(paths, on_bad_sample="skip")
-    found = [describe_error(record, ValueError(record.fault or f"{record}: no such file")) for record in records]
+    found = [BadSample.from_error(record, ValueError(record.fault or f"{record}: no such file")) for record in records]
     assert [str(sample) for sample in found] == [
         f"sample {identity!r} ({path}, sample {number}): {reason}"
         for path in paths
@@ -65,29 +64,29 @@ def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: 
             (2, "", "expected an object, found str"),
         )
     ]
-    ledger = begin(tmp_path / "bad.jsonl", max_share=1)
-    ledger.record(0, found)
-    ledger.record(0, found)
-    rows = read_ledger(ledger.path)
+    log = begin(tmp_path / "bad.jsonl", max_share=1)
+    log.record(0, found)
+    log.record(0, found)
+    rows = read_bad_samples(log.path)
     assert [row["data_file"] for row in rows] == [paths[0], paths[0], paths[1], paths[1]]
     assert [row["source"] for row in rows] == [f"{path}, sample {n}" for path in paths for n in (1, 2)]
-    resumed = begin(ledger.path, max_share=1, step=3)
+    resumed = begin(log.path, max_share=1, step=3)
     resumed.record(0, found)
-    assert read_ledger(ledger.path) == rows
+    assert read_bad_samples(log.path) == rows
 
 
 def test_a_sample_of_the_evaluation_s_file_of_the_same_name_is_another(tmp_path: Path) -> None:
-    ledger = begin(tmp_path / "bad.jsonl", max_share=1)
+    log = begin(tmp_path / "bad.jsonl", max_share=1)
     for folder in ("train", "eval", "train"):
-        ledger.record(0, [BadSample("1", "a.json, sample 1", "a.mp4", "no such file", f"/{folder}/a.json")])
-    assert [row["data_file"] for row in read_ledger(ledger.path)] == ["/train/a.json", "/eval/a.json"]
+        log.record(0, [BadSample("1", "a.json, sample 1", "a.mp4", "no such file", f"/{folder}/a.json")])
+    assert [row["data_file"] for row in read_bad_samples(log.path)] == ["/train/a.json", "/eval/a.json"]
 
 
 def test_any_name_can_be_written(tmp_path: Path) -> None:
-    ledger = begin(tmp_path / "a.jsonl")
+    log = begin(tmp_path / "a.jsonl")
     names = ["città\n", "half \ud83d", "\udcff", "\u2028"]
-    ledger.record(9, [bad(name) for name in names])
-    assert [row["id"] for row in read_ledger(ledger.path)] == names
+    log.record(9, [bad(name) for name in names])
+    assert [row["id"] for row in read_bad_samples(log.path)] == names
 
 
 def test_resumed_run_adds_and_a_fresh_one_begins_anew(tmp_path: Path) -> None:
@@ -97,39 +96,39 @@ def test_resumed_run_adds_and_a_fresh_one_begins_anew(tmp_path: Path) -> None:
         file.write('{"id": "c", "sour')  # the run was killed here
     resumed = begin(path, step=5)
     resumed.record(9, [bad("a"), bad("c")])
-    assert [row["id"] for row in read_ledger(path)] == ["a", "b", "c"]
+    assert [row["id"] for row in read_bad_samples(path)] == ["a", "b", "c"]
     assert len(resumed) == 3
     begin(path).record(9, [bad("d")])
-    assert [row["id"] for row in read_ledger(path)] == ["d"]
+    assert [row["id"] for row in read_bad_samples(path)] == ["d"]
     begin(path)
     assert not path.exists()
 
 
 def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
-    ledger = begin(tmp_path / "a.jsonl", max_share=0.05)
-    ledger.record(0, [bad(str(i)) for i in range(19)])
+    log = begin(tmp_path / "a.jsonl", max_share=0.05)
+    log.record(0, [bad(str(i)) for i in range(19)])
     with pytest.raises(
         ValueError, match=r"20 of the 20 samples seen are bad, more than --max_bad_share 0\.05; .*jsonl"
     ):
-        ledger.record(0, [bad("x")])
-    assert len(read_ledger(ledger.path)) == 20
+        log.record(0, [bad("x")])
+    assert len(read_bad_samples(log.path)) == 20
 
 
 def test_a_few_early_bad_samples_are_no_proof(tmp_path: Path) -> None:
-    ledger = begin(tmp_path / "a.jsonl", max_share=0.05)
-    ledger.record(27, [bad("a"), bad("b"), bad("c")])
-    ledger.record(30, [])
-    ledger.on_epoch_end(None, TrainerState(), TrainerControl())
-    ledger.record(0, [bad("d")])
+    log = begin(tmp_path / "a.jsonl", max_share=0.05)
+    log.record(27, [bad("a"), bad("b"), bad("c")])
+    log.record(30, [])
+    log.on_epoch_end(None, TrainerState(), TrainerControl())
+    log.record(0, [bad("d")])
     with pytest.raises(ValueError, match="4 of the 61 samples seen are bad"):
-        ledger.on_epoch_end(None, TrainerState(), TrainerControl())
+        log.on_epoch_end(None, TrainerState(), TrainerControl())
 
 
 def test_the_smallest_data_is_judged_at_the_end_of_an_epoch(tmp_path: Path) -> None:
-    ledger = begin(tmp_path / "a.jsonl", max_share=0)
-    ledger.record(3, [bad("a")])
+    log = begin(tmp_path / "a.jsonl", max_share=0)
+    log.record(3, [bad("a")])
     with pytest.raises(ValueError, match="1 of the 4 samples seen are bad, more than --max_bad_share 0"):
-        ledger.on_epoch_end(None, TrainerState(), TrainerControl())
+        log.on_epoch_end(None, TrainerState(), TrainerControl())
 
 
 RANKS = """
@@ -137,26 +136,25 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerState
-from llava.data.bad_samples import describe_error
 from llava.data.records import read_records
-from llava.train.bad_samples import BadSampleLedger
+from llava.train.bad_samples import BadSampleLog
 from llava.types import BadSample
 
 rank = PartialState(cpu=True).process_index
-ledger = BadSampleLedger(Path(sys.argv[1]), 0.25)
-ledger.on_train_begin(None, TrainerState(is_world_process_zero=rank == 0), None)
+log = BadSampleLog(Path(sys.argv[1]), 0.25)
+log.on_train_begin(None, TrainerState(is_world_process_zero=rank == 0), None)
 mine = [BadSample(f"rank {rank}", "", "", "bad"), BadSample("both", "", "", "bad")]
-ledger.record(30, mine if rank == 1 else [])
-ledger.record(30, mine)
-assert (len(ledger), ledger.num_seen, ledger.num_bad) == (3, 126, 6), vars(ledger)
+log.record(30, mine if rank == 1 else [])
+log.record(30, mine)
+assert (len(log), log.num_seen, log.num_bad) == (3, 126, 6), vars(log)
 try:
-    ledger.record(0, [BadSample(str(i), "", "", "bad") for i in range(99)] if rank == 0 else [])
+    log.record(0, [BadSample(str(i), "", "", "bad") for i in range(99)] if rank == 0 else [])
 except ValueError as error:
     print(error)
 """
 
 
-def test_ranks_share_one_ledger_and_end_together(tmp_path: Path) -> None:
+def test_ranks_share_one_log_and_end_together(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -173,7 +171,7 @@ def test_ranks_share_one_ledger_and_end_together(tmp_path: Path) -> None:
     assert [process.returncode for process in ranks] == [0, 0], ended
     assert ended[0][0] == ended[1][0]
     assert ended[0][0].startswith("105 of the 225 samples seen are bad")
-    names = [row["id"] for row in read_ledger(path)]
+    names = [row["id"] for row in read_bad_samples(path)]
     assert sorted(names) == sorted(["rank 0", "rank 1", "both", *map(str, range(99))])
 
 
@@ -222,14 +220,14 @@ def test_run_trains_on_exactly_the_good_samples(
     trainer = main(command(gpt2_dir, tower_dir, partly_bad, output, dataloader_num_workers=workers, max_bad_share=0.25))
     good = sorted(["text-0", "text-1", "text-2", "text-3", "a.mp4", "b.mp4"])
     assert sorted(seen[:6]) == sorted(seen[6:]) == good
-    rows = read_ledger(output / "bad_samples.jsonl")
+    rows = read_bad_samples(output / "bad_samples.jsonl")
     assert sorted(row["id"] for row in rows) == ["none.mp4", "text.mp4"]
     assert all(Path(row["file"]).name == row["id"] for row in rows)
     assert trainer.state.log_history[-1]["skipped_samples"] == 2
     main(command(gpt2_dir, tower_dir, partly_bad, output, num_train_epochs=3, resume_from_checkpoint="auto",
                  max_bad_share=0.25))  # fmt: skip
     assert len(seen) == 18
-    assert read_ledger(output / "bad_samples.jsonl") == rows
+    assert read_bad_samples(output / "bad_samples.jsonl") == rows
 
 
 def test_evaluation_is_about_the_good_samples(gpt2_dir, tower_dir, partly_bad: Path, tmp_path: Path) -> None:
@@ -245,7 +243,7 @@ def test_evaluation_is_about_the_good_samples(gpt2_dir, tower_dir, partly_bad: P
     ]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] > 1
-    rows = read_ledger(tmp_path / "bad_among" / "bad_samples.jsonl")
+    rows = read_bad_samples(tmp_path / "bad_among" / "bad_samples.jsonl")
     assert sorted(row["id"] for row in rows) == ["none.mp4", "text.mp4"]
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from llava.constants import IGNORE_INDEX
 from llava.data.formats.base import ContextError, Segment, label_segments, truncate_segments
-from llava.data.formats.plain import join_turns, preprocess_plain_lm, tokenize_plain
+from llava.data.formats.plain import PlainFormat, preprocess_plain_lm
+from llava.types import Turn
 
 EOS = 0
 CAPTION = "una stella gialla"
@@ -75,7 +76,7 @@ def test_every_visual_position_and_no_other_is_ignored(visual_tokenizer, italian
 def test_all_turns_are_joined_by_single_spaces(visual_tokenizer):
     ids, labels = encode(visual_tokenizer, " una ", "\nstella", "", "gialla  ")
     assert ids == encode(visual_tokenizer, "una stella gialla")[0] == labels
-    assert join_turns([" a ", "", "  ", "b\n", "c  d"]) == "a b c  d"
+    assert encode(visual_tokenizer, " a ", "", "  ", "b\n", "c  d") == encode(visual_tokenizer, "a b c  d")
 
 
 def test_role_and_content_spelling(visual_tokenizer):
@@ -129,7 +130,7 @@ def test_tokenizer_without_visual_tokens_is_an_error(tokenizer):
 
 
 def test_truncation_cuts_text_from_the_end_and_keeps_spans_and_last_token(visual_tokenizer):
-    segments = tokenize_plain(f"{CAPTION} {IMAGE} {CAPTION}", visual_tokenizer)
+    segments = PlainFormat(visual_tokenizer).encode([Turn("user", f"{CAPTION} {IMAGE} {CAPTION}")])
     full = [336, 380, 363, 221, *IMAGE_IDS, 295, 380, 363, EOS]
 
     def cut(length):
@@ -151,6 +152,6 @@ def test_truncation_of_text_alone():
 
 
 def test_truncated_labels_still_belong_to_their_ids(visual_tokenizer):
-    segments = tokenize_plain(f"{IMAGE} {CAPTION}", visual_tokenizer)
+    segments = PlainFormat(visual_tokenizer).encode([Turn("user", f"{IMAGE} {CAPTION}")])
     ids, labels = label_segments(truncate_segments(segments, 6))
     assert (ids, labels) == ([*IMAGE_IDS, 295, 380, EOS], [*3 * [IGNORE_INDEX], 295, 380, EOS])

@@ -13,12 +13,11 @@ from conftest import ITALIAN, turns, write_video
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
 from llava.data import dataset_stats as survey
-from llava.data.bad_samples import BadSample, BadSampleError
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
 from llava.data.media import load_media
 from llava.data.records import read_records
 from llava.train.arguments import DataArguments
-from llava.types import Media, Record, Turn
+from llava.types import BadSample, BadSampleError, Media, Record, Turn
 
 EOS = 0
 TEXTS = [
