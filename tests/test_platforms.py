@@ -46,8 +46,8 @@ def test_a_decoder_that_hangs_is_ended_where_pipes_cannot_be_watched(monkeypatch
     import select
 
     from llava.data import decoding as decoder_process
+    from llava.data.decoding import FrameRequest
     from llava.data.media_files import MediaError
-    from llava.data.video import FrameRequest
 
     monkeypatch.delattr(select, "poll")
     monkeypatch.setattr(

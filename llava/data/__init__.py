@@ -7,10 +7,9 @@ mixture.py        chosen rows of tables -> one sequence of Records
 media.py          a file                -> squares of an image or of sampled frames
   media_files.py    is it a file, where does it lie, how large may it be?
   images.py         pictures; image_structure.py whether their files are whole
-  video.py          which frames, and their pixels; video_index.py which frames there are
-  packets.py        containers and what a packet shows; nal_units.py for H.264 and HEVC
-  truncation.py     is the file whole?
-  decoding.py       video.py as a process with a time limit
+  decoding.py       which frames of a clip, here or in a process with a time limit
+  video.py          a video and its frames; video_index.py which there are, nal_units.py for H.264 and HEVC
+  containers.py     what kind of video a file is, and whether it is whole
 placeholders.py   turns                 -> text with visual spans and the times of frames
 formats/          turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example

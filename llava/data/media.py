@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.config import VisionConfig
-from llava.data.decoding import decode_within
+from llava.data.decoding import FrameRequest, decode_frames, decode_within
 from llava.data.images import read_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_links, local_path
-from llava.data.video import FrameRequest, decode_frames
 from llava.geometry import Framing, frame_picture
 from llava.types import Media, VisualInput
 

@@ -1,4 +1,7 @@
-"""The units that H.264 and HEVC packets are made of: which of them show a picture, and where decoding may begin."""
+"""The units (NAL units) that H.264 and HEVC packets are made of: which show a picture, and where decoding may begin.
+
+A unit has a header that says its kind: a slice of a picture, or what is common to pictures (parameter sets, messages).
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Bits:
         return (self._value >> self._left if self._left >= 0 else 0) & ((1 << count) - 1)
 
     def read_golomb(self) -> int:
-        """An unsigned number in Exp-Golomb coding."""
+        """An unsigned number in Exp-Golomb coding, ITU-T H.264, 9.1."""
         zeros = 0
         while not self.read():
             zeros += 1
@@ -65,10 +68,9 @@ def split_units(data: bytes, length_size: int) -> Iterator[bytes]:
     if length_size:
         position = 0
         while position + length_size < len(data):
-            length = int.from_bytes(data[position : position + length_size], "big")
-            position += length_size
-            yield data[position : position + length]
-            position += length
+            start = position + length_size
+            position = start + int.from_bytes(data[position:start], "big")
+            yield data[start:position]
         return
     start = data.find(b"\0\0\1")
     while start >= 0:
@@ -77,17 +79,27 @@ def split_units(data: bytes, length_size: int) -> Iterator[bytes]:
         start = end
 
 
-def unescape(unit: bytes) -> bytes:
+def _sized_units(data: bytes, position: int, count: int) -> tuple[list[bytes], int]:
+    """So many units behind lengths of two bytes, as avcC and hvcC boxes have them (ISO/IEC 14496-15), and their end."""
+    units = []
+    for _ in range(count):
+        start = position + 2
+        position = start + int.from_bytes(data[position:start], "big")
+        units.append(data[start:position])
+    return units, position
+
+
+def _unescape(unit: bytes) -> bytes:
     """A unit without the bytes that keep start codes out of it."""
     return unit.replace(b"\0\0\3", b"\0\0")
 
 
-def read_messages(payload: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind and content of each message of an SEI unit, its header taken off."""
+def _read_messages(payload: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and content of each message of an SEI unit, its header taken off (ITU-T H.264, 7.3.2.3.1)."""
     position = 0
     while position + 2 < len(payload):
         numbers = []
-        for _ in range(2):
+        for _ in range(2):  # the kind and the size: the sum of bytes up to the first that is not 255
             number = 0
             while position < len(payload) and payload[position] == 255:
                 number, position = number + 255, position + 1
@@ -110,7 +122,8 @@ class H264Reader:
         self._sequences: set[bytes] = set()
         self._fields = False
         self._num_reordered: int | None = None
-        for unit in _avcc_sequences(extradata) if with_lengths else split_units(extradata, 0):
+        units = _sized_units(extradata, 6, extradata[5] & 31)[0] if with_lengths else split_units(extradata, 0)
+        for unit in units:
             if unit and unit[0] & 31 == 7:
                 self._add_sequence(unit)
 
@@ -118,7 +131,7 @@ class H264Reader:
         unit = unit.rstrip(b"\0")
         if unit not in self._sequences:
             self._sequences.add(unit)
-            frames_only, self._num_reordered = read_h264_sequence(unescape(unit[1:]))
+            frames_only, self._num_reordered = _read_h264_sequence(_unescape(unit[1:]))
             self._fields = self._fields or not frames_only
 
     def __call__(self, data: bytes) -> PacketFacts | None:
@@ -126,13 +139,13 @@ class H264Reader:
         pictures, kinds, recovers, special = 0, set(), False, False
         for unit in split_units(data, self._length_size):
             kind = unit[0] & 31 if unit else 0
-            if 1 <= kind <= 5 and len(unit) > 1:
+            if 1 <= kind <= 5 and len(unit) > 1:  # slices, of which kind 5 (IDR) refers to nothing before it
                 kinds.add(kind)
                 pictures += kind in (1, 2, 5) and unit[1] >> 7  # the slice that begins at the first macroblock
             elif kind == 7:
                 self._add_sequence(unit)
             elif kind == 6:
-                for message, content in read_messages(unescape(unit[1:])):
+                for message, content in _read_messages(_unescape(unit[1:])):
                     special = special or message == _ORIENTATION
                     recovers = recovers or (message == _RECOVERY_POINT and _is_exact(content))
         if pictures != 1 or self._fields:
@@ -150,21 +163,15 @@ class H264Reader:
 def _is_exact(recovery: bytes) -> bool:
     """Whether a recovery point promises that pictures are exact from its own on, and its stream was not cut there."""
     bits = Bits(recovery)
+    # recovery_frame_cnt, exact_match_flag, broken_link_flag (ITU-T H.264, D.1.8)
     return bits.read_golomb() == 0 and bits.read() == 1 and bits.read() == 0
 
 
-def _avcc_sequences(extradata: bytes) -> Iterator[bytes]:
-    position = 6
-    for _ in range(extradata[5] & 31):
-        length = int.from_bytes(extradata[position : position + 2], "big")
-        yield extradata[position + 2 : position + 2 + length]
-        position += 2 + length
-
-
+# Profiles whose parameter sets describe chroma and scaling.
 _HIGH_PROFILES = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
 
 
-def read_h264_sequence(data: bytes) -> tuple[bool, int | None]:
+def _read_h264_sequence(data: bytes) -> tuple[bool, int | None]:
     """Whether a stream has whole frames only, and how many pictures wait to be shown in order (None: not said).
 
     Args:
@@ -172,33 +179,33 @@ def read_h264_sequence(data: bytes) -> tuple[bool, int | None]:
     """
     bits = Bits(data)
     profile = bits.read(8)
-    bits.read(16)
-    bits.skip_golomb()
+    bits.read(16)  # constraint flags, level
+    bits.skip_golomb()  # seq_parameter_set_id
     if profile in _HIGH_PROFILES:
         chroma = bits.read_golomb()
         bits.read(chroma == 3)
-        bits.skip_golomb(2)
+        bits.skip_golomb(2)  # bit depths
         bits.read()
-        if bits.read():
+        if bits.read():  # seq_scaling_matrix_present_flag
             for i in range(12 if chroma == 3 else 8):
                 if bits.read():
                     _skip_scaling_list(bits, 16 if i < 6 else 64)
-    bits.skip_golomb()
-    order = bits.read_golomb()
+    bits.skip_golomb()  # log2_max_frame_num_minus4
+    order = bits.read_golomb()  # pic_order_cnt_type
     if order == 0:
         bits.skip_golomb()
     elif order == 1:
         bits.read()
         bits.skip_golomb(2)
         bits.skip_golomb(bits.read_golomb())
-    bits.skip_golomb()
+    bits.skip_golomb()  # max_num_ref_frames
     bits.read()
-    bits.skip_golomb(2)
+    bits.skip_golomb(2)  # width and height
     frames_only = bool(bits.read())
     if not frames_only:
         bits.read()
     bits.read()
-    if bits.read():
+    if bits.read():  # frame_cropping_flag
         bits.skip_golomb(4)
     if order == 2:
         return frames_only, 0  # pictures are shown in the order in which they are decoded
@@ -206,6 +213,7 @@ def read_h264_sequence(data: bytes) -> tuple[bool, int | None]:
 
 
 def _skip_scaling_list(bits: Bits, size: int) -> None:
+    """ITU-T H.264, 7.3.2.1.1.1: differences of numbers, up to the first number that is 0."""
     last = following = 8
     for _ in range(size):
         if following:
@@ -215,24 +223,24 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 
 
 def _read_num_reordered(bits: Bits) -> int | None:
-    """From the usability information of a sequence, E.1.1."""
-    if bits.read() and bits.read(8) == 255:
+    """From the usability information of a sequence, ITU-T H.264, E.1.1."""
+    if bits.read() and bits.read(8) == 255:  # a shape of pixels that is written out
         bits.read(32)
-    if bits.read():
+    if bits.read():  # overscan
         bits.read()
-    if bits.read():
+    if bits.read():  # video_signal_type_present_flag
         bits.read(4)
         if bits.read():
             bits.read(24)
-    if bits.read():
+    if bits.read():  # chroma_loc_info_present_flag
         bits.skip_golomb(2)
-    if bits.read():
+    if bits.read():  # timing_info_present_flag
         bits.read(65)
     limited = [_skip_buffer_model(bits) for _ in range(2)]
     if any(limited):
         bits.read()
     bits.read()
-    if not bits.read():
+    if not bits.read():  # bitstream_restriction_flag
         return None
     bits.read()
     bits.skip_golomb(4)
@@ -240,6 +248,7 @@ def _read_num_reordered(bits: Bits) -> int | None:
 
 
 def _skip_buffer_model(bits: Bits) -> bool:
+    """Pass over ``hrd_parameters``, E.1.2; whether they were there."""
     if not bits.read():
         return False
     count = bits.read_golomb() + 1
@@ -264,7 +273,7 @@ class HevcReader:
         self._fresh = True  # the next picture is the first of its sequence
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        """What a packet says; None if its units are none."""
+        """What a packet says; None if its units are none. Kinds of units are those of ITU-T H.265, table 7-1."""
         pictures, slices, special, ends = 0, set(), False, False
         for unit in split_units(data, self._length_size):
             if len(unit) < 2 or _layer(unit):
@@ -278,11 +287,12 @@ class HevcReader:
             elif kind in (36, 37):
                 ends = True
             elif kind == 39:
-                special = special or any(message == _ORIENTATION for message, _ in read_messages(unescape(unit[2:])))
+                special = special or any(message == _ORIENTATION for message, _ in _read_messages(_unescape(unit[2:])))
         if pictures != 1:
             return None
         kind = min(slices)
-        starts = 16 <= kind <= 21
+        starts = 16 <= kind <= 21  # BLA, IDR and CRA
+        # Behind a CRA (21) in the midst of a stream its leading pictures are decoded, else they are left out.
         restarts = starts and (kind != 21 or self._fresh)
         self._fresh = ends
         return PacketFacts(
@@ -301,10 +311,7 @@ def _layer(unit: bytes) -> int:
 
 def _hvcc_units(extradata: bytes) -> Iterator[bytes]:
     position = 23
-    for _ in range(extradata[22]):
+    for _ in range(extradata[22]):  # arrays of units of one kind each
         count = int.from_bytes(extradata[position + 1 : position + 3], "big")
-        position += 3
-        for _ in range(count):
-            length = int.from_bytes(extradata[position : position + 2], "big")
-            yield extradata[position + 2 : position + 2 + length]
-            position += 2 + length
+        units, position = _sized_units(extradata, position + 3, count)
+        yield from units

@@ -1,4 +1,4 @@
-"""Two decoders behind one function: decord where it is exact, PyAV for the rest.
+"""An open video: its frames' times, how they are shown, and their pixels from one of two decoders.
 
 decord reads random frames of an ordinary H.264 file exactly and fast. It is off by frames, without a
 word, where key frames are not what they are marked as, where groups of frames are open, in MPEG-2, MPEG-4 and WMV,
@@ -15,37 +15,30 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_animation
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
-from llava.data.packets import check_packet, open_container
-from llava.data.truncation import check_complete
-from llava.data.video_index import (
-    Display,
-    VideoIndex,
-    decode_start,
-    frame_rate,
-    index_packets,
-    is_constant,
-    last_frame_seconds,
-    nearest,
-    seconds_of,
-)
+from llava.data.containers import open_container
+from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
+from llava.data.video_index import VideoIndex, check_packet, decode_start, index_packets
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 logger = logging.getLogger(__name__)
 
 # Cut at the right place they look whole; only their last pictures show it.
 _WITHOUT_LENGTH = ("mpegts", "mpeg", "mpegvideo", "nut", "mxf")
-_MOV, _MATROSKA = "mov", "matroska"
 # By name decord guesses as libav does: others may stand for several files.
 _DECORD_NAMES = (".mp4", ".m4v", ".mov", ".mkv")
-
-
 _LEAST_DECODED = 0.9
 """Share of the frames of a whole clip that can be decoded; a few may be hidden by means that packets do not show."""
 
@@ -62,10 +55,9 @@ class Video:
         times: seconds of each frame from the first one; their number is the number of frames.
     """
 
-    def __init__(self, path: str, container: Any, limits: MediaLimits = DEFAULT_LIMITS) -> None:
-        stream = _main_stream(container)
-        self._path, self._container, self._stream, self._limits = path, container, stream, limits
-        self._prepare(stream)
+    def __init__(self, path: str, container: InputContainer, limits: MediaLimits = DEFAULT_LIMITS) -> None:
+        self._path, self._container, self._limits = path, container, limits
+        self._stream = stream = self._open_stream(container)
         self._index, first = index_packets(container, stream, limits)
         if first is None:
             raise ValueError("it has no frames that can be decoded")
@@ -86,13 +78,15 @@ class Video:
         """
         return self.times[-1] + last_frame_seconds(self.times, self.fps)
 
-    def _prepare(self, stream: Any) -> None:
-        """Set up the decoder of a stream; a ValueError if its frames are too large."""
+    def _open_stream(self, container: InputContainer) -> VideoStream:
+        """The video stream that players show, with its decoder set up; a ValueError if its frames are too large."""
+        stream = _main_stream(container)
         stream.thread_type = "NONE"
         context = stream.codec_context
         self._limits.check_picture(context.width or 0, context.height or 0)
         # The frames may be of another size than the container declares. The decoder counts its margins too.
         context.options = {"max_pixels": str(2 * self._limits.max_image_pixels)}
+        return stream
 
     def _seconds(self) -> list[float]:
         if self._index is not None:
@@ -145,10 +139,10 @@ class Video:
     def _decord_is_exact(self, index: VideoIndex) -> bool:
         context = self._stream.codec_context
         container = self._container.format.name.split(",")[0]
-        turned = container == _MOV and self._display.is_turned  # which decord turns upright itself
+        turned = container == "mov" and self._display.is_turned  # which decord turns upright itself
         return (
             index.plain
-            and container in (_MOV, _MATROSKA)
+            and container in ("mov", "matroska")
             and self._path.lower().endswith(_DECORD_NAMES)
             and len(self._container.streams.video) == 1
             and context.name == "h264"
@@ -176,8 +170,8 @@ class Video:
 
     def _seek_frames(self, index: VideoIndex, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """The frames at ascending indices; decoding goes on, or begins anew at a nearer key frame."""
-        frame: Any = None
-        decoded: Iterator[Any] = iter(())
+        frame: VideoFrame | None = None
+        decoded: Iterator[VideoFrame] = iter(())
         group, place = -1, -1
         for i in indices:
             if (key := index.key_before(index.times[i])) > group:
@@ -190,6 +184,7 @@ class Video:
                 if frame is None or frame.pts != index.times[place]:
                     raise _SeekError(f"frame {place} does not turn up")
                 self._display.follow(frame, place)
+            assert frame is not None
             yield self._display.show(frame)
         if self._container.format.name in _WITHOUT_LENGTH and indices and index.times[indices[-1]] >= index.keys[-1]:
             self._check_last_group(index)
@@ -202,15 +197,14 @@ class Video:
         for i, frame in enumerate(self._decode_from(index, key), start=place):
             self._display.follow(frame, i)
 
-    def _decode_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
+    def _decode_from(self, index: VideoIndex, key: int) -> Iterator[VideoFrame]:
         """The frames from a place on at which decoding may begin."""
-        packets = self._packets_from(index, key)
-        for packet in packets:
+        for packet in self._packets_from(index, key):
             for frame in packet.decode():
                 if frame.pts is None or frame.pts >= max(index.keys[key], index.times[0]):
                     yield frame
 
-    def _packets_from(self, index: VideoIndex, key: int) -> Iterator[Any]:
+    def _packets_from(self, index: VideoIndex, key: int) -> Iterator[Packet[VideoStream]]:
         # Containers look for either of a packet's two times. Some are sought by bytes and land anywhere; some know
         # no key frames; the beginning of the file is found always.
         wanted = index.keys[key], index.key_sizes[key]
@@ -239,15 +233,13 @@ class Video:
             return False
         return True
 
-    def _decode_all(self) -> Iterator[Any]:
+    def _decode_all(self) -> Iterator[VideoFrame]:
         codec = self._stream.codec_context.codec.canonical_name
         with open_container(self._path) as container:
-            stream = _main_stream(container)
-            self._prepare(stream)
-            packets = container.demux(stream)
+            stream = self._open_stream(container)
             count = 0
             self._display.begin(0)
-            for packet in packets:
+            for packet in container.demux(stream):
                 if packet.size:
                     check_packet(packet, codec, container.format.name)
                 frames = packet.decode() if count else decode_start(packet)
@@ -271,24 +263,18 @@ class _SeekError(Exception):
     """A file in which seeking does not lead to the frame; decoding it from the beginning may."""
 
 
-def _main_stream(container: Any) -> Any:
-    """The video stream that players show; a ValueError if there is none."""
-    streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+def _main_stream(container: InputContainer) -> VideoStream:
+    # A record's or film's cover is a stream of one picture.
+    streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
     if not streams:
         raise ValueError(
             "it has no video stream, only a cover picture" if container.streams.video else "it has no video stream"
         )
     best = container.streams.best("video")
-    stream = best if best in streams else streams[0]
+    stream = next((s for s in streams if s == best), streams[0])
     if stream.codec_context is None:
         raise ValueError("its video stream is of an unknown kind")
     return stream
-
-
-def _is_cover(stream: Any) -> bool:
-    """Whether a stream is the picture of a record's or film's cover."""
-    disposition = stream.disposition
-    return bool(disposition & type(disposition).attached_pic)
 
 
 @contextmanager
@@ -308,149 +294,162 @@ def open_video(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Vide
         raise ValueError(str(error.strerror)) from error
 
 
-def import_decoders() -> None:
-    """Import what decoding the first file would import otherwise."""
-    import av  # noqa: F401
+# When frames are shown, in seconds, and which of them lie nearest to given times.
 
-    if importlib.util.find_spec("decord") is not None:
-        import decord  # noqa: F401
-
-
-# Which frames of a video are sampled, and their pixels. Takes no torch: the decoder process imports it.
+_RESTART_SECONDS = 1.0
+"""A time that is so much before the latest one begins another clip, which was joined to the one before it."""
+_SAME_RATE, _ROUNDING = 0.01, 0.0011
 
 
-@dataclass(frozen=True)
-class FrameRequest:
-    """Which frames of a file are wanted.
+def seconds_of(times: Sequence[int | None], unit: float, rate: float) -> list[float]:
+    """Seconds of each frame from the first one, ascending.
 
-    Attributes:
-        path: the file; one with several video streams gives its main one.
-        num_frames: how many frames, evenly spread from the first to the last.
-        fps: above zero, so many a second instead, at most ``max_frames``.
-        max_frames: see ``fps``; 0 sets no bound but the frames that there are.
-        split: first and last frame of the part to sample from; by default the whole clip.
-        limits: how large the file and its frames may be.
-        frame_files: the frames of a clip that is given as them; ``path`` is the first.
-        frame_rate: frames a second of such a clip, or of a folder of frames; 0 where nobody has said.
-    """
-
-    path: str
-    num_frames: int
-    fps: float = 0.0
-    max_frames: int = 32
-    split: tuple[int, int] | None = None
-    limits: MediaLimits = DEFAULT_LIMITS
-    frame_files: tuple[str, ...] = ()
-    frame_rate: float = 0.0
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Frames of a clip, as ``SampledVideo`` of ``media.py`` has them, with ``pixels`` for its ``frames``."""
-
-    pixels: NDArray[np.uint8]
-    indices: tuple[int, ...]
-    times: tuple[float, ...]
-    duration: float
-
-
-def decode_frames(request: FrameRequest) -> Frames:
-    """Decode the frames that a request asks for.
-
-    Raises:
-        MediaError: the file is missing, broken, cut off, too large or no video, or ends before ``split`` does.
-    """
-    path = request.path
-    try:
-        with _open_clip(request) as video:
-            pixels = None
-            while pixels is None:
-                times = video.times
-                indices = choose_frames(
-                    len(times), video.fps, request.num_frames, request.fps, request.max_frames, request.split, times
-                )
-                try:
-                    pixels = video.read(indices)
-                except MissingFrameError:
-                    if video.times is times:
-                        raise
-                if video.times is not times:  # decoding has shown other frames than the packets spoke of
-                    pixels = None
-            return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), video.duration)
-    except MediaError:
-        raise
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
-
-
-def read_times(path: str) -> tuple[Sequence[float], float]:
-    """Seconds of each frame of a clip from its first one, and the seconds that all of it lasts.
-
-    Raises:
-        MediaError: the file is missing, or cannot be read as a clip.
-    """
-    try:
-        with _open_clip(FrameRequest(path, num_frames=1)) as video:
-            return video.times, video.duration
-    except MediaError:
-        raise
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be read as a video: {error}") from error
-
-
-@contextmanager
-def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedPicture]:
-    """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture."""
-    path, files = request.path, list(request.frame_files)
-    if not files and os.path.isdir(path):
-        files = list_frames(path)
-    if files:
-        if request.fps > 0 and not request.frame_rate:
-            raise ValueError("it is given as frames without their rate, and --video_fps is set; give meta.fps")
-        yield FrameFiles(files, request.frame_rate, request.limits)
-    elif is_picture_file(path):
-        with open_animation(path, request.limits) as animation:
-            yield animation
-    else:
-        check_complete(path, check_file(path))
-        with open_video(path, request.limits) as video:
-            yield video
-
-
-def choose_frames(
-    length: int,
-    clip_fps: float,
-    num_frames: int,
-    fps: float,
-    max_frames: int,
-    split: tuple[int, int] | None,
-    times: Sequence[float] | None = None,
-) -> list[int]:
-    """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames.
-
-    Where the frame rate varies, frames are chosen by their times: those nearest to times that lie evenly.
+    Frames without a time, or with one that was there already, lie evenly between their neighbours.
 
     Args:
-        length: frames of the clip.
-        clip_fps: its frames a second.
-        num_frames, fps, max_frames, split: as in ``FrameRequest``.
-        times: seconds of each frame; None for a clip of a constant frame rate.
+        times: of frames in the order in which they are shown.
+        unit: seconds that a time counts.
+        rate: frames a second, for the frames before the first known time and behind the last; 0 where it is not known.
     """
-    first, last = split or (0, length - 1)
-    if not 0 <= first <= last < length:
-        raise ValueError(f"its frames are 0 to {length - 1}, but meta.split asks for {first} to {last}")
-    shown = times[first : last + 1] if times is not None else []
-    constant = is_constant(shown)
-    wanted = num_frames
-    if fps > 0:
-        seconds = (last - first + 1) / (frame_rate(shown, clip_fps) if shown else clip_fps)
-        if not constant:
-            seconds = shown[-1] - shown[0] + last_frame_seconds(shown, clip_fps)
-        wanted = max(round(seconds * fps), 1)
-        num_frames = min(wanted, max_frames or last - first + 1)
-    if constant:
-        return np.linspace(first, last, num_frames).round().astype(int).tolist()
-    even = np.linspace(shown[0], shown[-1], num_frames)
-    if fps > 0 and num_frames == wanted:
-        even = (shown[0] + np.arange(wanted) / fps).clip(max=shown[-1])
-    return [first + place for place in nearest(shown, even.tolist())]
+    known = [time for time in times if time is not None]
+    if len(known) == len(times) and all(a < b for a, b in pairwise(known)):
+        return [float((time - known[0]) * unit) for time in known]
+    gaps = np.diff(known)
+    step = 1 / rate if rate else float(np.median(gaps[gaps > 0])) * unit if (gaps > 0).any() else 1.0
+    places: list[int] = []
+    seconds: list[float] = []
+    shift = 0.0
+    for place, time in enumerate(times):
+        if time is None:
+            continue
+        second = time * unit + shift
+        if seconds and second <= seconds[-1]:
+            if seconds[-1] - second < _RESTART_SECONDS:
+                continue
+            shift += seconds[-1] + step * (place - places[-1]) - second
+            second = time * unit + shift
+        places.append(place)
+        seconds.append(second)
+    if not places:
+        return [step * i for i in range(len(times))]
+    before = [seconds[0] - step * (places[0] - i) for i in range(places[0])]
+    after = [seconds[-1] + step * (i - places[-1]) for i in range(places[-1] + 1, len(times))]
+    between = np.interp(range(places[0], places[-1] + 1), places, seconds).tolist()
+    first, *others = [*before, *between, *after]
+    return [0.0, *(second - first for second in others)]
+
+
+def frame_rate(times: Sequence[float], declared: float) -> float:
+    """Frames a second on average: what the container declares where the frames' times agree with it."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return declared or 1.0
+    gaps, seconds = len(times) - 1, times[-1] - times[0]
+    # Matroska rounds times to milliseconds.
+    if declared and abs(gaps / declared - seconds) <= max(_SAME_RATE * seconds, _ROUNDING):
+        return declared
+    return gaps / seconds
+
+
+def is_constant(times: Sequence[float]) -> bool:
+    """Whether frames lie so evenly that counting them and looking at their times give the same frames."""
+    if len(times) < 3:
+        return True
+    even = np.linspace(times[0], times[-1], len(times))
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    return bool(np.abs(np.asarray(times) - even).max() <= step / 2)
+
+
+def last_frame_seconds(times: Sequence[float], rate: float) -> float:
+    """How long the last frame is shown: as an average one, or as the one before it where the frame rate varies."""
+    return 1 / rate if is_constant(times) else times[-1] - times[-2]
+
+
+# How the frames of a video are shown: upright, not mirrored, with square pixels, all of one size.
+
+_MOST_STRETCH = 16
+"""A pixel that is said to be so many times as wide as high, or more, is a damaged header."""
+_AS_STORED = (1, 0, 0, 1)
+
+Turn = tuple[int, int, int, int]
+"""Where a stored pixel at (x, y) is shown: at (a x + c y, b x + d y), each of a, b, c, d being -1, 0 or 1."""
+
+
+class Display:
+    """How one clip is shown.
+
+    Orientation comes with frames, from the container (MP4, MOV, Matroska) or from the stream (H.264 and HEVC, where
+    only the first frame of a group may carry it, and it holds on). The shape of pixels is that of the stored picture.
+
+    Attributes:
+        size: width and height of a frame as it is shown.
+    """
+
+    def __init__(self, first: VideoFrame, pixel_ratio: Fraction | None) -> None:
+        self._stored = (first.width, first.height)
+        self._width = first.width
+        if pixel_ratio:
+            if not 1 / _MOST_STRETCH <= pixel_ratio <= _MOST_STRETCH:
+                raise ValueError(f"its pixels are said to be {float(pixel_ratio):g} times as wide as high")
+            self._width = max(round(first.width * float(pixel_ratio)), 1)
+        self._is_start = True
+        self._first_turn = self._turn = _read_turn(first) or _AS_STORED
+        self.size = (self._width, first.height)
+        if self._turn[0] == 0:
+            self.size = self.size[::-1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether frames are shown as they are stored."""
+        return self._first_turn == _AS_STORED and self._width == self._stored[0]
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether frames are turned, but neither mirrored nor stretched."""
+        a, b, c, d = self._first_turn
+        return a * d - b * c == 1 and self._width == self._stored[0]
+
+    def begin(self, place: int) -> None:
+        """Say that frames follow from a place of the clip on, where decoding begins."""
+        self._turn, self._is_start = self._first_turn, place == 0
+
+    def follow(self, frame: VideoFrame, index: int) -> None:
+        """Look at a frame, in the order in which they are decoded; a ValueError if it is damaged or of another size."""
+        if frame.is_corrupt and not self._is_start:
+            raise ValueError(f"frame {index} is damaged: the file was cut off there, or not copied as it was")
+        # A recording that begins in the middle begins with pictures that lack what came before.
+        self._is_start = self._is_start and frame.is_corrupt
+        size = (frame.width, frame.height)
+        if size != self._stored:
+            raise ValueError(
+                f"its picture changes size on the way, from {self._stored[0]} x {self._stored[1]} to {size[0]} x "
+                f"{size[1]} at frame {index}; re-encode it to one size"
+            )
+        self._turn = _read_turn(frame) or self._turn
+        if (self._turn[0] == 0) != (self._first_turn[0] == 0):
+            raise ValueError(f"its picture is turned to its side on the way, at frame {index}; cut it into two clips")
+
+    def show(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """The frame that was followed last, as (height, width, 3)."""
+        if self._width != self._stored[0]:
+            frame = frame.reformat(width=self._width, height=self._stored[1], format="rgb24", interpolation="BICUBIC")
+        pixels: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        a, b, c, d = self._turn
+        if a == 0:
+            pixels = pixels.swapaxes(0, 1)
+        # Rows run along y, columns along x; the sign that is not zero says which way.
+        return pixels[:: b + d, :: a + c]
+
+
+def _read_turn(frame: VideoFrame) -> Turn | None:
+    """How a frame is to be shown, to the nearest quarter turn; None where it does not say."""
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(data), np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (_sign(a), 0, 0, _sign(d)) if a and d else None
+    return 0, _sign(b), _sign(c), 0
+
+
+def _sign(number: int) -> int:
+    return 1 if number >= 0 else -1

@@ -1,190 +1,27 @@
-"""When the frames of a video are shown, in seconds, and which of them lie nearest to given times."""
+"""Which frames a video has, when they are shown, and where decoding may begin, told from its packets alone.
+
+Decoding all of a clip to count its frames would take minutes. But the marks of a container are not enough: a packet
+may be marked as a key frame and be none, hold two pictures or a hidden one, or begin a group that refers to the group
+before it. So packets are read in part, by one reader per codec; a clip of a codec without a reader can only be decoded
+from the beginning of its file.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
-from llava.data.nal_units import PacketFacts
-from llava.data.packets import check_packet, packet_reader
+from llava.data.nal_units import Bits, H264Reader, HevcReader, PacketFacts
 
-_RESTART_SECONDS = 1.0
-"""A time that is so much before the latest one begins another clip, which was joined to the one before it."""
-_SAME_RATE, _ROUNDING = 0.01, 0.0011
-
-
-def seconds_of(times: Sequence[int | None], unit: float, rate: float) -> list[float]:
-    """Seconds of each frame from the first one, ascending.
-
-    Frames without a time, or with one that was there already, lie evenly between their neighbours.
-
-    Args:
-        times: of frames in the order in which they are shown.
-        unit: seconds that a time counts.
-        rate: frames a second, for the frames before the first known time and behind the last; 0 where it is not known.
-    """
-    known = [time for time in times if time is not None]
-    if len(known) == len(times) and all(a < b for a, b in pairwise(known)):
-        return [float((time - known[0]) * unit) for time in known]
-    gaps = np.diff(known)
-    step = 1 / rate if rate else float(np.median(gaps[gaps > 0])) * unit if (gaps > 0).any() else 1.0
-    places: list[int] = []
-    seconds: list[float] = []
-    shift = 0.0
-    for place, time in enumerate(times):
-        if time is None:
-            continue
-        second = time * unit + shift
-        if seconds and second <= seconds[-1]:
-            if seconds[-1] - second < _RESTART_SECONDS:
-                continue
-            shift += seconds[-1] + step * (place - places[-1]) - second
-            second = time * unit + shift
-        places.append(place)
-        seconds.append(second)
-    if not places:
-        return [step * i for i in range(len(times))]
-    before = [seconds[0] - step * (places[0] - i) for i in range(places[0])]
-    after = [seconds[-1] + step * (i - places[-1]) for i in range(places[-1] + 1, len(times))]
-    between = np.interp(range(places[0], places[-1] + 1), places, seconds).tolist()
-    first, *others = [*before, *between, *after]
-    return [0.0, *(second - first for second in others)]
-
-
-def frame_rate(times: Sequence[float], declared: float) -> float:
-    """Frames a second on average: what the container declares where the frames' times agree with it."""
-    if len(times) < 2 or times[-1] <= times[0]:
-        return declared or 1.0
-    gaps, seconds = len(times) - 1, times[-1] - times[0]
-    # Matroska rounds times to milliseconds.
-    if declared and abs(gaps / declared - seconds) <= max(_SAME_RATE * seconds, _ROUNDING):
-        return declared
-    return gaps / seconds
-
-
-def is_constant(times: Sequence[float]) -> bool:
-    """Whether frames lie so evenly that counting them and looking at their times give the same frames."""
-    if len(times) < 3:
-        return True
-    even = np.linspace(times[0], times[-1], len(times))
-    step = (times[-1] - times[0]) / (len(times) - 1)
-    return bool(np.abs(np.asarray(times) - even).max() <= step / 2)
-
-
-def last_frame_seconds(times: Sequence[float], rate: float) -> float:
-    """How long the last frame is shown: as an average one, or as the one before it where the frame rate varies."""
-    return 1 / rate if is_constant(times) else times[-1] - times[-2]
-
-
-def nearest(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
-    """For each wanted time the position of the nearest one; of two that are as near, the earlier."""
-    known = np.asarray(times)
-    after = np.searchsorted(known, wanted).clip(0, len(known) - 1)
-    before = (after - 1).clip(0)
-    is_before = np.asarray(wanted) - known[before] <= known[after] - np.asarray(wanted)
-    return np.where(is_before, before, after).tolist()  # type: ignore[no-any-return]
-
-
-# How the frames of a video are shown: upright, not mirrored, with square pixels, all of one size.
-
-_MOST_STRETCH = 16
-"""A pixel that is said to be so many times as wide as high, or more, is a damaged header."""
-_AS_STORED = (1, 0, 0, 1)
-
-Turn = tuple[int, int, int, int]
-"""Where a stored pixel at (x, y) is shown: at (a x + c y, b x + d y), each of a, b, c, d being -1, 0 or 1."""
-
-
-class Display:
-    """How one clip is shown.
-
-    Orientation comes with frames, from the container (MP4, MOV, Matroska) or from the stream (H.264 and HEVC, where
-    only the first frame of a group may carry it, and it holds on). The shape of pixels is that of the stored picture.
-
-    Attributes:
-        size: width and height of a frame as it is shown.
-    """
-
-    def __init__(self, first: Any, pixel_ratio: Any) -> None:
-        self._stored = (first.width, first.height)
-        self._width = first.width
-        if pixel_ratio:
-            if not 1 / _MOST_STRETCH <= pixel_ratio <= _MOST_STRETCH:
-                raise ValueError(f"its pixels are said to be {float(pixel_ratio):g} times as wide as high")
-            self._width = max(round(first.width * float(pixel_ratio)), 1)
-        self._is_start = True
-        self._first_turn = self._turn = read_turn(first) or _AS_STORED
-        self.size = (self._width, first.height)
-        if self._turn[0] == 0:
-            self.size = self.size[::-1]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether frames are shown as they are stored."""
-        return self._first_turn == _AS_STORED and self._width == self._stored[0]
-
-    @property
-    def is_turned(self) -> bool:
-        """Whether frames are turned, but neither mirrored nor stretched."""
-        a, b, c, d = self._first_turn
-        return a * d - b * c == 1 and self._width == self._stored[0]
-
-    def begin(self, place: int) -> None:
-        """Say that frames follow from a place of the clip on, where decoding begins."""
-        self._turn, self._is_start = self._first_turn, place == 0
-
-    def follow(self, frame: Any, index: int) -> None:
-        """Look at a frame, in the order in which they are decoded; a ValueError if it is damaged or of another size."""
-        if frame.is_corrupt and not self._is_start:
-            raise ValueError(f"frame {index} is damaged: the file was cut off there, or not copied as it was")
-        # A recording that begins in the middle begins with pictures that lack what came before.
-        self._is_start = self._is_start and frame.is_corrupt
-        size = (frame.width, frame.height)
-        if size != self._stored:
-            raise ValueError(
-                f"its picture changes size on the way, from {self._stored[0]} x {self._stored[1]} to {size[0]} x "
-                f"{size[1]} at frame {index}; re-encode it to one size"
-            )
-        self._turn = read_turn(frame) or self._turn
-        if (self._turn[0] == 0) != (self._first_turn[0] == 0):
-            raise ValueError(f"its picture is turned to its side on the way, at frame {index}; cut it into two clips")
-
-    def show(self, frame: Any) -> NDArray[np.uint8]:
-        """The frame that was followed last, as (height, width, 3)."""
-        if self._width != self._stored[0]:
-            frame = frame.reformat(width=self._width, height=self._stored[1], format="rgb24", interpolation="BICUBIC")
-        pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-        a, b, c, d = self._turn
-        if a == 0:
-            pixels = pixels.swapaxes(0, 1)
-        # Rows run along y, columns along x; the sign that is not zero says which way.
-        return pixels[:: b + d, :: a + c]
-
-
-def read_turn(frame: Any) -> Turn | None:
-    """How a frame is to be shown, to the nearest quarter turn; None where it does not say."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return None
-    a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(data), np.int32)[:5])
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return (_sign(a), 0, 0, _sign(d)) if a and d else None
-    return 0, _sign(b), _sign(c), 0
-
-
-def _sign(number: int) -> int:
-    return 1 if number >= 0 else -1
-
-
-# Which frames a video has and where decoding can begin, told from its packets alone.
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 
 @dataclass(frozen=True)
@@ -206,7 +43,7 @@ class VideoIndex:
     keys: list[int]
     key_targets: list[int]
     key_sizes: list[int]
-    order: dict[tuple[int, int], int]
+    order: dict[tuple[int | None, int], int]
     plain: bool
 
     def key_before(self, time: int) -> int:
@@ -225,29 +62,23 @@ class _Packet(NamedTuple):
     facts: PacketFacts
 
 
-class PacketScan(NamedTuple):
-    """What reading a stream's packets brings.
-
-    Attributes:
-        packets: the index, or None where packets do not say clearly which frames are shown, when, or where decoding may
-            begin: such a video can only be decoded from its beginning.
-        first: the first frame that is shown, or None.
-    """
-
-    packets: VideoIndex | None
-    first: Any
-
-
-def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIMITS) -> PacketScan:
+def index_packets(
+    container: InputContainer, stream: VideoStream, limits: MediaLimits = DEFAULT_LIMITS
+) -> tuple[VideoIndex | None, VideoFrame | None]:
     """Read the packets of a stream, of which only the first are decoded, up to the first frame.
 
     Args:
-        container: an open PyAV container, at its beginning.
+        container: at its beginning.
         stream: the video stream.
         limits: say how many frames there may be; more are a ValueError.
+
+    Returns:
+        The index, or None where packets do not say clearly which frames are shown, when, or where decoding may begin:
+        such a video can only be decoded from its beginning. And the first frame that is shown, if there is any.
     """
-    codec = stream.codec_context.codec.canonical_name
-    read = packet_reader(codec, bytes(stream.codec_context.extradata or b""))
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    read = packet_reader(codec, bytes(context.extradata or b""))
     packets: list[_Packet] | None = []
     first = None
     for packet in container.demux(stream):
@@ -255,11 +86,11 @@ def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIM
             first = next(iter(decode_start(packet)), None)
         if packet.size:
             check_packet(packet, codec, container.format.name)
-            data = bytes(packet)
-            facts = read(data) if read is not None and packets is not None else None
-            if facts is None or packet.pts is None or packet.is_corrupt or _changes(packet):
+            facts = read(bytes(packet)) if read is not None and packets is not None else None
+            # New settings of the decoder may be another size, or another codec.
+            if facts is None or packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
                 packets = None
-            if packets is not None and facts is not None:
+            elif packets is not None:
                 packets.append(
                     _Packet(packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.is_discard, facts)
                 )
@@ -267,14 +98,14 @@ def index_packets(container: Any, stream: Any, limits: MediaLimits = DEFAULT_LIM
         if packets is None and first is not None:
             break
     if not packets or (container.format.name == "avi" and not all(packet.facts.starts for packet in packets)):
-        return PacketScan(None, first)  # AVI does not say when frames are shown
-    index = _build_index(packets, getattr(stream.codec_context, "reorder_depth", 0) or 0)
+        return None, first  # AVI does not say when frames are shown
+    index = _build_index(packets, getattr(context, "reorder_depth", 0) or 0)
     if index is None or first is None or first.pts != index.times[0]:
-        return PacketScan(None, first)
-    return PacketScan(index, first)
+        return None, first
+    return index, first
 
 
-def decode_start(packet: Any) -> list[Any]:
+def decode_start(packet: Packet[VideoStream]) -> list[VideoFrame]:
     """The frames that a packet brings at the beginning of a file.
 
     A recording may begin in the middle of a group: what comes before its first frame need not be decodable.
@@ -282,15 +113,9 @@ def decode_start(packet: Any) -> list[Any]:
     import av
 
     try:
-        return list(packet.decode())
+        return packet.decode()
     except av.error.InvalidDataError:
         return []
-
-
-def _changes(packet: Any) -> bool:
-    """Whether a packet brings new settings of its decoder, as PyAV tells from release 15 on."""
-    has = getattr(packet, "has_sidedata", None)
-    return bool(has is not None and has("new_extradata"))
 
 
 def _build_index(packets: Sequence[_Packet], decoder_depth: int) -> VideoIndex | None:
@@ -359,3 +184,216 @@ def _reorder_depth(times: Sequence[int]) -> int:
         depth = max(depth, len(seen) - bisect_left(seen, time))
         insort(seen, time)
     return depth
+
+
+# What a packet says of itself, by codec.
+
+PacketReader = Callable[[bytes], PacketFacts | None]
+"""Reads one packet; None where it does not say clearly what it shows."""
+
+_INTRA = PacketFacts(shown=1, starts=True, closed=True)
+_INTER = PacketFacts(shown=1)
+_HIDDEN = PacketFacts(shown=0)
+
+# Every packet of these is one picture of its own.
+_INTRA_CODECS = (
+    "mjpeg", "prores", "dnxhd", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "dvvideo", "jpeg2000", "v210", "cfhd",
+)  # fmt: skip
+
+
+def packet_reader(codec: str, extradata: bytes) -> PacketReader | None:
+    """The reader for packets of a codec, or None where only decoding from the beginning tells which frames there are.
+
+    Args:
+        codec: FFmpeg's name of the codec, not of the decoder.
+        extradata: what the container says of the whole stream.
+    """
+    if codec == "h264":
+        return H264Reader(extradata)
+    if codec == "hevc":
+        return HevcReader(extradata)
+    if codec in _INTRA_CODECS:
+        return lambda data: _INTRA
+    return _READERS.get(codec)
+
+
+# Packets that are cut, or were not copied.
+
+_RAW_CODECS = ("rawvideo", "v210")
+_START_CODE_CODECS = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vc1")
+_RUN = bytes(64)
+# Their packets begin with a mark; longer runs are what files are cut into on a disk or for a download.
+_NEVER_ZERO_FIRST = ("vp8", "vp9", "av1", "mjpeg", "theora", "flv1", "h263")
+_PAGE = bytes(4096)
+
+
+def check_packet(packet: Packet[VideoStream], codec: str, container: str) -> None:
+    """A ValueError for a packet that is cut, or of nothing but zeros, as a download that was not finished leaves them.
+
+    Args:
+        packet: one of PyAV's, not empty.
+        codec: FFmpeg's name of the codec.
+        container: libav's name of the container; in a transport stream packets are lost on the air.
+    """
+    if packet.is_corrupt and container != "mpegts":
+        raise ValueError("it is cut off or damaged: one of its packets is incomplete")
+    if codec not in _RAW_CODECS and _has_hole(bytes(packet), codec):
+        raise ValueError("part of it holds only zeros, so it was not copied or downloaded in full")
+
+
+def _has_hole(data: bytes, codec: str) -> bool:
+    """Whether zeros stand in a packet where its encoder wrote others."""
+    starts_with_zeros = len(data) > 8 and not any(data[:8])
+    if starts_with_zeros and (codec in _NEVER_ZERO_FIRST or not data.strip(b"\0")):
+        return True
+    if codec not in _START_CODE_CODECS:
+        return codec in _NEVER_ZERO_FIRST and _PAGE in data
+    # Start codes cannot occur within a picture, so its data hold no such run; between pictures there may be filling
+    # with zeros, up to the next start code.
+    at = data.find(_RUN)
+    while at >= 0:
+        rest = data[at:].lstrip(b"\0")
+        if rest and rest[0] != 1:
+            return True
+        at = data.find(_RUN, len(data) - len(rest))
+    return False
+
+
+# VP8, VP9 and AV1
+
+
+def _read_vp8(data: bytes) -> PacketFacts | None:
+    """RFC 6386, 9.1: bit 0 of a frame is 0 for a key frame, bit 4 says whether it is shown."""
+    if len(data) < 3:
+        return None
+    if not data[0] & 0x10:
+        # A hidden key frame, which no encoder writes, would be no place to begin: nothing shows when it was.
+        return _HIDDEN if data[0] & 1 else None
+    return _INTER if data[0] & 1 else _INTRA
+
+
+def _read_vp9(data: bytes) -> PacketFacts | None:
+    frames = [_read_vp9_frame(frame) for frame in _vp9_frames(data)]
+    first = frames[0] if frames else None
+    if first is None or None in frames:
+        return None
+    shown = sum(frame.shown for frame in frames if frame)
+    return PacketFacts(shown, first.starts and shown == 1, first.starts)
+
+
+def _vp9_frames(data: bytes) -> Iterator[bytes]:
+    """The frames of a packet: a superframe ends with their sizes, between two equal markers (VP9, annex B)."""
+    marker = data[-1] if data else 0
+    count, width = (marker & 7) + 1, ((marker >> 3) & 3) + 1
+    size = 2 + count * width
+    if marker & 0xE0 != 0xC0 or len(data) < size or data[-size] != marker:
+        yield data
+        return
+    sizes, start = data[-size + 1 : -1], 0
+    for i in range(count):
+        length = int.from_bytes(sizes[i * width : (i + 1) * width], "little")
+        if length:
+            yield data[start : start + length]
+        start += length
+
+
+def _read_vp9_frame(data: bytes) -> PacketFacts | None:
+    """VP9, 6.2: the first bits of the uncompressed header."""
+    bits = Bits(data[:2])
+    if bits.read(2) != 2:  # frame_marker
+        return None
+    if bits.read(2) == 3:  # profile, and in profile 3 a reserved bit
+        bits.read()
+    if bits.read():  # show_existing_frame: one that was decoded before
+        return _INTER
+    key, show = not bits.read(), bits.read()
+    return PacketFacts(show, key, key)
+
+
+_AV1_SEQUENCE, _AV1_FRAME_HEADER, _AV1_FRAME = 1, 3, 6
+
+
+def _read_av1(data: bytes) -> PacketFacts | None:
+    shown, starts, sequence = 0, False, False
+    for kind, payload in _av1_units(data):
+        if kind == _AV1_SEQUENCE:
+            sequence = True
+            if len(payload) and payload[0] & 0x18:  # still pictures have headers of another form
+                return None
+        elif kind in (_AV1_FRAME_HEADER, _AV1_FRAME):
+            if not payload:
+                return None
+            if payload[0] & 0x80:  # a frame that was decoded before is shown, which may renew the references
+                shown += 1
+                continue
+            key, show = payload[0] & 0x60 == 0, bool(payload[0] & 0x10)
+            starts = starts or (key and show and shown == 0)
+            shown += show
+    return PacketFacts(shown, starts and sequence, starts)
+
+
+def _av1_units(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and first bytes of each open bitstream unit (AV1, 5.3), whose length is coded in groups of seven bits."""
+    position = 0
+    while position < len(data):
+        header = data[position]
+        position += 1 + (header >> 2 & 1)  # an extension of one byte
+        length = len(data) - position
+        if header & 2:  # obu_has_size_field
+            length = shift = 0
+            while position < len(data):
+                byte = data[position]
+                position += 1
+                length |= (byte & 0x7F) << shift
+                shift += 7
+                if byte < 0x80 or shift > 56:
+                    break
+        yield header >> 3 & 15, data[position : position + min(length, 4)]
+        position += length
+
+
+# MPEG-1, 2 and 4
+
+_MOST_SKIPPED_BYTES = 20
+"""An MPEG-4 packet as short as this may say that its picture is left out."""
+
+
+def _start_codes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each start code and the position behind it."""
+    position = data.find(b"\0\0\1")
+    while 0 <= position < len(data) - 3:
+        yield data[position + 3], position + 4
+        position = data.find(b"\0\0\1", position + 3)
+
+
+def _read_mpeg12(data: bytes) -> PacketFacts | None:
+    """ISO/IEC 13818-2, 6.2: sequence header, picture header, picture coding extension."""
+    kinds: list[int] = []
+    structures: list[int] = []  # 1 and 2 are the fields of a frame, 3 is a whole one
+    sequence = False
+    for code, start in _start_codes(data):
+        if code == 0xB3:
+            sequence = True
+        elif code == 0 and start + 2 <= len(data):
+            kinds.append(data[start + 1] >> 3 & 7)
+            structures.append(3)
+        elif code == 0xB5 and structures and start + 3 <= len(data) and data[start] >> 4 == 8:
+            structures[-1] = data[start + 2] & 3
+    if structures != [3] and sorted(structures) != [1, 2]:
+        return None
+    return PacketFacts(1, starts=sequence and kinds[0] == 1)
+
+
+def _read_mpeg4(data: bytes) -> PacketFacts | None:
+    """ISO/IEC 14496-2, 6.2.5: the two bits behind a picture's start code are 0 for one that stands alone."""
+    pictures = [data[start] >> 6 for code, start in _start_codes(data) if code == 0xB6 and start < len(data)]
+    # Several pictures: a packed stream, in which later packets are empty ones.
+    if len(pictures) != 1 or len(data) <= _MOST_SKIPPED_BYTES:
+        return None
+    return PacketFacts(1, starts=pictures[0] == 0)
+
+
+_READERS: dict[str, PacketReader] = {
+    "vp8": _read_vp8, "vp9": _read_vp9, "av1": _read_av1, "mpeg4": _read_mpeg4, "mpeg1video": _read_mpeg12,
+    "mpeg2video": _read_mpeg12,
+}  # fmt: skip

@@ -20,8 +20,9 @@ import pytest
 from conftest import COMMITTED_VIDEO
 from PIL import Image
 
+from llava.data.decoding import choose_frames
 from llava.data.media import MediaError, load_image, load_media, sample_video
-from llava.data.video import Video, choose_frames, open_video
+from llava.data.video import Video, open_video
 from llava.types import Media
 
 CODECS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.truncation import check_complete
+from llava.data.containers import check_complete
 
 
 def box(kind: bytes, payload: bytes = b"", wide: bool = False) -> bytes:

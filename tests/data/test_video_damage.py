@@ -16,9 +16,9 @@ from clips import encode
 from PIL import Image
 
 from llava.data.check import main as check
+from llava.data.containers import check_complete
 from llava.data.media import MediaError, sample_video
-from llava.data.packets import packet_reader
-from llava.data.truncation import check_complete
+from llava.data.video_index import packet_reader
 
 X264, FAST = {"g": "12"}, {"deadline": "realtime", "cpu-used": "8", "g": "12"}
 # Name, codec, its options, those of the container.

@@ -11,8 +11,8 @@ import pytest
 from clips import copy_packets, decode_all, encode, number_of, read_one, read_singly, replace_box
 
 from llava.data.nal_units import PacketFacts
-from llava.data.packets import packet_reader
 from llava.data.video import Video, open_video
+from llava.data.video_index import packet_reader
 
 
 @pytest.fixture(params=["decord", "PyAV"], autouse=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from clips import encode, number_of
 
+from llava.data.decoding import choose_frames, nearest
 from llava.data.media import sample_video
-from llava.data.video import choose_frames
-from llava.data.video_index import frame_rate, nearest, seconds_of
+from llava.data.video import frame_rate, seconds_of
 
 # 30 frames a second apart, then 30 in one second.
 VARYING = [i * 1000 for i in range(30)] + [30_000 + 33 * i for i in range(30)]

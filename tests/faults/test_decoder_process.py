@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from llava.data import decoding as decoder_process
 from llava.data.dataset import SupervisedDataset
-from llava.data.decoding import DecoderProcess
+from llava.data.decoding import DecoderProcess, FrameRequest
 from llava.data.media import MediaError, sample_video
-from llava.data.video import FrameRequest
 from llava.types import BadSample, Media, Record, Turn
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +168,7 @@ def test_hanging_sample_is_reported_and_the_others_come(media_dir, visual_tokeni
 ASKS = """
 import sys
 from llava.data import decoding as decoder_process
-from llava.data.video import FrameRequest
+from llava.data.decoding import FrameRequest
 decoder_process.PROGRAM, decoder_process._GRACE = sys.argv[1], 0.0
 process = decoder_process.DecoderProcess()
 print(process._process.pid, flush=True)

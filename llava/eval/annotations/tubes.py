@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from llava.constants import DEFAULT_VIDEO_TOKEN
+from llava.data.decoding import read_times
 from llava.data.media_files import MediaError
-from llava.data.video import read_times
-from llava.data.video_index import is_constant
+from llava.data.video import is_constant
 from llava.eval.annotations.entries import (
     SENTENCE_KEYS,
     VIDEO_KEYS,

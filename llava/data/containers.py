@@ -1,7 +1,10 @@
-"""Finds videos that were cut off, or end in zeros, from what their container says of its own parts.
+"""Which container a video file is, and whether the file ends where its container does.
 
-Decoders play what is there of a half-copied file and say nothing, and its frames would be sampled
-from the wrong stretch of the clip.
+libav guesses the container from names too, and knows hundreds: it plays a text as terminal art, takes ``v%03d.jpg`` for
+all pictures with such names, and opens whatever a playlist names. So the file's first bytes choose one of a few
+containers, and the only protocol is that of files. Decoders play what is there of a half-copied file and say nothing,
+and its frames would be sampled from the wrong stretch of the clip. So the container's own parts are walked through
+first: files that were cut off, and files with zeros where a part should begin, are refused.
 """
 
 from __future__ import annotations
@@ -9,13 +12,96 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from llava.data.packets import find_container, packet_size
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
-_TAIL_BYTES = 4096
+_HEAD_BYTES = _TAIL_BYTES = 4096
 _AT_ONCE = 1 << 20
-_RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "nut")
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"styp", b"sidx", b"free", b"skip", b"wide", b"pnot", b"uuid")
+# What files begin with, and libav's name of the container.
+_SIGNATURES = {
+    b"\x1a\x45\xdf\xa3": "matroska", b"OggS": "ogg", b"FLV\x01": "flv", b"GIF87a": "gif", b"GIF89a": "gif",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c": "asf", b"DKIF": "ivf", b".RMF": "rm",
+    b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02": "mxf", b"nut/multimedia container\0": "nut",
+    b"YUV4MPEG2 ": "yuv4mpegpipe", b"\x1f\x07\x00": "dv", b"\x12\x00\x0a": "obu",
+    b"\xb7\xd8\x00\x20\x37\x49\xda\x11\xa6\x4e\x00\x07\xe9\x5e\xad\x8d": "wtv",
+    b"\0\0\1\xba": "mpeg", b"\0\0\1\xb3": "mpegvideo",
+}  # fmt: skip
+_NO_VIDEO = "it has no video stream, it is an audio file"
+_UNKNOWN = "its content is no video of a kind that is read, whatever its name says (docs/data.md lists them)"
+_AUDIO = (b"ID3", b"fLaC", b"caff", b"FORM", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"\xff\xf1", b"\xff\xf9", b"#!AMR")
+_LISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"<smil", b"[playlist]")
+
+
+def find_container(path: str) -> str:
+    """libav's name of the container that a file is.
+
+    Raises:
+        ValueError: it is none that is read; the message is one line without the path.
+        OSError: it cannot be opened.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123
+        head = file.read(_HEAD_BYTES)
+    for signature, name in _SIGNATURES.items():
+        if head.startswith(signature):
+            return name
+    if head[4:8] in _MP4_BOXES:
+        return "mov"
+    if head.startswith(b"RIFF"):
+        if head[8:12] in (b"AVI ", b"AVIX", b"AMV "):
+            return "avi"
+        raise ValueError(_NO_VIDEO if head[8:12] == b"WAVE" else _UNKNOWN)
+    if packet_size(head):
+        return "mpegts"
+    if raw := _raw_stream(head):
+        return raw
+    if head.startswith(_AUDIO):
+        raise ValueError(_NO_VIDEO)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(_LISTS):
+        raise ValueError("it is a list of other files, not a video")
+    raise ValueError(_UNKNOWN if any(head) else "it holds only zeros")
+
+
+def packet_size(head: bytes) -> int:
+    """Bytes of each packet of an MPEG transport stream, 0 for what is none: every packet begins with 0x47, ``G``."""
+    for size in (188, 192, 204):
+        for start in range(min(size, len(head))):
+            marks = head[start::size][: 5 if len(head) > 6 * 204 else None]
+            if len(marks) > 1 and not marks.strip(b"G"):
+                return size
+    return 0
+
+
+def _raw_stream(head: bytes) -> str | None:
+    """The kind of a stream of H.264, HEVC or MPEG-4 without a container, by the unit behind its first start code."""
+    start = head.find(b"\0\0\1")
+    if start < 0 or head[:start].strip(b"\0") or start + 5 > len(head):
+        return None
+    first, second = head[start + 3 : start + 5]
+    if first == 0xB0 or (0x20 <= first <= 0x2F and second in (0, 0x80)):
+        return "m4v"
+    if (first >> 1) & 63 in (32, 33, 34, 35, 39) and not first & 0x81 and second == 1:
+        return "hevc"
+    if not first & 0x80 and first & 31 in (1, 5, 6, 7, 9):
+        return "h264"
+    return None
+
+
+def open_container(path: str) -> InputContainer:
+    """Open a video file with PyAV.
+
+    Raises:
+        ValueError: it is no container that is read; the message is one line without the path.
+        av.FFmpegError: it is broken.
+        OSError: it cannot be opened.
+    """
+    import av
+
+    # Only files, and none whose name says otherwise ("concat:a|b"): nothing but this one is opened.
+    options = {"protocol_whitelist": "file"}
+    return av.open(f"file:{path}", format=find_container(path), options=options, metadata_errors="ignore")
 
 
 def check_complete(path: str, size: int) -> None:
@@ -25,9 +111,9 @@ def check_complete(path: str, size: int) -> None:
         path: the file.
         size: its length in bytes.
     """
-    name = find_container(path)
+    check = _CHECKS.get(find_container(path), _check_tail)
     with open(path, "rb") as file:  # noqa: PTH123
-        _CHECKS.get(name, _check_last_bytes if name in _RAW else _check_tail)(_Reader(file, size))
+        check(_Reader(file, size))
 
 
 class _Reader:
@@ -41,9 +127,9 @@ class _Reader:
         self._file.seek(start)
         return self._file.read(count)
 
-    def number(self, start: int, count: int, order: str = "little") -> int:
+    def number(self, start: int, count: int, order: Literal["little", "big"] = "little") -> int:
         """A whole number at a place."""
-        return int.from_bytes(self.read(start, count), "big" if order == "big" else "little")
+        return int.from_bytes(self.read(start, count), order)
 
     def check_end(self, end: int) -> None:
         """A ValueError if a part ends behind the file."""
@@ -68,6 +154,7 @@ class _Reader:
 
 
 def _check_tail(file: _Reader) -> None:
+    """The only check of containers whose parts are not walked through."""
     file.check_zeros(max(file.size - min(_TAIL_BYTES, file.size // 8), 0))
 
 
@@ -76,17 +163,34 @@ def _check_last_bytes(file: _Reader) -> None:
     file.check_zeros(max(file.size - 65, 0))
 
 
+def _check_parts(file: _Reader, start: int, find_next: Callable[[_Reader, int], int | None]) -> None:
+    """Walk from part to part, each within the file.
+
+    Args:
+        start: where the first part begins.
+        find_next: where the part behind one begins; None where the walk ends with something else.
+    """
+    while start < file.size:
+        following = find_next(file, start)
+        if following is None:
+            return
+        file.check_end(following)
+        start = following
+    _check_last_bytes(file)
+
+
 _MP4_NEEDED = (b"mdat", b"moov", b"moof")
 
 
 def _check_mp4(file: _Reader) -> None:
+    """Boxes of ISO/IEC 14496-12, 4.2: four bytes of length, four of kind."""
     start, fragments = 0, False
     while start + 8 <= file.size:
         header = file.read(start, 16)
         length, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if length == 1:  # the length follows as eight bytes
             length = int.from_bytes(header[8:16], "big")
-        if length < 8:  # 0: the box lasts to the end of the file
+        if length < 8:  # 0: the box lasts to the end of the file; others are no length of a box
             if fragments:
                 file.check_hole(start)
             return
@@ -94,15 +198,16 @@ def _check_mp4(file: _Reader) -> None:
         if kind in _MP4_NEEDED:
             file.check_end(start + length)
         elif kind == b"sidx":
-            file.check_end(start + length + _fragment_bytes(file.read(start, min(length, 1 << 20))))
+            file.check_end(start + length + _fragment_bytes(file.read(start, min(length, _AT_ONCE))))
         start += length
 
 
 def _fragment_bytes(index: bytes) -> int:
-    """How many bytes of fragments an index speaks of that follow it, ISO/IEC 14496-12, 8.16.3."""
-    place = 20 if index[8:9] == b"\0" else 28
-    offset = int.from_bytes(index[place : place + (place - 12) // 2], "big")
-    place += (place - 12) // 2
+    """How many bytes of fragments an index (``sidx``) speaks of that follow it, ISO/IEC 14496-12, 8.16.3."""
+    place = 20 if index[8:9] == b"\0" else 28  # of first_offset, behind times of 32 or 64 bits
+    offset_bytes = (place - 12) // 2
+    offset = int.from_bytes(index[place : place + offset_bytes], "big")
+    place += offset_bytes
     count = int.from_bytes(index[place + 2 : place + 4], "big")
     entries = [index[place + 4 + 12 * i : place + 8 + 12 * i] for i in range(count)]
     return offset + sum(int.from_bytes(entry, "big") & 0x7FFFFFFF for entry in entries)
@@ -112,6 +217,7 @@ _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 
 
 def _check_matroska(file: _Reader) -> None:
+    """Elements of EBML, RFC 8794: an id and a length of variable width, in each other."""
     header, start = _element_size(file, 4)
     start += header or 0
     if file.read(start, 4) != _SEGMENT:
@@ -136,7 +242,7 @@ def _check_elements(file: _Reader, start: int, end: int) -> list[tuple[int, int]
         if not first[0]:
             file.check_hole(start)
             break
-        num_bytes = 9 - first[0].bit_length()
+        num_bytes = 9 - first[0].bit_length()  # of the id
         if num_bytes > 4:
             break
         is_cluster = file.read(start, num_bytes) == _CLUSTER
@@ -154,9 +260,9 @@ def _check_elements(file: _Reader, start: int, end: int) -> list[tuple[int, int]
 def _element_size(file: _Reader, start: int) -> tuple[int | None, int]:
     """A length in Matroska's coding (as many bytes as the first has leading zero bits, and one) and its end.
 
-    The length is None where it is not known; a file that ends within it is cut off.
+    The length is None where it is not known, which all ones say; a file that ends within it is cut off.
     """
-    first = file.number(start, 1)
+    first = file.number(start, 1, "big")
     num_bytes = 9 - first.bit_length() if first else 8
     file.check_end(start + num_bytes)
     unknown = (1 << 7 * num_bytes) - 1
@@ -168,6 +274,7 @@ _NO_LENGTH = (0, 0xFFFFFFFF)
 
 
 def _check_avi(file: _Reader) -> None:
+    """Chunks of RIFF: four bytes of kind, four of length, filled up to an even number."""
     start = 0
     while start + 12 <= file.size and file.read(start, 4) == b"RIFF":
         length = file.number(start + 4, 4)
@@ -194,21 +301,23 @@ _FLV_SIZE = b"\0\x08filesize\0"
 
 
 def _check_flv(file: _Reader) -> None:
-    start = file.number(5, 4, "big") + 4
     declared = file.read(0, _TAIL_BYTES).partition(_FLV_SIZE)[2][:8]
     if len(declared) == 8 and 0 < (total := struct.unpack(">d", declared)[0]) < 2**53:
         file.check_end(int(total))
-    while start < file.size:
-        kind = file.number(start, 1) & 31
-        if kind == 0:
-            file.check_hole(start)
-        if kind not in (8, 9, 18):  # sound, pictures, descriptions
-            return
-        file.check_end(start + 11)
-        start += 11 + file.number(start + 1, 3, "big")
-        file.check_end(start)
-        start += 4
-    _check_last_bytes(file)
+    # A byte of kind, three of length, seven of times and stream, the data, and four with the length of all that.
+    _check_parts(file, file.number(5, 4, "big") + 4, _next_flv_tag)
+
+
+def _next_flv_tag(file: _Reader, start: int) -> int | None:
+    kind = file.number(start, 1, "big") & 31
+    if kind == 0:
+        file.check_hole(start)
+    if kind not in (8, 9, 18):  # sound, pictures, descriptions
+        return None
+    file.check_end(start + 11)
+    end = start + 11 + file.number(start + 1, 3, "big")
+    file.check_end(end)
+    return min(end + 4, file.size)  # the length behind the last tag may be missing
 
 
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -217,8 +326,10 @@ _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 
 
 def _check_asf(file: _Reader) -> None:
-    header = file.read(0, min(file.number(16, 8), 1 << 20))
-    place, start = header.find(_ASF_PROPERTIES), file.number(16, 8)
+    """Objects of ASF: sixteen bytes of kind, eight of length; the data object holds packets of one size."""
+    start = file.number(16, 8)
+    header = file.read(0, min(start, _AT_ONCE))
+    place = header.find(_ASF_PROPERTIES)
     file.check_end(start + 50)
     if place < 0 or len(header) < place + 96 or file.read(start, 16) != _ASF_DATA:
         return
@@ -237,19 +348,23 @@ def _check_asf(file: _Reader) -> None:
             file.check_hole(place, most=min(64, packet - 1))
 
 
-def _check_ogg(file: _Reader) -> None:
-    start = 0
-    while start < file.size:
-        header = file.read(start, 27 + 255)
-        if header[:4] != b"OggS":
-            file.check_hole(start)
-            if b"OggS".startswith(header):
-                file.check_end(start + 27)
-            return
-        file.check_end(start + 27 + (header[26] if len(header) > 26 else 0))
-        start += 27 + header[26] + sum(header[27 : 27 + header[26]])
-        file.check_end(start)
-    _check_last_bytes(file)
+def _next_ogg_page(file: _Reader, start: int) -> int | None:
+    """RFC 3533: a header of 27 bytes, of which the last counts the segments, their lengths, and the segments."""
+    header = file.read(start, 27 + 255)
+    if header[:4] != b"OggS":
+        file.check_hole(start)
+        if b"OggS".startswith(header):
+            file.check_end(start + 27)
+        return None
+    file.check_end(start + 27 + (header[26] if len(header) > 26 else 0))
+    return start + 27 + header[26] + sum(header[27 : 27 + header[26]])
+
+
+def _next_ivf_frame(file: _Reader, start: int) -> int:
+    """Four bytes of length, eight of time, and the frame."""
+    file.check_hole(start, most=12)
+    file.check_end(start + 12)
+    return start + 12 + file.number(start, 4)
 
 
 def _check_transport_stream(file: _Reader) -> None:
@@ -271,6 +386,7 @@ def _check_transport_stream(file: _Reader) -> None:
 
 
 def _check_program_stream(file: _Reader) -> None:
+    """Packs and packets of ISO/IEC 13818-1, 2.5.3, each behind a start code."""
     start = 0
     while start < file.size:
         header = file.read(start, 14)
@@ -288,56 +404,24 @@ def _check_program_stream(file: _Reader) -> None:
             start += zeros - 2
             continue
         kind = header[3] if len(header) > 3 else 0
-        if kind == 0xBA:
-            newer = len(header) > 4 and header[4] >> 6 == 1
-            start += 14 + (header[13] & 7 if len(header) > 13 else 0) if newer else 12
-        elif kind == 0xB9:
+        if kind == 0xBA:  # a pack header, longer in MPEG-2, whose last bits count stuffing bytes
+            is_mpeg2 = len(header) > 4 and header[4] >> 6 == 1
+            start += 14 + (header[13] & 7 if len(header) > 13 else 0) if is_mpeg2 else 12
+        elif kind == 0xB9:  # the end of the stream
             start += 4
         else:
             start += 6 + int.from_bytes(header[4:6], "big")
         file.check_end(start)
 
 
-def _check_gif(file: _Reader) -> None:
-    flags = file.number(10, 1)
-    start = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    while True:
-        file.check_end(start + 1)
-        kind = file.number(start, 1)
-        if kind == 0x2C:  # a picture, perhaps with colours of its own, and the size of its codes
-            flags = file.number(start + 9, 1)
-            start += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-        elif kind == 0x21:
-            start += 2
-        else:
-            if kind != 0x3B:
-                file.check_zeros(start, most=0)
-            return
-        while length := file.number(start, 1):
-            start += 1 + length
-            file.check_end(start + 1)
-        start += 1
-
-
-def _check_ivf(file: _Reader) -> None:
-    start = file.number(6, 2)
-    while start < file.size:
-        file.check_hole(start, most=12)
-        file.check_end(start + 12)
-        start += 12 + file.number(start, 4)
-        file.check_end(start)
-    _check_last_bytes(file)
+def _check_dv(file: _Reader) -> None:
+    """Frames of one size: ten sequences of 150 blocks of 80 bytes for 525 lines, twelve for 625."""
+    _check_tail(file)
+    frame = 150 * 80 * (12 if file.number(3, 1) & 0x80 else 10)
+    file.check_end(-(-file.size // frame) * frame)
 
 
 _Y4M_LAYOUT = re.compile(rb"(420|422|444alpha|444|411|mono)(?:jpeg|mpeg2|paldv|p?(\d+))?")
-_DV_SEQUENCE = 150 * 80
-"""Bytes of a tenth of a frame of 525 lines, of a twelfth of one of 625."""
-
-
-def _check_dv(file: _Reader) -> None:
-    frame = _DV_SEQUENCE * (12 if file.number(3, 1) & 0x80 else 10)
-    file.check_zeros(max(file.size - min(_TAIL_BYTES, file.size // 8), 0))
-    file.check_end(-(-file.size // frame) * frame)
 
 
 def _check_y4m(file: _Reader) -> None:
@@ -348,7 +432,7 @@ def _check_y4m(file: _Reader) -> None:
         return
     picture, start = _y4m_picture_bytes(int(width), int(height), chroma), len(header) + 1
     while picture and start < file.size:
-        line, line_end, _ = file.read(start, 256).partition(b"\n")
+        line = file.read(start, 256).partition(b"\n")[0]
         if not line.startswith(b"FRAME"):
             file.check_hole(start)
         if not line.startswith(b"FRAME"[: len(line)]):
@@ -371,16 +455,9 @@ def _y4m_picture_bytes(width: int, height: int, chroma: bytes) -> int:
 
 
 _CHECKS: dict[str, Callable[[_Reader], None]] = {
-    "mov": _check_mp4,
-    "matroska": _check_matroska,
-    "avi": _check_avi,
-    "flv": _check_flv,
-    "asf": _check_asf,
-    "ogg": _check_ogg,
-    "mpegts": _check_transport_stream,
-    "mpeg": _check_program_stream,
-    "gif": _check_gif,
-    "ivf": _check_ivf,
-    "dv": _check_dv,
-    "yuv4mpegpipe": _check_y4m,
-}
+    "mov": _check_mp4, "matroska": _check_matroska, "avi": _check_avi, "flv": _check_flv, "asf": _check_asf,
+    "ogg": lambda file: _check_parts(file, 0, _next_ogg_page),
+    "ivf": lambda file: _check_parts(file, file.number(6, 2), _next_ivf_frame),
+    "mpegts": _check_transport_stream, "mpeg": _check_program_stream, "dv": _check_dv, "yuv4mpegpipe": _check_y4m,
+    **dict.fromkeys(("h264", "hevc", "m4v", "mpegvideo", "obu", "nut"), _check_last_bytes),
+}  # fmt: skip
