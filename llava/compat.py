@@ -80,6 +80,38 @@ def forget_adapters(model: Any) -> None:
     model._hf_peft_config_loaded = False
 
 
+class OwnGenerationDefaults:
+    """Mixin for a configuration whose class attributes are named as generation parameters; put it first.
+
+    transformers refuses to store such values in a ``config.json``, and takes class attributes for them.
+    """
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Those that were set on this very configuration, which are refused as ever."""
+        found = super()._get_generation_parameters()  # type: ignore[misc]
+        return {name: value for name, value in found.items() if name in vars(self)}
+
+
+def inherit_conversions(plain: str, own: str) -> None:
+    """Read and write weights of a model as transformers does for the plain one.
+
+    Some checkpoints are stored under other names than the model's own (every expert of a mixture by itself, for one).
+    transformers finds the translation by model type or by class name, and would not find it under ours; the module
+    that keeps them is not part of its documented interface.
+
+    Args:
+        plain, own: two model types, or the names of two classes.
+    """
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    conversions = get_checkpoint_conversion_mapping(plain)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(own, conversions, overwrite=True)
+
+
 def add_to_auto_configs(tables: Any, model_type: str, config: str, module: ModuleType) -> None:
     """Let ``AutoConfig`` find a model type.
 

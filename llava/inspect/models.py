@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import llava.model as models
 from llava.config import ASPECT_RATIOS, VisionConfig
 from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, PATCH_MERGE_TYPES
 from llava.messages import run_command
+from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
 from llava.model.multimodal_encoder.builder import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler.builder import RESAMPLERS
@@ -46,16 +46,13 @@ def describe_models() -> str:
 
 
 def describe_backbones() -> str:
-    import llava.model.language_model  # noqa: F401  (registers the backbones)
-    from llava.model.language_model.registration import PLAIN_TYPES
-
     rows = []
     for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
-        model_class = getattr(models, models.AVAILABLE_MODELS[backbone][2])
-        parent = next(base for base in model_class.__mro__ if base.__module__.startswith("transformers."))
+        model_class = find_class(AVAILABLE_MODELS[backbone][2])
+        parent = plain_class(model_class)
         attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
         rows.append((f"`{backbone}`", f"`{plain}`", f"`{parent.__name__}`", attention))
-    variants = both(models.variant_type("<model type>", name) for name in models.VARIANTS if name != "base")
+    variants = both(variant_type("<model type>", name) for name in VARIANTS if name != "base")
     return f"""\
 ## Language models
 

@@ -1,71 +1,187 @@
-"""transformers' Auto classes know every model type of ``AVAILABLE_MODELS``, and nothing is loaded for it.
+"""Backbones: the table of families of language models, their classes by name, and transformers' Auto classes.
 
-transformers keeps names: of model types, of their classes, and of the modules to look these up in. Ours go beside
-them with ``llava.model`` as the module, which loads a backbone's file when its class is asked for. The tables lie in
-three modules of transformers that take seconds to load; each gets our names when it is there, or as soon as it is.
+A family is three short classes in ``language_model/<model type>.py``: configuration, decoder, language model with
+head. From these, variants with alternating attention and text classifiers are made when they are asked for by name.
+Until then nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from llava.compat import add_to_auto_configs, add_to_auto_models, add_to_auto_tokenizers
+from llava.compat import add_to_auto_configs, add_to_auto_models, add_to_auto_tokenizers, inherit_conversions
+
+if TYPE_CHECKING:
+    from llava.model.llava_arch import LlavaMetaForCausalLM
+
+    AnyBackbone = TypeVar("AnyBackbone", bound=type[LlavaMetaForCausalLM])
+
+
+class Backbone(NamedTuple):
+    """A family of language models with vision.
+
+    Attributes:
+        prefix: how the names of its classes begin.
+        plain_type: transformers' model type of the checkpoints that it loads, whose tokenizer it has.
+        module: where its three classes are written.
+    """
+
+    prefix: str
+    plain_type: str
+    module: str
+
+
+BACKBONES = {
+    model_type: Backbone(prefix, plain_type, f"llava.model.language_model.{model_type}")
+    for model_type, prefix, plain_type in (
+        ("llava_gemma", "LlavaGemma", "gemma"),
+        ("llava_gpt2", "LlavaGPT2", "gpt2"),
+        ("llava_gpt_neox", "LlavaGPTNeoX", "gpt_neox"),
+        ("llava_llama", "LlavaLlama", "llama"),
+        ("llava_mistral", "LlavaMistral", "mistral"),
+        ("llava_mixtral", "LlavaMixtral", "mixtral"),
+        ("llava_mpt", "LlavaMpt", "mpt"),
+        ("llava_opt", "LlavaOPT", "opt"),
+        ("llava_qwen", "LlavaQwen", "qwen2"),
+        ("llava_qwen_moe", "LlavaQwenMoe", "qwen2_moe"),
+    )
+}
+"""The families by model type; ``register_backbone`` adds others."""
+
+VARIANTS = {"base": "", "alternating": "Alternating", "alternating_cross": "AlternatingCross"}
+"""Kinds of attention (see ``language_model.alternating``), and what class names of each have behind their prefix."""
 
 SEQUENCE_CLASSIFICATION = "ForSequenceClassification"
 TOKEN_CLASSIFICATION = "ForTokenClassification"
 
-_AUTO = "transformers.models.auto."
-_OTHER_PLAIN_TYPES = {"llava_qwen": "qwen2", "llava_qwen_moe": "qwen2_moe"}
+AVAILABLE_MODELS: dict[str, tuple[str, str, str]] = {}
+"""Model types and the names of their classes: configuration, decoder, language model with head."""
+
+PLAIN_TYPES = {backbone.plain_type: model_type for model_type, backbone in BACKBONES.items()}
+"""The model type of each plain language model ("qwen2") and of the family that loads it ("llava_qwen")."""
+
+_MODEL_TYPES: dict[str, str] = {}
+"""The model type of each class by the class's name, text classifiers included."""
+
+_LANGUAGE_MODELS: dict[str, type[LlavaMetaForCausalLM]] = {}
+"""By model type, the language models with head of the families whose files have been loaded."""
 
 
-class AutoNames:
-    """One model type's entries in the tables of the Auto classes.
+def variant_type(backbone: str, variant: str) -> str:
+    """The model type of a family with one of the ``VARIANTS`` of attention."""
+    return backbone if variant == "base" else f"{backbone}_with_{variant}_attn"
+
+
+def split_type(model_type: str) -> tuple[str, str]:
+    """The family and the variant of a model type: the inverse of ``variant_type``."""
+    for variant in VARIANTS:
+        suffix = variant_type("", variant)
+        if suffix and model_type.endswith(suffix):
+            return model_type.removesuffix(suffix), variant
+    return model_type, "base"
+
+
+def plain_class(own: type) -> Any:
+    """The class of transformers that one of ours is made from."""
+    return next(base for base in own.__mro__ if base.__module__.startswith("transformers."))
+
+
+def register_backbone(backbone: AnyBackbone) -> AnyBackbone:
+    """Class decorator for a language model with head: makes its family known here and to transformers.
 
     Args:
-        model_type: of ours.
-        names: of its configuration, decoder and language model with head.
-        plain_type: the model type that it wraps, whose tokenizer it has.
-        module: has these names as attributes.
+        backbone: mixes ``LlavaMetaForCausalLM`` into a class of transformers, and names its
+            ``config_class`` and its ``decoder_class``. The class of transformers that the
+            configuration is made from says which plain checkpoints it loads.
+
+    Raises:
+        ValueError: another family has this model type, or loads the same plain one.
     """
+    model_type, plain_type = backbone.config_class.model_type, plain_class(backbone.config_class).model_type
+    if PLAIN_TYPES.setdefault(plain_type, model_type) != model_type:
+        raise ValueError(f"{plain_type!r} is wrapped by {PLAIN_TYPES[plain_type]!r} and by {model_type!r}; keep one")
+    names = (backbone.config_class.__name__, backbone.decoder_class.__name__, backbone.__name__)
+    if AVAILABLE_MODELS.get(model_type, names) != names:
+        raise ValueError(
+            f"the model type {model_type!r} is taken by {AVAILABLE_MODELS[model_type][2]}; give {names[2]} another"
+        )
+    if model_type not in BACKBONES:
+        BACKBONES[model_type] = Backbone(names[2].removesuffix("ForCausalLM"), plain_type, backbone.__module__)
+        _list_classes(model_type, names)
+    _LANGUAGE_MODELS[model_type] = backbone
+    _derive_classes.cache_clear()  # A notebook may run a family's cell again.
+    for variant in VARIANTS:
+        own_type = variant_type(model_type, variant)
+        inherit_conversions(plain_type, own_type)
+        inherit_conversions(plain_class(backbone).__name__, AVAILABLE_MODELS[own_type][2])
+    return backbone
 
-    def __init__(self, model_type: str, names: Sequence[str], plain_type: str, module: ModuleType) -> None:
-        self.model_type, self.plain_type, self.module = model_type, plain_type, module
-        self.config, self.decoder, self.language_model = names
 
-    def extend(self, tables: ModuleType) -> None:
-        """Add the entries to one of transformers' modules."""
-        kind = tables.__name__.removeprefix(_AUTO)
-        if kind == "configuration_auto":
-            add_to_auto_configs(tables, self.model_type, self.config, self.module)
-        elif kind == "tokenization_auto":
-            add_to_auto_tokenizers(tables, self.model_type, self.config, self.plain_type)
-        else:
-            prefix = self.language_model.removesuffix("ForCausalLM")
-            classes = {
-                "MODEL_MAPPING": self.decoder,
-                "MODEL_FOR_CAUSAL_LM_MAPPING": self.language_model,
-                "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": self.language_model,
-                "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": prefix + SEQUENCE_CLASSIFICATION,
-                "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": prefix + TOKEN_CLASSIFICATION,
-            }
-            add_to_auto_models(tables, self.model_type, self.config, classes, self.module)
+def find_class(name: str) -> type[Any]:
+    """A class of a model type by its name; loads the family's file.
+
+    Variants and classifiers are named as attributes of ``llava.model``, by which pickle finds them in any process.
+
+    Raises:
+        AttributeError: no model type has such a class.
+    """
+    if name not in _MODEL_TYPES:
+        raise AttributeError(f"no model type has a class {name!r}")
+    family, _ = split_type(_MODEL_TYPES[name])
+    import_module(BACKBONES[family].module)
+    backbone = _LANGUAGE_MODELS[family]
+    written = {own.__name__: own for own in (backbone.config_class, backbone.decoder_class, backbone)}
+    return written[name] if name in written else _derive_classes(family)[name]
+
+
+def derived_classes(module: str) -> Callable[[str], type[Any]]:
+    """The ``__getattr__`` of a family's file: its variants with alternating attention and its text classifiers."""
+
+    def find(name: str) -> type[Any]:
+        if name in _MODEL_TYPES and BACKBONES[split_type(_MODEL_TYPES[name])[0]].module == module:
+            return find_class(name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return find
+
+
+@cache
+def _derive_classes(family: str) -> dict[str, type[Any]]:
+    """By name, the classes that are made from a family's written ones; the same ones at every call."""
+    from llava.model.language_model.alternating import make_variant
+    from llava.model.language_model.classification import make_classifiers
+
+    backbone = _LANGUAGE_MODELS[family]
+    variants = [make_variant(backbone, variant) for variant in VARIANTS if variant != "base"]
+    classes: list[type[Any]] = []
+    for language_model in (backbone, *variants):
+        classes += [language_model.config_class, language_model.decoder_class, language_model]
+        classes += make_classifiers(language_model)
+    return {derived.__name__: derived for derived in classes}
+
+
+# transformers' Auto classes look model types up in tables of names, in three modules that take seconds to load. Our
+# names are added to each when it is there, or as soon as it is; the classes are then found in ``llava.model``.
+
+_AUTO = "transformers.models.auto."
+_TABLES = tuple(_AUTO + name for name in ("configuration_auto", "modeling_auto", "tokenization_auto"))
 
 
 class _WhenLoaded(MetaPathFinder):
-    """Adds our names to the tables of the Auto classes right after Python has loaded them."""
-
-    modules = tuple(_AUTO + name for name in ("configuration_auto", "modeling_auto", "tokenization_auto"))
+    """Adds all model types to transformers' tables right after Python has loaded these."""
 
     def __init__(self) -> None:
-        self.known: dict[str, AutoNames] = {}
+        self.awaited = {name for name in _TABLES if name not in sys.modules}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self.modules:
+        if name not in self.awaited:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -76,25 +192,52 @@ class _WhenLoaded(MetaPathFinder):
     def _then_extend(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def execute_and_extend(module: ModuleType) -> None:
             execute(module)
-            for names in self.known.values():
-                names.extend(module)
+            for model_type in AVAILABLE_MODELS:
+                _extend(module, model_type)
+            self.awaited.discard(module.__name__)
+            if not self.awaited:  # From here on Python's imports need not pass by this finder.
+                sys.meta_path.remove(self)
 
         return execute_and_extend
 
 
 _when_loaded = _WhenLoaded()
+if _when_loaded.awaited:
+    sys.meta_path.insert(0, _when_loaded)
 
 
-def register(model_type: str, names: Sequence[str], module: ModuleType, plain_type: str | None = None) -> None:
-    """Make the Auto classes know a model type; see ``AutoNames``. The plain type goes by ours where none is given."""
-    if model_type in _when_loaded.known:
-        return
-    if plain_type is None:
-        backbone = model_type.partition("_with_")[0]
-        plain_type = _OTHER_PLAIN_TYPES.get(backbone, backbone.removeprefix("llava_"))
-    entry = _when_loaded.known[model_type] = AutoNames(model_type, names, plain_type, module)
-    if _when_loaded not in sys.meta_path:
-        sys.meta_path.insert(0, _when_loaded)
-    for name in _when_loaded.modules:
-        if name in sys.modules:
-            entry.extend(sys.modules[name])
+def _extend(tables: ModuleType, model_type: str) -> None:
+    """Add a model type to one of transformers' modules of tables."""
+    config, decoder, language_model = AVAILABLE_MODELS[model_type]
+    kind, here = tables.__name__.removeprefix(_AUTO), sys.modules["llava.model"]
+    if kind == "configuration_auto":
+        add_to_auto_configs(tables, model_type, config, here)
+    elif kind == "tokenization_auto":
+        add_to_auto_tokenizers(tables, model_type, config, BACKBONES[split_type(model_type)[0]].plain_type)
+    else:
+        prefix = language_model.removesuffix("ForCausalLM")
+        classes = {
+            "MODEL_MAPPING": decoder,
+            "MODEL_FOR_CAUSAL_LM_MAPPING": language_model,
+            "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": language_model,
+            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": prefix + SEQUENCE_CLASSIFICATION,
+            "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": prefix + TOKEN_CLASSIFICATION,
+        }
+        add_to_auto_models(tables, model_type, config, classes, here)
+
+
+def _list_classes(family: str, written: tuple[str, str, str]) -> None:
+    """Enter a family's classes, those of its variants too, into the tables above and into transformers'."""
+    for variant, infix in VARIANTS.items():
+        model_type, start = variant_type(family, variant), BACKBONES[family].prefix + infix
+        derived = (f"{start}Config", f"{start}Model", f"{start}ForCausalLM")
+        AVAILABLE_MODELS[model_type] = names = written if variant == "base" else derived
+        classifiers = (start + SEQUENCE_CLASSIFICATION, start + TOKEN_CLASSIFICATION)
+        _MODEL_TYPES.update(dict.fromkeys((*names, *classifiers), model_type))
+        for name in _TABLES:
+            if name not in _when_loaded.awaited:
+                _extend(sys.modules[name], model_type)
+
+
+for _family, (_prefix, _, _) in BACKBONES.items():
+    _list_classes(_family, (f"{_prefix}Config", f"{_prefix}Model", f"{_prefix}ForCausalLM"))

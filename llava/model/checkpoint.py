@@ -10,8 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-import llava.model as models
-from llava.model.language_model.registration import PLAIN_TYPES
+from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, find_class, split_type, variant_type
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, read_base
 from llava.model.pretrained import check_quantization, drop_remote_kernels, foreign_code_note, locate_model
@@ -52,19 +51,19 @@ def choose_classes(
 ) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
     """Configuration and model class for a model type and, where one is asked for, a variant."""
     name = PLAIN_TYPES.get(model_type, model_type)
-    if name not in models.AVAILABLE_MODELS:
+    if name not in AVAILABLE_MODELS:
         raise ValueError(
             f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(_known_types())}"
             f"{foreign_code_note(read_config(path))}"
         )
     if variant is not None:
-        name = models.variant_type(models.split_type(name)[0], variant)
-    config_name, _, model_name = models.AVAILABLE_MODELS[name]
-    return getattr(models, config_name), getattr(models, model_name)
+        name = variant_type(split_type(name)[0], variant)
+    config_name, _, model_name = AVAILABLE_MODELS[name]
+    return find_class(config_name), find_class(model_name)
 
 
 def _known_types() -> list[str]:
-    return sorted(PLAIN_TYPES) + sorted(models.AVAILABLE_MODELS)
+    return sorted(PLAIN_TYPES) + sorted(AVAILABLE_MODELS)
 
 
 def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:
@@ -148,8 +147,8 @@ def fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     tokens, own = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
     differing = [token for token, i in tokens.items() if own.get(token) != i]
     # A kind of attention has no weights of its own: one base serves all of them.
-    backbone = models.split_type(config_class.model_type)[0]
-    if backbone != models.split_type(config_dict["model_type"])[0] or differing:
+    backbone = split_type(config_class.model_type)[0]
+    if backbone != split_type(config_dict["model_type"])[0] or differing:
         what = f"other ids for {differing[:3]}" if differing else f"model_type {backbone!r}"
         raise ValueError(
             f"{base!r} is not the base model of the adapters in {path!r}: it has {what}; "

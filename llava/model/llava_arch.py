@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from llava.compat import cache_argument, cache_of, choose_cache
+from llava.compat import OwnGenerationDefaults, cache_argument, cache_of, choose_cache
 from llava.config import VisionConfig
 from llava.geometry import SPATIAL_UNPAD
 from llava.grounding.syntax import GroundingConfig
@@ -39,6 +39,19 @@ from llava.model.multimodal_resampler.builder import build_resampler
 from llava.model.tower_weights import TowerWeights
 from llava.model.visual import ViewMerger, as_media, encode_visual, infer_modalities, splice
 from llava.types import MediaKind
+
+
+class FamilyDefaults(OwnGenerationDefaults):
+    """Mixin for a configuration: the LLaVA family's defaults for generating. Put it first.
+
+    The family's configurations say that a model answers greedily with at most 1,024 new tokens. They are class
+    attributes, read from here as from the family's: what one model generates with is in its ``generation_config``.
+    """
+
+    temperature: ClassVar[float] = 0.0
+    max_new_tokens: ClassVar[int] = 1024
+    do_sample: ClassVar[bool] = False
+    top_p: ClassVar[float | None] = None
 
 
 class LlavaMetaModel:
@@ -127,13 +140,13 @@ class LlavaMetaModel:
 class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
     """Mixin for a language model with head: images and videos in, text out.
 
-    Put it before the language model's class and name, in the subclass, the decoder's class and the
-    attribute that holds the decoder.
+    Put it before the language model's class and name, in the subclass, the decoder's class. The decoder lies where
+    transformers keeps it, in the attribute ``base_model_prefix``.
     """
 
     config_class: ClassVar[type[PretrainedConfig]]
     decoder_class: ClassVar[type[PreTrainedModel]]
-    decoder_attribute: ClassVar[str] = "model"
+    base_model_prefix: str
 
     config: Any
     training: bool
@@ -142,13 +155,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         # The parent builds its plain decoder, which is replaced at once: no time is spent to fill it.
         with no_init_weights():
             super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.decoder_attribute, self.decoder_class(config))
+        setattr(self, self.base_model_prefix, self.decoder_class(config))
         self.post_init()  # type: ignore[attr-defined]
         self.keep_tower_weights_out(self.vision is not None and not self.vision.save_vision_tower)
 
     def get_model(self) -> Any:
         """The decoder, with the vision modules."""
-        return getattr(self, self.decoder_attribute)
+        return getattr(self, self.base_model_prefix)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_model().get_input_embeddings()

@@ -110,8 +110,6 @@ def load_model(
             read or is another one, a base model that is gone or another one, weights that are missing,
             a setting that contradicts the checkpoint, or k bits where they cannot be had.
     """
-    import llava.model.language_model  # noqa: F401  (registers the backbones)
-
     model_name_or_path = locate_model(model_name_or_path, flag)
     config_class, model_class = choose_classes(read_model_type(model_name_or_path, flag), model_name_or_path, variant)
     config_dict = read_config(model_name_or_path, flag) | {"model_type": config_class.model_type}

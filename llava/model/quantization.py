@@ -122,7 +122,7 @@ def find_linear_layers(model: Any) -> list[str]:
         model: a language model with head, of any backbone.
     """
     return [
-        f"{model.decoder_attribute}.{name}"
+        f"{model.base_model_prefix}.{name}"
         for name, module in model.get_model().named_modules()
         if isinstance(module, nn.Linear | Conv1D) and vision_module_of(name) is None
     ]

@@ -62,7 +62,6 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import llava.model.language_model  # noqa: F401  (registers the types of this library's checkpoints)
     from llava.config import VisionConfig
     from llava.io import apply_umask
     from llava.model.checkpoint import load_tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,39 @@ def _plain_prefix(model: torch.nn.Module) -> str:
     decoder = model.get_model()
     plain = next(base for base in type(decoder).__mro__ if base.__module__.startswith("transformers."))
     return plain.__name__.removesuffix("Model")
+
+
+UNPICKLE = """
+import pickle, sys
+import llava.model
+config, *classes = pickle.loads(sys.stdin.buffer.read())
+assert type(config).__name__ == "LlavaGPT2AlternatingConfig" and config.n_layer == 3
+from llava.model.language_model import llava_gpt2
+for found in classes:
+    assert found is getattr(llava.model, found.__name__) is getattr(llava_gpt2, found.__name__), found
+"""
+
+
+def test_derived_classes_are_found_by_name_in_any_process() -> None:
+    """Those with alternating attention and the classifiers, which no file writes out."""
+    from llava.model.language_model import llava_gpt2, llava_llama
+    from llava.model.language_model.llava_gpt2 import LlavaGPT2AlternatingConfig, LlavaGPT2AlternatingForCausalLM
+
+    endings = ("Config", "Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+    names = [f"LlavaGPT2{infix}{ending}" for infix in models.VARIANTS.values() for ending in endings]
+    classes = [getattr(models, name) for name in names]
+    assert classes == [getattr(llava_gpt2, name) for name in names]
+    assert LlavaGPT2AlternatingForCausalLM.config_class is LlavaGPT2AlternatingConfig
+    pickled = pickle.dumps([LlavaGPT2AlternatingConfig(n_layer=3), *classes])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", UNPICKLE], input=pickled, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for module in (models, llava_llama):
+        for name in ("LlavaGPT3AlternatingConfig", "LlavaGPT2AlternatingModul"):
+            with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute '{name}'"):
+                getattr(module, name)
+    with pytest.raises(AttributeError, match="llava_llama"):
+        _ = llava_llama.LlavaGPT2AlternatingConfig
 
 
 @pytest.mark.parametrize("model_type", sorted(AVAILABLE_MODELS))

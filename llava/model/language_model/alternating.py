@@ -25,8 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-import llava.model as models
 from llava.compat import cache_argument, cache_of, choose_cache
+from llava.model.backbones import VARIANTS, variant_type
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES
 
@@ -150,26 +150,23 @@ class AlternatingForCausalLM(AlternatingAttention):
         return prepared if prompt_embeds is None else {**prepared, **self.decoder_inputs(input_ids)}
 
 
-def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> Any:
-    """The three classes of a backbone with alternating attention, put into the backbone's own module.
+def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> type[Any]:
+    """A family with alternating attention: its configuration, decoder and language model with head.
 
     Args:
-        backbone: with causal attention.
+        backbone: language model with head and causal attention.
         variant: "alternating" or "alternating_cross".
 
     Returns:
         The language model with head; it names its configuration and its decoder.
     """
-    module = sys.modules[backbone.__module__]
-    prefix = backbone.__name__.removesuffix("ForCausalLM") + models.VARIANTS[variant]
+    prefix = backbone.__name__.removesuffix("ForCausalLM") + VARIANTS[variant]
 
     def derive(name: str, *bases: type, **attributes: Any) -> Any:
         doc = f"``{bases[-1].__name__}`` with the attention of ``llava.model.language_model.alternating``."
-        derived = type(prefix + name, bases, {"__module__": backbone.__module__, "__doc__": doc, **attributes})
-        setattr(module, derived.__name__, derived)
-        return derived
+        return type(prefix + name, bases, {"__module__": "llava.model", "__doc__": doc, **attributes})
 
-    model_type = models.variant_type(backbone.config_class.model_type, variant)
+    model_type = variant_type(backbone.config_class.model_type, variant)
     config_class = derive("Config", backbone.config_class, model_type=model_type)
     decoder = derive("Model", AlternatingModel, backbone.decoder_class, config_class=config_class, variant=variant)
     return derive("ForCausalLM", AlternatingForCausalLM, backbone, config_class=config_class, decoder_class=decoder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from typing import Any, ClassVar
 
 import transformers
@@ -19,7 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 
 from llava.config import VisionConfig
 from llava.grounding.syntax import GroundingConfig
-from llava.model.backbones import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from llava.model.backbones import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, plain_class
 from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES
@@ -60,16 +59,18 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return text
 
 
-def make_classifiers(backbone: type[LlavaMetaForCausalLM]) -> None:
-    """Put the two classifiers of a backbone into the module that the backbone is in."""
-    plain: Any = next(base for base in backbone.decoder_class.__mro__ if base.__module__.startswith("transformers."))
+def make_classifiers(backbone: type[LlavaMetaForCausalLM]) -> list[type[Any]]:
+    """The classifier of texts and that of tokens on a language model with head."""
+    plain = plain_class(backbone.decoder_class)
+    classifiers = []
     for ending, generic in _GENERIC.items():
         own = getattr(transformers, plain.__name__.removesuffix("Model") + ending, None)
         bases = (generic, plain.__mro__[1]) if own is None else (own,)
-        name = backbone.__name__.removesuffix("ForCausalLM") + ending
         attributes = {
-            "__module__": backbone.__module__,
+            "__module__": "llava.model",
             "__doc__": f"Text alone: ``{bases[0].__name__}`` on a checkpoint's language model.",
             "config_class": backbone.config_class,
         }
-        setattr(sys.modules[backbone.__module__], name, type(name, (TextClassifier, *bases), attributes))
+        name = backbone.__name__.removesuffix("ForCausalLM") + ending
+        classifiers.append(type(name, (TextClassifier, *bases), attributes))
+    return classifiers

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaGemmaConfig(FamilyDefaults, GemmaConfig):
@@ -22,3 +22,6 @@ class LlavaGemmaModel(LlavaMetaModel, GemmaModel):
 class LlavaGemmaForCausalLM(LlavaMetaForCausalLM, GemmaForCausalLM):
     config_class = LlavaGemmaConfig
     decoder_class = LlavaGemmaModel
+
+
+__getattr__ = derived_classes(__name__)

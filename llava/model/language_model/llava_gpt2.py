@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaGPT2Config(FamilyDefaults, GPT2Config):
@@ -31,8 +31,10 @@ class LlavaGPT2Model(LlavaMetaModel, GPT2Model):
 class LlavaGPT2ForCausalLM(LlavaMetaForCausalLM, GPT2LMHeadModel):
     config_class = LlavaGPT2Config
     decoder_class = LlavaGPT2Model
-    decoder_attribute = "transformer"
 
     @property
     def model(self) -> LlavaGPT2Model:
         return self.transformer
+
+
+__getattr__ = derived_classes(__name__)

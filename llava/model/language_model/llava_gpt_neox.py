@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaGPTNeoXConfig(FamilyDefaults, GPTNeoXConfig):
@@ -22,4 +22,6 @@ class LlavaGPTNeoXModel(LlavaMetaModel, GPTNeoXModel):
 class LlavaGPTNeoXForCausalLM(LlavaMetaForCausalLM, GPTNeoXForCausalLM):
     config_class = LlavaGPTNeoXConfig
     decoder_class = LlavaGPTNeoXModel
-    decoder_attribute = "gpt_neox"
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaLlamaConfig(FamilyDefaults, LlamaConfig):
@@ -22,3 +22,6 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     config_class = LlavaLlamaConfig
     decoder_class = LlavaLlamaModel
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaMistralConfig(FamilyDefaults, MistralConfig):
@@ -22,3 +22,6 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
 class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
     config_class = LlavaMistralConfig
     decoder_class = LlavaMistralModel
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaMixtralConfig(FamilyDefaults, MixtralConfig):
@@ -22,3 +22,6 @@ class LlavaMixtralModel(LlavaMetaModel, MixtralModel):
 class LlavaMixtralForCausalLM(LlavaMetaForCausalLM, MixtralForCausalLM):
     config_class = LlavaMixtralConfig
     decoder_class = LlavaMixtralModel
+
+
+__getattr__ = derived_classes(__name__)

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaMptConfig(FamilyDefaults, MptConfig):
@@ -26,4 +26,6 @@ class LlavaMptModel(LlavaMetaModel, MptModel):
 class LlavaMptForCausalLM(LlavaMetaForCausalLM, MptForCausalLM):
     config_class = LlavaMptConfig
     decoder_class = LlavaMptModel
-    decoder_attribute = "transformer"
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaOPTConfig(FamilyDefaults, OPTConfig):
@@ -22,3 +22,6 @@ class LlavaOPTModel(LlavaMetaModel, OPTModel):
 class LlavaOPTForCausalLM(LlavaMetaForCausalLM, OPTForCausalLM):
     config_class = LlavaOPTConfig
     decoder_class = LlavaOPTModel
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaQwenConfig(FamilyDefaults, Qwen2Config):
@@ -22,3 +22,6 @@ class LlavaQwenModel(LlavaMetaModel, Qwen2Model):
 class LlavaQwenForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
     config_class = LlavaQwenConfig
     decoder_class = LlavaQwenModel
+
+
+__getattr__ = derived_classes(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 
-from llava.model.language_model.registration import FamilyDefaults, register_backbone
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import derived_classes, register_backbone
+from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaQwenMoeConfig(FamilyDefaults, Qwen2MoeConfig):
@@ -22,3 +22,6 @@ class LlavaQwenMoeModel(LlavaMetaModel, Qwen2MoeModel):
 class LlavaQwenMoeForCausalLM(LlavaMetaForCausalLM, Qwen2MoeForCausalLM):
     config_class = LlavaQwenMoeConfig
     decoder_class = LlavaQwenMoeModel
+
+
+__getattr__ = derived_classes(__name__)
