@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.data.files import find_entries, read_samples
+from llava.data.files import count_samples, find_entries, read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.checkpoint import read_model_type
 from llava.model.transfer import TransferReport
@@ -132,7 +132,7 @@ def inspect_data(paths: Sequence[str]) -> None:
         for path in entry.files:
             for sample, where in read_samples(path):
                 of_entry, first = of_entry + 1, first or (sample, where)
-        count += entry.sampling.count(of_entry)
+        count += count_samples(entry.sampling, of_entry)
     print(f"{count} samples")
     if first is not None:
         print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2)}")

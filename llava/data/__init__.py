@@ -2,8 +2,8 @@
 
 files.py          what --data_path says -> data files -> raw samples, one by one
 spellings.py, records.py  a raw sample  -> Record, validated
-index.py          Records of a file     -> a table that workers share, and a folder that the next start reads
-mixture.py        chosen rows of tables -> one sequence of Records
+index.py          Records of files      -> tables that workers share, chosen rows of them as one sequence
+cache.py          the folder where the next start finds these tables
 media.py          a file                -> squares of an image or of sampled frames
   media_files.py    is it a file, where does it lie, how large may it be?
   images.py         pictures; image_structure.py whether their files are whole
@@ -13,7 +13,7 @@ media.py          a file                -> squares of an image or of sampled fra
 placeholders.py   turns                 -> text with visual spans and the times of frames
 formats/          turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example
-dataset_stats.py  all Records           -> their lengths, and what has something to learn
+dataset_stats.py  all Records           -> their lengths, media, coordinates and targets
 collator.py       Examples              -> Batch
 localized_narratives/ rows of Localized Narratives -> data files, a command
 """

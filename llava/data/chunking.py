@@ -14,28 +14,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
-from llava.data.dataset_stats import survey_coordinates, survey_cut, survey_media
+from llava.data.dataset_stats import (
+    TokenizedRecords,
+    count_coordinates,
+    count_cut_tokens,
+    count_media,
+    describe_lengths,
+)
 from llava.data.formats.base import label_segments
-from llava.data.index import digest, open_array
-from llava.data.mixture import Mixture
+from llava.data.index import Mixture, RecordSequence
 from llava.types import BadSample, Example, Record
-
-if TYPE_CHECKING:
-    from llava.data.dataset import SupervisedDataset
 
 NONE, DOCUMENT = "none", "document"
 TEXT_CHUNKING = (NONE, DOCUMENT)
 """What ``--text_chunking`` may do with a text that is too long: cut it off, or go on with it in further samples."""
 
 
-class ChunkedDataset(Dataset["Example | BadSample"]):
+class Documents(TokenizedRecords, Protocol):
+    """What is chunked: a ``SupervisedDataset``."""
+
+    early_mix_text: bool
+
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+
+    def __getitem__(self, index: int) -> Example | BadSample: ...
+
+    def check_model(self, record: Record) -> None: ...
+
+    def mask_input_coordinates(self, labels: list[int]) -> list[int]: ...
+
+
+D = TypeVar("D", bound=Documents)
+
+
+class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
     """The samples of a data set, with each text that is too long in as many chunks as it takes.
 
     Samples with media or coordinates stay as they are, and are cut. The chunks of a text stand in order, one behind
@@ -51,7 +71,7 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
         ValueError: the format writes conversations, which cannot be cut where it happens.
     """
 
-    def __init__(self, documents: SupervisedDataset) -> None:
+    def __init__(self, documents: D) -> None:
         if documents.text_format.has_prompts:
             raise ValueError(
                 "--text_chunking document cuts running text wherever the context ends, but this format writes "
@@ -59,8 +79,9 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
             )
         self.documents = documents
         # Coordinates belong to the media or the text around them.
-        self.is_whole = (survey_media(documents) > 0) | (survey_coordinates(documents) > 0)
-        cut = np.where(self.is_whole, 0, survey_cut(documents)).astype(np.int64)
+        self._has_media = count_media(documents.records).any(axis=0)
+        self.is_whole = self._has_media | (count_coordinates(documents.records) > 0)
+        cut = np.where(self.is_whole, 0, count_cut_tokens(documents)).astype(np.int64)
         step = documents.max_length - 1
         self._counts = np.where(cut > 0, -(-(cut + step) // step), 1)  # (documents,) chunks of each
         self._ends = np.cumsum(self._counts)
@@ -110,11 +131,11 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
     @cached_property
     def _tokens(self) -> NDArray[np.int32]:
         """int32: the tokens of all texts that are too long, one behind the other; of indexed data they are mapped."""
-        records, length = self.documents.records, int(self._offsets[-1])
-        if not isinstance(records, Mixture) or records.cache_dir is None:
+        records = self.documents.records
+        if not isinstance(records, Mixture):
             return self._tokenize()
-        key = digest(records.fingerprint, *self.documents.length_key(), self.documents.max_length)
-        return open_array(records.cache_dir / f"tokens-{key}.npy", length, np.int32, self._tokenize)
+        key = [*describe_lengths(self.documents), self.documents.max_length]
+        return records.computed("tokens", key, np.int32, self._tokenize, length=int(self._offsets[-1]))
 
     def _tokenize(self) -> NDArray[np.int32]:
         tokens = np.empty(int(self._offsets[-1]), np.int32)
@@ -140,8 +161,7 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
         if self.documents.early_mix_text:
             return self.lengths
-        has_media = np.repeat(survey_media(self.documents) > 0, self._counts)
-        return np.where(has_media, self.lengths, -self.lengths)
+        return np.where(np.repeat(self._has_media, self._counts), self.lengths, -self.lengths)
 
     def describe(self) -> str:
         """How many texts were chunked, into how many samples."""
@@ -150,17 +170,15 @@ class ChunkedDataset(Dataset["Example | BadSample"]):
         return f"{number} {texts} longer than {self.documents.max_length} tokens {are} trained in {chunks} chunks"
 
 
-class _ChunkRecords(Sequence[Record]):
-    def __init__(self, dataset: ChunkedDataset) -> None:
+class _ChunkRecords(RecordSequence):
+    def __init__(self, dataset: ChunkedDataset[Any]) -> None:
         self._dataset = dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        document, number = self._dataset.locate(int(index) + len(self) if index < 0 else int(index))
+    def _make_record(self, position: int) -> Record:
+        document, number = self._dataset.locate(position)
         record = self._dataset.documents.records[document]
         return replace(record, id=chunk_id(record, number))
 

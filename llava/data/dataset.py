@@ -15,12 +15,11 @@ from llava.constants import IGNORE_INDEX
 from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset_stats import (
-    describe_lengths,
-    survey_coordinates,
-    survey_lengths,
-    survey_long,
-    survey_media,
-    survey_targets,
+    count_coordinates,
+    count_cut_tokens,
+    count_media,
+    find_targets,
+    measure_lengths,
 )
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.formats.base import ContextError, Segment, label_segments
@@ -262,10 +261,6 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         videos = sum(self.vision.num_tokens("video", self.vision.max_frames) for kind in kinds if kind == "video")
         return images + videos
 
-    def length_key(self) -> list[Any]:
-        """What the lengths of samples depend on beside the records, as plain values."""
-        return describe_lengths(self)
-
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each example before truncation, its own media's positions included; 0 for a bad sample.
@@ -274,7 +269,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         under ``add_time_instruction``, which count with the times of a stand-in.
         All texts are tokenised for them when they are first asked for, and not again while there is an index.
         """
-        return survey_lengths(self)
+        return measure_lengths(self)
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Tokens of each record; their texts are tokenised in one call."""
@@ -300,7 +295,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
         if self.early_mix_text:
             return self.lengths
-        return np.where(survey_media(self) > 0, self.lengths, -self.lengths)
+        return np.where(count_media(self.records).any(axis=0), self.lengths, -self.lengths)
 
 
 def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[VisualInput]:
@@ -324,7 +319,7 @@ def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
 
     Under ``plain_lm`` those are records without media and without text.
     """
-    return [dataset.records[i] for i in np.flatnonzero(~survey_targets(dataset)).tolist()]
+    return [dataset.records[i] for i in np.flatnonzero(~find_targets(dataset)).tolist()]
 
 
 def check_supervision(dataset: SupervisedDataset) -> None:
@@ -345,7 +340,7 @@ def check_supervision(dataset: SupervisedDataset) -> None:
             "end of text would be learned: give them text, take them out, or leave them out with --on_bad_sample skip"
         )
     if dataset.text_format.has_prompts:
-        check_room(dataset, survey_long(dataset))
+        check_room(dataset, count_cut_tokens(dataset) > 0)
 
 
 def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
@@ -364,7 +359,7 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
 def check_grounding(dataset: SupervisedDataset) -> None:
     """A ValueError before training where samples have coordinates and the model none."""
     if dataset.grounding is None:
-        for i in np.flatnonzero(survey_coordinates(dataset))[:1].tolist():
+        for i in np.flatnonzero(count_coordinates(dataset.records))[:1].tolist():
             dataset.check_model(dataset.records[i])
 
 

@@ -1,62 +1,81 @@
-"""What is asked of all samples at once before any is decoded: their lengths, media and targets.
+"""Dataset statistics: lengths, cut tokens, media, coordinates and targets of all samples, before any is decoded.
 
-Answers are arrays, one number a sample. Of an indexed mixture they are computed once and mapped from then on.
+Each is an array with one number a sample. Those of indexed data are computed once and mapped from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.index import NUMBERS
-from llava.data.mixture import Mixture
+from llava.config import VisionConfig
+from llava.data.formats.base import Format
+from llava.data.index import NUMBERS, Mixture, count_parts
 from llava.types import ERROR, Record, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from llava.data.dataset import SupervisedDataset
 
 _RECORDS_AT_ONCE = 1000
 _MANY = 100_000
 """Records from which on going through all of them is shown with a progress bar."""
 
 
-def survey_lengths(dataset: SupervisedDataset) -> NDArray[np.int32]:
-    """Tokens of each sample, see ``SupervisedDataset.lengths``."""
+class TokenizedRecords(Protocol):
+    """What a ``SupervisedDataset`` says of its samples."""
 
-    def compute() -> NDArray[Any]:
-        return _go_through(dataset, _good_rows(dataset.records), dataset.count_tokens, 0, "measuring samples")
+    records: Sequence[Record]
+    tokenizer: PreTrainedTokenizerBase
+    vision: VisionConfig | None
+    max_length: int
+    text_format: Format
+    on_bad_sample: str
 
-    return _remember(dataset.records, "lengths", describe_lengths(dataset), np.int32, compute)
+    def check_turns(self, record: Record) -> None: ...
+
+    def count_tokens(self, records: Sequence[Record]) -> list[int]: ...
 
 
-def survey_long(dataset: SupervisedDataset) -> NDArray[np.bool_]:
-    """Whether each sample is longer than ``max_length``."""
-    return survey_cut(dataset) > 0
+def count_media(records: Sequence[Record]) -> NDArray[np.int32]:
+    """How many images each sample has, and how many videos: int32 (2, samples)."""
+    return np.stack([_numbers(records, "num_images"), _numbers(records, "num_videos")])
 
 
-def survey_cut(dataset: SupervisedDataset) -> NDArray[np.int32]:
-    """How many tokens each sample has beyond ``max_length``, which are cut off; 0 for a bad sample.
+def count_coordinates(records: Sequence[Record]) -> NDArray[np.int32]:
+    """How many coordinates each sample has: int32 (samples,)."""
+    return _numbers(records, "num_coordinates")
+
+
+def measure_lengths(dataset: TokenizedRecords) -> NDArray[np.int32]:
+    """Tokens of each sample before it is cut, int32 (samples,); 0 for a bad sample."""
+    key = describe_lengths(dataset)
+    return _ask_all(dataset, "lengths", key, np.int32, dataset.count_tokens, 0, "measuring samples")
+
+
+def count_cut_tokens(dataset: TokenizedRecords) -> NDArray[np.int32]:
+    """How many tokens each sample has beyond ``max_length``, which are cut off, int32 (samples,); 0 for a bad sample.
 
     Only those are tokenised whose bytes, and what their media and a format's markup may take, are more
     than that: a tokenizer of bytes makes at most one token of each.
     """
+    limit = dataset.max_length
 
-    def compute() -> NDArray[Any]:
-        rows = np.intersect1d(_good_rows(dataset.records), np.flatnonzero(_most_tokens(dataset) > dataset.max_length))
-        lengths = _go_through(dataset, rows, dataset.count_tokens, 0, "measuring long samples")
-        return np.maximum(lengths - dataset.max_length, 0)
+    def count_cut(records: Sequence[Record]) -> list[int]:
+        return [max(length - limit, 0) for length in dataset.count_tokens(records)]
 
-    return _remember(dataset.records, "cut", [*describe_lengths(dataset), dataset.max_length], np.int32, compute)
+    def may_be_long() -> NDArray[np.bool_]:
+        return _bound_lengths(dataset) > limit
+
+    key = [*describe_lengths(dataset), limit]
+    return _ask_all(dataset, "cut", key, np.int32, count_cut, 0, "measuring long samples", may_be_long)
 
 
-def survey_targets(dataset: SupervisedDataset) -> NDArray[np.bool_]:
-    """Whether each sample has anything that its format supervises; a bad sample counts as if it had.
+def find_targets(dataset: TokenizedRecords) -> NDArray[np.bool_]:
+    """Whether each sample has anything that its format supervises, bool (samples,); true for a bad sample.
 
     Raises:
         ValueError: the format cannot write one of the conversations; names the sample.
@@ -67,106 +86,93 @@ def survey_targets(dataset: SupervisedDataset) -> NDArray[np.bool_]:
             dataset.check_turns(record)
         return [dataset.text_format.has_target(record.turns) for record in records]
 
-    def compute() -> NDArray[Any]:
-        return _go_through(dataset, _good_rows(dataset.records), have_targets, 1, "checking samples")
-
     # 2: since an empty answer counts as none.
     key = [2, dataset.text_format.fingerprint, dataset.on_bad_sample]
-    return _remember(dataset.records, "targets", key, np.bool_, compute)
+    return _ask_all(dataset, "targets", key, np.bool_, have_targets, 1, "checking samples")
 
 
-def survey_media(dataset: SupervisedDataset) -> NDArray[np.int32]:
-    """How many images and videos each sample has."""
-    images, videos = survey_kinds(dataset)
-    return images + videos
+def describe_lengths(dataset: TokenizedRecords) -> list[Any]:
+    """What lengths depend on beside the records, as plain values."""
+    tokenizer = dataset.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    words = [type(tokenizer).__name__, vocabulary, tokenizer.bos_token, tokenizer.eos_token]
+    vision = None if dataset.vision is None else asdict(dataset.vision)
+    return [words, dataset.text_format.fingerprint, vision, dataset.on_bad_sample]
 
 
-def survey_kinds(dataset: SupervisedDataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How many images each sample has, and how many videos."""
-    records = dataset.records
+def _numbers(records: Sequence[Record], name: str) -> NDArray[np.int32]:
+    """One of ``NUMBERS`` of each record."""
     if isinstance(records, Mixture):
-        return records.numbers("num_images"), records.numbers("num_videos")
-    kinds = [[media.kind for media in record.media] for record in records]
-    return (
-        np.array([of_record.count("image") for of_record in kinds], np.int32),
-        np.array([of_record.count("video") for of_record in kinds], np.int32),
-    )
+        return records.numbers(name)
+    return np.array([count_parts(record)[NUMBERS.index(name)] for record in records], np.int32)
 
 
-def survey_coordinates(dataset: SupervisedDataset) -> NDArray[np.int32]:
-    """How many coordinates each sample has."""
-    if isinstance(dataset.records, Mixture):
-        return dataset.records.numbers("num_coordinates")
-    return np.array([sum(map(len, vars(record.coordinates).values())) for record in dataset.records], np.int32)
-
-
-def _go_through(
-    dataset: SupervisedDataset,
-    rows: NDArray[np.intp],
-    ask: Callable[[Sequence[Record]], Sequence[int]],
-    otherwise: int,
-    what: str,
-) -> NDArray[np.int64]:
-    """The answers of some records, asked in blocks; ``otherwise`` for the others, and for those that are skipped."""
-    from tqdm import tqdm
-
-    answers = np.full(len(dataset.records), otherwise, np.int64)
-    with tqdm(total=len(rows), desc=what, disable=None if len(rows) >= _MANY else True) as bar:
-        for start in range(0, len(rows), _RECORDS_AT_ONCE):
-            block = rows[start : start + _RECORDS_AT_ONCE]
-            records = [dataset.records[i] for i in block.tolist()]
-            try:
-                answers[block] = ask(records)
-            except ValueError:
-                if dataset.on_bad_sample == ERROR:
-                    raise
-                answers[block] = [_ask_one(ask, record, otherwise) for record in records]
-            bar.update(len(block))
-    return answers
-
-
-def _ask_one(ask: Callable[[Sequence[Record]], Sequence[int]], record: Record, otherwise: int) -> int:
-    try:
-        return ask([record])[0]
-    except ValueError:
-        return otherwise  # It is skipped when its turn comes, and its error is written down then.
-
-
-def _remember(
-    records: Sequence[Record], name: str, key: Sequence[Any], dtype: type[np.generic], compute: Callable[[], Any]
-) -> NDArray[Any]:
-    if isinstance(records, Mixture):
-        return records.computed(name, key, dtype, compute)
-    return compute().astype(dtype)
-
-
-def _good_rows(records: Sequence[Record]) -> NDArray[np.intp]:
-    """Indices of all but bad samples."""
-    if isinstance(records, Mixture):
-        return np.delete(np.arange(len(records)), list(records.faults))
-    return np.array([i for i, record in enumerate(records) if record.fault is None], np.intp)
-
-
-def _most_tokens(dataset: SupervisedDataset) -> NDArray[np.int64]:
+def _bound_lengths(dataset: TokenizedRecords) -> NDArray[np.int64]:
     """Tokens that samples cannot have more of, if the tokenizer makes at most one of a byte."""
-    if not isinstance(dataset.records, Mixture):
-        return np.full(len(dataset.records), np.iinfo(np.int64).max)
     shortest = dataset.text_format.count_tokens([(Turn("user", "a"), Turn("assistant", "a"))])[0]
-    numbers = {name: dataset.records.numbers(name).astype(np.int64) for name in NUMBERS}
-    most = numbers["text_bytes"] + (numbers["num_turns"] + 1) * shortest
+    images, videos, turns, text_bytes = (_numbers(dataset.records, name).astype(np.int64) for name in NUMBERS[:4])
+    most = text_bytes + (turns + 1) * shortest
     if dataset.vision is not None:
-        most += numbers["num_images"] * dataset.vision.most_image_tokens
-        most += numbers["num_videos"] * dataset.vision.num_tokens("video", dataset.vision.max_frames)
+        most += images * dataset.vision.most_image_tokens
+        most += videos * dataset.vision.num_tokens("video", dataset.vision.max_frames)
     return most
 
 
-def describe_lengths(dataset: SupervisedDataset) -> list[Any]:
-    """What lengths depend on beside the records, as plain values."""
-    vision = None if dataset.vision is None else asdict(dataset.vision)
-    return [_describe_tokenizer(dataset.tokenizer), dataset.text_format.fingerprint, vision, dataset.on_bad_sample]
+def _ask_all(
+    dataset: TokenizedRecords,
+    name: str,
+    key: Sequence[object],
+    dtype: type[np.generic],
+    ask: Callable[[Sequence[Record]], Sequence[int]],
+    otherwise: int,
+    progress: str,
+    choose: Callable[[], NDArray[np.bool_]] | None = None,
+) -> NDArray[Any]:
+    """A number of each sample, out of the index folder or asked for.
+
+    Args:
+        dataset: the samples.
+        name, key: of the numbers in the index folder, and what they depend on beside the records.
+        dtype: of the numbers.
+        ask: gives the numbers of some records.
+        otherwise: the number of bad samples, and of those that are not asked for.
+        progress: what a progress bar says.
+        choose: which samples are asked for, bool (samples,); by default all but bad ones.
+    """
+    records = dataset.records
+
+    def ask_one(record: Record) -> int:
+        try:
+            return ask([record])[0]
+        except ValueError:
+            return otherwise  # It is skipped when its turn comes, and its error is written down then.
+
+    def compute() -> NDArray[Any]:
+        from tqdm import tqdm
+
+        good = np.ones(len(records), bool) if choose is None else choose()
+        good[_find_bad(records)] = False
+        indices = np.flatnonzero(good)
+        answers = np.full(len(records), otherwise, np.int64)
+        with tqdm(total=len(indices), desc=progress, disable=None if len(indices) >= _MANY else True) as bar:
+            for start in range(0, len(indices), _RECORDS_AT_ONCE):
+                block = indices[start : start + _RECORDS_AT_ONCE]
+                asked = [records[i] for i in block.tolist()]
+                try:
+                    answers[block] = ask(asked)
+                except ValueError:
+                    if dataset.on_bad_sample == ERROR:
+                        raise
+                    answers[block] = [ask_one(record) for record in asked]
+                bar.update(len(block))
+        return answers
+
+    return records.computed(name, key, dtype, compute) if isinstance(records, Mixture) else compute().astype(dtype)
 
 
-def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return [type(tokenizer).__name__, vocabulary, tokenizer.bos_token, tokenizer.eos_token]
+def _find_bad(records: Sequence[Record]) -> list[int]:
+    """Indices of bad samples."""
+    if isinstance(records, Mixture):
+        return list(records.faults)
+    return [i for i, record in enumerate(records) if record.fault is not None]

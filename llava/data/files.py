@@ -1,57 +1,53 @@
-"""What ``--data_path`` names: data files, brace patterns, and YAML mixtures of both."""
+"""What ``--data_path`` names, and the raw samples in it, one by one: no file is ever in memory as a whole.
+
+Entries: data files, folders of ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures of these.
+Raw samples: what JSON, JSON lines, Parquet or Arrow say of a sample, with the words that tell where it stands.
+"""
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from llava.data.media_files import expand_home
 from llava.io import read_yaml
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Rows = range | NDArray[np.int64]
+
 MIXTURE_SUFFIXES = (".yaml", ".yml")
+KNOWN_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+LONGEST_SAMPLE = 1 << 26
+"""Bytes that the text of one sample may have: a file without line ends is no reason to read all of it."""
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _SAMPLING = re.compile(r"(all|(?:first|end|random):(\d+|\d+(?:\.\d+)?%))")
 _ENTRY_KEYS = ("json_path", "sampling_strategy", "source", "data_folder")
+_BYTES_AT_ONCE = 1 << 22
+_LONG_FILE = 1 << 26
+"""Bytes from which on reading a file is shown with a progress bar."""
+_ROWS_AT_ONCE = 64
+"""Of a table, whose rows may hold pictures."""
+_LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Which samples of an entry are taken: ``all``, or its ``first``, its ``end`` or ``random`` ones.
-
-    ``amount`` is a number of samples, or a share of them as in "10%"; "" with ``all``.
-    """
-
-    kind: str = "all"
-    amount: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.amount}" if self.amount else self.kind
-
-    def count(self, available: int) -> int:
-        """How many of ``available`` samples are taken; shares are rounded up.
-
-        Raises:
-            ValueError: more than there are.
-        """
-        if self.kind == "all":
-            return available
-        if self.amount.endswith("%"):
-            return math.ceil(available * Fraction(self.amount[:-1]) / 100)
-        if int(self.amount) > available:
-            raise ValueError(f"sampling_strategy {self} asks for more than the {available} samples there are")
-        return int(self.amount)
+# --- entries ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,14 +56,15 @@ class DataEntry:
 
     Attributes:
         files: paths, in order.
-        sampling: which samples of all of them are taken.
+        sampling: which samples of all of them are taken: "all", or "first:", "end:" or "random:" and a number or a
+            share, such as "random:10%".
         source: the sub-folder of the media folder that stands in for the samples' own ``source``; "" is none.
         data_folder: what relative media paths start from, before any flag.
         name: what the entry is called in errors.
     """
 
     files: tuple[str, ...]
-    sampling: Sampling = Sampling()
+    sampling: str = "all"
     source: str | None = None
     data_folder: str | None = None
     name: str = "--data_path"
@@ -84,7 +81,7 @@ def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEn
         ValueError: a file is missing or of an unknown kind, or a mixture is not as ``docs/data.md`` describes.
     """
     entries: list[DataEntry] = []
-    for path in map(expand_home, paths):
+    for path in map(os.path.expanduser, paths):
         if Path(path).suffix in MIXTURE_SUFFIXES:
             entries += _read_mixture(path, flag)
         else:
@@ -119,7 +116,7 @@ def _find_files(pattern: str, name: str) -> list[str]:
     """The data files of a path, a folder of ``datasets`` or a brace pattern; each must be there."""
     files = [file for path in expand_braces(pattern, name) for file in _open_folder(path, name)]
     for file in files:
-        check_data_file(file, name if file == pattern else f"{name}: {file}")
+        _check_data_file(file, name if file == pattern else f"{name}: {file}")
     return files
 
 
@@ -153,7 +150,7 @@ def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
         yield _parse_entry(entry, file.absolute().parent, f"{path}, entry {number}")
 
 
-def _parse_entry(entry: Any, home: Path, name: str) -> DataEntry:
+def _parse_entry(entry: object, home: Path, name: str) -> DataEntry:
     """An entry of a mixture whose relative paths start from ``home``."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: expected json_path and its settings, found {entry!r:.80}")
@@ -165,32 +162,29 @@ def _parse_entry(entry: Any, home: Path, name: str) -> DataEntry:
     for key in ("source", "data_folder"):
         if not isinstance(entry.get(key), str | None):
             raise ValueError(f"{name}: {key} must be the name of a folder, found {entry[key]!r}")
-    files = [
-        file for p in patterns for file in _find_files(os.path.join(home, expand_home(p)), f"{name}: json_path {p}")
-    ]
+    sampling = entry.get("sampling_strategy", "all")
+    match = _SAMPLING.fullmatch(sampling) if isinstance(sampling, str) else None
+    amount = (match[2] or "1") if match else "0"
+    if not Fraction(amount.rstrip("%")) > 0 or (amount.endswith("%") and Fraction(amount[:-1]) > 100):
+        raise ValueError(
+            f"{name}: sampling_strategy must be all, first:N, end:N or random:N, where N is at least 1 or up to 100%, "
+            f"found {sampling!r}"
+        )
+
+    def place(path: str) -> str:
+        return os.path.join(home, os.path.expanduser(path))  # noqa: PTH111
+
     folder = entry.get("data_folder")
     return DataEntry(
-        files=tuple(files),
-        sampling=_parse_sampling(entry.get("sampling_strategy", "all"), name),
+        files=tuple(file for p in patterns for file in _find_files(place(p), f"{name}: json_path {p}")),
+        sampling=sampling,
         source=entry.get("source"),
-        data_folder=os.path.normpath(os.path.join(home, expand_home(folder))) if folder else None,
+        data_folder=os.path.normpath(place(folder)) if folder else None,
         name=name,
     )
 
 
-def _parse_sampling(value: Any, name: str) -> Sampling:
-    match = _SAMPLING.fullmatch(value) if isinstance(value, str) else None
-    kind, _, amount = match.group().partition(":") if match else ("", "", "")
-    number = Fraction(amount.rstrip("%") or 1)
-    if not match or number == 0 or (amount.endswith("%") and number > 100):
-        raise ValueError(
-            f"{name}: sampling_strategy must be all, first:N, end:N or random:N, where N is at least 1 or up to 100%, "
-            f"found {value!r}"
-        )
-    return Sampling(kind, amount)
-
-
-def _check_keys(found: dict[Any, Any], known: Sequence[str], name: str) -> None:
+def _check_keys(found: Mapping[object, object], known: Collection[str], name: str) -> None:
     for key in found:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -198,22 +192,56 @@ def _check_keys(found: dict[Any, Any], known: Sequence[str], name: str) -> None:
             raise ValueError(f"{name}: unknown key {key!r}; {hint}")
 
 
-# The raw samples of data files, one by one: no file is ever in memory as a whole.
+def count_samples(sampling: str, available: int) -> int:
+    """How many of ``available`` samples a sampling takes; shares are rounded up.
 
-KNOWN_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
-
-_BYTES_AT_ONCE = 1 << 22
-_LONG_FILE = 1 << 26
-"""Bytes from which on reading a file is shown with a progress bar."""
-LONGEST_SAMPLE = 1 << 26
-"""Bytes that the text of one sample may have: a file without line ends is no reason to read all of it."""
-_ROWS_AT_ONCE = 64
-"""Of a table, whose rows may hold pictures."""
-_LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
-_SPACE = re.compile(r"[ \t\n\r]*")
+    Raises:
+        ValueError: more than there are.
+    """
+    amount = sampling.partition(":")[2] or "100%"
+    if amount.endswith("%"):
+        return math.ceil(available * Fraction(amount[:-1]) / 100)
+    if int(amount) > available:
+        raise ValueError(f"sampling_strategy {sampling} asks for more than the {available} samples there are")
+    return int(amount)
 
 
-def check_data_file(path: str, name: str) -> None:
+def choose_rows(sampling: str, counts: Sequence[int], seed: str) -> list[Rows]:
+    """The rows that a sampling takes of each of several files with so many samples, ascending.
+
+    A random choice depends on the seed and on nothing else, and of two with one seed the larger holds the
+    smaller: each row draws a 64-bit number, and those with the lowest are taken.
+
+    Raises:
+        ValueError: it asks for more than there are.
+    """
+    available = sum(counts)
+    count = count_samples(sampling, available)
+    rows: Rows = range(available - count, available) if sampling.startswith("end") else range(count)
+    if sampling.startswith("random"):
+        import numpy as np
+
+        # NumPy keeps the stream of a bit generator forever, but not what its other functions make of it.
+        generator = np.random.PCG64(int(hashlib.sha256(seed.encode()).hexdigest(), 16))
+        rows = np.sort(np.argsort(generator.random_raw(available), kind="stable")[:count])
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [cut_rows(rows, end - of_file, end) for end, of_file in zip(ends, counts, strict=True)]
+
+
+def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
+    """Those of ascending rows from ``start`` to before ``stop``, counted from ``start``."""
+    if isinstance(rows, range):
+        return range(max(rows.start, start) - start, max(min(rows.stop, stop), start) - start)
+    import numpy as np
+
+    first, last = np.searchsorted(rows, [start, stop])
+    return rows[first:last] - start
+
+
+# --- raw samples --------------------------------------------------------------------------------------
+
+
+def _check_data_file(path: str, name: str) -> None:
     """A ValueError, beginning with ``name``, if a path is no data file that can be read."""
     file = Path(path)
     if not file.exists():
@@ -242,7 +270,7 @@ def read_samples(path: str) -> Iterator[tuple[Any, str]]:
 
 def read_values(path: str) -> Iterator[tuple[Any, str]]:
     """``read_samples`` that goes on behind a line that is no JSON: the error stands in its place."""
-    check_data_file(path, path)
+    _check_data_file(path, path)
     file = Path(path)
     if file.suffix == ".jsonl":
         # Lines end with a newline only: JSON strings may hold the other characters that split text.
@@ -266,7 +294,7 @@ def _read_table(path: Path) -> Iterator[Any]:
 
     try:
         if path.suffix == ".parquet":
-            batches: Any = pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=_ROWS_AT_ONCE)
+            batches = pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=_ROWS_AT_ONCE)
         else:
             batches = _arrow_batches(pa.memory_map(str(path)))
         for batch in batches:
@@ -276,7 +304,7 @@ def _read_table(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
 
 
-def _arrow_batches(file: Any) -> Iterator[Any]:
+def _arrow_batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow file, in the form that ``datasets`` writes (a stream) or the one with an index."""
     import pyarrow as pa
 

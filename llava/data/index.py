@@ -1,8 +1,12 @@
-"""Records of one data file in an Arrow table, on disk or in memory, that worker processes share.
+"""Records in Arrow tables: written once, mapped by every process, read in any order.
 
-A stored file is a stream of Arrow batches (what ``datasets.Dataset.from_file`` opens), and behind it a
-footer: JSON that says what the stream holds, its checksum, its length and a magic number. A file that was cut off has
-no footer, one that was damaged another checksum.
+RecordStore   the records of one data file, in memory or in a file of the index folder
+Mixture       chosen records of several stores, one behind the other: what training reads
+open_store    a store out of the index folder, written anew when its data file is another
+
+``datasets`` maps the tables. The file around a table is our own, a stream of Arrow batches with a footer of JSON
+behind it: unlike a folder of ``Dataset.save_to_disk`` it knows the content of its data file, and shows a flipped bit
+or a missing end.
 """
 
 from __future__ import annotations
@@ -11,52 +15,55 @@ import hashlib
 import json
 import logging
 import os
-import stat
-import uuid
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
+from llava.data.cache import CHECKSUM_BYTES, DamagedFileError, compute_checksum, open_array, open_or_write
+from llava.io import hash_json
 from llava.types import NO_COORDINATES, Coordinates, Media, MediaKind, Record, Turn
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
+
+    from llava.data.files import Rows
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Of the stored form; a file of another version is not read but written anew."""
+NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
+"""Columns beside the record itself, for questions about all records at once."""
 
 _MAGIC = b"LLAVARC2"
 _LENGTH_BYTES = 8
-_CHECKSUM_BYTES = 4
-_ROWS_AT_ONCE = 4096
-_BYTES_AT_ONCE = 1 << 24
-NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
-"""Columns beside the record itself, for questions that are asked of all records at once."""
-
-
-class DamagedStoreError(ValueError):
-    """A stored file that is cut off, changed or of another version."""
+_RECORDS_AT_ONCE = 4096
+_HASH_DIGITS = 32
+_BYTES_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a store says of itself.
+    """What is known of a store as a whole.
 
     Attributes:
-        origin: what it was made from, as its maker describes it.
+        origin: the data file: its path, and a hash of its content.
         faults: rows of bad samples, with what is wrong with each.
         repeated: rows whose id an earlier row has already, each with that row.
-        notes: what else its maker wants to know again, as JSON has it.
+        notes: what the reader of the data file counted.
         size, checksum: bytes of the stream and their CRC-32; 0 in memory.
     """
 
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
     repeated: dict[int, int] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +72,9 @@ class Footer:
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
+        """JSON, its checksum, its length and a magic number, so that it is read from the end of a file."""
         text = json.dumps(asdict(self)).encode()
-        checksum = zlib.crc32(text).to_bytes(_CHECKSUM_BYTES, "little")
+        checksum = zlib.crc32(text).to_bytes(CHECKSUM_BYTES, "little")
         return text + checksum + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC
 
     @classmethod
@@ -74,31 +82,50 @@ class Footer:
         """The footer of a stored file.
 
         Raises:
-            DamagedStoreError: there is none, or it is another version's.
+            DamagedFileError: there is none, or it is another version's.
         """
-        tail = _CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
+        tail = CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(size - tail, 0))
-            checksum = int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
+            checksum = int.from_bytes(file.read(CHECKSUM_BYTES), "little")
             length, magic = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read()
             if magic != _MAGIC or length + tail > size:
-                raise DamagedStoreError("it is cut off")
+                raise DamagedFileError("it is cut off")
             file.seek(size - tail - length)
             text = file.read(length)
         if zlib.crc32(text) != checksum:
-            raise DamagedStoreError("its end is damaged")
+            raise DamagedFileError("its end is damaged")
         entries = json.loads(text)
         if entries["version"] != VERSION:
-            raise DamagedStoreError("another version of llava wrote it")
+            raise DamagedFileError("another version of llava wrote it")
         if entries["size"] != size - tail - length:
-            raise DamagedStoreError("its length is wrong")
-        for name in ("faults", "repeated"):
+            raise DamagedFileError("its length is wrong")
+        for name in ("faults", "repeated"):  # JSON has no keys but strings.
             entries[name] = {int(row): value for row, value in entries[name].items()}
         return cls(**entries)
 
 
-class RecordStore(Sequence[Record]):
+class RecordSequence(Sequence[Record]):
+    """A sequence whose records are made when they are asked for."""
+
+    def _make_record(self, position: int) -> Record:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: SupportsInt) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: SupportsInt | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self._make_record(position) for position in range(*index.indices(len(self)))]
+        position = int(index) + len(self) if int(index) < 0 else int(index)
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._make_record(position)
+
+
+class RecordStore(RecordSequence):
     """The records of a data file.
 
     A million small Python objects would be copied into every worker as reference counts touch them;
@@ -110,7 +137,7 @@ class RecordStore(Sequence[Record]):
         footer: what is known of it.
     """
 
-    def __init__(self, data: Path | Any, footer: Footer) -> None:
+    def __init__(self, data: Path | pa.Buffer, footer: Footer) -> None:
         from datasets import Dataset
 
         self._data = data
@@ -124,11 +151,11 @@ class RecordStore(Sequence[Record]):
         """Map a stored file.
 
         Raises:
-            DamagedStoreError: it is not what was written, or another version wrote it.
+            DamagedFileError: it is not what was written, or another version wrote it.
         """
         footer = Footer.read(path)
-        if _checksum(path, footer.size) != footer.checksum:
-            raise DamagedStoreError("its checksum is wrong")
+        if compute_checksum(path, footer.size) != footer.checksum:
+            raise DamagedFileError("its checksum is wrong")
         return cls(path, footer)
 
     @classmethod
@@ -136,7 +163,7 @@ class RecordStore(Sequence[Record]):
         cls,
         records: Iterable[Record],
         path: Path | None = None,
-        origin: dict[str, Any] | None = None,
+        origin: dict[str, str] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> RecordStore:
         """Store records, one by one as they come.
@@ -152,43 +179,36 @@ class RecordStore(Sequence[Record]):
             faults, hashes = _write_stream(records, sink)
             data = sink.getvalue() if path is None else path
         draft = cls(data, Footer())
-        repeated = _find_repeated(draft, faults, hashes)
-        if path is None:
-            return cls(data, Footer(origin or {}, faults, repeated, notes or {}))
-        size = path.stat().st_size
-        footer = Footer(origin or {}, faults, repeated, notes or {}, size, _checksum(path, size))
-        del draft
-        with path.open("ab") as file:
-            file.write(footer.to_bytes())
-        return cls(path, footer)
+        footer = Footer(origin or {}, faults, _find_repeated(draft, faults, hashes), notes or {})
+        if path is not None:
+            del draft  # It has the file mapped.
+            size = path.stat().st_size
+            footer = replace(footer, size=size, checksum=compute_checksum(path, size))
+            with path.open("ab") as file:
+                file.write(footer.to_bytes())
+        return cls(data, footer)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[RecordStore], tuple[Path | pa.Buffer, Footer]]:
         return RecordStore, (self._data, self.footer)
 
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = int(index) + len(self) if index < 0 else int(index)
-        if not 0 <= row < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return _load(self._column[row].as_py())
+    def _make_record(self, position: int) -> Record:
+        return _load(self._column[position].as_py())
 
-    def media(self, rows: Sequence[int]) -> Iterator[tuple[int, list[Media]]]:
-        """The media of some rows, each with its row; many times faster than the records themselves."""
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            block = [int(row) for row in rows[start : start + _ROWS_AT_ONCE]]
-            for row, text in zip(block, self._column.take(block).to_pylist(), strict=True):
-                yield row, [_load_media(*medium) for medium in json.loads(text)[2]]
+    def media(self, rows: Sequence[int]) -> Iterator[list[Media]]:
+        """The media of some rows; many times faster than the records themselves."""
+        for start in range(0, len(rows), _RECORDS_AT_ONCE):
+            for text in self._column.take(rows[start : start + _RECORDS_AT_ONCE]).to_pylist():
+                yield [_load_media(*medium) for medium in json.loads(text)[2]]
 
     def numbers(self, name: str) -> NDArray[np.int32]:
-        """One of the columns ``NUMBERS``; zero at bad samples."""
+        """One of the columns ``NUMBERS``, int32 (records,); zero at bad samples."""
         return self._table.column(name).to_numpy()
 
 
-def _write_stream(records: Iterable[Record], sink: Any) -> tuple[dict[int, str], array[int]]:
+def _write_stream(records: Iterable[Record], sink: pa.NativeFile) -> tuple[dict[int, str], array[int]]:
     """Write the batches; the faults by row, and for all other rows in order the hash of their ids."""
     import pyarrow as pa
 
@@ -197,21 +217,21 @@ def _write_stream(records: Iterable[Record], sink: Any) -> tuple[dict[int, str],
     schema = pa.schema({"record": pa.large_string(), **dict.fromkeys(NUMBERS, pa.int32())})
     numbered = enumerate(records)
     with pa.ipc.new_stream(sink, schema) as writer:
-        while chunk := list(islice(numbered, _ROWS_AT_ONCE)):
+        while chunk := list(islice(numbered, _RECORDS_AT_ONCE)):
             faults |= {row: record.fault for row, record in chunk if record.fault is not None}
             hashes.extend(hash(record.id) for _, record in chunk if record.fault is None)
-            columns = zip(*(_columns(record) for _, record in chunk), strict=True)
+            columns = zip(*((_dump(record), *count_parts(record)) for _, record in chunk), strict=True)
             batch = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
             writer.write_batch(pa.record_batch(batch, schema=schema))
     return faults, hashes
 
 
-def _columns(record: Record) -> tuple[str, int, int, int, int, int]:
+def count_parts(record: Record) -> tuple[int, int, int, int, int]:
+    """The ``NUMBERS`` of a record."""
     kinds = [media.kind for media in record.media]
     text_bytes = sum(len(turn.text.encode()) for turn in record.turns)
-    num_coordinates = sum(map(len, record.coordinates.to_variables().values()))
-    media = kinds.count("image"), kinds.count("video")
-    return _dump(record), *media, len(record.turns), text_bytes, num_coordinates
+    num_coordinates = sum(map(len, vars(record.coordinates).values()))
+    return kinds.count("image"), kinds.count("video"), len(record.turns), text_bytes, num_coordinates
 
 
 def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]) -> dict[int, int]:
@@ -232,34 +252,14 @@ def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]
     return repeated
 
 
-def _checksum(path: Path, size: int) -> int:
-    with path.open("rb") as file:
-        checksum = 0
-        for piece in _pieces(file, size):
-            checksum = zlib.crc32(piece, checksum)
-        return checksum
-
-
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while size > 0 and (piece := file.read(min(size, _BYTES_AT_ONCE))):
-        size -= len(piece)
-        yield piece
-
-
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
-    media = [_dump_media(media) for media in record.media]
-    coordinates = record.coordinates.to_variables() if record.coordinates else None
+    media = [
+        [medium.kind, medium.path, medium.root, *([medium.frames, medium.fps] if medium.frames or medium.fps else [])]
+        for medium in record.media
+    ]
+    coordinates = vars(record.coordinates) if any(vars(record.coordinates).values()) else None
     return json.dumps([record.id, turns, media, record.source, record.split, record.fault, coordinates])
-
-
-def _dump_media(media: Media) -> list[Any]:
-    entry: list[Any] = [media.kind, media.path, media.root]
-    return [*entry, media.frames, media.fps] if media.frames or media.fps else entry
-
-
-def _load_media(kind: MediaKind, path: str, root: int, frames: Sequence[str] = (), fps: float = 0.0) -> Media:
-    return Media(kind, path, root, tuple(frames), fps)
 
 
 def _load(row: str) -> Record:
@@ -275,82 +275,165 @@ def _load(row: str) -> Record:
     )
 
 
-# The folder of indexes: what was parsed or counted once is mapped the next time.
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_BYTES_HASHED_AT_ONCE = 1 << 22
+def _load_media(kind: MediaKind, path: str, root: int, frames: Sequence[str] = (), fps: float = 0.0) -> Media:
+    return Media(kind, path, root, tuple(frames), fps)
 
 
-def digest(*things: Any) -> str:
-    """32 hexadecimal digits for plain values."""
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=str).encode()).hexdigest()[:32]
+@dataclass(frozen=True)
+class Part:
+    """Rows of one store, by row of the store what is wrong with bad samples, and what to call the data file."""
+
+    store: RecordStore
+    rows: Rows
+    faults: dict[int, str]
+    label: str = ""
+
+
+class Mixture(RecordSequence):
+    """Records of several parts, one behind the other.
+
+    Beside what lies in files, a process holds nothing for each record but the number of its row, and that
+    only of a random sample. The record of a bad sample has a ``fault`` and nothing else to use.
+
+    Args:
+        parts: in order.
+        cache_dir: the folder of indexes; None keeps what is computed in memory.
+    """
+
+    def __init__(self, parts: Sequence[Part], cache_dir: Path | None = None) -> None:
+        self.parts = list(parts)
+        self.cache_dir = cache_dir
+        self._ends = list(accumulate(len(part.rows) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _make_record(self, position: int) -> Record:
+        """A record with its data file; where several files have one name, the whole path stands in its source."""
+        number = bisect_right(self._ends, position)
+        part = self.parts[number]
+        row = int(part.rows[position - self._ends[number] + len(part.rows)])
+        record, fault, name = part.store[row], part.faults.get(row), os.path.basename(part.label)
+        source = record.source
+        if name in self._shared_names:
+            source = source.replace(name, part.label, 1)
+            fault = fault and fault.replace(f"{name}, ", f"{part.label}, ", 1)
+        data_file = os.path.abspath(part.label) if part.label else ""
+        if fault is not None:
+            return replace(record, source=source, data_file=data_file, turns=(), media=(), fault=fault)
+        return replace(record, source=source, data_file=data_file)
+
+    @cached_property
+    def _shared_names(self) -> set[str]:
+        """Names that several data files have."""
+        names = Counter(os.path.basename(label) for label in {part.label for part in self.parts})
+        return {name for name, count in names.items() if count > 1}
+
+    @cached_property
+    def faults(self) -> dict[int, str]:
+        """What is wrong with bad samples, by their index."""
+        import numpy as np
+
+        faults: dict[int, str] = {}
+        for part, end in zip(self.parts, self._ends, strict=True):
+            rows, start = np.asarray(part.rows), end - len(part.rows)
+            for row in sorted(part.faults):
+                at = int(np.searchsorted(rows, row))
+                if at < len(rows) and rows[at] == row:
+                    faults[start + at] = part.faults[row]
+        return faults
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same records in the same order."""
+        described = []
+        for part in self.parts:
+            rows = str(part.rows) if isinstance(part.rows, range) else hashlib.sha256(part.rows.tobytes()).hexdigest()
+            described.append([part.store.footer.origin, part.store.footer.checksum, rows, sorted(part.faults)])
+        return hash_json(described, _HASH_DIGITS)
+
+    def numbers(self, name: str) -> NDArray[np.int32]:
+        """One of ``NUMBERS``, int32 (records,); zero at the turns and media of bad samples."""
+        import numpy as np
+
+        return np.concatenate([part.store.numbers(name)[np.asarray(part.rows)] for part in self.parts])
+
+    def media(self) -> Iterator[tuple[int, list[Media]]]:
+        """The media of each good sample that has some, with its index; no record is made for them."""
+        import numpy as np
+
+        places = np.flatnonzero(self.numbers("num_images") + self.numbers("num_videos"))
+        for part, end in zip(self.parts, self._ends, strict=True):
+            start = end - len(part.rows)
+            of_part = places[slice(*np.searchsorted(places, [start, end]))]
+            rows = np.asarray(part.rows)[of_part - start].tolist()
+            for place, row, media in zip(of_part.tolist(), rows, part.store.media(rows), strict=True):
+                if row not in part.faults:
+                    yield place, media
+
+    def computed(
+        self,
+        name: str,
+        key: Sequence[object],
+        dtype: type[np.generic],
+        compute: Callable[[], NDArray[Any]],
+        length: int | None = None,
+    ) -> NDArray[Any]:
+        """Numbers that were computed once and are mapped from then on.
+
+        Args:
+            name: what the numbers are.
+            key: plain values that they depend on beside the records.
+            dtype: of the numbers.
+            compute: makes them.
+            length: how many; by default one for each record.
+        """
+        if self.cache_dir is None:
+            return compute().astype(dtype, copy=False)
+        path = self.cache_dir / f"{name}-{hash_json([self.fingerprint, *key], _HASH_DIGITS)}.npy"
+        return open_array(path, len(self) if length is None else length, dtype, compute)
 
 
 def open_store(
-    folder: Path, file: Path, settings: dict[str, Any], write: Callable[[Path, dict[str, Any]], RecordStore]
+    file: Path,
+    folder: Path | None,
+    settings: Mapping[str, object],
+    read: Callable[[], Iterable[Record]],
+    notes: dict[str, Any],
 ) -> RecordStore:
     """The records of a data file, from its index if that is there and still true.
 
     Args:
-        folder: of the indexes.
         file: the data file.
-        settings: what else its records depend on; each combination has an index of its own.
-        write: makes the store from the data file, at a path and with the origin that its footer must have.
+        folder: of the indexes; None keeps the records in memory.
+        settings: what else the records depend on; each combination has an index of its own.
+        read: parses the data file.
+        notes: what ``read`` counts, for the footer.
 
     Raises:
-        ValueError: the file changed while it was read, or what ``write`` raises.
+        ValueError: the file changed while it was read, or what ``read`` raises.
     """
-    path = folder / f"{file.stem[:40]}-{digest(os.path.realpath(file), settings)[:16]}.arrow"
+    if folder is None:
+        return RecordStore.write(read(), notes=notes)
+    path = folder / f"{file.stem[:40]}-{hash_json([os.path.realpath(file), settings], 16)}.arrow"
     origin = _describe(file)
 
-    def read() -> RecordStore:
+    def open_index() -> RecordStore:
         store = RecordStore.open(path)
         if store.footer.origin != origin:
-            raise DamagedStoreError(f"{file} has changed since it was written")
+            raise DamagedFileError(f"{file} has changed since it was written")
         return store
 
-    def make(part: Path) -> None:
-        write(part, origin)
+    def write_index(part: Path) -> None:
+        logger.info("indexing %s", file)
+        RecordStore.write(read(), part, origin, notes)
         if _describe(file) != origin:
             raise ValueError(f"{file}: it changed while it was read; start again when it is complete")
 
-    return _read_or_make(path, read, make)
+    return open_or_write(path, open_index, write_index)
 
 
-def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """A mapped array of ``length`` numbers, computed if it is not there.
-
-    The file is NumPy's, with the CRC-32 of its bytes behind it.
-    """
-    import numpy as np
-
-    def read() -> NDArray[Any]:
-        content = path.read_bytes()
-        checksum = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
-        if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES]) != checksum:
-            raise DamagedStoreError("it is damaged")
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DamagedStoreError("it is damaged") from error
-        if found.shape != (length,) or found.dtype != dtype:
-            raise DamagedStoreError("it holds something else")
-        return found
-
-    def make(part: Path) -> None:
-        with part.open("wb") as file:
-            np.save(file, compute().astype(dtype), allow_pickle=False)
-        checksum = zlib.crc32(part.read_bytes())
-        with part.open("ab") as file:
-            file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
-
-    return _read_or_make(path, read, make)
-
-
-def _describe(file: Path) -> dict[str, Any]:
+def _describe(file: Path) -> dict[str, str]:
     """What tells whether a data file is still the same: a hash of all of its bytes, some 5 GB a second from memory.
 
     Size and time do not tell: an editor or ``rsync`` may keep both.
@@ -358,108 +441,8 @@ def _describe(file: Path) -> dict[str, Any]:
     import xxhash
 
     hasher = xxhash.xxh3_128()
-    # A folder of ``datasets`` is all the files in it.
-    for part in [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file()):
-        hasher.update(f"{part.relative_to(file)}\0{part.stat().st_size}\0".encode(errors="surrogateescape"))
-        with part.open("rb", buffering=0) as stream:
-            while piece := stream.read(_BYTES_HASHED_AT_ONCE):
-                hasher.update(piece)
+    hasher.update(f".\0{file.stat().st_size}\0".encode())
+    with file.open("rb", buffering=0) as stream:
+        while piece := stream.read(_BYTES_AT_ONCE):
+            hasher.update(piece)
     return {"path": os.path.realpath(file), "hash": hasher.hexdigest()}
-
-
-def _read_or_make(path: Path, read: Callable[[], T], make: Callable[[Path], None]) -> T:
-    """``read()`` what lies at ``path``, and let ``make`` write it (to the path it is given) if it cannot be read."""
-
-    def read_own() -> T:
-        _check_own_file(path)
-        return read()
-
-    _check_own_folder(path.parent)
-    with suppress(DamagedStoreError, OSError):
-        return read_own()
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(path) as alone:
-            try:
-                return read_own()
-            except FileNotFoundError:
-                pass
-            except (DamagedStoreError, PermissionError) as error:
-                logger.warning("%s is made anew: %s", path, error)
-            if alone:
-                for part in path.parent.glob(f"{path.name}.*.part"):
-                    part.unlink(missing_ok=True)
-            _make(path, make)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: the index cannot be written: {error}; give another folder with --data_cache_dir"
-        ) from error
-    return read()
-
-
-def _check_own_folder(folder: Path) -> None:
-    """A ValueError for a folder of another user, who could put anything into it."""
-    try:
-        owner = folder.stat().st_uid
-    except OSError:
-        return  # It is made, or making it says what is wrong.
-    if not _is_own(owner):
-        raise ValueError(
-            f"{folder}: the folder of indexes belongs to another user (number {owner}); give one of your own with "
-            "--data_cache_dir"
-        )
-
-
-def _check_own_file(path: Path) -> None:
-    """A DamagedStoreError for what is no file of this user's own; links are not followed."""
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DamagedStoreError("it is a link" if stat.S_ISLNK(status.st_mode) else "it is no file")
-    if not _is_own(status.st_uid):
-        raise DamagedStoreError(f"it belongs to another user (number {status.st_uid})")
-
-
-def _is_own(owner: int) -> bool:
-    return not hasattr(os, "geteuid") or owner == os.geteuid()
-
-
-def _make(path: Path, make: Callable[[Path], None]) -> None:
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        make(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Wait for the lock of a path; False where the system or its files have no locks.
-
-    The lock is a file of its own, which is never written to. An OSError if a link lies in its place.
-    """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    name = path.with_name(path.name + ".lock")
-    if name.is_symlink():
-        raise OSError(f"its lock {name} is a link; remove it")
-    lock = os.open(name, flags, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
-            raise OSError(f"{name} is no file")
-        try:
-            _wait_for_lock(lock)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(lock)
-
-
-def _wait_for_lock(lock: int) -> None:
-    """Lock an open file, for as long as it is open; an OSError where there are no locks."""
-    try:
-        import fcntl
-    except ImportError as error:  # Windows, where whoever comes first need not be waited for
-        raise OSError("no locks on this system") from error
-    fcntl.flock(lock, fcntl.LOCK_EX)

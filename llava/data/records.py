@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -13,28 +12,24 @@ from typing import Any
 from urllib.parse import unquote
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
-from llava.data.files import DataEntry, find_entries, read_samples, read_values
-from llava.data.index import RecordStore, open_store
+from llava.data.files import choose_rows, find_entries, read_samples, read_values
+from llava.data.index import Mixture, Part, RecordStore, open_store
 from llava.data.media_files import (
     ANIMATED_SUFFIXES,
     decode_data_uri,
     encode_picture,
-    expand_home,
     find_media,
     is_picture_name,
     local_path,
     media_folder,
     write_media,
 )
-from llava.data.mixture import Mixture, Part, choose_rows, cut_rows
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.spellings import name_type, read_raw, suggest
 from llava.grounding.samples import check_coordinates, parse_variables
 from llava.types import Media, MediaKind, Record, Role, Turn
 
 __all__ = ["describe_notes", "parse_record", "read_records", "read_samples"]
-
-logger = logging.getLogger(__name__)
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -81,45 +76,42 @@ def read_records(
     parts: list[Part] = []
     drawn: Counter[str] = Counter()
     for entry in find_entries(paths, flag):
-        folders = (entry.data_folder or image_folder, entry.data_folder or video_folder)
-        stores = [
-            _open_file(file, *folders, entry.source, cache, on_bad_sample, allow_outside_paths, tuple(ignore_keys))
-            for file in entry.files
-        ]
-        faults = [_judge(store, on_bad_sample, allow_duplicate_ids) for store in stores]
+        stores = []
+        for file in entry.files:
+            home = str(Path(file).absolute().parent)
+            settings: dict[str, Any] = {
+                "image_folder": _absolute(entry.data_folder or image_folder or home),
+                "video_folder": _absolute(entry.data_folder or video_folder or home),
+                "media_source": entry.source,
+                "allow_outside_paths": allow_outside_paths,
+                "ignore_keys": tuple(ignore_keys),
+                "media_dir": cache and media_folder(cache),
+            }
+            stores.append(_open_file(file, settings, cache, on_bad_sample))
         # The names of its files, and how often they were drawn from before, tell an entry: not its place, which
         # changes with its neighbours, nor its folder, which changes with the machine.
         names = "/".join(Path(file).name for file in entry.files)
-        parts += _sample(entry, stores, faults, f"{seed} {names} {drawn[names]}")
+        try:
+            chosen = choose_rows(entry.sampling, [len(store) for store in stores], f"{seed} {names} {drawn[names]}")
+        except ValueError as error:
+            raise ValueError(f"{entry.name}: {error}") from error
         drawn[names] += 1
+        for file, store, rows in zip(entry.files, stores, chosen, strict=True):
+            parts.append(Part(store, rows, _find_faults(store, on_bad_sample, allow_duplicate_ids), file))
     if not sum(len(part.rows) for part in parts):
         raise ValueError(f"{flag} {' '.join(paths)}: no samples, there is nothing to train on")
     return Mixture(parts, cache)
 
 
-def _open_file(
-    path: str,
-    image_folder: str | None,
-    video_folder: str | None,
-    media_source: str | None,
-    cache: Path | None,
-    on_bad_sample: str,
-    allow_outside_paths: bool,
-    ignore_keys: tuple[str, ...],
-) -> RecordStore:
-    """The records of one data file, from its index or newly parsed."""
-    home = str(Path(path).absolute().parent)
-    settings: dict[str, Any] = {
-        "image_folder": _absolute(image_folder or home),
-        "video_folder": _absolute(video_folder or home),
-        "media_source": media_source,
-        "allow_outside_paths": allow_outside_paths,
-        "ignore_keys": ignore_keys,
-        "media_dir": None if cache is None else media_folder(cache),
-    }
+def _absolute(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))  # noqa: PTH111
+
+
+def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
+    """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
     notes: dict[str, Any] = {"unread": {}, "without_id": 0}
 
-    def records() -> Iterator[Record]:
+    def read() -> Iterator[Record]:
         for sample, source in read_values(path):
             try:
                 if isinstance(sample, ValueError):
@@ -131,44 +123,21 @@ def _open_file(
                 identity = sample.get("id", "") if isinstance(sample, dict) else ""
                 yield Record(str(identity)[:_LONGEST_ID], (), source=source, fault=str(error))
 
-    def write(index: Path, origin: dict[str, Any]) -> RecordStore:
-        logger.info("indexing %s", path)
-        return RecordStore.write(records(), index, origin, notes)
-
-    return (
-        RecordStore.write(records(), notes=notes) if cache is None else open_store(cache, Path(path), settings, write)
-    )
+    return open_store(Path(path), cache, settings, read, notes)
 
 
-def _absolute(folder: str) -> str:
-    return os.path.abspath(expand_home(folder))
-
-
-def _judge(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
+def _find_faults(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
     """What is wrong with rows of a store, repeated ids among it; the first is raised if bad samples are an error."""
     faults = dict(store.footer.faults)
-    for row, first in {} if allow_duplicate_ids else store.footer.repeated.items():
-        faults[row] = (
-            f"{store[row]}: {store[first].source} has the same id; give each its own, or allow it with "
-            "--allow_duplicate_ids"
-        )
+    if not allow_duplicate_ids:
+        for row, first in store.footer.repeated.items():
+            faults[row] = (
+                f"{store[row]}: {store[first].source} has the same id; give each its own, or allow it with "
+                "--allow_duplicate_ids"
+            )
     if faults and on_bad_sample == "error":
         raise ValueError(faults[min(faults)])
     return faults
-
-
-def _sample(
-    entry: DataEntry, stores: Sequence[RecordStore], faults: Sequence[dict[int, str]], seed: str
-) -> Iterator[Part]:
-    """The parts that an entry takes of its stores."""
-    try:
-        rows = choose_rows(entry.sampling, sum(map(len, stores)), seed)
-    except ValueError as error:
-        raise ValueError(f"{entry.name}: {error}") from error
-    start = 0
-    for store, of_store, label in zip(stores, faults, entry.files, strict=True):
-        yield Part(store, cut_rows(rows, start, start + len(store)), of_store, label)
-        start += len(store)
 
 
 def parse_record(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava.data.dataset_stats import survey_cut, survey_kinds
+from llava.data.dataset_stats import count_cut_tokens, count_media
+from llava.data.index import Mixture
 from llava.data.media_files import MediaError, check_file
-from llava.data.mixture import Mixture
 from llava.data.placeholders import remove_placeholders
 from llava.types import SKIP, Media, MediaKind, Record
 
@@ -60,7 +60,7 @@ class SourceShare:
 
 def media_shares(dataset: SupervisedDataset) -> list[SourceShare]:
     """What the samples of each data file have, in the order of the files; samples with both kinds count twice."""
-    images, videos = survey_kinds(dataset)
+    images, videos = count_media(dataset.records)
     shares = []
     for label, rows in _rows_by_source(dataset.records).items():
         alone = int(((images[rows] == 0) & (videos[rows] == 0)).sum())
@@ -83,9 +83,9 @@ def cut_table(dataset: SupervisedDataset, whole: np.ndarray | None = None) -> st
         dataset: the samples.
         whole: bool (samples,), which of them ``--text_chunking`` leaves as they are; None without it.
     """
-    cut = survey_cut(dataset) if whole is None else np.where(whole, survey_cut(dataset), 0)
+    cut = count_cut_tokens(dataset) if whole is None else np.where(whole, count_cut_tokens(dataset), 0)
     if dataset.vision is not None and dataset.vision.video_fps > 0:
-        cut = np.where(survey_kinds(dataset)[1] > 0, 0, cut)  # Their frames show only when they are opened.
+        cut = np.where(count_media(dataset.records)[1] > 0, 0, cut)  # Their frames show only when they are opened.
     if not cut.any():
         return ""
     lines = [f"text that is cut to {dataset.max_length} tokens"]
@@ -114,7 +114,7 @@ def check_media(dataset: SupervisedDataset) -> None:
 
     Only of what the data hold is anything asked: images that fit are not refused for videos that are not there.
     """
-    images, videos = survey_kinds(dataset)
+    images, videos = count_media(dataset.records)
     vision = dataset.vision
     if vision is None:
         if rows := np.flatnonzero(images + videos).tolist():
@@ -173,18 +173,10 @@ def find_missing(records: Sequence[Record]) -> list[str]:
 
 def _media_of(records: Sequence[Record]) -> Iterator[tuple[int, Media]]:
     """All media, each with the index of its sample."""
-    if not isinstance(records, Mixture):
-        yield from ((i, media) for i, record in enumerate(records) for media in record.media)
-        return
-    start = 0
-    for part in records.parts:
-        rows = np.asarray(part.rows)
-        has_media = part.store.numbers("num_images")[rows] + part.store.numbers("num_videos")[rows] > 0
-        places = np.flatnonzero(has_media)
-        for place, (row, media) in zip(places.tolist(), part.store.media(rows[places].tolist()), strict=True):
-            if row not in part.faults:
-                yield from ((start + place, medium) for medium in media)
-        start += len(rows)
+    if isinstance(records, Mixture):
+        yield from ((i, medium) for i, media in records.media() for medium in media)
+    else:
+        yield from ((i, medium) for i, record in enumerate(records) for medium in record.media)
 
 
 def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:

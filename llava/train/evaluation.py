@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava.constants import IGNORE_INDEX
 from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
-from llava.data.dataset_stats import survey_cut, survey_kinds
+from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.types import BadSample
 
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -77,8 +77,8 @@ def _may_cut(dataset: SupervisedDataset) -> bool:
     """Whether a sample may be too long; of videos without a bound, or with their times, only decoding tells."""
     vision = dataset.vision
     if vision is not None and (vision.add_time_instruction or not vision.is_bounded):
-        return bool(survey_kinds(dataset)[1].any() or survey_cut(dataset).any())
-    return bool(survey_cut(dataset).any())
+        return bool(count_media(dataset.records)[1].any() or count_cut_tokens(dataset).any())
+    return bool(count_cut_tokens(dataset).any())
 
 
 @dataclass

@@ -313,7 +313,7 @@ def hash_data(entries: Sequence[DataEntry]) -> str:
         described = []
         for entry in entries:
             files = [file for name in entry.files for file in _files_of(Path(name))]
-            described.append([list(readers.map(hash_file, files)), str(entry.sampling), entry.source])
+            described.append([list(readers.map(hash_file, files)), entry.sampling, entry.source])
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 

@@ -14,9 +14,9 @@ from llava.constants import IGNORE_INDEX
 from llava.data.check import MediaCheck, find_bad
 from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset, check_room
-from llava.data.dataset_stats import survey_long, survey_media
+from llava.data.dataset_stats import count_cut_tokens, count_media
+from llava.data.index import Mixture
 from llava.data.media_files import MediaError
-from llava.data.mixture import Mixture
 from llava.data.records import describe_notes
 from llava.data.start_checks import check_media, check_media_files, check_text_is_known, cut_table, media_table
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -106,7 +106,7 @@ def check_room_for_media(dataset: SupervisedDataset) -> None:
     """A ValueError if samples have media that the model cannot see, or that leave no room for a text."""
     check_media(dataset)
     if dataset.on_bad_sample != SKIP:
-        check_room(dataset, survey_long(dataset) & (survey_media(dataset) > 0))
+        check_room(dataset, (count_cut_tokens(dataset) > 0) & count_media(dataset.records).any(axis=0))
 
 
 def check_vision_is_fed(model_args: ModelArguments, dataset: SupervisedDataset) -> None:
@@ -121,7 +121,7 @@ def check_vision_is_fed(model_args: ModelArguments, dataset: SupervisedDataset) 
                 "flags for vision were given (%s), but the model has none; give --vision_tower", ", ".join(given)
             )
         return
-    if survey_media(dataset).any():
+    if count_media(dataset.records).any():
         return
     message = f"not one of the {len(dataset)} samples has an image or a video"
     if _LANGUAGE_MODEL not in model_args.tunable_parts and COORDINATES_PART not in model_args.tunable_parts:
@@ -143,7 +143,9 @@ def check_decoding(dataset: SupervisedDataset, training_args: TrainingArguments)
     vision = dataset.vision
     if vision is None:
         return
-    share = np.flatnonzero(survey_media(dataset))[training_args.process_index :: training_args.world_size].tolist()
+    share = np.flatnonzero(count_media(dataset.records).any(axis=0))[
+        training_args.process_index :: training_args.world_size
+    ].tolist()
     check = MediaCheck(
         dataset.records, vision.num_frames, vision.video_fps, vision.frames_upbound, dataset.decode_timeout,
         dataset.limits,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from conftest import turns
 
-from llava.data.files import Sampling, expand_braces
-from llava.data.mixture import choose_rows, cut_rows
+from llava.data.files import choose_rows, count_samples, cut_rows, expand_braces
 from llava.data.records import read_records
 
 
@@ -109,10 +108,10 @@ def test_sampling_strategies(tmp_path, strategy, expected):
 
 def test_shares_are_rounded_up_exactly():
     # In floats 1000 * 16.1 / 100 is above 161, and 100 * (7 / 100) above 7.
-    assert Sampling("first", "16.1%").count(1000) == 161
-    assert Sampling("first", "7%").count(100) == 7
-    assert Sampling("first", "33.3%").count(1000) == 333
-    assert Sampling("first", "33.31%").count(1000) == 334
+    assert count_samples("first:16.1%", 1000) == 161
+    assert count_samples("first:7%", 100) == 7
+    assert count_samples("first:33.3%", 1000) == 333
+    assert count_samples("first:33.31%", 1000) == 334
 
 
 def test_random_samples_depend_on_the_seed_alone(tmp_path):
@@ -134,15 +133,15 @@ def test_random_samples_depend_on_the_seed_alone(tmp_path):
 
 
 def test_random_samples_are_the_same_in_every_release():
-    rows = choose_rows(Sampling("random", "5"), 100, "42 a.json 0")
+    (rows,) = choose_rows("random:5", [100], "42 a.json 0")
     assert rows.tolist() == [26, 71, 82, 90, 99]
-    assert choose_rows(Sampling("random", "100%"), 7, "x").tolist() == list(range(7))
+    assert choose_rows("random:100%", [7], "x")[0].tolist() == list(range(7))
 
 
 def test_random_samples_are_spread_evenly():
     counts = np.zeros(20)
     for seed in range(2000):
-        counts[choose_rows(Sampling("random", "5"), 20, str(seed))] += 1
+        counts[choose_rows("random:5", [20], str(seed))[0]] += 1
     assert counts.min() > 400
     assert counts.max() < 600
 

@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 from conftest import ITALIAN, turns
 
-from llava.data import dataset_stats as survey
-from llava.data import files as raw_samples
-from llava.data import index as record_index
-from llava.data import index as record_store
-from llava.data import records
+from llava.data import cache as index_folder
+from llava.data import dataset_stats, files, index, records
+from llava.data.cache import DamagedFileError
 from llava.data.dataset import SupervisedDataset, check_supervision, find_unsupervised
 from llava.data.files import iterate_list
 from llava.data.formats import build_format
-from llava.data.index import DamagedStoreError, RecordStore
-from llava.data.mixture import Mixture
+from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
 from llava.types import Record, Turn
 
@@ -95,7 +92,7 @@ def test_nothing_is_taken_from_another_user(data, cache, parsed, caplog, monkeyp
     read_records(data, cache_dir=str(cache))
     (path,) = cache.glob("*.arrow")
     theirs = cache if whose == "the folder" else path
-    is_own, inode = record_index._is_own, theirs.stat().st_ino
+    is_own, inode = index_folder._is_own, theirs.stat().st_ino
     owners = {theirs.stat().st_uid + 1}
     original = Path.lstat if whose == "the index" else Path.stat
 
@@ -191,7 +188,7 @@ def test_a_damaged_index_is_made_anew_with_a_message(data, cache, parsed, caplog
     (path,) = cache.glob("*.arrow")
     harm, message = DAMAGES[damage]
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(DamagedStoreError, match=message):
+    with pytest.raises(DamagedFileError, match=message):
         RecordStore.open(path)
     with caplog.at_level(logging.WARNING):
         assert list(read_records(data, cache_dir=str(cache))) == expected
@@ -202,8 +199,8 @@ def test_a_damaged_index_is_made_anew_with_a_message(data, cache, parsed, caplog
 def test_an_index_of_another_version_is_not_read(data, cache, monkeypatch):
     read_records(data, cache_dir=str(cache))
     (path,) = cache.glob("*.arrow")
-    monkeypatch.setattr(record_store, "VERSION", record_store.VERSION + 1)
-    with pytest.raises(DamagedStoreError, match="another version of llava wrote it"):
+    monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
+    with pytest.raises(DamagedFileError, match="another version of llava wrote it"):
         RecordStore.open(path)
 
 
@@ -251,14 +248,15 @@ def read_slowly(data: str, cache: str, barrier, results, locks: bool) -> None:
     parse = records.parse_record
     records.parse_record = lambda *args, **kwargs: (parsed.append(args[1]), parse(*args, **kwargs))[1]
     if not locks:
-        record_index._wait_for_lock = no_locks
+        index_folder.lock_file = no_locks
     barrier.wait(60)
     found = read_records(data, cache_dir=cache)
     results.put((len(parsed), [record.id for record in found]))
 
 
-def no_locks(*args) -> None:
-    raise OSError("no locks on this file system")
+def no_locks(*args, **kwargs) -> bool:
+    """As ``lock_file`` where a file system has no locks."""
+    return False
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -311,9 +309,9 @@ def test_positions_of_a_mixture(tmp_path):
     assert len(mixture) == len(everything) == 6
     assert [mixture[i] for i in range(-6, 6)] == everything * 2
     assert mixture[1:4] == everything[1:4]
-    for index in (6, -7):
+    for beyond in (6, -7):
         with pytest.raises(IndexError):
-            mixture[index]
+            mixture[beyond]
     assert mixture[np.int64(3)] == everything[3]
 
 
@@ -344,7 +342,7 @@ def test_the_same_id_in_two_files_is_no_mistake(tmp_path):
 def test_equal_hashes_are_not_yet_equal_ids(monkeypatch):
     import builtins
 
-    monkeypatch.setattr(record_store, "hash", lambda text: len(text), raising=False)
+    monkeypatch.setattr(index, "hash", lambda text: len(text), raising=False)
     assert builtins.hash("a") != 1
     store = RecordStore.write([Record(name, (Turn("user", "x"),)) for name in ("a", "b", "cc", "a", "b", "dd")])
     assert store.footer.repeated == {3: 0, 4: 1}
@@ -389,7 +387,7 @@ class Counting:
 
 
 def test_lengths_are_counted_once_and_then_mapped(data, cache, visual_tokenizer, monkeypatch):
-    monkeypatch.setattr(survey, "_RECORDS_AT_ONCE", 2)
+    monkeypatch.setattr(dataset_stats, "_RECORDS_AT_ONCE", 2)
     counted = []
     for limit in (64, 64, 32):
         tokenizer = Counting(visual_tokenizer)
@@ -434,16 +432,16 @@ def test_checking_supervision_tokenises_only_what_may_be_too_long(tmp_path, cach
 
     longest = int(build(5000).lengths.max())
     tokenised.clear()
-    assert survey.survey_long(build(5000)).tolist() == [False] * 5
+    assert (dataset_stats.count_cut_tokens(build(5000)) > 0).tolist() == [False] * 5
     assert tokenised == []
     for limit, too_long in ((longest, False), (longest - 1, True)):
-        assert survey.survey_long(build(limit)).tolist() == [False, False, too_long, False, False]
+        assert (dataset_stats.count_cut_tokens(build(limit)) > 0).tolist() == [False, False, too_long, False, False]
         assert tokenised == ["2"]
         tokenised.clear()
     with pytest.raises(ValueError, match=r"sample '2' \(a\.json, sample 3\): it needs"):
         check_supervision(build(longest - 4))
     tokenised.clear()
-    assert survey.survey_long(build(longest - 4)).tolist() == [False, False, True, False, False]
+    assert (dataset_stats.count_cut_tokens(build(longest - 4)) > 0).tolist() == [False, False, True, False, False]
     assert tokenised == []
 
 
@@ -473,7 +471,7 @@ LISTS = ["[]", " [ ] ", "[1]", "[1, 22, 333]", '[{"a": "]["}, null,\n true, "x\\
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("text", LISTS)
 def test_lists_in_windows_of_any_size(tmp_path, monkeypatch, size, text):
-    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert list(iterate_list(tmp_path / "a.json")) == json.loads(text)
 
@@ -495,7 +493,7 @@ BROKEN_LISTS = {
 @pytest.mark.parametrize("size", [1, 3, 1 << 20])
 @pytest.mark.parametrize("text", BROKEN_LISTS)
 def test_broken_lists_name_the_line(tmp_path, monkeypatch, size, text):
-    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=BROKEN_LISTS[text]):
         list(iterate_list(tmp_path / "a.json"))
@@ -504,7 +502,7 @@ def test_broken_lists_name_the_line(tmp_path, monkeypatch, size, text):
 @pytest.mark.parametrize("size", [1, 2, 1 << 20])
 @pytest.mark.parametrize(("content", "position"), [(b'["ab\xe8"]', 4), (b'["\xc3\xa8\xe8"]', 4), (b'["\xc3', 2)])
 def test_the_byte_that_is_no_utf8(tmp_path, monkeypatch, size, content, position):
-    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"not UTF-8 \(byte {position}\)"):
         list(iterate_list(tmp_path / "a.json"))

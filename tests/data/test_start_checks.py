@@ -12,8 +12,7 @@ from conftest import ITALIAN, turns
 from llava.data import start_checks
 from llava.data.dataset import SupervisedDataset, check_supervision
 from llava.data.formats import build_format
-from llava.data.index import RecordStore
-from llava.data.mixture import Mixture
+from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
 from llava.data.start_checks import (
     check_media,

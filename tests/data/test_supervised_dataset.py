@@ -12,7 +12,7 @@ from conftest import ITALIAN, turns, write_video
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
-from llava.data import dataset_stats as survey
+from llava.data import dataset_stats
 from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
 from llava.data.media import load_media
 from llava.data.records import read_records
@@ -112,7 +112,7 @@ def test_lengths_are_the_real_numbers_of_tokens(either_tokenizer, tiny_vision, t
 
 
 def test_lengths_of_many_records(either_tokenizer, tiny_vision, monkeypatch):
-    monkeypatch.setattr(survey, "_RECORDS_AT_ONCE", 3)
+    monkeypatch.setattr(dataset_stats, "_RECORDS_AT_ONCE", 3)
     records = [with_media(texts) for texts in TEXTS + MEDIA_TEXTS]
     dataset = SupervisedDataset(records, either_tokenizer, tiny_vision, 10_000)
     assert dataset.lengths.tolist() == [len(dataset.tokenize(r)[0]) for r in records]

@@ -1,0 +1,147 @@
+"""The folder of ``--data_cache_dir``: what was parsed or computed once is mapped the next time.
+
+A file of it is written by one process while others wait, gets its name when it is complete, and is used only if it is
+this user's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llava.io import lock_file, write_beside
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHECKSUM_BYTES = 4
+_BYTES_AT_ONCE = 1 << 22
+
+
+class DamagedFileError(ValueError):
+    """A file of the folder that is cut off, changed, of another version or of another user."""
+
+
+def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """A mapped array of ``length`` numbers, computed if it is not there: NumPy's file, and behind it its CRC-32."""
+    import numpy as np
+
+    def read_array() -> NDArray[Any]:
+        content = path.read_bytes()
+        checksum = int.from_bytes(content[-CHECKSUM_BYTES:], "little")
+        if zlib.crc32(memoryview(content)[:-CHECKSUM_BYTES]) != checksum:
+            raise DamagedFileError("it is damaged")
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DamagedFileError("it is damaged") from error
+        if found.shape != (length,) or found.dtype != dtype:
+            raise DamagedFileError("it holds something else")
+        return found
+
+    def write_array(part: Path) -> None:
+        with part.open("wb") as file:
+            np.save(file, compute().astype(dtype, copy=False), allow_pickle=False)
+        checksum = compute_checksum(part, part.stat().st_size)
+        with part.open("ab") as file:
+            file.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+
+    return open_or_write(path, read_array, write_array)
+
+
+def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path], None]) -> T:
+    """What lies at ``path``; ``write`` makes it (at the path it is given) if it is not there or cannot be used."""
+
+    def open_own() -> T:
+        _check_own_file(path)
+        return open_file()
+
+    _check_own_folder(path.parent)
+    with suppress(DamagedFileError, OSError):
+        return open_own()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(path) as alone:
+            # Another process may have written it while this one waited for the lock.
+            try:
+                return open_own()
+            except FileNotFoundError:
+                pass
+            except (DamagedFileError, PermissionError) as error:
+                logger.warning("%s is made anew: %s", path, error)
+            if alone:
+                for left in path.parent.glob(f"{path.name}.*.part"):
+                    left.unlink(missing_ok=True)
+            with write_beside(path, durable=False, shared=True) as part:
+                write(part)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: the index cannot be written: {error}; give another folder with --data_cache_dir"
+        ) from error
+    return open_file()
+
+
+def compute_checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while size > 0 and (piece := file.read(min(size, _BYTES_AT_ONCE))):
+            size -= len(piece)
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def _check_own_folder(folder: Path) -> None:
+    """A ValueError for a folder of another user, who could put anything into it."""
+    try:
+        owner = folder.stat().st_uid
+    except OSError:
+        return  # It is made, or making it says what is wrong.
+    if not _is_own(owner):
+        raise ValueError(
+            f"{folder}: the folder of indexes belongs to another user (number {owner}); give one of your own with "
+            "--data_cache_dir"
+        )
+
+
+def _check_own_file(path: Path) -> None:
+    """A DamagedFileError for what is no file of this user's own; links are not followed."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedFileError("it is a link" if stat.S_ISLNK(status.st_mode) else "it is no file")
+    if not _is_own(status.st_uid):
+        raise DamagedFileError(f"it belongs to another user (number {status.st_uid})")
+
+
+def _is_own(owner: int) -> bool:
+    return not hasattr(os, "geteuid") or owner == os.geteuid()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Wait for the lock of a path; False where the system or its files have no locks.
+
+    The lock is a file of its own, which is never written to. An OSError if a link lies in its place.
+    """
+    name = path.with_name(path.name + ".lock")
+    if name.is_symlink():
+        raise OSError(f"its lock {name} is a link; remove it")
+    # A link that comes between the look and the opening is not followed, and a pipe not waited for.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    lock = os.open(name, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise OSError(f"{name} is no file")
+    with os.fdopen(lock, "r+b") as file:
+        yield lock_file(file, wait=True)
