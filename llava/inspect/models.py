@@ -15,7 +15,7 @@ from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, PATCH_MERGE_TYPES
 from llava.messages import run_command
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
-from llava.model.multimodal_encoder.builder import TOWERS
+from llava.model.multimodal_encoder.base import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler.builder import RESAMPLERS
 from llava.parser import CommandParser

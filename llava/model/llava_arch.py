@@ -32,8 +32,7 @@ from llava.model.coordinates import (
 from llava.model.generation import MultimodalGeneration
 from llava.model.grad_sync import encode_through_gate, is_distributed
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
-from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_encoder.builder import build_tower
+from llava.model.multimodal_encoder.base import VisionTower, build_tower
 from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler.builder import build_resampler
 from llava.model.tower_weights import TowerWeights

@@ -30,7 +30,7 @@ from llava.model.coordinates import COORDINATES
 from llava.model.generation import drop_unused_sampling
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters
-from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.multimodal_encoder.base import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
 from llava.model.pretrained import NOT_JUST_TENSORS, UNSAFE_WEIGHTS, describe_damage, locate_model, quiet_transformers
 from llava.model.quantization import Quantization, quantization_options

@@ -13,7 +13,7 @@ import torch
 
 from llava.model.checkpoint import load_tokenizer
 from llava.model.loading import load_model
-from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.multimodal_encoder.base import describe_tower
 from llava.model.random_weights import create
 from llava.model.transfer import load_adapter
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llava.model.loading import load_model
-from llava.model.multimodal_encoder.builder import describe_tower
+from llava.model.multimodal_encoder.base import describe_tower
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3, 1, 2, 3])

@@ -27,8 +27,7 @@ from tiny_towers import (
 from llava.config import VisionConfig
 from llava.model.grad_sync import encode_through_gate
 from llava.model.loading import load_model
-from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_encoder.builder import TOWERS, build_tower, describe_tower
+from llava.model.multimodal_encoder.base import TOWERS, VisionTower, build_tower, describe_tower
 from llava.model.multimodal_encoder.hf import cut_patches, hash_weights
 
 WriteTower = Callable[[str], Path]

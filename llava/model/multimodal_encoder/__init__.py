@@ -1,1 +1,3 @@
-"""Vision towers: from normalised frames to patch features."""
+"""Vision towers: from frames to patch features. Importing this package registers them."""
+
+from llava.model.multimodal_encoder import hf, timm  # noqa: F401

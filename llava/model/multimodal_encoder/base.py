@@ -1,18 +1,18 @@
-"""The contract of a vision tower."""
+"""The contract of a vision tower, and the choice of one by the vision model's ``model_type``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoConfig, PretrainedConfig
 
 from llava.config import VisionConfig
+from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
 from llava.registry import Registry
 
 
@@ -106,106 +106,64 @@ TOWERS: Registry[type[VisionTower]] = Registry("vision tower")
 """Towers by the ``model_type`` of the vision model's configuration."""
 
 
-def count_layers(vision: VisionConfig, num_layers: int) -> int:
-    """How many of a vision model's layers stand before the selected hidden state.
-
-    Hidden states are counted as in the list of the embeddings and every layer's output.
-    """
-    selected = vision.vision_select_layer
-    kept = selected if selected >= 0 else num_layers + 1 + selected
-    if not 1 <= kept <= num_layers:
-        raise ValueError(
-            f"--mm_vision_select_layer is {selected}, but {vision.vision_tower!r} has {num_layers} layers; "
-            f"use 1 to {num_layers}, or -1 to {-num_layers}"
-        )
-    return kept
+def build_tower(vision: VisionConfig) -> VisionTower:
+    """Build the structure of the tower that ``vision`` describes; its weights are loaded later."""
+    return _find_tower(vision.vision_config["model_type"], vision.vision_tower)(vision)
 
 
-# How a vision model wants its images: squares of which side, cut and normalised how.
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What a model's image processor does; None where it does not say.
-
-    Attributes:
-        side: side in pixels of the square that the model sees.
-        resize: length of the shorter side before a centre crop.
-        max_num_patches: for a processor of variable grids, the most patches of one image.
-        mean, std: per channel, of pixels in [0, 1].
-    """
-
-    side: int | None
-    resize: int | None
-    max_num_patches: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def read_image_format(source: str, mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
-    """Read ``preprocessor_config.json`` of a vision model, where present.
+def describe_tower(source: str) -> TowerDescription:
+    """Read ``config.json`` and, where present, ``preprocessor_config.json`` of a vision model.
 
     Args:
-        source: a folder, or a name on the model hub.
-        mean, std: statistics that hold where the file has none.
+        source: a folder, or a name on the model hub. Of a model of images and text (CLIP, SigLIP) the
+            vision half is meant.
 
     Raises:
-        ValueError: the processor makes images that are not square.
+        ValueError: the source cannot be read, no tower is known for it, or its grid is no square of patches.
     """
+    config = _read_config(locate_model(source, "--vision_tower"))
+    return _find_tower(config.model_type, source).describe(source, config)
+
+
+def _find_tower(model_type: str, source: str) -> type[VisionTower]:
     try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except (OSError, ValueError):
-        processor = {}
-    size = processor.get("size")
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    height, width = _height_and_width(crop or size)
-    if height != width or (size and height is None):
+        return TOWERS.get(model_type)
+    except ValueError as error:
         raise ValueError(
-            f"--vision_tower {source!r} wants images of {height} x {width} pixels; only squares are supported: "
-            "set one side for height and width in its preprocessor_config.json"
-        )
-    if processor.get("do_normalize") is False:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return ImageFormat(
-        side=height,
-        resize=_shorter_side(size) if crop else None,
-        max_num_patches=processor.get("max_num_patches"),
-        mean=tuple(processor.get("image_mean") or mean),
-        std=tuple(processor.get("image_std") or std),
-    )
+            f"the vision tower {source!r} has model_type {model_type!r}; known: {', '.join(TOWERS.names())}, "
+            "and models whose vision_config is one of these"
+        ) from error
 
 
-def square_side(size: int | Sequence[int], source: str, what: str) -> int:
-    """The side of a square that is given as one number or as (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
+def _read_config(source: str) -> PretrainedConfig:
+    """The configuration of a vision model, or of the vision half of a two-tower model."""
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(source, error) from error
+    # timm's own configurations have no model_type, and transformers cannot even read them without timm.
+    if settings.get("model_type") == "timm_wrapper" or "pretrained_cfg" in settings:
+        require_timm()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if note := foreign_code_note(settings):
+            raise ValueError(
+                f"--vision_tower {source!r} has the unknown type {settings.get('model_type')!r}{note}"
+            ) from error
+        raise _unreadable(source, error) from error
+    return forget_implementations(getattr(config, "vision_config", config))
+
+
+def _unreadable(source: str, error: Exception) -> ValueError:
+    return ValueError(f"--vision_tower {source!r} has no readable configuration: {error}")
+
+
+def require_timm() -> None:
+    """A ValueError that says how to get timm, where it is missing."""
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
         raise ValueError(
-            f"--vision_tower {source!r} has {what} {height} x {width} in its config.json; only squares are supported: "
-            "give one that has been trained on squares"
-        )
-    return height
-
-
-def count_patches(source: str, side: int, patch: int, own_side: int) -> int:
-    """Patches along a side.
-
-    A remainder is an error, unless the model was made with it: SigLIP so400m cuts 384 pixels into 27
-    patches of 14 and leaves the last six out.
-    """
-    if side % patch and side != own_side:
-        raise ValueError(
-            f"--vision_tower {source!r} sees {side} x {side} pixels in patches of {patch}, which is no "
-            f"whole square grid; use a multiple of {patch} in its preprocessor_config.json"
-        )
-    return side // patch
-
-
-def _height_and_width(size: int | Mapping[str, int] | None) -> tuple[int | None, int | None]:
-    """A size as processors write it; a number or a shorter side stands for a square."""
-    if not isinstance(size, Mapping):
-        return size, size
-    return size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
-
-
-def _shorter_side(size: int | Mapping[str, int] | None) -> int | None:
-    return size.get("shortest_edge") if isinstance(size, Mapping) else size
+            f"the vision tower needs timm, which cannot be imported ({error}); pip install 'llava-babylm[timm]'"
+        ) from error

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, count_layers, count_patches, square_side
-from llava.model.multimodal_encoder.hf import HuggingFaceTower
+from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, require_timm
+from llava.model.multimodal_encoder.hf import HuggingFaceTower, count_layers, count_patches, square_side
 
 
 @TOWERS.register("timm_wrapper")
@@ -62,16 +62,6 @@ class TimmTower(HuggingFaceTower):
         # Maps (frames, width, rows, columns) are the one form that every architecture gives.
         features = model.forward_intermediates(pixels, indices=1, output_fmt="NCHW", intermediates_only=True)[-1]
         return features.flatten(2).transpose(1, 2)
-
-
-def require_timm() -> None:
-    """A ValueError that says how to get timm, where it is missing."""
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"the vision tower needs timm, which cannot be imported ({error}); pip install 'llava-babylm[timm]'"
-        ) from error
 
 
 def _build_on_meta(source: str, config: PretrainedConfig) -> Any:
