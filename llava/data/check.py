@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
-from llava.data.media import load_image, sample_video
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_links
+from llava.data.media import check_links, load_image, sample_video
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
 from llava.messages import run_command

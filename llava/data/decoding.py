@@ -72,27 +72,20 @@ def decode_frames(request: FrameRequest) -> Frames:
     Raises:
         MediaError: the file is missing, broken, cut off, too large or no video, or ends before ``split`` does.
     """
-    path = request.path
-    try:
-        with _open_clip(request) as video:
-            pixels = None
-            while pixels is None:
-                times = video.times
-                indices = choose_frames(
-                    len(times), video.fps, request.num_frames, request.fps, request.max_frames, request.split, times
-                )
-                try:
-                    pixels = video.read(indices)
-                except MissingFrameError:
-                    if video.times is times:
-                        raise
-                if video.times is not times:  # decoding has shown other frames than the packets spoke of
-                    pixels = None
-            return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), video.duration)
-    except MediaError:
-        raise
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
+    with _open_clip(request) as clip:
+        while True:
+            times = clip.times
+            indices = choose_frames(
+                len(times), clip.fps, request.num_frames, request.fps, request.max_frames, request.split, times
+            )
+            try:
+                pixels = clip.read(indices)
+            except MissingFrameError:
+                if clip.times is times:
+                    raise
+            # A clip has new times where decoding has shown other frames than its packets spoke of: choose again.
+            if clip.times is times:
+                return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), clip.duration)
 
 
 def read_times(path: str) -> tuple[Sequence[float], float]:
@@ -101,32 +94,35 @@ def read_times(path: str) -> tuple[Sequence[float], float]:
     Raises:
         MediaError: the file is missing, or cannot be read as a clip.
     """
-    try:
-        with _open_clip(FrameRequest(path, num_frames=1)) as video:
-            return video.times, video.duration
-    except MediaError:
-        raise
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: cannot be read as a video: {error}") from error
+    with _open_clip(FrameRequest(path, num_frames=1)) as clip:
+        return clip.times, clip.duration
 
 
 @contextlib.contextmanager
 def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedPicture]:
-    """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture."""
+    """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture.
+
+    What goes wrong within the ``with`` is a MediaError that names the file.
+    """
     path, files = request.path, list(request.frame_files)
-    if not files and os.path.isdir(path):
-        files = list_frames(path)
-    if files:
-        if request.fps > 0 and not request.frame_rate:
-            raise ValueError("it is given as frames without their rate, and --video_fps is set; give meta.fps")
-        yield FrameFiles(files, request.frame_rate, request.limits)
-    elif is_picture_file(path):
-        with open_animation(path, request.limits) as animation:
-            yield animation
-    else:
-        check_complete(path, check_file(path))
-        with open_video(path, request.limits) as video:
-            yield video
+    try:
+        if not files and os.path.isdir(path):
+            files = list_frames(path)
+        if files:
+            if request.fps > 0 and not request.frame_rate:
+                raise ValueError("it is given as frames without their rate, and --video_fps is set; give meta.fps")
+            yield FrameFiles(files, request.frame_rate, request.limits)
+        elif is_picture_file(path):
+            with open_animation(path, request.limits) as animation:
+                yield animation
+        else:
+            check_complete(*check_file(path))
+            with open_video(path, request.limits) as video:
+                yield video
+    except MediaError:
+        raise
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 
 
 def choose_frames(

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.image_structure import AVIF_BRANDS, HEIF, Animation, name_kind, read_structure
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file, is_picture_name, local_path
+from llava.data.image_structure import AVIF_BRANDS, HEIC_BRANDS, Animation, name_kind, read_structure
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file, is_picture_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -59,14 +59,13 @@ def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Op
     """
     from PIL import Image
 
-    path = local_path(path)
-    size = check_file(path)
+    path, size = check_file(path)
     try:
-        limits.check_image_file(size)
+        if size > limits.max_image_bytes:
+            raise ValueError(f"its file has {size} bytes, but --max_image_bytes is {limits.max_image_bytes}")
         with open(path, "rb") as file:  # noqa: PTH123
-            _check_head(file.read(32))
-            file.seek(0)
             data = file.read()
+        _check_head(data)
         animation = read_structure(data, limits)
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             limits.check_picture(*image.size)
@@ -111,8 +110,7 @@ def read_image_size(path: str) -> tuple[int, int]:
     """
     from PIL import ExifTags, Image
 
-    path = local_path(path)
-    check_file(path)
+    path, _ = check_file(path)
     try:
         with open(path, "rb") as file:  # noqa: PTH123
             _check_head(file.read(32))
@@ -139,7 +137,7 @@ def _check_head(head: bytes) -> None:
     """A ValueError for what Pillow must not open, or cannot without a plug-in that is not there."""
     if head.startswith(_POSTSCRIPT):
         raise ValueError("it is PostScript; turn it into a PNG or a JPEG first")
-    if name_kind(head) == HEIF:
+    if head[4:8] == b"ftyp" and head[8:12] in (*AVIF_BRANDS, *HEIC_BRANDS):
         _load_plugin("AVIF" if head[8:12] in AVIF_BRANDS else "HEIC")
 
 
@@ -290,7 +288,7 @@ _NOT_LISTED = ("thumbs.db", "desktop.ini")
 
 def is_picture_file(path: str) -> bool:
     """Whether a file is a picture by its content; a MediaError if it cannot be read."""
-    check_file(path)
+    path, _ = check_file(path)
     with open(path, "rb") as file:  # noqa: PTH123
         return name_kind(file.read(32)) is not None
 

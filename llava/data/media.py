@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from llava.config import VisionConfig
 from llava.data.decoding import FrameRequest, decode_frames, decode_within
 from llava.data.images import read_picture
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_links, local_path
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, local_path
 from llava.geometry import Framing, frame_picture
 from llava.types import Media, VisualInput
 
@@ -54,9 +55,9 @@ def load_media(
     """
     check_links(media)
     if media.kind == "image":
-        picture = load_image(media.path, limits)
-        views = fit_frames(picture.unsqueeze(0), vision) if vision.anyres is None else cut_views(picture, vision)
-        return VisualInput("image", views, _size_of(picture), (0.0,))
+        picture = load_image(media.path, limits)  # (height, width, 3)
+        views = fit_frames(picture[None], vision) if vision.anyres is None else cut_views(picture, vision)
+        return VisualInput("image", views, (picture.shape[0], picture.shape[1]), (0.0,))
     if vision.add_time_instruction and not media.fps and (media.frames or os.path.isdir(media.path)):
         raise MediaError(
             f"{media.path}: is given as frames without their rate, and --add_time_instruction is set; give meta.fps"
@@ -72,13 +73,29 @@ def load_media(
         frame_files=media.frames,
         frame_rate=media.fps,
     )
-    return VisualInput("video", fit_frames(video.frames, vision), _size_of(video.frames), video.times, video.duration)
+    _, height, width, _ = video.frames.shape
+    return VisualInput("video", fit_frames(video.frames, vision), (height, width), video.times, video.duration)
 
 
-def _size_of(pixels: Tensor) -> tuple[int, int]:
-    """Height and width of (..., height, width, 3) pixels."""
-    height, width = pixels.shape[-3:-1]
-    return height, width
+def check_links(media: Media) -> None:
+    """A MediaError for a file that symbolic links put outside the folder it may not leave.
+
+    The path alone was judged when its record was read, see ``media_files.find_media``.
+    """
+    if not media.root:
+        return
+    root = media.path[: media.root]
+    paths = list(media.frames) or [media.path]
+    if media.kind == "video" and not media.frames and os.path.isdir(media.path):
+        with os.scandir(media.path) as entries:
+            paths += [entry.path for entry in entries if entry.is_symlink()]
+    for path in paths:
+        real = os.path.realpath(path)
+        if Path(os.path.realpath(root)) not in Path(real).parents:
+            raise MediaError(
+                f"{path}: is a link to {real}, which lies outside the folder {root}; give the folder that has it "
+                f"with --{media.kind}_folder, or allow it with --allow_outside_paths"
+            )
 
 
 def load_image(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be said of a media file before a decoder looks at it."""
+"""Media files before a decoder looks at them: where they may lie, how large they may be, and bytes without a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import os
 import re
 import stat
 import tempfile
-import uuid
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llava.io import write_beside
 from llava.types import Media, MediaKind
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
@@ -61,8 +61,13 @@ def is_picture_name(path: str) -> bool:
     return path.lower().endswith(PICTURE_SUFFIXES)
 
 
-def check_file(path: str) -> int:
-    """The size of a file in bytes; a MediaError for what no decoder needs to be asked about."""
+def check_file(path: str) -> tuple[str, int]:
+    """The path of a file as ``local_path`` has it, and its size in bytes.
+
+    Raises:
+        MediaError: it is missing, empty or no file, so that no decoder needs to be asked about it.
+    """
+    path = local_path(path)
     try:
         status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError as error:
@@ -74,7 +79,7 @@ def check_file(path: str) -> int:
         raise MediaError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device or pipe'}, not a file")
     if status.st_size == 0:
         raise MediaError(f"{path}: the file is empty")
-    return status.st_size
+    return path, status.st_size
 
 
 # Paths in data files stay inside the folder of media, whatever they say and wherever links lead.
@@ -84,7 +89,7 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
     """The file that a path of a data file names.
 
     Only the path is looked at here, which is quick enough for a million samples; where links lead is for
-    ``check_links`` to say, when the file is opened.
+    ``media.check_links`` to say, when the file is opened.
 
     Args:
         path: absolute, or relative to the root.
@@ -104,7 +109,7 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
     found = os.path.normpath(os.path.join(root, path))
     if anywhere:
         return Media(kind, found)
-    if not _is_inside(found, root):
+    if not found.startswith(root.rstrip(os.sep) + os.sep):
         raise ValueError(
             f"{where}: its {kind} {path!r} lies outside the folder {root}; give the folder that has it with "
             f"--{kind}_folder, or allow it with --allow_outside_paths"
@@ -112,37 +117,7 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
     return Media(kind, found, len(root))
 
 
-def check_links(media: Media) -> None:
-    """A MediaError for a file that symbolic links put outside the folder it may not leave."""
-    if not media.root:
-        return
-    root = media.path[: media.root]
-    real_root = os.path.realpath(root)
-    for path in _files_of(media):
-        real = os.path.realpath(path)
-        if _is_inside(real, real_root):
-            continue
-        raise MediaError(
-            f"{path}: is a link to {real}, which lies outside the folder {root}; give the folder that has it "
-            f"with --{media.kind}_folder, or allow it with --allow_outside_paths"
-        )
-
-
-def _files_of(media: Media) -> list[str]:
-    """The files of a medium, of a clip that is a folder the links in it."""
-    if media.frames:
-        return list(media.frames)
-    if media.kind == "video" and os.path.isdir(media.path):
-        with os.scandir(media.path) as entries:
-            return [media.path, *(entry.path for entry in entries if entry.is_symlink())]
-    return [media.path]
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-# How large media may be: what is more is an error before it is decoded, not a process without memory.
+# How large media may be. More is an error before anything is decoded, and no process without memory.
 
 PILLOW_LIMIT = 178_956_970
 """Pixels above which Pillow refuses an image (twice its ``MAX_IMAGE_PIXELS``, which is the whole process's to set)."""
@@ -170,11 +145,6 @@ class MediaLimits:
             raise ValueError(
                 f"--max_image_pixels is {self.max_image_pixels}; it can be at most {PILLOW_LIMIT}, where Pillow stops"
             )
-
-    def check_image_file(self, size: int) -> None:
-        """Before an image is opened; ``size`` in bytes."""
-        if size > self.max_image_bytes:
-            raise ValueError(f"its file has {size} bytes, but --max_image_bytes is {self.max_image_bytes}")
 
     def check_picture(self, width: int, height: int) -> None:
         """Before an image, or any frame of a clip, is decoded; sizes as its header declares them."""
@@ -240,12 +210,8 @@ def write_media(data: bytes, name: str, folder: Path) -> str:
     if path.is_file() and path.stat().st_size == len(data):
         return str(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_beside(path, durable=False, shared=True) as beside:
+        beside.write_bytes(data)
     return str(path)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from llava.data.check import main as check
 from llava.data.dataset import SupervisedDataset
-from llava.data.media_files import MediaError, check_links, find_media
+from llava.data.media import check_links
+from llava.data.media_files import MediaError, find_media
 from llava.data.records import parse_record, read_records
 from llava.types import Media
 
