@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llava.train.flags import FLAGS, NO_EFFECT, REFUSED, WORKS, Flag
 from llava.train.optimizers import OPTIMIZERS, OptimizerRule
+from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, WORKS, Flag
 
 HEAD = """\
 # Flags of transformers
@@ -22,25 +22,28 @@ library is tested with. `make docs` writes this page from the table that the fla
 
 def describe_flags() -> str:
     """All tables, as one page."""
-    return "\n".join([HEAD, describe_working(), describe_refused(), describe_idle(), describe_optimizers()])
+    works = [(show(name), flag.note, "; ".join(r.reason for r in flag.refusals)) for name, flag in that(WORKS)]
+    refused = [(show(name), flag.note) for name, flag in that(REFUSED)]
+    idle = [(show(name), flag.note) for name, flag in that(NO_EFFECT)]
+    sections = [
+        HEAD,
+        f"## That work\n\n{table(('flag', 'what', 'refused otherwise'), works)}",
+        f"## That are refused\n\nAny value but the default is an error.\n\n{table(('flag', 'because'), refused)}",
+        f"## Without effect\n\nA warning says so where one is given.\n\n{table(('flag', 'because'), idle)}",
+        describe_optimizers(),
+    ]
+    return "\n".join(sections)
 
 
-def describe_working() -> str:
-    """The flags that work, with the values that are refused."""
-    rows = [(name(flag), flag.note, bounds(flag)) for flag in FLAGS.values() if flag.effect == WORKS]
-    return f"## That work\n\n{table(('flag', 'what', 'refused otherwise'), rows)}"
+def that(effect: str) -> list[tuple[str, Flag]]:
+    """The flags of an effect, with their names."""
+    return [(name, flag) for name, flag in FLAGS.items() if flag.effect == effect]
 
 
-def describe_refused() -> str:
-    """The flags that may only have their default."""
-    rows = [(name(flag), flag.note) for flag in FLAGS.values() if flag.effect == REFUSED]
-    return f"## That are refused\n\nAny value but the default is an error.\n\n{table(('flag', 'because'), rows)}"
-
-
-def describe_idle() -> str:
-    """The flags without effect."""
-    rows = [(name(flag), flag.note) for flag in FLAGS.values() if flag.effect == NO_EFFECT]
-    return f"## Without effect\n\nA warning says so where one is given.\n\n{table(('flag', 'because'), rows)}"
+def show(name: str) -> str:
+    """A flag as the tables give it."""
+    since = FLAGS[name].since
+    return f"`--{name}`" + (f" (from transformers {since})" if since else "")
 
 
 def describe_optimizers() -> str:
@@ -60,16 +63,6 @@ All that work run over the same groups: a learning rate for each part, weight de
 keep the state of embeddings in 32.
 
 {table(("optimizer", "", "`--optim_args`"), rows)}"""
-
-
-def name(flag: Flag) -> str:
-    """A flag as the tables give it."""
-    return f"`--{flag.name}`" + (f" (from transformers {flag.since})" if flag.since else "")
-
-
-def bounds(flag: Flag) -> str:
-    """What values of a flag must be."""
-    return "; ".join(refusal.reason for refusal in flag.refusals)
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ OTHER_WEIGHTS = "non_lora_trainables.safetensors"
 # peft's names: of the only adapter of a model, and of what its files put before each parameter.
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What fresh adapters are; the text under each field is its flag's help."""
+
+    r: int = 64
+    """Rank of the adapters."""
+    alpha: int = 16
+    """Adapters are scaled by --lora_alpha over --lora_r."""
+    dropout: float = 0.05
+    """Share of an adapter's inputs dropped in training."""
 
 
 def check_peft() -> None:
@@ -67,6 +80,28 @@ def add_adapters(model: Any, base: str, rank: int, alpha: int, dropout: float) -
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, bias="none"
     )
     _inject(model, config, os.path.abspath(base) if os.path.isdir(base) else base)
+
+
+def set_up_adapters(model: Any, base: str, asked: Mapping[str, Any]) -> None:
+    """Give a model fresh adapters, or check those that it was loaded with.
+
+    Args:
+        model: a language model with head.
+        base: what it was loaded from.
+        asked: fields of ``LoraSettings``; None where a flag was not given.
+
+    Raises:
+        ValueError: loaded adapters have other settings.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not has_adapters(model):
+        fresh = LoraSettings(**given)
+        add_adapters(model, base, fresh.r, fresh.alpha, fresh.dropout)
+        return
+    stored = adapter_settings(model)
+    for name, value in given.items():
+        if value != (has := stored[f"lora_{name}"]):
+            raise ValueError(f"--lora_{name} is {value}, but the adapters in {base!r} have {has}; leave the flag out")
 
 
 def adapter_settings(model: Any) -> dict[str, int | float]:

@@ -21,20 +21,19 @@ QUANT_TYPES = ("nf4", "fp4")
 class Quantization:
     """How the language model's linear layers are held.
 
-    Attributes:
-        bits: 4 or 8.
-        quant_type: the 4-bit code, ``nf4`` or ``fp4``; see Dettmers et al., "QLoRA", arXiv 2305.14314.
-        double_quant: whether the scales of 4-bit blocks are quantised too.
-        compute_dtype: what 4-bit weights are turned into to be multiplied.
-        device: where the model is put; quantisation happens there, while loading. By default the
-            current GPU, if there is one.
+    Where a field is a flag with the same default, the text under it is the flag's help.
     """
 
     bits: int
+    """4 or 8."""
     quant_type: str = "nf4"
+    """Code of 4-bit weights, nf4 (default) or fp4."""  # See Dettmers et al., "QLoRA", arXiv 2305.14314.
     double_quant: bool = True
+    """Quantise the scales of 4-bit weights too (default true)."""
     compute_dtype: torch.dtype = torch.float32
+    """What 4-bit weights are turned into to be multiplied."""
     device: str | torch.device | None = None
+    """Where the model is put, and quantised while it is read. By default the current GPU, if there is one."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):

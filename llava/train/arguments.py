@@ -1,138 +1,122 @@
-"""The three groups of arguments, and how a command line and a recipe become them."""
+"""Every flag of training, in three groups, with its help as the docstring under it.
+
+A flag without a docstring takes type, default and help from the settings it becomes: ``kept(VisionConfig.num_frames)``
+is the flag of that field. ``llava.train.command_line`` reads them all from this source, for ``--help``; the comments
+between them are its headings. This module alone reads environment variables.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import transformers
 
+from llava.config import VisionConfig
 from llava.data.chunking import NONE, TEXT_CHUNKING
-from llava.data.formats import BUILT_IN, CHAT, FORMATS, PLAIN_LM
+from llava.data.formats import CHAT, FORMATS, PLAIN_LM
+from llava.data.media_files import MediaLimits
 from llava.data.samplers import RANDOM, STRATEGIES
-from llava.geometry import DEFAULT_PINPOINTS
-from llava.token_layout import POOL_MODES
-from llava.train.bad_samples import BadSampleArguments
-from llava.train.engines import (
-    check_counts,
-    check_deepspeed_config,
-    check_launcher,
-    check_precision,
-    check_trackers,
-    find_deepspeed_config,
-)
-from llava.train.flags import check_flags, check_spelling
-from llava.train.grounding_arguments import CONTENT, GroundingArguments
-from llava.train.lora import LoraArguments
-from llava.train.media_arguments import MediaArguments
+from llava.data.start_checks import CHECK_DATA
+from llava.grounding import syntax
+from llava.grounding.syntax import GROUNDING_MODES, LAPE, GroundingConfig
+from llava.model.lora import LoraSettings, check_peft
+from llava.model.quantization import Quantization
+from llava.train.engines import check_machine
+from llava.train.optimizers import check_optimization
 from llava.train.parts import COORDINATES_PART, PARTS
+from llava.train.transformers_flags import check_flags, check_spelling
+from llava.types import ERROR, ON_BAD_SAMPLE
 
+T = TypeVar("T")
+
+CONTENT, COORDINATES, INSTRUCTIONS = "1", "2", "3"
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
+CHOICES: dict[str, Sequence[str]] = {
+    "stage": (CONTENT, COORDINATES, INSTRUCTIONS),
+    "grounding": GROUNDING_MODES,
+    "text_chunking": TEXT_CHUNKING,
+    "check_data": CHECK_DATA,
+    "on_bad_sample": ON_BAD_SAMPLE,
+    "train_sampling_strategy": STRATEGIES,
+    "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+}
+"""Flags that take one of a few words."""
+_LEAST = {
+    "num_frames": 1, "video_fps": 0, "frames_upbound": 0, "model_max_length": 1, "seed": 0, "data_seed": 0, "lora_r": 1,
+}  # fmt: skip
+"""The least that a number may be."""
 _TRUE = ("1", "true", "yes", "on")
 _COUNTED = {"true": "all", "1": "all", "yes": "all", "false": "no", "0": "no", "none": "no"}
 
 
+def kept(default: T) -> T | None:
+    """None, for a flag that keeps the checkpoint's setting unless it is given; ``default`` is that of a new model."""
+    return None
+
+
 @dataclass
-class ModelArguments(GroundingArguments):
+class ModelArguments:
     """Which model, which vision modules, what is trained."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Folder or hub name of a plain language model or of a multimodal checkpoint."}
-    )
-    plugins: list[str] | None = field(
-        default=None,
-        metadata={"help": "Python modules to import first, which register parts of your own (docs/extending.md)."},
-    )
-    vision_tower: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or hub name of the vision model. Without it a plain language model trains on text alone."
-        },
-    )
-    save_vision_tower: bool = field(
-        default=False,
-        metadata={"help": "Store the frozen tower's weights in checkpoints too, not only its source and hash."},
-    )
-    mm_vision_select_layer: int | None = field(
-        default=None,
-        metadata={"help": "Hidden state of the tower to use; -2 is the output of the last layer but one (default)."},
-    )
-    mm_projector_type: str | None = field(
-        default=None,
-        metadata={"help": "linear, identity, pooler, mlpNx_gelu or mlpNx_resMx_gelu (default mlp2x_gelu)."},
-    )
-    mm_resampler_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "fast_slow_resampler, perceiver, qformer, spatial_pool, masked_drop, or none (default): every "
-            "patch becomes a token."
-        },
-    )
-    mm_perceiver_latents: int | None = field(
-        default=None,
-        metadata={"help": "Tokens a frame of the perceiver, or in the slow stream, there a square (default 81)."},
-    )
-    mm_perceiver_latents_fast: int | None = field(
-        default=None, metadata={"help": "Tokens a frame in the fast stream, a square (default 9)."}
-    )
-    mm_perceiver_depth: int | None = field(default=None, metadata={"help": "Layers of the perceiver (default 2)."})
-    mm_qformer_latents: int | None = field(
-        default=None, metadata={"help": "Tokens a frame of the Q-Former (default 32)."}
-    )
-    mm_qformer_depth: int | None = field(default=None, metadata={"help": "Layers of the Q-Former (default 3)."})
-    mm_spatial_pool_stride: int | None = field(
-        default=None, metadata={"help": "How many patches a side spatial_pool makes one (default 2)."}
-    )
-    mm_spatial_pool_mode: str | None = field(
-        default=None, metadata={"help": f"How spatial_pool does so: {', '.join(POOL_MODES)} (default bilinear)."}
-    )
-    mm_mask_drop_mode: str = field(
-        default="fixed",
-        metadata={"help": "fixed: masked_drop keeps the same number of patches of every frame. There is no other."},
-    )
-    mm_mask_drop_ratio: float | None = field(
-        default=None, metadata={"help": "Share of each frame's patches that masked_drop keeps (default 0.25)."}
-    )
-    mm_resampler_width: int | None = field(
-        default=None, metadata={"help": "Inner width of the resampler's attention (default 1024)."}
-    )
-    mm_resampler_heads: int | None = field(
-        default=None, metadata={"help": "Heads of the resampler's attention (default 8)."}
-    )
-    mm_resample_images: bool | None = field(
-        default=None, metadata={"help": "Let images pass the resampler too (default false: one token a patch)."}
-    )
-    mm_patch_merge_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the tokens of an anyres image stand: flat (default: view by view) or spatial_unpad (its tiles "
-            "as one grid without padding, a learned newline behind each row)."
-        },
-    )
-    mm_slow_frames: int | None = field(
-        default=None, metadata={"help": "Temporal length of the slow stream; 0 (default) keeps every frame."}
-    )
-    mm_tunable_parts: str = field(
-        default=DEFAULT_PARTS,
-        metadata={
-            "help": f"Comma-separated parts to train, of {', '.join(PARTS)}. The language model includes its "
-            "embeddings and head; with --lora_enable it is adapters instead."
-        },
-    )
-    freeze_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Keep token embeddings and head as they are while the rest of the language model trains."},
-    )
-    pretrain_mm_mlp_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint folder or file (.safetensors, .bin) to take projector and resampler weights from."
-        },
-    )
+    # --- model ---
+    model_name_or_path: str
+    """Folder or hub name of a plain language model or of a multimodal checkpoint."""
+    plugins: list[str] | None = None
+    """Python modules to import first, which register parts of your own (docs/extending.md)."""
+
+    # --- vision ---
+    vision_tower: str | None = None
+    """Folder or hub name of the vision model. Without it a plain language model trains on text alone."""
+    save_vision_tower: bool = False
+    """Store the frozen tower's weights in checkpoints too, not only its source and hash."""
+    mm_vision_select_layer: int | None = kept(VisionConfig.vision_select_layer)
+    mm_projector_type: str | None = kept(VisionConfig.projector_type)
+    mm_resampler_type: str | None = kept(VisionConfig.resampler_type)
+    mm_perceiver_latents: int | None = kept(VisionConfig.perceiver_latents)
+    mm_perceiver_latents_fast: int | None = kept(VisionConfig.perceiver_latents_fast)
+    mm_perceiver_depth: int | None = kept(VisionConfig.perceiver_depth)
+    mm_qformer_latents: int | None = kept(VisionConfig.qformer_latents)
+    mm_qformer_depth: int | None = kept(VisionConfig.qformer_depth)
+    mm_spatial_pool_stride: int | None = kept(VisionConfig.spatial_pool_stride)
+    mm_spatial_pool_mode: str | None = kept(VisionConfig.spatial_pool_mode)
+    mm_mask_drop_mode: str = "fixed"
+    """fixed: masked_drop keeps the same number of patches of every frame. There is no other."""
+    mm_mask_drop_ratio: float | None = kept(VisionConfig.mask_drop_ratio)
+    mm_resampler_width: int | None = kept(VisionConfig.resampler_width)
+    mm_resampler_heads: int | None = kept(VisionConfig.resampler_heads)
+    mm_resample_images: bool | None = kept(VisionConfig.resample_images)
+    mm_patch_merge_type: str | None = kept(VisionConfig.patch_merge_type)
+    mm_slow_frames: int | None = kept(VisionConfig.slow_frames)
+
+    # --- coordinates ---
+    stage: str = CONTENT
+    """1: content, images and videos without coordinates (default). 2: coordinates, whose tables join the model.
+    3: instructions, from a checkpoint of stage 2. Each trains --mm_tunable_parts, 2 and 3 the tables as well."""
+    grounding: str | None = None
+    """What coordinates are to the model: lape, placeholder, none. lape (default from stage 2 on): tables that text and
+    pictures share. placeholder: words that say nothing of where, an ablation. none: an error in the data (default in
+    stage 1)."""
+    num_temporal_tokens: int | None = kept(GroundingConfig.num_temporal)
+    num_spatial_tokens: int | None = kept(GroundingConfig.num_spatial)
+    freeze_coordinates: bool = False
+    """Keep the tables of coordinates as they are (stages 2 and 3)."""
+
+    # --- parts that train ---
+    mm_tunable_parts: str = DEFAULT_PARTS
+    """Comma-separated parts to train, of mm_vision_tower, mm_mlp_adapter, mm_vision_resampler, mm_language_model. The
+    language model includes its embeddings and head; with --lora_enable it is adapters instead."""
+    freeze_embeddings: bool = False
+    """Keep token embeddings and head as they are while the rest of the language model trains."""
+    pretrain_mm_mlp_adapter: str | None = None
+    """Checkpoint folder or file (.safetensors, .bin) to take projector and resampler weights from."""
 
     def __post_init__(self) -> None:
         if self.mm_resampler_type == "none":
@@ -142,7 +126,11 @@ class ModelArguments(GroundingArguments):
                 f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "
                 "before a frame is masked, so the number of patches cannot vary"
             )
-        self.check_grounding()
+        _check_values(self)
+        if self.stage == CONTENT and self.grounding not in (None, syntax.NONE):
+            raise ValueError(f"--grounding {self.grounding} needs --stage 2: stage 1 trains content alone")
+        if self.stage != CONTENT and self.grounding == syntax.NONE:
+            raise ValueError(f"--stage {self.stage} trains coordinates, but --grounding is none; take --stage 1")
         unknown = [part for part in self.named_parts if part not in PARTS]
         if unknown:
             raise ValueError(f"--mm_tunable_parts names {', '.join(unknown)}; known: {', '.join(PARTS)}")
@@ -161,106 +149,85 @@ class ModelArguments(GroundingArguments):
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
-        return {
-            "vision_select_layer": self.mm_vision_select_layer,
-            "projector_type": self.mm_projector_type,
-            "resampler_type": self.mm_resampler_type,
-            "perceiver_latents": self.mm_perceiver_latents,
-            "perceiver_latents_fast": self.mm_perceiver_latents_fast,
-            "perceiver_depth": self.mm_perceiver_depth,
-            "qformer_latents": self.mm_qformer_latents,
-            "qformer_depth": self.mm_qformer_depth,
-            "spatial_pool_stride": self.mm_spatial_pool_stride,
-            "spatial_pool_mode": self.mm_spatial_pool_mode,
-            "mask_drop_ratio": self.mm_mask_drop_ratio,
-            "resampler_width": self.mm_resampler_width,
-            "resampler_heads": self.mm_resampler_heads,
-            "resample_images": self.mm_resample_images,
-            "patch_merge_type": self.mm_patch_merge_type,
-            "slow_frames": self.mm_slow_frames,
-        }
+        return _settings_of(self, "mm_")
+
+    def choose_grounding(self, trained: str | None) -> str | None:
+        """What ``load_model`` makes of coordinates.
+
+        Args:
+            trained: what they are to the checkpoint; None for one without them.
+
+        Raises:
+            ValueError: the stage does not fit the checkpoint.
+        """
+        if self.stage == CONTENT and trained is not None:
+            raise ValueError(
+                f"the checkpoint has coordinates ({trained}), and --stage 1 trains content alone; take --stage 2 or 3"
+            )
+        if self.stage == INSTRUCTIONS and trained is None:
+            raise ValueError("--stage 3 starts from a checkpoint of stage 2, and this one has no coordinates")
+        return self.grounding or (LAPE if self.stage != CONTENT and trained is None else None)
 
 
 @dataclass
-class DataArguments(MediaArguments, BadSampleArguments):
+class DataArguments:
     """Which data, and how media and text are read."""
 
-    data_path: list[str] = field(
-        metadata={
-            "help": "Data to train on: .json or .jsonl files, patterns of them such as 'part{1,2}.json', YAML "
-            "mixtures; several are joined."
-        }
-    )
-    eval_data_path: list[str] | None = field(
-        default=None, metadata={"help": "Data to evaluate on, in the same forms; see --eval_strategy."}
-    )
-    data_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the indexes that data files are read into once (default: ~/.cache/llava-babylm)."},
-    )
-    allow_duplicate_ids: bool = field(
-        default=False, metadata={"help": "Let several samples of one data file have the same id."}
-    )
-    image_folder: str | None = field(
-        default=None, metadata={"help": "What relative image paths start from (default: the data file's folder)."}
-    )
-    video_folder: str | None = field(
-        default=None, metadata={"help": "What relative video paths start from (default: the data file's folder)."}
-    )
-    image_aspect_ratio: str | None = field(
-        default=None,
-        metadata={
-            "help": "square (default: as the tower's processor does), pad (the whole picture), anyres (the whole "
-            "picture and tiles of it) or anyres_max_N (of the tiles, about N tiles' worth of tokens at most)."
-        },
-    )
-    image_grid_pinpoints: str | None = field(
-        default=None,
-        metadata={
-            "help": "What anyres may cut an image into, width x height: (1x2),(2x1) in tiles, (1x1),...,(6x6) for a "
-            f"range, or [[224, 448]] in pixels (default {DEFAULT_PINPOINTS})."
-        },
-    )
-    num_frames: int | None = field(default=None, metadata={"help": "Frames sampled evenly from a video (default 4)."})
-    video_fps: float | None = field(
-        default=None, metadata={"help": "Sample so many frames a second instead of --num_frames; 0 (default) does not."}
-    )
-    frames_upbound: int | None = field(
-        default=None, metadata={"help": "Most frames that --video_fps samples (default 32; 0: no bound)."}
-    )
-    add_time_instruction: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Tell the user's turn how long its videos are and when their frames were taken; needs --version.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    plain_lm: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Plain language modelling: all turns joined, all text learned (default without --version).",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    version: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Format of conversations, of which only the assistant's turns are learned: {', '.join(BUILT_IN)}. "
-            f"{CHAT} (default with --plain_lm false) is the tokenizer's own chat template."
-        },
-    )
-    text_chunking: str = field(
-        default=NONE,
-        metadata={
-            "help": f"What becomes of text that is longer than --model_max_length, of {', '.join(TEXT_CHUNKING)}: none "
-            "(default) cuts it off, document trains on all of it in several samples (needs --plain_lm)."
-        },
-    )
-    early_mix_text: bool = field(
-        default=False, metadata={"help": "Do not keep text-only samples apart when grouping by modality."}
-    )
+    # --- data ---
+    data_path: list[str]
+    """Data to train on: .json or .jsonl files, patterns of them such as 'part{1,2}.json', YAML mixtures; several are
+    joined."""
+    eval_data_path: list[str] | None = None
+    """Data to evaluate on, in the same forms; see --eval_strategy."""
+    data_cache_dir: str | None = None
+    """Folder of the indexes that data files are read into once (default: ~/.cache/llava-babylm)."""
+    allow_duplicate_ids: bool = False
+    """Let several samples of one data file have the same id."""
+    ignore_keys: list[str] | None = None
+    """Keys of samples that hold no image and no video, whatever they look like: nothing is said of them."""
+
+    # --- images and videos ---
+    image_folder: str | None = None
+    """What relative image paths start from (default: the data file's folder)."""
+    video_folder: str | None = None
+    """What relative video paths start from (default: the data file's folder)."""
+    allow_outside_paths: bool = False
+    """Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of the data file's
+    folder), be it by .., as absolute paths or through links."""
+    check_data: str = "files"
+    """What is done with media before training: files (default) looks whether they are there, decode decodes all of
+    them (as python -m llava.data.check), none does nothing."""
+    image_aspect_ratio: str | None = kept(VisionConfig.image_aspect_ratio)
+    image_grid_pinpoints: str | None = kept(VisionConfig.image_grid_pinpoints)
+    num_frames: int | None = kept(VisionConfig.num_frames)
+    video_fps: float | None = kept(VisionConfig.video_fps)
+    frames_upbound: int | None = kept(VisionConfig.frames_upbound)
+    add_time_instruction: bool | None = kept(VisionConfig.add_time_instruction)
+    max_image_pixels: int = MediaLimits.max_image_pixels
+    max_image_bytes: int = MediaLimits.max_image_bytes
+    max_video_pixels: int = MediaLimits.max_video_pixels
+    max_video_frames: int = MediaLimits.max_video_frames
+
+    # --- text ---
+    plain_lm: bool | None = None
+    """Plain language modelling: all turns joined, all text learned (default without --version)."""
+    version: str | None = None
+    """Format of conversations, of which only the assistant's turns are learned: chat, gemma, llama_2, llama_v3, mpt,
+    plain, plain_lm, qwen, v1. chat (default with --plain_lm false) is the tokenizer's own chat template."""
+    text_chunking: str = NONE
+    """What becomes of text that is longer than --model_max_length: none (default) cuts it off, document trains on all
+    of it in several samples (needs --plain_lm)."""
+    early_mix_text: bool = False
+    """Do not keep text-only samples apart when grouping by modality."""
+
+    # --- bad samples ---
+    on_bad_sample: str = ERROR
+    """error (default): a sample that cannot be used stops the run; skip: it is left out and written to
+    bad_samples.jsonl in --output_dir."""
+    max_bad_share: float = 0.05
+    """With --on_bad_sample skip: stop when more than this share of the samples is bad."""
+    decode_timeout: float = 60.0
+    """Seconds that decoding one video may take before its sample is bad; 0: as long as it likes."""
 
     def __post_init__(self) -> None:
         # Recipes of the family leave folders empty to say "none".
@@ -279,123 +246,101 @@ class DataArguments(MediaArguments, BadSampleArguments):
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
         FORMATS.get(self.format_name)
-        if self.text_chunking not in TEXT_CHUNKING:
-            raise ValueError(f"--text_chunking is {self.text_chunking!r}; known: {', '.join(TEXT_CHUNKING)}")
-        self.check_media()
-        check_counts(self)
-        self.check_bad_samples()
+        _check_values(self)
+        self.media_limits  # noqa: B018  (is checked where it is made)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
+        if not 0 <= self.decode_timeout < math.inf:
+            raise ValueError(f"--decode_timeout is {self.decode_timeout}; it is a number of seconds, or 0 for no limit")
 
     @property
     def format_name(self) -> str:
         """The preprocessing format that ``plain_lm`` and ``version`` ask for."""
         return PLAIN_LM if self.plain_lm else self.version or CHAT
 
+    @property
+    def media_limits(self) -> MediaLimits:
+        """The limits for the data."""
+        return MediaLimits(**{limit.name: getattr(self, limit.name) for limit in fields(MediaLimits)})
+
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
-        names = (
-            "image_aspect_ratio", "image_grid_pinpoints", "num_frames", "video_fps", "frames_upbound",
-            "add_time_instruction",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return _settings_of(self)
 
 
 @dataclass
-class TrainingArguments(LoraArguments, transformers.TrainingArguments):
-    """transformers' arguments, those of the parts, and LoRA's."""
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' arguments, of which ``transformers_flags`` says what each does here, and this library's own."""
 
-    model_max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a sample, visual ones included (default: the model's context)."}
-    )
-    logging_steps: float = field(
-        default=10,
-        metadata={
-            "help": "Log the loss every so many steps (default 10) or, below 1, so large a share of the run; the first "
-            "10 steps are logged one by one, but for --logging_strategy no."
-        },
-    )
-    train_sampling_strategy: str = field(
-        default=RANDOM,
-        metadata={
-            "help": f"Order of the samples: {', '.join(STRATEGIES)}. Those that group put samples of similar length "
-            "into a step, the largest batch first; by modality, text-only samples apart from the others."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager or flash_attention_2 (default: what transformers picks)."}
-    )
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector (default: --learning_rate)."}
-    )
-    mm_vision_resampler_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the resampler (default: --learning_rate)."}
-    )
-    mm_vision_tower_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower, if trained (default: --learning_rate)."}
-    )
+    # --- model ---
+    attn_implementation: str | None = None
+    """sdpa, eager or flash_attention_2 (default: what transformers picks)."""
+    router_aux_loss_coef: float | None = None
+    """Weight of a mixture of experts' load balancing loss (default: the checkpoint's); 0 leaves it out."""
 
-    mm_coordinates_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the tables of coordinates (default: --learning_rate)."}
-    )
+    # --- text ---
+    model_max_length: int | None = None
+    """Most tokens of a sample, visual ones included (default: the model's context)."""
 
-    do_train: bool = field(
-        default=True, metadata={"help": "Train; false evaluates the model as it is, with --do_eval (default true)."}
-    )
-    do_eval: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Evaluate when training has ended, or alone with --do_train false (default: where --eval_data_path "
-            "is given and --eval_strategy is no).",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    include_num_input_tokens_seen: str = field(
-        default="no",
-        metadata={
-            "help": "Count the tokens trained on, visual ones included: all, non_padding (without padding) or no.",
-            "nargs": "?",
-            "const": "all",
-        },
-    )
+    # --- parts that train ---
+    mm_projector_lr: float | None = None
+    """Learning rate of the projector (default: --learning_rate)."""
+    mm_vision_resampler_lr: float | None = None
+    """Learning rate of the resampler (default: --learning_rate)."""
+    mm_vision_tower_lr: float | None = None
+    """Learning rate of the vision tower, if trained (default: --learning_rate)."""
+    mm_coordinates_lr: float | None = None
+    """Learning rate of the tables of coordinates (default: --learning_rate)."""
 
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of a mixture of experts' load balancing loss (default: the checkpoint's); 0 leaves it out."
-        },
-    )
+    # --- LoRA ---
+    lora_enable: bool = False
+    """Train LoRA adapters on the linear layers of the language model instead of the language model: its own weights,
+    embeddings and head are frozen. Projector and resampler train as --mm_tunable_parts says."""
+    lora_r: int | None = kept(LoraSettings.r)
+    lora_alpha: int | None = kept(LoraSettings.alpha)
+    lora_dropout: float | None = kept(LoraSettings.dropout)
+    lora_weight_path: str | None = None
+    """Checkpoint with adapters to train on, with --model_name_or_path as their base model."""
+    bits: int = 16
+    """8 or 4 holds the linear layers of the language model in so many bits, which needs --lora_enable; 16 (default)
+    leaves all weights as they come."""
+    quant_type: str = Quantization.quant_type
+    double_quant: bool = Quantization.double_quant
 
-    stop_on_bad_numbers: bool = field(
-        default=True,
-        metadata={
-            "help": "Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch "
-            "in OUTPUT_DIR/bad_step-N with the command that replays it (default true)."
-        },
-    )
+    # --- steps and order ---
+    train_sampling_strategy: str = RANDOM
+    """Order of the samples: random, sequential, group_by_length, group_by_modality_length. Those that group put
+    samples of similar length into a step, the largest batch first; by modality, text-only samples apart from the
+    others."""
+    do_train: bool = True
+    """Train; false evaluates the model as it is, with --do_eval (default true)."""
 
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Start anew in an --output_dir that holds a run, and remove what that run left: checkpoints, "
-            "model, log of bad samples. Other files stay."
-        },
-    )
-    resume_changed: bool = field(
-        default=False,
-        metadata={
-            "help": "Go on from a checkpoint of another run: with another model, data or settings, which then count; "
-            "or from one that does not say of which run it is."
-        },
-    )
+    # --- evaluation ---
+    do_eval: bool | None = None  # type: ignore[assignment]
+    """Evaluate when training has ended, or alone with --do_train false (default: where --eval_data_path is given and
+    --eval_strategy is no)."""
+
+    # --- logging ---
+    logging_steps: float = 10
+    """Log the loss every so many steps (default 10) or, below 1, so large a share of the run; the first 10 steps are
+    logged one by one, but for --logging_strategy no."""
+    include_num_input_tokens_seen: str = field(default="no", metadata={"nargs": "?", "const": "all"})
+    """Count the tokens trained on, visual ones included: all, non_padding (without padding) or no."""
+
+    # --- saving and resuming ---
+    overwrite_output_dir: bool = False
+    """Start anew in an --output_dir that holds a run, and remove what that run left: checkpoints, model, log of bad
+    samples. Other files stay."""
+    resume_changed: bool = False
+    """Go on from a checkpoint of another run: with another model, data or settings, which then count; or from one that
+    does not say of which run it is."""
+    stop_on_bad_numbers: bool = True
+    """Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch in
+    OUTPUT_DIR/bad_step-N with the command that replays it (default true)."""
 
     def __post_init__(self) -> None:
-        check_counts(self)
-        check_precision(self)
-        check_trackers(self.report_to)
-        if self.deepspeed:
-            self.deepspeed = find_deepspeed_config(self.deepspeed)
-            check_deepspeed_config(self.deepspeed)
-            check_launcher("LOCAL_RANK" in os.environ)
+        _check_values(self)
+        check_machine(self, launched="LOCAL_RANK" in os.environ)
         self.include_num_input_tokens_seen = _COUNTED.get(
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
@@ -408,6 +353,12 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         # transformers makes it true for --eval_strategy; here it asks for an evaluation at the end.
         self.do_eval = asked_to_evaluate
         check_flags(self)
+        check_optimization(self)
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs; start one for each with torchrun --nproc_per_node {self.n_gpu} "
+                "-m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
+            )
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.
             self.logging_nan_inf_filter = False
@@ -416,17 +367,21 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         # Every trainable parameter takes part in every step, on every rank: nothing to look for.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if self.train_sampling_strategy not in STRATEGIES:
-            raise ValueError(
-                f"--train_sampling_strategy is {self.train_sampling_strategy!r}; known: {', '.join(STRATEGIES)}"
-            )
-        if self.attn_implementation not in (None, "sdpa", "eager", "flash_attention_2"):
-            raise ValueError(
-                f"--attn_implementation is {self.attn_implementation!r}; known: sdpa, eager, flash_attention_2"
-            )
         if self.attn_implementation == "flash_attention_2":
             check_flash_attention()
-        self.check_lora()
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.bits != 16:
+            Quantization(self.bits, self.quant_type)  # Its own checks.
+        if self.lora_enable:
+            check_peft()
+        elif self.bits != 16:
+            raise ValueError(f"--bits {self.bits} needs --lora_enable true: quantised weights cannot be trained")
+        elif self.lora_weight_path:
+            raise ValueError("--lora_weight_path was given without --lora_enable true; add it, or leave the path out")
 
     def part_learning_rates(self) -> dict[str, float]:
         """The learning rate of each part."""
@@ -438,6 +393,13 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         }
         parts = (*PARTS, COORDINATES_PART)
         return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in parts}
+
+    def quantization(self) -> Quantization | None:
+        """How ``--bits`` and its companions hold the frozen weights; None for as they come."""
+        if self.bits == 16:
+            return None
+        compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+        return Quantization(self.bits, self.quant_type, self.double_quant, compute, self.device)
 
 
 def scheduler_job() -> tuple[str, int]:
@@ -453,3 +415,23 @@ def check_flash_attention() -> None:
             "--attn_implementation flash_attention_2 needs the flash-attn package and a CUDA GPU: "
             "pip install 'llava-babylm[flash-attn]', or use sdpa, which needs nothing"
         )
+
+
+def _check_values(group: ModelArguments | DataArguments | TrainingArguments) -> None:
+    """A ValueError for a word that is none of a flag's choices, or a number below its least."""
+    for name, value in vars(group).items():
+        if value is None:
+            continue
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"--{name} is {value!r}; known: {', '.join(CHOICES[name])}")
+        if name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"--{name} is {value}; it must be at least {_LEAST[name]}")
+        if name in ("seed", "data_seed") and value >= 2**32:
+            raise ValueError(f"--{name} is {value}; it must be below 2**32")
+
+
+def _settings_of(group: ModelArguments | DataArguments, prefix: str = "") -> dict[str, Any]:
+    """The flags of a group that are fields of ``VisionConfig``, whose names they have behind a prefix."""
+    flags = {field.name for field in fields(group)}
+    names = [field.name for field in fields(VisionConfig) if f"{prefix}{field.name}" in flags]
+    return {name: getattr(group, f"{prefix}{name}") for name in names}

@@ -1,4 +1,4 @@
-"""What a run does about bad samples: its flags, and the log of those that it left out."""
+"""The log of the bad samples that a run left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +16,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.types import ERROR, ON_BAD_SAMPLE, SKIP, BadSample
+from llava.types import BadSample
 
 logger = logging.getLogger(__name__)
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 FEWEST_SEEN = 20
 """Samples that must have been seen before their bad ones can end a run in the middle of an epoch."""
-
-
-@dataclass(kw_only=True)
-class BadSampleArguments:
-    """Flags about samples that cannot be used."""
-
-    on_bad_sample: str = field(
-        default=ERROR,
-        metadata={
-            "help": "error (default): a sample that cannot be used stops the run; skip: it is left out and written to "
-            f"{BAD_SAMPLES_FILE} in --output_dir."
-        },
-    )
-    max_bad_share: float = field(
-        default=0.05,
-        metadata={"help": "With --on_bad_sample skip: stop when more than this share of the samples is bad."},
-    )
-
-    decode_timeout: float = field(
-        default=60.0,
-        metadata={"help": "Seconds that decoding one video may take before its sample is bad; 0: as long as it likes."},
-    )
-
-    def check_bad_samples(self) -> None:
-        """A ValueError for values that do not fit."""
-        if self.on_bad_sample not in ON_BAD_SAMPLE:
-            raise ValueError(f"--on_bad_sample is {self.on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
-        if not 0 <= self.decode_timeout < math.inf:
-            raise ValueError(f"--decode_timeout is {self.decode_timeout}; it is a number of seconds, or 0 for no limit")
-
-    def build_bad_sample_log(self, output_dir: str | None) -> BadSampleLog | None:
-        """The log of a run that skips bad samples; None for one that stops at the first."""
-        if self.on_bad_sample != SKIP:
-            return None
-        assert output_dir is not None
-        return BadSampleLog(Path(output_dir) / BAD_SAMPLES_FILE, self.max_bad_share)
 
 
 class BadSampleLog(TrainerCallback):

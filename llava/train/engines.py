@@ -5,77 +5,39 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainingArguments
 
 from llava.messages import shorten, shorten_text
-
-_FOLDER = Path(__file__).parent / "deepspeed"
-
-SHIPPED = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))
-"""Names that ``--deepspeed`` takes in place of a file."""
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
 
-_LEAST = {
-    "num_frames": 1,
-    "video_fps": 0,
-    "frames_upbound": 0,
-    "model_max_length": 1,
-    "seed": 0,
-    "data_seed": 0,
-}
-"""The least that a flag may be."""
 
+def check_machine(args: TrainingArguments, launched: bool) -> None:
+    """Check precision, trackers and ``--deepspeed``, whose shipped name becomes a file; before transformers reads them.
 
-def check_counts(args: Any) -> None:
-    """A ValueError for a flag of a group of arguments that is below what it must be at least."""
-    for name, least in _LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    for name in ("seed", "data_seed"):
-        if (getattr(args, name, None) or 0) >= 2**32:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be below 2**32")
-
-
-def find_deepspeed_config(given: Any) -> Any:
-    """What ``--deepspeed`` means: one of ``SHIPPED`` by its name, or else the file or the settings that it is.
+    Args:
+        args: their values as they were given.
+        launched: whether a launcher has started this process and says which rank it is.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: this machine or its packages do not have it; names the flag and the way on.
     """
-    if given in SHIPPED:
-        return str(_FOLDER / f"{given}.json")
-    if not isinstance(given, str):
-        return given
-    if not given.lstrip().startswith("{") and not Path(given).is_file():
-        raise ValueError(f"--deepspeed {shorten(given)} is no file; give one, or one of {', '.join(SHIPPED)}")
-    try:
-        settings = json.loads(given if given.lstrip().startswith("{") else Path(given).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--deepspeed {shorten(given)} is not JSON: {shorten_text(str(error), 200)}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--deepspeed {shorten(given)}: expected an object of settings, found {shorten(settings)}")
-    return given
+    _check_precision(args)
+    _check_trackers(args.report_to)
+    if args.deepspeed:
+        args.deepspeed = find_deepspeed_config(args.deepspeed)
+        check_deepspeed_config(args.deepspeed)
+        _check_launcher(launched)
 
 
-def check_launcher(launched: bool) -> None:
-    """A ValueError where ``--deepspeed`` runs without a launcher (it would look for MPI), or without its package."""
-    if not launched and importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(
-            "--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node N -m llava.train.train ..., "
-            "or leave --deepspeed out"
-        )
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
-
-
-def check_precision(args: Any) -> None:
-    """A ValueError for a precision that cannot be had; ``args`` before transformers has looked at them."""
+def _check_precision(args: TrainingArguments) -> None:
     if args.fp16 and args.bf16:
         raise ValueError("--fp16 and --bf16 are both true; choose one (--bf16 where the GPU has it)")
     if args.fp16_full_eval and args.bf16_full_eval:
@@ -95,7 +57,7 @@ def check_precision(args: Any) -> None:
         raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
 
 
-def check_trackers(report_to: Any) -> None:
+def _check_trackers(report_to: str | Sequence[str] | None) -> None:
     """A ValueError for a tracker of ``--report_to`` that does not exist, or whose package is missing."""
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
@@ -104,7 +66,7 @@ def check_trackers(report_to: Any) -> None:
 
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     for name in names:
-        if not isinstance(name, str) or name in ("none", "all"):
+        if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
@@ -121,6 +83,11 @@ def check_trackers(report_to: Any) -> None:
             ) from error
 
 
+# --- DeepSpeed ---
+
+SHIPPED = tuple(sorted(file.stem for file in (Path(__file__).parent / "deepspeed").glob("*.json")))
+"""Names that ``--deepspeed`` takes in place of a file."""
+
 _OURS = {
     "optimizer": "the optimizer is --optim, over groups with a learning rate for each part (--mm_projector_lr), weight "
     "decay for matrices alone, and vision modules that rest where a step has no media",
@@ -130,25 +97,34 @@ _OURS = {
 }
 """Sections that a configuration of one's own may not have, and why."""
 
+DeepSpeedConfig = str | dict[str, Any]
+"""A file, a JSON object as text, or settings."""
 
-def check_deepspeed_config(given: Any) -> None:
+
+def find_deepspeed_config(given: DeepSpeedConfig) -> DeepSpeedConfig:
+    """What ``--deepspeed`` means: the file of one of ``SHIPPED``, or else the file or the settings that it is."""
+    if given in SHIPPED:
+        return str(Path(__file__).parent / "deepspeed" / f"{given}.json")
+    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
+        raise ValueError(f"--deepspeed {shorten(given)} is no file; give one, or one of {', '.join(SHIPPED)}")
+    return given
+
+
+def check_deepspeed_config(given: DeepSpeedConfig) -> None:
     """Refuse sections that would take the place of this library's optimizer and schedule behind its back.
-
-    Args:
-        given: a file, a JSON object or settings, as ``find_deepspeed_config`` returns it.
 
     Raises:
         ValueError: it is no JSON object, or has such a section.
     """
-    settings, name = given, "--deepspeed"
-    if isinstance(given, (str, Path)):
-        text = str(given)
-        is_json = text.lstrip().startswith("{")
-        name = "--deepspeed" if is_json else f"--deepspeed {text}"
+    settings: object = given
+    name = "--deepspeed"
+    if isinstance(given, str):
+        is_json = given.lstrip().startswith("{")
+        name += "" if is_json else f" {shorten_text(given, 200)}"
         try:
-            settings = json.loads(text if is_json else Path(text).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"{name} is not JSON: {error}") from error
+            settings = json.loads(given if is_json else Path(given).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not JSON: {shorten_text(str(error), 200)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{name}: expected a JSON object, found {type(settings).__name__}")
     for section, reason in _OURS.items():
@@ -156,7 +132,18 @@ def check_deepspeed_config(given: Any) -> None:
             raise ValueError(f"{name} has a section {section!r}: {reason}; remove the section")
 
 
-def check_engine(state: Any) -> None:
+def _check_launcher(launched: bool) -> None:
+    """Without a launcher DeepSpeed would look for MPI."""
+    if not launched and importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(
+            "--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node N -m llava.train.train ..., "
+            "or leave --deepspeed out"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
+
+
+def check_engine(state: AcceleratorState) -> None:
     """Refuse what ``accelerate launch`` asks for in the environment, past this library's flags.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from llava.model.coordinates import CoordinateTables
@@ -89,6 +89,12 @@ def working_optimizers() -> list[str]:
     return [name for name, rule in OPTIMIZERS.items() if not rule.refused]
 
 
+def check_optimization(args: TrainingArguments) -> None:
+    """Check ``--optim`` and the schedule; a ValueError names the flag and the way on."""
+    check_optimizer(getattr(args.optim, "value", args.optim), args.optim_args)
+    _check_schedule(args)
+
+
 def check_optimizer(name: str, arguments: str | None) -> None:
     """A ValueError for an optimizer that does not train here, a missing package, or arguments it would not read.
 
@@ -123,6 +129,30 @@ def _check_arguments(name: str, known: tuple[str, ...], given: str) -> None:
             raise ValueError(f"--optim_args gives {key} {value!r}; it is a number") from error
 
 
+def _check_schedule(args: TrainingArguments) -> None:
+    """A ValueError where ``--lr_scheduler_kwargs`` does not fit the schedule, or its warm-up the run.
+
+    The schedule is made and asked for rates along a run of as many steps; only for runs whose number of steps is
+    not known yet (``--num_train_epochs``) it is one of 100,000.
+    """
+    steps = args.max_steps if args.max_steps > 0 else 100_000
+    warmup = args.get_warmup_steps(steps)
+    settings: Any = args.lr_scheduler_kwargs or {}  # transformers has read the text that a command line gives.
+    kind = args.lr_scheduler_type
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
+    try:
+        schedule: Any = get_scheduler(kind, optimizer, warmup, steps, settings)
+        if kind not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            for function in schedule.lr_lambdas:
+                for step in (0, warmup, (warmup + steps) // 2, steps):
+                    float(function(step))
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {getattr(kind, 'value', kind)} cannot be made with --lr_scheduler_kwargs {settings}: "
+            f"{error}"
+        ) from error
+
+
 def build_optimizer(
     model: nn.Module, args: Any, optimizer_class: Any, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
@@ -154,29 +184,6 @@ def keep_embeddings_whole(model: nn.Module) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     manager.register_module_override(module, name, {"optim_bits": 32})
-
-
-def check_schedule(args: Any) -> None:
-    """A ValueError where ``--lr_scheduler_kwargs`` does not fit the schedule, or its warm-up the run.
-
-    The schedule is made and asked for rates along a run of as many steps; only for runs whose number of steps is
-    not known yet (``--num_train_epochs``) it is one of 100,000.
-    """
-    steps = args.max_steps if args.max_steps > 0 else 100_000
-    warmup, settings = args.get_warmup_steps(steps), args.lr_scheduler_kwargs or {}
-    kind = args.lr_scheduler_type
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
-    try:
-        schedule: Any = get_scheduler(kind, optimizer, warmup, steps, settings)
-        if kind not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            for function in schedule.lr_lambdas:
-                for step in (0, warmup, (warmup + steps) // 2, steps):
-                    float(function(step))
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"--lr_scheduler_type {getattr(kind, 'value', kind)} cannot be made with --lr_scheduler_kwargs {settings}: "
-            f"{error}"
-        ) from error
 
 
 def put_in_force(optimizer: Any, scheduler: Any, wanted: Sequence[dict[str, Any]]) -> None:

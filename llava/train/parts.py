@@ -15,7 +15,7 @@ from llava.model.visual import vision_module_of
 PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
 """Names of the parts, as ``--mm_tunable_parts`` spells them."""
 COORDINATES_PART = "mm_coordinates"
-"""The tables of coordinates: in which stages they train, ``GroundingArguments`` says."""
+"""The tables of coordinates: in which stages they train, ``ModelArguments`` says."""
 
 _MODULE_PARTS = {
     "vision_tower": "mm_vision_tower",

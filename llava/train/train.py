@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from llava.train import stop_signals
-from llava.train.flag_table import answer_at_once
+from llava.train.command_line import answer_at_once
 
 if __name__ == "__main__":
     stop_signals.listen()  # Before anything that takes its time to import.
@@ -30,10 +30,12 @@ from llava.data.placeholders import preprocess_multimodal
 from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
 from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
+from llava.model.lora import is_adapter_folder, set_up_adapters
 from llava.model.pretrained import locate_model
 from llava.model.transfer import load_adapter
 from llava.parser import check_output_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
+from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import (
     RUN_IDENTITY,
     check_pickles_are_ours,
@@ -47,13 +49,13 @@ from llava.train.data_order import describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
-from llava.train.lora import lora_loading, set_up_adapters
 from llava.train.parts import parts_table, set_trainable_parts
 from llava.train.preemption import Preempted
 from llava.train.report import budget_table, check_data, data_tables, supervision_table
 from llava.train.run_folder import prepare_folder, release_lock, take_lock
 from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
+from llava.types import SKIP
 
 __all__ = [
     "DataArguments",
@@ -143,7 +145,6 @@ def build_trainer(
         **loading: what ``load_model`` takes and no flag says, such as ``variant``.
     """
     model_args, data_args, training_args = parse_arguments(argv)
-    check_devices(training_args)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_output_folder(str(training_args.output_dir), "--output_dir")
     check_media_folders(data_args.image_folder, data_args.video_folder)
@@ -185,7 +186,13 @@ def build_in_folder(
         if model_args.pretrain_mm_mlp_adapter:
             load_adapter(model, model_args.pretrain_mm_mlp_adapter)
         if training_args.lora_enable:
-            set_up_adapters(loaded, loading["model_name_or_path"], model_args.tunable_parts, training_args)
+            check_adapted(model_args, loaded)
+            asked = {
+                "r": training_args.lora_r,
+                "alpha": training_args.lora_alpha,
+                "dropout": training_args.lora_dropout,
+            }
+            set_up_adapters(model, loading["model_name_or_path"], asked)
     set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
     lower_frozen_precision(model, training_args)
     balance_experts(model, training_args.router_aux_loss_coef)
@@ -203,7 +210,9 @@ def build_in_folder(
         print(data_tables([data["train_dataset"], data["eval_dataset"]]))
         print(supervision_table(data["train_dataset"] or data["eval_dataset"]), flush=True)
 
-    bad_sample_log = data_args.build_bad_sample_log(training_args.output_dir)
+    bad_sample_log = None
+    if data_args.on_bad_sample == SKIP:
+        bad_sample_log = BadSampleLog(Path(str(training_args.output_dir)) / BAD_SAMPLES_FILE, data_args.max_bad_share)
     trainer = LlavaTrainer(
         model=model, args=training_args, processing_class=tokenizer, bad_sample_log=bad_sample_log, **data, **options
     )
@@ -233,20 +242,53 @@ def load_from_arguments(
     )
 
 
+def lora_loading(model_name_or_path: str, args: TrainingArguments) -> dict[str, Any]:
+    """What the flags ask of ``load_model``: a model or adapters on their base, and how many bits.
+
+    Raises:
+        ValueError: adapters lie where this run, which trains none, would read or write a whole model.
+    """
+    path, base = model_name_or_path, None
+    if args.lora_weight_path:
+        path, base = args.lora_weight_path, model_name_or_path
+        if not is_adapter_folder(path):
+            raise ValueError(f"--lora_weight_path {path!r} holds no adapters (no adapter_config.json)")
+    loading = {"model_name_or_path": path, "model_base": base, "quantization": args.quantization()}
+    if args.lora_enable:
+        return loading
+    if is_adapter_folder(path):
+        raise ValueError(
+            f"{path!r} holds LoRA adapters; train them on with --lora_enable true, or merge them first: "
+            f"python -m llava.model.merge_lora --model_path {path} --output_dir MERGED"
+        )
+    output_dir = str(args.output_dir)
+    if is_adapter_folder(output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir!r} holds the LoRA adapters of another run, and this one trains none; "
+            "give another folder"
+        )
+    return loading
+
+
+def check_adapted(model_args: ModelArguments, loaded: LoadedModel) -> None:
+    """A ValueError where adapters would not train, or their base model would stand nowhere."""
+    if "mm_language_model" not in model_args.named_parts:
+        raise ValueError(
+            f"--lora_enable adapts the language model, but --mm_tunable_parts is {','.join(model_args.tunable_parts)}; "
+            "add mm_language_model, or leave --lora_enable out"
+        )
+    if loaded.transfer is not None:
+        raise ValueError(
+            "--lora_enable stores adapters and where their base model lies, but with --init_from_backbone that model "
+            "lies nowhere; leave one of the two out"
+        )
+
+
 def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
     """A ValueError for a folder of media that is not there."""
     for flag, folder in (("image_folder", image_folder), ("video_folder", video_folder)):
         if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111
             raise ValueError(f"--{flag} {shorten_text(folder, 200)}: no such folder")
-
-
-def check_devices(training_args: TrainingArguments) -> None:
-    """A ValueError where one process would drive several GPUs: batches of media cannot be scattered."""
-    if training_args.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {training_args.n_gpu} GPUs; start one for each with "
-            f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
-        )
 
 
 def lower_frozen_precision(model: Any, training_args: TrainingArguments) -> None:

@@ -19,13 +19,13 @@ from transformers.training_args import OptimizerNames
 from llava.train import optimizers
 from llava.train.command_line import parse_arguments
 from llava.train.evaluation import plan_evaluation
-from llava.train.flags import FLAGS, NO_EFFECT, REFUSED, WORKS
 from llava.train.optimizers import OPTIMIZERS, check_optimizer
 from llava.train.train import TrainingArguments, build_trainer, main
+from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 from tests.train.test_training import flags, losses, write_json
 
 REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
-REFUSALS = [(flag.name, refusal) for flag in FLAGS.values() for refusal in flag.refusals if refusal.example]
+REFUSALS = [(name, refusal) for name, flag in FLAGS.items() for refusal in flag.refusals if refusal.example]
 
 TESTED = {
     "label_smoothing_factor": "test_a_smoothed_loss_is_a_mean_over_the_tokens_of_the_step",
@@ -60,10 +60,11 @@ def test_the_table_has_every_optimizer_of_the_installed_release() -> None:
 
 
 def test_every_entry_says_what_it_means() -> None:
-    for flag in FLAGS.values():
+    assert len(FLAGS) == sum(map(len, TOPICS.values())), "a flag stands below two topics"
+    for name, flag in FLAGS.items():
         assert flag.effect in (WORKS, REFUSED, NO_EFFECT)
         assert flag.note
-        assert bool(flag.refusals) or flag.effect != REFUSED, flag.name
+        assert bool(flag.refusals) or flag.effect != REFUSED, name
 
 
 def test_what_was_wrong_once_has_a_test() -> None:
@@ -73,12 +74,12 @@ def test_what_was_wrong_once_has_a_test() -> None:
         assert f"def {test}(" in text, test
 
 
-@pytest.mark.parametrize(("name", "refusal"), REFUSALS, ids=[refusal.example for _, refusal in REFUSALS])
+@pytest.mark.parametrize(("name", "refusal"), REFUSALS, ids=[f"{name} {refusal.example}" for name, refusal in REFUSALS])
 def test_what_is_refused_says_flag_and_reason(name: str, refusal: Any) -> None:
     if name not in TrainingArguments.__dataclass_fields__:
         pytest.skip(f"transformers {transformers.__version__} has no --{name}")
     with pytest.raises(ValueError, match=f"^--{name} ") as caught:
-        parse_arguments([*REQUIRED, *refusal.example.split(" ")])
+        parse_arguments([*REQUIRED, f"--{name}", *refusal.example.split(" ")])
     assert refusal.reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
