@@ -28,7 +28,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from llava.demo.base_model import write_base_model
+from llava.demo.common import TOWER_FOLDER, write_base_model
 from llava.demo.dataset import read_captions, write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,6 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from runs import losses, read_record, trained_on  # noqa: E402
 
 STEPS = 24
-TOWER = ROOT / "llava" / "demo" / "tower"
 
 
 def start(flags: Sequence[str], output: Path, ranks: int) -> subprocess.Popen[bytes]:
@@ -116,7 +115,7 @@ def make_run(folder: Path, ranks: int) -> list[str]:
     mixed = folder / "mixed.json"
     mixed.write_text(json.dumps(texts[:15] + clips), encoding="utf-8")
     values = {
-        "config": "demo_video.yaml", "model_name_or_path": folder / "base_model", "vision_tower": TOWER,
+        "config": "demo_video.yaml", "model_name_or_path": folder / "base_model", "vision_tower": TOWER_FOLDER,
         "save_vision_tower": "false", "data_path": mixed, "max_steps": STEPS, "logging_steps": 3,
         "per_device_train_batch_size": 4 // ranks, "dataloader_num_workers": 0, "save_strategy": "steps",
         "save_steps": 2, "save_total_limit": 2, "use_cpu": "true", "disable_tqdm": "true",

@@ -26,10 +26,9 @@ from torch.utils.data import Dataset
 
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.demo.base_model import write_base_model
+from llava.demo.common import TOWER_FOLDER, train, write_base_model
 from llava.demo.dataset import DemoData, read_captions, write_dataset
 from llava.demo.evaluation import caption_clips, score
-from llava.demo.run import DemoSettings, train_on_text
 from llava.model.loading import LoadedModel
 from llava.serve.generate import Captioner
 from llava.train.train import build_trainer
@@ -51,18 +50,18 @@ class UnmaskedDataset(Dataset[Example]):
         return Example(example.id, example.input_ids, list(example.input_ids), example.media)
 
 
-def measure(settings: DemoSettings, data: DemoData, masked: bool) -> dict[str, Any]:
+def measure(folder: Path, data: DemoData, masked: bool, seed: int, max_steps: int | None) -> dict[str, Any]:
     """Train one of the two runs and measure it."""
     name = "masked" if masked else "unmasked"
     trainer = build_trainer(
         [
             *("--config", "demo_video.yaml"),
-            *("--model_name_or_path", str(settings.output_dir / "text_model")),
-            *("--vision_tower", str(settings.tower)),
+            *("--model_name_or_path", str(folder / "text_model")),
+            *("--vision_tower", str(TOWER_FOLDER)),
             *("--data_path", str(data.train)),
-            *("--output_dir", str(settings.output_dir / name)),
-            *("--seed", str(settings.seed), "--logging_steps", "1", "--disable_tqdm", "true"),
-            *([] if settings.max_steps is None else ["--max_steps", str(settings.max_steps)]),
+            *("--output_dir", str(folder / name)),
+            *("--seed", str(seed), "--logging_steps", "1", "--disable_tqdm", "true"),
+            *([] if max_steps is None else ["--max_steps", str(max_steps)]),
         ]
     )
     start = caption_loss(trainer, data)
@@ -132,23 +131,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = DemoSettings(
-            output_dir=Path(folder),
-            seed=args.seed,
-            num_train_clips=args.num_train_clips,
-            num_held_out_clips=args.num_held_out_clips,
-            max_steps=args.max_steps,
-        )
+    with tempfile.TemporaryDirectory() as name:
+        folder, how = Path(name), {"seed": args.seed, "max_steps": args.max_steps}
         data = write_dataset(
-            settings.output_dir / "data",
+            folder / "data",
             seed=args.seed,
             num_train_clips=args.num_train_clips,
             num_held_out_clips=args.num_held_out_clips,
         )
-        write_base_model(settings.output_dir / "base_model", read_captions(data.text), seed=args.seed)
-        train_on_text(settings, data)
-        rows = [measure(settings, data, masked) for masked in (True, False)]
+        write_base_model(folder / "base_model", read_captions(data.text), seed=args.seed)
+        train(
+            "demo_text.yaml",
+            **how,
+            model_name_or_path=folder / "base_model",
+            data_path=data.text,
+            output_dir=folder / "text_model",
+        )
+        rows = [measure(folder, data, masked, **how) for masked in (True, False)]
     print(table(rows))
     if args.output:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llava.demo.base_model import write_tokenizer
+from llava.demo.common import TOWER_FOLDER, write_tokenizer
 from llava.eval.run import main as evaluate
 from llava.grounding.syntax import box_text
 from llava.train.train import main as train
 
-TOWER = Path(__file__).parents[1] / "llava" / "demo" / "tower"
 WANTED_MIOU = 0.7
 
 
@@ -79,7 +78,7 @@ def measure(images: Path, folder: Path, num_images: int, steps: int, pictures: P
     write_model(folder / "model", [turn["value"] for sample in samples for turn in sample["conversations"]])
     start = time.perf_counter()
     values = {
-        "model_name_or_path": folder / "model", "vision_tower": TOWER, "data_path": data, "image_folder": images,
+        "model_name_or_path": folder / "model", "vision_tower": TOWER_FOLDER, "data_path": data, "image_folder": images,
         "output_dir": folder / "checkpoint", "stage": "2", "image_aspect_ratio": "pad",
         "mm_vision_select_layer": -1, "num_frames": 1, "max_steps": steps, "per_device_train_batch_size": 16,
         "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "save_strategy": "no",

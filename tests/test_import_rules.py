@@ -24,6 +24,7 @@ FOUNDATION = {
     "messages",
     "parser",
     "io",
+    "draw",
 }
 MAY_IMPORT = {
     "constants": set(),
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "messages": set(),
     "parser": {"messages"},
     "io": {"messages"},
+    "draw": {"geometry", "grounding"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

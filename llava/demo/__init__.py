@@ -1,1 +1,1 @@
-"""The embedded data set, the tiny models and the pipeline of `make demo`."""
+"""The demos: data sets, tiny models and pipelines of `make demo` and `make demo-grounding`."""

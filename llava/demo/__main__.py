@@ -1,38 +1,36 @@
-"""`python -m llava.demo`: a small GPT-2 learns to describe videos in Italian."""
+"""`python -m llava.demo`: a small GPT-2 learns to describe videos in Italian. Reads as the demo's table of contents."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from llava.demo import common
+from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
+from llava.io import write_json
 from llava.messages import run_command
-from llava.parser import CommandParser, check_at_least, check_output_folder
+from llava.parser import CommandParser
 
-_QUICK_TRAIN_CLIPS, _QUICK_HELD_OUT_CLIPS, _QUICK_STEPS = 64, 12, 2
+_QUICK_AMOUNTS = {"num_train_clips": 64, "num_held_out_clips": 12}
+_ROWS_OF_TABLE = 12
+_CLIPS_OF_PICTURE = 6
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(
-        prog="python -m llava.demo",
-        description="Writes clips of moving shapes, trains a tiny GPT-2 to describe them in Italian, and shows what "
+    parser = common.build_parser(
+        "python -m llava.demo",
+        "Writes clips of moving shapes, trains a tiny GPT-2 to describe them in Italian, and shows what "
         "it says about clips whose shape and colour it has never seen together.",
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("demo_output"), metavar="DIR", help="default: demo_output"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
-    parser.add_argument(
-        "--num_train_clips", type=int, default=24000, metavar="N", help="clips to train on, each once (default 24000)"
-    )
-    parser.add_argument(
-        "--num_held_out_clips", type=int, default=256, metavar="N", help="clips to caption at the end (default 256)"
+        "demo_output",
+        {
+            "train_clips": (24000, "clips to train on, each once"),
+            "held_out_clips": (256, "clips to caption at the end"),
+        },
     )
     parser.add_argument("--vision_tower", type=Path, metavar="DIR", help="a tower other than the one that is shipped")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds on a few clips, to see that everything runs; learns nothing"
-    )
     return parser
 
 
@@ -42,22 +40,65 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the demo as a command line says."""
-    check_at_least(args, {"num_train_clips": 1, "num_held_out_clips": 2, "seed": 0})
-    check_output_folder(str(args.output_dir), "--output_dir")
+    """Write data, train on text and then on video, caption held-out clips, and report."""
+    common.check_arguments(args, {"num_train_clips": 1, "num_held_out_clips": 2})
+    if args.quick:
+        vars(args).update(_QUICK_AMOUNTS)
 
-    from llava.demo.run import TOWER_FOLDER, DemoSettings, run_demo
+    from llava.demo.dataset import read_captions, write_dataset
+    from llava.demo.evaluation import caption_clips, caption_table, draw_captions, score, score_lines
 
-    run_demo(
-        DemoSettings(
-            output_dir=args.output_dir,
+    output, seconds = args.output_dir, dict[str, float]()
+    max_steps = QUICK_STEPS if args.quick else None
+    with phase("writing clips", seconds):
+        data = write_dataset(
+            output / "data",
             seed=args.seed,
-            num_train_clips=_QUICK_TRAIN_CLIPS if args.quick else args.num_train_clips,
-            num_held_out_clips=_QUICK_HELD_OUT_CLIPS if args.quick else args.num_held_out_clips,
-            tower=args.vision_tower or TOWER_FOLDER,
-            max_steps=_QUICK_STEPS if args.quick else None,
+            num_train_clips=args.num_train_clips,
+            num_held_out_clips=args.num_held_out_clips,
         )
+    with phase("tokenizer and model", seconds):
+        common.write_base_model(output / "base_model", read_captions(data.text), seed=args.seed)
+    with phase("training on text", seconds):  # The language model alone.
+        common.train(
+            "demo_text.yaml",
+            seed=args.seed,
+            max_steps=max_steps,
+            model_name_or_path=output / "base_model",
+            data_path=data.text,
+            output_dir=output / "text_model",
+        )
+    with phase("training on video", seconds):  # Projector, resampler and language model, on top of the frozen tower.
+        common.train(
+            "demo_video.yaml",
+            seed=args.seed,
+            max_steps=max_steps,
+            model_name_or_path=output / "text_model",
+            vision_tower=args.vision_tower or TOWER_FOLDER,
+            data_path=data.train,
+            output_dir=output / "checkpoint",
+        )
+    with phase("captioning held-out clips", seconds):
+        from llava.serve.generate import Captioner
+
+        # Loaded afresh, as any user would.
+        clips = caption_clips(Captioner.from_checkpoint(str(output / "checkpoint")), data.held_out)
+    scores = score(clips)
+    write_json(
+        output / "captions.json",
+        {
+            "exact_match": asdict(scores),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "clips": [asdict(clip) for clip in clips],
+        },
     )
+    examples = common.choose_examples(clips, _ROWS_OF_TABLE, lambda clip: clip.topic)
+    draw_captions(examples[:_CLIPS_OF_PICTURE]).save(output / "captions.png", optimize=True)
+    print(f"\n{caption_table(examples)}\n\n{score_lines(scores, len(clips))}")
+    print(common.time_lines(seconds))
+    print(f"in {output}: data/, checkpoint/, captions.json, captions.png")
+    print("describe a clip yourself:")
+    print(f"  python -m llava.serve.cli --model_path {output / 'checkpoint'} --video {clips[0].video}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Captions of held-out clips, with the right video and with another clip's."""
+"""Captions of held-out clips, with the right video and with another clip's: scores, a table and a picture."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from llava import draw
+from llava.data.media import sample_video
 from llava.types import Media
 
 if TYPE_CHECKING:
@@ -16,17 +19,24 @@ if TYPE_CHECKING:
 
 _LONGEST_CAPTION = 24
 _BATCH_SIZE = 64
+_FRAMES_SHOWN = 4
+_HEADINGS = ("reference", "caption with the right video", "caption with another clip's video")
 
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A held-out clip with what the model says, and what it says when it sees `other_video`."""
+    """A held-out clip with what the model says, and what it says when it sees ``other_video``."""
 
     video: str
     reference: str
     caption: str
     other_video: str
     other_caption: str
+
+    @property
+    def topic(self) -> str:
+        """What is shown: "una stella gialla"."""
+        return " ".join(self.reference.split()[:3])
 
 
 @dataclass(frozen=True)
@@ -39,22 +49,15 @@ class Scores:
 
 def caption_clips(captioner: Captioner, data_file: Path) -> list[CaptionedClip]:
     """Caption every clip of a data file, with its own video and with another clip's."""
-    records = json.loads(data_file.read_text(encoding="utf-8"))
-    videos = [str(data_file.parent / record["video"]) for record in records]
-    references = [record["conversations"][-1]["value"] for record in records]
+    samples = json.loads(data_file.read_text(encoding="utf-8"))
+    videos = [str(data_file.parent / sample["video"]) for sample in samples]
+    references = [sample["conversations"][-1]["value"] for sample in samples]
     other_videos = [videos[other] for other in choose_others(references)]
-    columns = zip(
-        videos,
-        references,
-        generate_captions(captioner, videos),
-        other_videos,
-        generate_captions(captioner, other_videos),
-        strict=True,
-    )
-    return [CaptionedClip(*row) for row in columns]
+    captions, other_captions = (_describe(captioner, shown) for shown in (videos, other_videos))
+    return [CaptionedClip(*row) for row in zip(videos, references, captions, other_videos, other_captions, strict=True)]
 
 
-def generate_captions(captioner: Captioner, videos: Sequence[str]) -> list[str]:
+def _describe(captioner: Captioner, videos: Sequence[str]) -> list[str]:
     """What the model says about each video, without a prompt."""
     from llava.serve.generate import Request
 
@@ -82,26 +85,38 @@ def score(clips: Sequence[CaptionedClip]) -> Scores:
     )
 
 
-def choose_examples(clips: Sequence[CaptionedClip], num_examples: int) -> list[CaptionedClip]:
-    """The first clip of each thing that is shown ("una stella gialla"), then the second of each.
+def caption_table(clips: Sequence[CaptionedClip]) -> str:
+    """Reference and captions in aligned columns; ``=`` marks a caption that equals the reference."""
+    rows = [_HEADINGS] + [
+        (
+            clip.reference,
+            *(f"{'=' if said == clip.reference else ' '} {said}" for said in (clip.caption, clip.other_caption)),
+        )
+        for clip in clips
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "-+-".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
 
-    What the model said plays no part in the choice.
-    """
-    seen: Counter[str] = Counter()
-    ranks = []
-    for clip in clips:
-        thing = " ".join(clip.reference.split()[:3])
-        ranks.append(seen[thing])
-        seen[thing] += 1
-    order = sorted(range(len(clips)), key=ranks.__getitem__)
-    return [clips[index] for index in order[:num_examples]]
+
+def score_lines(scores: Scores, num_clips: int) -> str:
+    """The two figures of the demo."""
+    return (
+        f"exact match on {num_clips} held-out clips, whose pairs of shape and colour training never saw:\n"
+        f"  with the right video          {scores.right_video:6.1%}\n"
+        f"  with another clip's video     {scores.other_video:6.1%}"
+    )
 
 
-def write_captions(path: Path, clips: Sequence[CaptionedClip], seconds: dict[str, float]) -> None:
-    """Write scores, times and every caption as JSON."""
-    content = {
-        "exact_match": asdict(score(clips)),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "clips": [asdict(clip) for clip in clips],
-    }
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def draw_captions(clips: Sequence[CaptionedClip]) -> Image.Image:
+    """Frames of clips, the reference below them, and what the model says: in green where it is right."""
+    cards = [
+        (
+            [Image.fromarray(frame) for frame in sample_video(clip.video, _FRAMES_SHOWN).frames.numpy()],
+            {"reference": clip.reference, "the model": clip.caption},
+            clip.caption == clip.reference,
+        )
+        for clip in clips
+    ]
+    return draw.draw_captions(cards, "Clips whose shape and colour training never showed together")

@@ -26,21 +26,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model
 
-from llava.demo.captions import COLOURS, SHAPES
-from llava.demo.render import composite, render_background, render_coverage
+from llava.demo.common import TOWER_FOLDER
 from llava.demo.scenes import (
     FRAME_SIZE,
     FRAMES_PER_CLIP,
-    NEW_TO_TOWER,
-    TOWER_PAIRS,
-    Pair,
+    composite,
     recolour,
+    render_background,
+    render_coverage,
     sample_scene,
 )
+from llava.demo.sentences import COLOURS, HELD_OUT_PAIRS, SHAPES, Pair
 
 logger = logging.getLogger(__name__)
 
-TOWER_FOLDER = Path(__file__).parent / "tower"
+NEW_TO_TOWER: tuple[Pair, ...] = (*HELD_OUT_PAIRS, ("stella", "rosa"), ("quadrato", "arancione"))
+"""Pairs that occur in no frame that trained the tower: those held out, and two more.
+
+The shipped tower was trained without all eight; two that are not held out appear in training clips.
+"""
+TOWER_PAIRS: tuple[Pair, ...] = tuple(
+    (shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in NEW_TO_TOWER
+)
+
 PATCH_SIZE = 8
 IMAGE_MEAN = (0.4, 0.4, 0.4)
 IMAGE_STD = (0.25, 0.25, 0.25)

@@ -18,7 +18,7 @@ import llava
 from llava.config import VisionConfig
 from llava.data.media import load_image, sample_video
 from llava.data.media_files import MediaError
-from llava.eval.draw import draw_case
+from llava.draw import draw_case
 from llava.eval.store import EvalSample, Prediction, Row
 from llava.eval.tasks import Task
 

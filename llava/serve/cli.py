@@ -14,9 +14,13 @@ from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_options, describe_decoding
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llava.config import VisionConfig
     from llava.serve.generate import Answer
     from llava.types import Media
+
+BOX_COLOURS = ("#ffd400", "#00b4d8", "#ef476f", "#06d6a0", "#b388ff", "#ff8c42")
 
 
 def build_parser() -> CommandParser:
@@ -100,17 +104,59 @@ def describe(args: argparse.Namespace) -> None:
     (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
     print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
     if args.draw:
-        _draw(answer, media[-1], captioner.vision, args.draw)
+        assert captioner.vision is not None
+        picture = draw_answer(answer, media[-1], captioner.vision)
+        try:
+            picture.save(args.draw, format="PNG")
+        except OSError as error:
+            raise ValueError(f"--draw {args.draw!r} cannot be written: {error.strerror or error}") from error
 
 
-def _draw(answer: Answer, medium: Media, vision: VisionConfig | None, path: str) -> None:
-    from llava.serve.draw import draw_answer
+def draw_answer(answer: Answer, medium: Media, vision: VisionConfig) -> Image:
+    """An image with the boxes of an answer, or the sampled frames of a video side by side, each with its own.
 
-    assert vision is not None
-    try:
-        draw_answer(answer, medium, vision).save(path, format="PNG")
-    except OSError as error:
-        raise ValueError(f"--draw {path!r} cannot be written: {error.strerror or error}") from error
+    The boxes of a video are taken as a tube: evenly spaced in time over the answer's first span, or over the
+    clip if it has none; each is drawn on the frame that is nearest in time.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from PIL import Image
+
+    from llava.data.media import load_image
+    from llava.draw import draw_box, side_by_side
+    from llava.grounding.syntax import Box
+
+    if medium.kind == "image":
+        frames = [Image.fromarray(load_image(medium.path).numpy())]
+        shown_on = [0] * len(answer.boxes)
+    else:
+        frames = _read_frames(medium, vision)
+        start, end = answer.spans[0] if answer.spans else (0.0, 1.0)
+        steps = max(len(answer.boxes) - 1, 1)
+        times = [start + (end - start) * i / steps for i in range(len(answer.boxes))]
+        shown_on = [round(time * (len(frames) - 1)) for time in times]
+    for i, (box, frame) in enumerate(zip(answer.boxes, shown_on, strict=True)):
+        picture = frames[frame]
+        # Corners in the wrong order are put right: here it counts where the model points, not what it scores.
+        (x1, x2), (y1, y2) = sorted((box.x1, box.x2)), sorted((box.y1, box.y2))
+        draw_box(picture, Box(x1, y1, x2, y2), BOX_COLOURS[i % len(BOX_COLOURS)], max(2, min(picture.size) // 150))
+    return side_by_side(frames)
+
+
+def _read_frames(medium: Media, vision: VisionConfig) -> list[Image]:
+    """The sampled frames of a video as the model saw them, brought back to their shape; black where they were cut."""
+    from PIL import Image
+
+    from llava.data.media import load_media
+    from llava.geometry import frame_picture
+
+    video = load_media(medium, vision)
+    height, width = video.original_size
+    framing = frame_picture((height, width), vision)
+    corners = (framing.left, framing.top, framing.left + framing.width, framing.top + framing.height)
+    squares = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.frames]
+    return [square.crop(corners).resize((width, height)) for square in squares]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from llava.data.localized_narratives.preview import PreviewChoice, wrap_text
+from llava.data.localized_narratives.preview import PreviewChoice
 from llava.data.localized_narratives.rows import Narrative, Point, Utterance
 from llava.data.localized_narratives.samples import (
     BoxSettings,
@@ -20,6 +20,7 @@ from llava.data.localized_narratives.samples import (
     form_box,
     group_utterances,
 )
+from llava.draw import wrap_text
 from llava.grounding.syntax import Box
 
 SETTINGS = BoxSettings()
@@ -153,6 +154,6 @@ def test_few_samples_are_all_drawn() -> None:
 def test_lines_of_text_fit() -> None:
     font = ImageFont.load_default(15)
     text = "there is a dog with a very long incomprehensibilities-of-the-world collar"
-    lines = wrap_text(text, 120, font)
+    lines = wrap_text(text, 120)
     assert " ".join(lines) == text
     assert all(font.getlength(line) <= 120 or " " not in line for line in lines)

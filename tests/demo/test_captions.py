@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava.demo.captions import COLOURS, MOVEMENTS, OTHER_NOUNS, SHAPES, Adjective, Noun, caption
+from llava.demo.sentences import COLOURS, MOVEMENTS, OTHER_NOUNS, SHAPES, Adjective, Noun, caption
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,9 @@ import pytest
 
 from llava.data.media import sample_video
 from llava.data.records import read_records
-from llava.demo.captions import COLOURS, SHAPES, caption
-from llava.demo.clips import write_clip
-from llava.demo.dataset import DemoData, clip_scene, read_captions, text_records, write_dataset
-from llava.demo.render import render_clip, render_coverage
-from llava.demo.scenes import FRAME_SIZE, FRAMES_PER_CLIP, HELD_OUT_PAIRS, TRAINING_PAIRS
+from llava.demo.dataset import DemoData, clip_scene, read_captions, text_samples, write_dataset
+from llava.demo.scenes import FRAME_SIZE, FRAMES_PER_CLIP, render_clip, render_coverage, write_clip
+from llava.demo.sentences import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAINING_PAIRS, caption
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def test_training_never_shows_or_names_a_held_out_pair() -> None:
     scenes = [clip_scene("train", 0, index) for index in range(3000)]
     assert not {(scene.shape, scene.colour) for scene in scenes} & set(HELD_OUT_PAIRS)
     sentences = [scene.caption for scene in scenes]
-    sentences += [record["conversations"][-1]["value"] for record in text_records()]
+    sentences += [sample["conversations"][-1]["value"] for sample in text_samples()]
     assert not [sentence for sentence in sentences if sentence.startswith(held_out_beginnings())]
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.demo.captions import COLOURS, SHAPES
+from llava.demo.common import TOWER_FOLDER
 from llava.demo.pretrain_tower import (
+    NEW_TO_TOWER,
     PATCH_SIZE,
-    TOWER_FOLDER,
+    TOWER_PAIRS,
     PatchLabeller,
     build_tower_config,
     known_pairs,
@@ -20,7 +21,8 @@ from llava.demo.pretrain_tower import (
     save_labeller,
     train_labeller,
 )
-from llava.demo.scenes import FRAME_SIZE, NEW_TO_TOWER, TOWER_PAIRS
+from llava.demo.scenes import FRAME_SIZE
+from llava.demo.sentences import COLOURS, SHAPES
 
 
 def test_tower_is_small() -> None:

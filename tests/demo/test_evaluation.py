@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pytest
 
-from llava.demo.evaluation import CaptionedClip, choose_examples, choose_others, score
-from llava.demo.report import caption_table, time_lines
+from llava.demo.common import choose_examples, time_lines
+from llava.demo.evaluation import CaptionedClip, caption_table, choose_others, score
 
 CLIPS = [
     CaptionedClip("a.mp4", "una luna rosa", "una luna rosa", "b.mp4", "un cerchio blu"),
@@ -44,6 +46,7 @@ def test_times_are_summed() -> None:
 
 
 def test_examples_show_different_things_first() -> None:
+    topic_of = attrgetter("topic")
     again = CaptionedClip("e.mp4", "una luna rosa", "", "b.mp4", "")
-    assert choose_examples([CLIPS[0], again, *CLIPS[1:]], 4) == CLIPS
-    assert choose_examples([CLIPS[0], again], 4) == [CLIPS[0], again]
+    assert choose_examples([CLIPS[0], again, *CLIPS[1:]], 4, topic_of) == CLIPS
+    assert choose_examples([CLIPS[0], again], 4, topic_of) == [CLIPS[0], again]

@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 
 from llava.data.records import read_records
-from llava.demo.captions import Noun
 from llava.demo.grounding.dataset import (
     HELD_OUT,
+    NUM_FIGURES,
+    NUM_FRAMES,
     TRAIN,
     Amounts,
     GroundingData,
     asked_figures,
     clip_scene,
     picture_scene,
+    reflect,
+    render_frames,
+    render_picture,
+    time_moved,
     write_dataset,
 )
-from llava.demo.grounding.questions import ask_when, ask_where, ask_where_frame_by_frame, names_held_out_pair
-from llava.demo.grounding.scenes import NUM_FIGURES, NUM_FRAMES, reflect, render_frames, render_picture, time_moved
-from llava.demo.scenes import FRAME_SIZE, HELD_OUT_PAIRS
+from llava.demo.scenes import FRAME_SIZE
+from llava.demo.sentences import ASK_WHERE_IN_EACH_FRAME, HELD_OUT_PAIRS, Noun, ask_when, ask_where, names_held_out_pair
 from llava.grounding.syntax import TimeSpan, box_text, span_text
 
 
@@ -32,8 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> GroundingData:
 
 
 def test_questions_have_articles_that_agree() -> None:
-    assert ask_where(("stella", "giallo"), "<image>") == "dov'è la stella gialla? <image>"
-    assert ask_when(("quadrato", "rosso"), "<video>") == "quando si ferma il quadrato rosso? <video>"
+    assert ask_where(("stella", "giallo")) == "dov'è la stella gialla? <image>"
+    assert ask_when(("quadrato", "rosso")) == "quando si ferma il quadrato rosso? <video>"
     nouns = [Noun("ape", "f"), Noun("uccello", "m"), Noun("zaino", "m")]
     assert [noun.definite_article for noun in nouns] == ["l'", "l'", "lo "]
 
@@ -65,7 +69,7 @@ def test_every_other_held_out_scene_is_of_a_pair_that_training_never_shows() -> 
         new = bool(index % 2)
         scene = picture_scene(HELD_OUT, 0, index)
         assert [figure.pair in HELD_OUT_PAIRS for figure in scene.figures] == [new] + [False] * (NUM_FIGURES - 1)
-        assert names_held_out_pair(ask_where(scene.figures[0].pair, "<image>")) == new
+        assert names_held_out_pair(ask_where(scene.figures[0].pair)) == new
         assert (clip_scene(HELD_OUT, 0, index).pair in HELD_OUT_PAIRS) == new
 
 
@@ -114,7 +118,7 @@ def test_records_are_the_librarys(data: GroundingData) -> None:
     asked = [figure for index in range(6) for figure in picture_scene(TRAIN, 0, index).figures]
     assert len(pictures) == len(asked)
     for record, figure in zip(pictures, asked, strict=True):
-        assert [turn.text for turn in record.turns] == [ask_where(figure.pair, "<image>"), box_text()]
+        assert [turn.text for turn in record.turns] == [ask_where(figure.pair), box_text()]
         assert Path(record.media[0].path).is_file()
         assert record.coordinates.spatial_width_output_locations == pytest.approx((figure.box.x1, figure.box.x2))
         assert record.coordinates.spatial_height_output_locations == pytest.approx((figure.box.y1, figure.box.y2))
@@ -123,8 +127,8 @@ def test_records_are_the_librarys(data: GroundingData) -> None:
 def test_a_clip_is_asked_in_training_where_it_goes(data: GroundingData) -> None:
     record, scene = read_records(str(data.train[1]))[1], clip_scene(TRAIN, 0, 1)
     question, span, way, boxes = (turn.text for turn in record.turns)
-    assert (question, span) == (ask_when(scene.pair, "<video>"), span_text())
-    assert (way, boxes) == (ask_where_frame_by_frame(), box_text() * NUM_FRAMES)
+    assert (question, span) == (ask_when(scene.pair), span_text())
+    assert (way, boxes) == (ASK_WHERE_IN_EACH_FRAME, box_text() * NUM_FRAMES)
     assert record.coordinates.temporal_output_locations == pytest.approx(scene.rest)
     lefts = [figure.box.x1 for figure in scene.figures]
     assert record.coordinates.spatial_width_output_locations[::2] == pytest.approx(lefts)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from llava.demo.grounding.__main__ import main
-from llava.demo.grounding.base_model import write_base_model
-from llava.demo.grounding.evaluation import best_fixed_answer, choose_examples, score_answer, summarise
-from llava.demo.grounding.report import case_lines, score_lines
+from llava.demo.common import choose_examples
+from llava.demo.grounding.__main__ import main, write_base_model
+from llava.demo.grounding.evaluation import best_fixed_answer, case_lines, score_answer, score_lines, summarise
 from llava.grounding.syntax import Box, TimeSpan
 from llava.serve.generate import Answer
 from llava.types import Coordinates, Media, Record, Turn
@@ -47,7 +47,7 @@ def test_quick_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_brackets_of_answers_are_one_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    write_base_model(tmp_path, ["dov'è la luna rosa?"], seed=0)
+    write_base_model(tmp_path, ["dov'è la luna rosa?"], 0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert [len(tokenizer.tokenize(bracket)) for bracket in "[]{}"] == [1, 1, 1, 1]
 
@@ -91,4 +91,4 @@ def test_examples_ask_different_things_first() -> None:
         Record("b", (Turn("user", "quando?"),), (Media("video", "b.mp4"),), coordinates=SPAN_RECORD.coordinates),
         Answer(""),
     )
-    assert choose_examples([first, first, other], 2) == [first, other]
+    assert choose_examples([first, first, other], 2, attrgetter("question")) == [first, other]

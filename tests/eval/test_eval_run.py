@@ -9,7 +9,7 @@ import pytest
 from fake_answerer import GROUNDING, FakeSource, places_of
 from PIL import Image
 
-from llava.eval.draw import ANSWER_COLOUR, REFERENCE_COLOUR
+from llava.draw import ANSWER_COLOUR, REFERENCE_COLOUR
 from llava.eval.metrics import score_rec
 from llava.eval.run import evaluate, main, parse_arguments
 from llava.eval.store import PredictionStore

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image, ImageColor
 
 from llava.grounding.syntax import Box, TimeSpan
-from llava.serve.draw import _COLOURS, draw_answer
+from llava.serve.cli import BOX_COLOURS, draw_answer
 from llava.serve.generate import Answer
 from llava.types import Media
 
-FIRST, SECOND, THIRD = (ImageColor.getrgb(colour) for colour in _COLOURS[:3])
+FIRST, SECOND, THIRD = (ImageColor.getrgb(colour) for colour in BOX_COLOURS[:3])
 
 
 def edges_of(picture: Image.Image, colour: tuple[int, ...]) -> tuple[int, int, int, int] | None:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
 import heapq
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.data.localized_narratives.rows import Point
-from llava.data.localized_narratives.samples import GroundedUtterance, NarrativeSample
+from llava import draw
+from llava.data.localized_narratives.samples import NarrativeSample
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
 _PICTURE_SIDE = 720
 _LEGEND_WIDTH = 380
 _MARGIN = 24
-_SWATCH = 14
-_LINE_HEIGHT = 21
 _LONGEST_NAME = 200
-_FONT_SIZE, _SMALL_FONT_SIZE = 15, 13
-
-_PAPER = (250, 249, 246)
-_INK = (32, 33, 36)
-_FAINT = (128, 130, 136)
-_GOLDEN_RATIO = 0.618034
 
 
 class PreviewChoice:
@@ -97,7 +87,9 @@ class Preview:
         return written, failed
 
     def draw(self, sample: NarrativeSample) -> Image.Image:
-        """The picture of a sample with an image: image and boxes on the left, what was said on the right.
+        """The picture of a sample with an image: image, traces and boxes on the left, what was said on the right.
+
+        The whole trace is grey, the part of each utterance with a box has a colour of its own, and so has its box.
 
         Raises:
             MediaError: the image cannot be decoded.
@@ -108,94 +100,18 @@ class Preview:
 
         assert sample.image is not None
         photograph = Image.fromarray(load_image(str(self.images / sample.image), self.limits).numpy())
-        scale = _PICTURE_SIDE / max(photograph.size)
-        size = (max(round(photograph.width * scale), 1), max(round(photograph.height * scale), 1))
-        photograph = photograph.resize(size, Image.Resampling.LANCZOS)
-        _draw_traces(photograph, sample)
-        legend = _draw_legend(sample)
-        width, height = photograph.width + legend.width, max(photograph.height, legend.height)
-        page = Image.new("RGB", (width + 3 * _MARGIN, height + 2 * _MARGIN), _PAPER)
-        page.paste(photograph, (_MARGIN, _MARGIN))
-        page.paste(legend, (photograph.width + 2 * _MARGIN, _MARGIN))
-        return page
-
-
-def choose_colours(utterances: Sequence[GroundedUtterance]) -> list[tuple[int, int, int]]:
-    """A colour for each utterance: hues far apart for neighbours, grey for one without a box."""
-    colours = []
-    for number, utterance in enumerate(utterances):
-        red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN_RATIO % 1, 0.85, 0.9)
-        colours.append((int(red * 255), int(green * 255), int(blue * 255)) if utterance.box else _FAINT)
-    return colours
-
-
-def _draw_traces(photograph: Image.Image, sample: NarrativeSample) -> None:
-    """The whole trace in grey, over it the points of each utterance in its colour, and the boxes on top."""
-    from PIL import ImageDraw
-
-    draw = ImageDraw.Draw(photograph)
-    _draw_line(draw, photograph.size, sample.narrative.points, _FAINT, 1)
-    colours = choose_colours(sample.utterances)
-    for utterance, colour in zip(sample.utterances, colours, strict=True):
-        _draw_line(draw, photograph.size, utterance.points, colour, 2)
-    width, height = photograph.size
-    for number, (utterance, colour) in enumerate(zip(sample.utterances, colours, strict=True), start=1):
-        if (box := utterance.box) is not None:
-            corners = (box.x1 * width, box.y1 * height, box.x2 * width - 1, box.y2 * height - 1)
-            draw.rectangle(corners, outline=colour, width=3)
-            corner = (corners[0] + 5, corners[1] + 3)
-            draw.text(corner, str(number), colour, _font(_FONT_SIZE), stroke_width=2, stroke_fill=_PAPER)
-
-
-def _draw_line(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], points: Sequence[Point], colour: tuple[int, int, int], width: int
-) -> None:
-    places = [(point.x * size[0], point.y * size[1]) for point in points]
-    if len(places) > 1:
-        draw.line(places, colour, width)
-    for x, y in places[:1]:
-        draw.ellipse((x - width, y - width, x + width, y + width), colour)
-
-
-def _draw_legend(sample: NarrativeSample) -> Image.Image:
-    """The id, and the utterances in their colours with the numbers of their boxes."""
-    from PIL import Image, ImageDraw
-
-    indent = _SWATCH + 8
-    rows = []
-    for number, utterance in enumerate(sample.utterances, start=1):
-        text = f"{number}  {utterance.text}" if utterance.box else f"{number}  {utterance.text} (no box)"
-        rows.append(wrap_text(text, _LEGEND_WIDTH - indent, _font(_FONT_SIZE)))
-    head = wrap_text(sample.identity, _LEGEND_WIDTH, _font(_SMALL_FONT_SIZE))
-    num_lines = len(head) + 1 + sum(map(len, rows))
-    legend = Image.new("RGB", (_LEGEND_WIDTH, num_lines * _LINE_HEIGHT), _PAPER)
-    draw = ImageDraw.Draw(legend)
-    for line, text in enumerate(head):
-        draw.text((0, line * _LINE_HEIGHT), text, _FAINT, _font(_SMALL_FONT_SIZE))
-    line = len(head) + 1
-    for lines, utterance, colour in zip(rows, sample.utterances, choose_colours(sample.utterances), strict=True):
-        top = line * _LINE_HEIGHT + 2
-        draw.rectangle((0, top, _SWATCH, top + _SWATCH), colour if utterance.box else None, colour)
-        for text in lines:
-            draw.text((indent, line * _LINE_HEIGHT), text, _INK if utterance.box else _FAINT, _font(_FONT_SIZE))
-            line += 1
-    return legend
-
-
-def wrap_text(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The lines of a text, each no wider than so many pixels unless one word is."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
+        photograph = draw.fit(photograph, _PICTURE_SIDE, _PICTURE_SIDE)
+        utterances = sample.utterances
+        colours = [draw.choose_colour(i) if utterance.box else None for i, utterance in enumerate(utterances)]
+        draw.draw_trace(photograph, [point[:2] for point in sample.narrative.points], draw.FAINT, 1)
+        for utterance, colour in zip(utterances, colours, strict=True):
+            draw.draw_trace(photograph, [point[:2] for point in utterance.points], colour or draw.FAINT, 2)
+        for number, (utterance, colour) in enumerate(zip(utterances, colours, strict=True), start=1):
+            if utterance.box is not None and colour is not None:
+                draw.draw_box(photograph, utterance.box, colour, 3, label=str(number))
+        entries = [
+            (f"{number}  {utterance.text}{'' if utterance.box else ' (no box)'}", colour)
+            for number, (utterance, colour) in enumerate(zip(utterances, colours, strict=True), start=1)
+        ]
+        legend = draw.draw_legend(sample.identity, entries, _LEGEND_WIDTH)
+        return draw.side_by_side([photograph, legend], _MARGIN, _MARGIN)

@@ -1,39 +1,212 @@
-"""Writes the data set: pictures and clips, and the data files with coordinates that the trainer reads."""
+"""Pictures of two shapes and clips of one that moves, rests and moves on: drawn from a seed, and asked about."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from llava.demo.clips import write_clip
-from llava.demo.grounding.questions import ask_when, ask_where, ask_where_frame_by_frame
-from llava.demo.grounding.scenes import (
-    Clip,
-    Figure,
-    Picture,
-    render_frames,
-    render_picture,
-    sample_clip,
-    sample_picture,
+from llava.demo.common import Sample, run_on_all_cores, turns, write_samples
+from llava.demo.scenes import (
+    FRAME_SIZE,
+    RGB,
+    Background,
+    Point,
+    composite,
+    cover_pixels,
+    paint_mask,
+    render_background,
+    sample_background,
+    sample_rgb,
+    sample_tilt,
+    write_clip,
 )
-from llava.demo.scenes import HELD_OUT_PAIRS, TRAINING_PAIRS, Pair
-from llava.grounding.syntax import Box, box_text, span_text
+from llava.demo.sentences import (
+    ASK_WHERE_IN_EACH_FRAME,
+    HELD_OUT_PAIRS,
+    TRAINING_PAIRS,
+    Pair,
+    ask_when,
+    ask_where,
+)
+from llava.grounding.syntax import Box, TimeSpan, box_text, span_text
 from llava.types import Coordinates
 
-Sample = dict[str, Any]
+NUM_FIGURES = 2
+"""Shapes of a picture. With more it takes longer to find out that a question tells which is meant."""
+NUM_FRAMES = 8
 
-_CHUNK = 64
+_PICTURE_RADII = (9.0, 13.0)
+"""Pixels; smaller than in clips, since several have to fit."""
+_CLIP_RADII = (8.5, 10.5)
+_GAP = 1.0
+"""Pixels between the boxes of two shapes."""
+_TRIES = 40
+
+_REST_RANGE = (0.3, 0.6)
+_LEAST_MOTION = 0.12
+"""Of a clip's length: so long a shape moves at least before it rests, and behind it where it moves on."""
+_SHARE_OF_LAST_RESTS = 0.25
+_STRIDE_RANGE = (18.0, 24.0)
+"""Pixels of its way that a shape covers from one frame to the next."""
+_LEAST_STEP = 10.0
+"""Pixels between its centres in two frames."""
+_ORBIT_RANGE = (14.0, 18.0)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A coloured shape, its centre (x, y) and radius in pixels of the picture."""
+
+    pair: Pair
+    rgb: RGB
+    radius: float
+    tilt: float
+    centre: Point
+
+    @property
+    def box(self) -> Box:
+        """The smallest box around what is painted, in [0, 1], to a quarter of a pixel."""
+        mask = paint_mask(self.pair[0], self.centre, self.radius, self.tilt)
+        bounds = mask.getbbox()
+        assert bounds is not None
+        return Box(*(bound / mask.width for bound in bounds))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Shapes side by side; no two are of the same shape or of the same colour."""
+
+    figures: tuple[Figure, ...]
+    background: Background
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A shape in each of ``NUM_FRAMES`` frames, evenly spaced in time; it rests during ``rest``."""
+
+    figures: tuple[Figure, ...]
+    rest: TimeSpan
+    background: Background
+
+    @property
+    def pair(self) -> Pair:
+        return self.figures[0].pair
+
+
+def render_picture(figures: Sequence[Figure], background: Background) -> NDArray[np.uint8]:
+    """Paint shapes over a background: uint8 (height, width, 3)."""
+    pixels = np.clip(render_background(background) + 0.5, 0, 255).astype(np.uint8)
+    for figure in figures:
+        mask = paint_mask(figure.pair[0], figure.centre, figure.radius, figure.tilt)
+        pixels = composite(pixels.astype(np.float32), cover_pixels(mask), figure.rgb)
+    return pixels
+
+
+def render_frames(clip: Clip) -> NDArray[np.uint8]:
+    """All frames of a clip: uint8 (num_frames, height, width, 3)."""
+    return np.stack([render_picture([figure], clip.background) for figure in clip.figures])
+
+
+def sample_picture(rng: np.random.Generator, pairs: Sequence[Pair]) -> Picture:
+    """Draw a picture whose first shape is one of ``pairs``; the others are pairs of training."""
+    chosen = [_choose(rng, pairs)]
+    while len(chosen) < NUM_FIGURES:
+        taken = set(chain.from_iterable(chosen))
+        chosen.append(_choose(rng, [pair for pair in TRAINING_PAIRS if not taken & {*pair}]))
+    return Picture(_place(rng, chosen), sample_background(rng))
+
+
+def _choose(rng: np.random.Generator, pairs: Sequence[Pair]) -> Pair:
+    return pairs[int(rng.integers(len(pairs)))]
+
+
+def _place(rng: np.random.Generator, pairs: Sequence[Pair]) -> tuple[Figure, ...]:
+    """Give shapes places where their boxes do not meet; all of them again where one finds none."""
+    while True:
+        figures: list[Figure] = []
+        for pair in pairs:
+            for _ in range(_TRIES):
+                figure = _sample_figure(rng, pair)
+                if all(_are_apart(figure, other) for other in figures):
+                    figures.append(figure)
+                    break
+        if len(figures) == len(pairs):
+            return tuple(figures)
+
+
+def _sample_figure(rng: np.random.Generator, pair: Pair) -> Figure:
+    radius = float(rng.uniform(*_PICTURE_RADII))
+    margin = radius + 1.0
+    x, y = (float(value) for value in rng.uniform(margin, FRAME_SIZE - margin, size=2))
+    return Figure(pair, sample_rgb(rng, pair[1]), radius, sample_tilt(rng), (x, y))
+
+
+def _are_apart(one: Figure, other: Figure) -> bool:
+    """Whether the squares around two shapes have a gap between them."""
+    distance = max(abs(a - b) for a, b in zip(one.centre, other.centre, strict=True))
+    return distance >= one.radius + other.radius + _GAP
+
+
+def sample_clip(rng: np.random.Generator, pairs: Sequence[Pair]) -> Clip:
+    """Draw a clip of one of ``pairs``."""
+    pair = _choose(rng, pairs)
+    rest = _sample_rest(rng)
+    radius, rgb, tilt = float(rng.uniform(*_CLIP_RADII)), sample_rgb(rng, pair[1]), sample_tilt(rng)
+    centres = _sample_path(rng, rest, radius)
+    figures = tuple(Figure(pair, rgb, radius, tilt, centre) for centre in centres)
+    return Clip(figures, rest, sample_background(rng))
+
+
+def _sample_rest(rng: np.random.Generator) -> TimeSpan:
+    """When it rests: sometimes to the end, else it moves on."""
+    length = float(rng.uniform(*_REST_RANGE))
+    if rng.random() < _SHARE_OF_LAST_RESTS:
+        return TimeSpan(1.0 - length, 1.0)
+    start = float(rng.uniform(_LEAST_MOTION, 1.0 - _LEAST_MOTION - length))
+    return TimeSpan(start, start + length)
+
+
+def _sample_path(rng: np.random.Generator, rest: TimeSpan, radius: float) -> list[Point]:
+    """Centres along a line that the sides throw back, or around a circle, at a steady speed but for the rest."""
+    moved = (NUM_FRAMES - 1) * time_moved(np.linspace(0.0, 1.0, NUM_FRAMES), rest)
+    lowest, highest = radius + 1.0, FRAME_SIZE - radius - 1.0
+    while True:
+        way, angle = rng.uniform(*_STRIDE_RANGE) * moved, rng.uniform(0, 2 * math.pi)
+        if rng.random() < 0.5:
+            line = way[:, None] * np.array([math.cos(angle), math.sin(angle)])
+            centres = reflect(rng.uniform(lowest, highest, size=2) + line, lowest, highest)
+        else:
+            orbit = rng.uniform(*_ORBIT_RANGE)
+            angles = angle + rng.choice([-1.0, 1.0]) * way / orbit
+            centre = rng.uniform(lowest + orbit, highest - orbit, size=2)
+            centres = centre + orbit * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        # Thrown back straight into its own way it would seem to rest.
+        steps = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+        if (steps >= _LEAST_STEP * np.diff(moved)).all():
+            return [(float(x), float(y)) for x, y in centres]
+
+
+def reflect(positions: NDArray[np.float64], lowest: float, highest: float) -> NDArray[np.float64]:
+    """Where something at ``positions`` is if walls at ``lowest`` and ``highest`` throw it back."""
+    width = highest - lowest
+    return lowest + width - np.abs((positions - lowest) % (2 * width) - width)
+
+
+def time_moved(times: NDArray[np.float64], rest: TimeSpan) -> NDArray[np.float64]:
+    """For how long a shape has moved at times in [0, 1]: it stands still during its rest."""
+    return np.minimum(times, rest.start) + np.maximum(times - rest.end, 0.0)
+
+
+# Samples: questions about places and times, with the answers' coordinates.
+
 TRAIN, HELD_OUT = "train", "held_out"
 _STREAMS = {TRAIN: 1, HELD_OUT: 2}
 """First words of the seeds."""
@@ -45,7 +218,7 @@ _PICTURES, _CLIPS = 1, 2
 class GroundingData:
     """The data files of the demo."""
 
-    train: tuple[Path, ...]
+    train: tuple[Path, Path]
     held_out_pictures: Path
     held_out_clips: Path
 
@@ -64,33 +237,18 @@ class Amounts:
 
 def write_dataset(folder: Path, *, seed: int, train: Amounts, held_out: Amounts) -> GroundingData:
     """Write pictures, clips and data files; the same seed gives the same data."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for split, amounts in ((TRAIN, train), (HELD_OUT, held_out)):
-        for kind, write, number in (
-            ("pictures", _write_picture, amounts.pictures),
-            ("clips", _write_clip, amounts.clips),
-        ):
-            (folder / split / kind).mkdir(parents=True, exist_ok=True)
-            path = files[split, kind] = folder / f"{split}_{kind}.json"
-            _write_json(path, write_samples(partial(write, folder, split, seed), number))
-    return GroundingData(
-        train=(files[TRAIN, "pictures"], files[TRAIN, "clips"]),
-        held_out_pictures=files[HELD_OUT, "pictures"],
-        held_out_clips=files[HELD_OUT, "clips"],
+
+    def write(split: str, kind: str, write_medium: Callable[..., list[Sample]], number: int) -> Path:
+        (folder / split / kind).mkdir(parents=True, exist_ok=True)
+        written = run_on_all_cores(partial(write_medium, folder, split, seed), number)
+        return write_samples(folder / f"{split}_{kind}.json", chain.from_iterable(written))
+
+    train_pictures, train_clips, held_out_pictures, held_out_clips = (
+        write(split, kind, write_medium, getattr(amounts, kind))
+        for split, amounts in ((TRAIN, train), (HELD_OUT, held_out))
+        for kind, write_medium in (("pictures", _write_picture), ("clips", _write_clip))
     )
-
-
-def write_samples(write: Callable[[int], list[Sample]], number: int) -> Iterator[Sample]:
-    """Write media 0, 1, ... on all cores, and give their samples in order."""
-    chunks = [range(start, min(start + _CHUNK, number)) for start in range(0, number, _CHUNK)]
-    if len(chunks) == 1:
-        yield from chain.from_iterable(map(write, chunks[0]))
-        return
-    # Spawned, not forked: the parent may run threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        yield from chain.from_iterable(pool.map(write, range(number), chunksize=_CHUNK))
+    return GroundingData((train_pictures, train_clips), held_out_pictures, held_out_clips)
 
 
 def pairs_of(split: str, index: int) -> tuple[Pair, ...]:
@@ -121,7 +279,7 @@ def _write_picture(folder: Path, split: str, seed: int, index: int) -> list[Samp
         {
             "id": f"{split}-picture-{index:05d}-{number}",
             "image": name,
-            "conversations": _turns(ask_where(figure.pair, "<image>"), box_text()),
+            "conversations": turns(ask_where(figure.pair), box_text()),
             "variables": box_coordinates([figure.box]).to_variables(),
         }
         for number, figure in enumerate(asked_figures(split, scene))
@@ -132,16 +290,16 @@ def _write_clip(folder: Path, split: str, seed: int, index: int) -> list[Sample]
     scene = clip_scene(split, seed, index)
     name = f"{split}/clips/{index:05d}.mp4"
     write_clip(folder / name, render_frames(scene))
-    turns, boxes = _turns(ask_when(scene.pair, "<video>"), span_text()), []
-    if split == TRAIN:
-        boxes = [figure.box for figure in scene.figures]
-        turns += _turns(ask_where_frame_by_frame(), "".join(box_text() for _ in boxes))
+    conversation = turns(ask_when(scene.pair), span_text())
+    boxes = [figure.box for figure in scene.figures] if split == TRAIN else []
+    if boxes:
+        conversation += turns(ASK_WHERE_IN_EACH_FRAME, box_text() * len(boxes))
     coordinates = replace(box_coordinates(boxes), temporal_output_locations=tuple(scene.rest))
     return [
         {
             "id": f"{split}-clip-{index:05d}",
             "video": name,
-            "conversations": turns,
+            "conversations": conversation,
             "variables": coordinates.to_variables(),
         }
     ]
@@ -153,12 +311,3 @@ def box_coordinates(boxes: Sequence[Box]) -> Coordinates:
         spatial_height_output_locations=tuple(y for box in boxes for y in (box.y1, box.y2)),
         spatial_width_output_locations=tuple(x for box in boxes for x in (box.x1, box.x2)),
     )
-
-
-def _turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def _write_json(path: Path, records: Iterable[Sample]) -> None:
-    lines = ",\n ".join(json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text(f"[{lines}]\n", encoding="utf-8")

@@ -1,13 +1,19 @@
-"""Answers to questions about held-out pictures and clips, and how near they come."""
+"""Answers to questions about held-out pictures and clips: how near they come, as figures, as lines and as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from llava.data.media import sample_video
 from llava.data.records import read_records
+from llava.demo.grounding.dataset import NUM_FRAMES
+from llava.demo.sentences import names_held_out_pair
+from llava.draw import draw_case
 from llava.eval.metrics import bootstrap, box_iou, score_rec, score_tvg, span_iou
 from llava.grounding.syntax import Box, TimeSpan
 from llava.types import Coordinates, Record
@@ -41,14 +47,14 @@ class Case:
     found: Place | None
     scores: dict[str, float]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain values, numbers to three decimals."""
         return {
             "file": self.file,
             "question": self.question,
-            "reference": _rounded(self.reference),
+            "reference": [round(number, 3) for number in self.reference],
             "answer": self.answer,
-            "found": None if self.found is None else _rounded(self.found),
+            "found": self.found and [round(number, 3) for number in self.found],
             "mIoU": round(self.scores["mIoU"], 3),
         }
 
@@ -64,20 +70,18 @@ def answer_questions(captioner: Captioner, data_file: Path) -> list[Case]:
 
 
 def score_answer(record: Record, answer: Answer) -> Case:
-    """The case of one question."""
-    reference = reference_place(record.coordinates)
-    places: Sequence[Place] = answer.boxes if isinstance(reference, Box) else answer.spans
-    return Case(
-        file=record.media[0].path,
-        question=record.turns[0].text,
-        reference=reference,
-        answer=str(answer),
-        found=places[0] if places else None,
-        scores=score_rec(answer.boxes, reference) if isinstance(reference, Box) else score_tvg(answer.spans, reference),
-    )
+    """The case of one question; an answer of the other kind, such as a span for a box, tells nothing."""
+    reference = _reference(record.coordinates)
+    places: Sequence[Place]
+    if isinstance(reference, Box):
+        places, scores = answer.boxes, score_rec(answer.boxes, reference)
+    else:
+        places, scores = answer.spans, score_tvg(answer.spans, reference)
+    found = places[0] if places else None
+    return Case(record.media[0].path, record.turns[0].text, reference, str(answer), found, scores)
 
 
-def reference_place(coordinates: Coordinates) -> Place:
+def _reference(coordinates: Coordinates) -> Place:
     """The box or the span of a held-out sample, whose answer has one."""
     if coordinates.temporal_output_locations:
         return TimeSpan(*coordinates.temporal_output_locations)
@@ -96,16 +100,6 @@ def best_fixed_answer(references: Sequence[Place]) -> float:
     return max(sum(_iou(one, other) for other in references) / len(references) for one in references)
 
 
-def choose_examples(cases: Sequence[Case], number: int) -> list[Case]:
-    """The first case of each question, then the second of each; what the model said plays no part."""
-    ranks, seen = [], dict[str, int]()
-    for case in cases:
-        ranks.append(seen.setdefault(case.question, 0))
-        seen[case.question] += 1
-    order = sorted(range(len(cases)), key=ranks.__getitem__)
-    return [cases[index] for index in order[:number]]
-
-
 def _iou(one: Place, other: Place) -> float:
     if isinstance(one, Box) and isinstance(other, Box):
         return box_iou(one, other)
@@ -114,5 +108,52 @@ def _iou(one: Place, other: Place) -> float:
     return span_iou(one, other)
 
 
-def _rounded(place: Place) -> list[float]:
-    return [round(number, 3) for number in place]
+def case_lines(cases: Sequence[Case]) -> str:
+    """One line a case: the question, where or when it is, what the model says, and their IoU."""
+    width = max(len(case.question) for case in cases)
+    return "\n".join(
+        f"{case.question:<{width}} is {_numbers(case.reference)}, "
+        f"said {'nothing' if case.found is None else _numbers(case.found)}, IoU {case.scores['mIoU']:.2f}"
+        for case in cases
+    )
+
+
+def _numbers(place: Place) -> str:
+    return "(" + " ".join(f"{number:.2f}" for number in place) + ")"
+
+
+def score_lines(mode: str, pictures: Sequence[Case], clips: Sequence[Case]) -> str:
+    """The figures of a model with a kind of coordinates."""
+    lines = [
+        f"--grounding {mode}, on {len(pictures)} held-out pictures and {len(clips)} held-out clips:",
+        f"  where in the picture   {_scores(pictures)}",
+    ]
+    if new := [case for case in pictures if names_held_out_pair(case.question)]:
+        lines.append(f"    in a colour in which it never was in training   {_scores(new)}")
+    return "\n".join([*lines, f"  when in the clip       {_scores(clips)}"])
+
+
+def _scores(cases: Sequence[Case]) -> str:
+    summary = summarise(cases)
+    score = summary["mIoU"]
+    half = next(value["value"] for name, value in summary.items() if name in ("IoU>=0.5", "R@1 IoU>0.5"))
+    return (
+        f"mIoU {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f}; the best fixed answer "
+        f"{summary['best fixed answer, mIoU']['value']:.3f}), {half:.1%} at IoU 0.5 or more, "
+        f"{summary['unparsable']['value']:.1%} unparsable"
+    )
+
+
+def write_pictures(folder: Path, examples: Mapping[str, Sequence[Case]]) -> None:
+    """Draw each case as ``folder/NAME_NUMBER.png``, the reference in green and the answer in red."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, cases in examples.items():
+        for number, case in enumerate(cases):
+            if isinstance(case.reference, Box):
+                frames = [Image.open(case.file).convert("RGB")]
+            else:
+                frames = [Image.fromarray(frame) for frame in sample_video(case.file, NUM_FRAMES).frames.numpy()]
+            texts = {"question": case.question, "answer": case.answer, "IoU": f"{case.scores['mIoU']:.2f}"}
+            found = [] if case.found is None else [case.found]
+            picture = draw_case(frames, [case.reference], found, texts)
+            picture.save(folder / f"{name}_{number}.png", optimize=True)

@@ -10,7 +10,7 @@ from conftest import write_video
 from PIL import Image
 
 from llava.data.media import sample_video
-from llava.eval.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
+from llava.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
 from llava.eval.metrics import Tube
 from llava.eval.report import _frames
 from llava.eval.store import EvalSample, Reference
