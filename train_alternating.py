@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.data.files import count_samples, find_entries, read_samples
 from llava.model import VARIANTS, split_type
-from llava.model.checkpoint import read_model_type
+from llava.model.pretrained import read_config
 from llava.model.transfer import TransferReport
 from llava.parser import CommandParser
 from llava.train import stop_signals
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = parse_values(words, optional=("data_path", "output_dir") if inspecting else (), also=parser.flags)
     check_flags(own, values)
 
-    model_type = read_model_type(values["model_name_or_path"])
+    model_type = read_config(values["model_name_or_path"])["model_type"]
     if own.dry_run:
         print(model_type)
     found = split_type(model_type)[1]
@@ -118,7 +118,7 @@ def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
     if own.throughput_log_steps is not None and own.throughput_log_steps < 1:
         raise ValueError(f"--throughput_log_steps is {own.throughput_log_steps}; it must be at least 1")
     if own.backbone_model:
-        read_model_type(own.backbone_model, "--backbone_model")
+        read_config(own.backbone_model, "--backbone_model")
     for flag in ("data_path", "eval_data_path"):
         find_entries(values[flag] or [], f"--{flag}")
     check_media_folders(values["image_folder"], values["video_folder"])

@@ -103,7 +103,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path):
     """A fresh copy of the tokenizer without visual tokens."""
-    from llava.model.checkpoint import load_tokenizer
+    from llava.model.vocabulary import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
 
@@ -307,8 +307,7 @@ def mixed_data(media_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def visual_tokenizer(tokenizer_dir: Path):
     """The tokenizer with the visual tokens: ids 383 to 390, behind a vocabulary of 383."""
-    from llava.model.checkpoint import load_tokenizer
-    from llava.model.vocabulary import add_visual_tokens
+    from llava.model.vocabulary import add_visual_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
     add_visual_tokens(tokenizer)

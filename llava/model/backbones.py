@@ -88,6 +88,11 @@ def split_type(model_type: str) -> tuple[str, str]:
     return model_type, "base"
 
 
+def known_types() -> list[str]:
+    """Model types that can be loaded: of plain language models, then of this library."""
+    return sorted(PLAIN_TYPES) + sorted(AVAILABLE_MODELS)
+
+
 def plain_class(own: type) -> Any:
     """The class of transformers that one of ours is made from."""
     return next(base for base in own.__mro__ if base.__module__.startswith("transformers."))

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from llava.grounding.syntax import AXES, BOX_AXES, SPAN_AXES, Axis, GroundingConfig
 from llava.model.coordinates import Variables, embed_tokens
 from llava.types import MediaKind
-
-logger = logging.getLogger(__name__)
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_BEAMS = ("early_stopping", "length_penalty")
-
-
-def drop_unused_sampling(config: GenerationConfig, source: str) -> None:
-    """Leave out settings without effect that transformers refuses to save, and with them the whole model.
-
-    Vicuna's ``generation_config.json`` is the best known: a temperature, but no sampling.
-
-    Args:
-        config: of a model that was loaded; what it generates stays the same.
-        source: the model's folder or hub name, for the note.
-    """
-    if _can_be_saved(config):
-        return
-    unused = [] if config.do_sample else [name for name in _SAMPLING if hasattr(config, name)]
-    unused += [name for name in _BEAMS if (config.num_beams or 1) == 1]
-    fresh = GenerationConfig()
-    given = {name: getattr(config, name) for name in unused if getattr(config, name) != getattr(fresh, name)}
-    for name in given:
-        setattr(config, name, getattr(fresh, name))
-    if given and _can_be_saved(config):
-        settings = ", ".join(f"{name} {value}" for name, value in given.items())
-        logger.warning(
-            "generation_config.json of %s sets %s, without effect as it neither samples nor searches with beams, and "
-            "could not be saved again; left out", source, settings
-        )  # fmt: skip
-        return
-    for name, value in given.items():
-        setattr(config, name, value)
-
-
-def _can_be_saved(config: GenerationConfig) -> bool:
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        return False
-    return True
 
 
 class MultimodalGeneration:

@@ -11,37 +11,31 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import VisionConfig
 from llava.grounding.syntax import GroundingConfig, choose_grounding
 from llava.messages import list_names, shorten
-from llava.model.checkpoint import (
-    choose_classes,
-    find_weights,
-    fit_to_base,
-    has_weights,
-    load_tokenizer,
-    read_config,
-    read_model_type,
-    vocab_size,
-)
+from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, find_class, known_types, split_type, variant_type
 from llava.model.coordinates import COORDINATES
-from llava.model.generation import drop_unused_sampling
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.lora import is_adapter_folder, load_adapters
+from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
 from llava.model.multimodal_resampler.builder import structural_settings
-from llava.model.pretrained import NOT_JUST_TENSORS, UNSAFE_WEIGHTS, describe_damage, locate_model, quiet_transformers
+from llava.model.pretrained import (
+    NOT_JUST_TENSORS,
+    UNSAFE_WEIGHTS,
+    describe_damage,
+    foreign_code_note,
+    has_weights,
+    locate_model,
+    quiet_transformers,
+    read_config,
+)
 from llava.model.quantization import Quantization, quantization_options
 from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.visual import is_added, vision_module_of
-from llava.model.vocabulary import (
-    add_coordinate_tokens,
-    add_visual_tokens,
-    check_vocabulary,
-    grow_vocabulary,
-)
+from llava.model.vocabulary import add_tokens, check_vocabulary, grow_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +43,9 @@ logger = logging.getLogger(__name__)
 _STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "patch_merge_type")
 # What a RuntimeError says that is about a file of weights.
 _UNREADABLE = ("PytorchStreamReader", "Error(s) in loading state_dict", "automatic conversion", "unexpected EOF")
+# What a generation configuration has no use for where it does not sample, or searches without beams.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("early_stopping", "length_penalty")
 
 
 @dataclass(frozen=True)
@@ -110,40 +107,34 @@ def load_model(
             read or is another one, a base model that is gone or another one, weights that are missing,
             a setting that contradicts the checkpoint, or k bits where they cannot be had.
     """
-    model_name_or_path = locate_model(model_name_or_path, flag)
-    config_class, model_class = choose_classes(read_model_type(model_name_or_path, flag), model_name_or_path, variant)
-    config_dict = read_config(model_name_or_path, flag) | {"model_type": config_class.model_type}
-    stored = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
-    tokenizer = load_tokenizer(model_name_or_path, flag)
+    path = locate_model(model_name_or_path, flag)
+    name = f"{flag} {path!r}"
+    config_dict = read_config(path, flag)
+    config_class, model_class = choose_classes(config_dict["model_type"], path, variant)
+    config_dict["model_type"] = config_class.model_type
+    stored = build_config(config_class, config_dict, name)
+    tokenizer = load_tokenizer(path, flag)
     trained = GroundingConfig.from_model_config(stored)
-    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), model_name_or_path, trained, config_dict)
+    check_vocabulary(tokenizer, vocab_size(config_dict, config_class), path, trained, config_dict)
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    vision = _build_vision(stored, vision_tower, given)
+    vision = _build_vision(stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens)
     if coordinates is not None and vision is None:
         raise ValueError("--grounding needs a model that sees; give --vision_tower")
-    if weights_from is not None and (quantization is not None or is_adapter_folder(model_name_or_path)):
+    if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
-    known = set(tokenizer.get_vocab())
-    source = find_weights(model_name_or_path, model_base)
-    if source != model_name_or_path:
-        known = fit_to_base(config_dict, tokenizer, source, model_name_or_path)
+    source = find_weights(path, model_base)
+    known = set(tokenizer.get_vocab()) if source == path else fit_to_base(config_dict, tokenizer, source, path)
     if vision is not None:
-        vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
-        config_dict |= vision.to_model_config()
-    if coordinates is not None:
-        coordinates = add_coordinate_tokens(tokenizer, coordinates)
-        config_dict |= coordinates.to_model_config()
-    config = build_config(config_class, config_dict, f"{flag} {model_name_or_path!r}")
+        vision, coordinates = add_tokens(tokenizer, vision, coordinates)
+        config_dict |= vision.to_model_config() | ({} if coordinates is None else coordinates.to_model_config())
 
-    options: dict[str, Any] = {"config": config, "dtype": dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+    options: dict[str, Any] = {"config": build_config(config_class, config_dict, name), "dtype": dtype}
+    options |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantization is not None:
-        options |= quantization_options(quantization, model_class, config)
+        options |= quantization_options(quantization, model_class, options["config"])
     if weights_from is not None and not has_weights(source):
-        model, new = build_model(model_class, options, vision_tower), list[str]()
+        model, new = build_model(options, vision_tower), list[str]()
     else:
         model, new = _read_model(model_class, source, options, vision_tower, flag)
     transfer = None if weights_from is None else copy_parameters(model, weights_from)
@@ -151,14 +142,83 @@ def load_model(
         new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
         grow_vocabulary(model, [i for token, i in new_tokens.items() if token not in known])
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
-    if source != model_name_or_path:
-        load_adapters(model, model_name_or_path, source)
+    if source != path:
+        load_adapters(model, path, source)
         new = []
     if not allow_bad_weights:
-        check_weights(model, f"{flag} {model_name_or_path!r}")
-    _align_special_tokens(model, tokenizer)
-    drop_unused_sampling(model.generation_config, model_name_or_path)
+        check_weights(model, name)
+    _prepare_generation(model, tokenizer, path)
     return LoadedModel(model, tokenizer, model.vision, new, transfer)
+
+
+def choose_classes(
+    model_type: str, path: str, variant: str | None = None
+) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
+    """Configuration and model class for a model type and, where one is asked for, a variant."""
+    name = PLAIN_TYPES.get(model_type, model_type)
+    if name not in AVAILABLE_MODELS:
+        raise ValueError(
+            f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(known_types())}"
+            f"{foreign_code_note(read_config(path))}"
+        )
+    if variant is not None:
+        name = variant_type(split_type(name)[0], variant)
+    config_name, _, model_name = AVAILABLE_MODELS[name]
+    return find_class(config_name), find_class(model_name)
+
+
+def find_weights(name_or_path: str, model_base: str | None = None) -> str:
+    """Where a checkpoint's language model comes from: itself or, under LoRA adapters, their base model.
+
+    Raises:
+        ValueError: a base was given for a checkpoint that needs none, or the base is gone.
+    """
+    if not is_adapter_folder(name_or_path):
+        if model_base is not None:
+            raise ValueError(
+                f"--model_base {model_base!r} was given, but {name_or_path!r} holds no adapters "
+                "(no adapter_config.json); leave the flag out"
+            )
+        return name_or_path
+    base = model_base or read_base(name_or_path)
+    try:
+        read_config(base, "--model_base")
+    except ValueError as error:
+        raise ValueError(
+            f"{name_or_path!r} holds adapters, and their base model {base!r} cannot be read; "
+            f"give its folder with --model_base ({error})"
+        ) from error
+    return base
+
+
+def fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase, base: str, path: str) -> set[str]:
+    """Give the configuration of a checkpoint with adapters the vocabulary that its base model has.
+
+    Returns:
+        The base's tokens; the checkpoint's others get their rows as they did when it was trained.
+
+    Raises:
+        ValueError: the base is of another type, or its tokenizer is another one.
+    """
+    settings = read_config(base, "--model_base")
+    config_class, _ = choose_classes(settings["model_type"], base)
+    tokens, own = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
+    differing = [token for token, i in tokens.items() if own.get(token) != i]
+    # A kind of attention has no weights of its own: one base serves all of them.
+    backbone = split_type(config_class.model_type)[0]
+    if backbone != split_type(config_dict["model_type"])[0] or differing:
+        what = f"other ids for {differing[:3]}" if differing else f"model_type {backbone!r}"
+        raise ValueError(
+            f"{base!r} is not the base model of the adapters in {path!r}: it has {what}; "
+            "give the right one with --model_base"
+        )
+    config_dict["vocab_size"] = vocab_size(settings, config_class)
+    return set(tokens)
+
+
+def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:
+    """Rows of the embeddings that a ``config.json`` speaks of, or that its class takes for granted."""
+    return config_dict.get("vocab_size", config_class().vocab_size)
 
 
 def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any], path: str) -> PretrainedConfig:
@@ -206,15 +266,14 @@ def choose_device(name: str | None, flag: str = "--device") -> torch.device:
     return device
 
 
-def build_model(model_class: type[LlavaMetaForCausalLM], options: dict[str, Any], vision_tower: str | None) -> Any:
+def build_model(options: dict[str, Any], vision_tower: str | None) -> Any:
     """A model with random weights; only its tower's are read.
 
     Args:
-        model_class: of the model.
-        options: ``config`` and what else transformers' ``from_config`` takes.
+        options: ``config`` and what else ``from_config`` of transformers' Auto classes takes.
         vision_tower: where its tower lies now; by default where the configuration says.
     """
-    model: Any = model_class._from_config(**options)  # type: ignore[attr-defined]
+    model: Any = AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
     if model.vision is not None:
         model.load_vision_tower(vision_tower)
     return model
@@ -294,9 +353,46 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     return missing
 
 
-def _align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the model's configuration speak of the tokenizer's special tokens."""
+def _prepare_generation(model: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Let the configurations speak of the tokenizer's special tokens, and of nothing that cannot be saved again."""
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
+    _drop_unused_sampling(model.generation_config, source)
+
+
+def _drop_unused_sampling(config: GenerationConfig, source: str) -> None:
+    """Leave out settings without effect that transformers refuses to save, and with them the whole model.
+
+    Vicuna's ``generation_config.json`` is the best known: a temperature, but no sampling.
+
+    Args:
+        config: of a model that was loaded; what it generates stays the same.
+        source: the model's folder or hub name, for the note.
+    """
+    if _can_be_saved(config):
+        return
+    unused = [] if config.do_sample else [name for name in _SAMPLING if hasattr(config, name)]
+    unused += [name for name in _BEAMS if (config.num_beams or 1) == 1]
+    fresh = GenerationConfig()
+    given = {name: getattr(config, name) for name in unused if getattr(config, name) != getattr(fresh, name)}
+    for name in given:
+        setattr(config, name, getattr(fresh, name))
+    if given and _can_be_saved(config):
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
+        logger.warning(
+            "generation_config.json of %s sets %s, without effect as it neither samples nor searches with beams, and "
+            "could not be saved again; left out", source, settings
+        )  # fmt: skip
+        return
+    for name, value in given.items():
+        setattr(config, name, value)
+
+
+def _can_be_saved(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder here, or a name on the Hugging Face hub, which is asked once and briefly."""
+"""A model's folder or its name on the hub: where it is, what its ``config.json`` says, and what is never run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from llava.messages import list_names, shorten, shorten_text
+from llava.model.backbones import known_types
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = 5.0
 """Seconds that the hub has for the first answer."""
@@ -115,6 +118,36 @@ def _ask_hub(name: str, flag: str) -> None:
         ) from error
 
 
+def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[str, Any]:
+    """The entries of ``config.json`` of a folder or hub name, a ``model_type`` ("gpt2", "llava_gpt2") among them.
+
+    A name is taken for a hint only where the file says no type. ``flag`` is what an error calls the path.
+    """
+    path = locate_model(name_or_path, flag)
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(path)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # The last three: no object.
+        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
+    if not isinstance(settings, dict) or not settings:
+        raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
+    _check_quantization(settings, f"{flag} {name_or_path!r}")
+    if settings.get("model_type") is None:
+        name = os.path.basename(os.path.normpath(name_or_path)).lower()
+        if not any(hint in name for hint in ("gpt2", "bambi")):
+            known = ", ".join(known_types())
+            raise ValueError(f"config.json of {name_or_path!r} has no model_type; add one of: {known}")
+        logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", name_or_path)
+        settings["model_type"] = "gpt2"
+    return drop_remote_kernels(settings, name_or_path)
+
+
+def has_weights(name_or_path: str) -> bool:
+    """Whether a folder has a model's weights; a hub name is taken to have them."""
+    if not os.path.isdir(name_or_path):
+        return True
+    return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
+
+
 def describe_damage(folder: str, error: BaseException) -> str:
     """Which file of weights in a folder is missing, cut short or damaged, for an error that came of reading them."""
     from safetensors import SafetensorError, safe_open
@@ -137,8 +170,6 @@ def describe_damage(folder: str, error: BaseException) -> str:
 
 
 # What a checkpoint may not bring along: Python code, compiled kernels, and pickles that hold more than tensors.
-
-logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _LOCAL_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
@@ -200,7 +231,7 @@ def forget_implementations(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def check_quantization(settings: Mapping[str, Any], path: str) -> None:
+def _check_quantization(settings: Mapping[str, Any], path: str) -> None:
     """A ValueError for weights that were stored in fewer bits by another method than bitsandbytes'."""
     quantization = settings.get("quantization_config")
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, Mapping) else None

@@ -64,9 +64,8 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
 
     from llava.config import VisionConfig
     from llava.io import apply_umask
-    from llava.model.checkpoint import load_tokenizer
     from llava.model.pretrained import forget_implementations, locate_model, quiet_transformers
-    from llava.model.vocabulary import check_vocabulary
+    from llava.model.vocabulary import check_vocabulary, load_tokenizer
 
     model_path = locate_model(model_path, "--model_path")
     if not Path(model_path, "config.json").is_file():

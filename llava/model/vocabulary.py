@@ -1,4 +1,4 @@
-"""Room for visual tokens and coordinates in tokenizer, embeddings and head."""
+"""A checkpoint's tokenizer, and room for visual tokens and coordinates in it, in the embeddings and in the head."""
 
 from __future__ import annotations
 
@@ -8,16 +8,52 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from llava.config import VisionConfig
 from llava.constants import VISUAL_TOKENS
 from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, GroundingConfig
+from llava.model.pretrained import foreign_code_note, locate_model
 
 logger = logging.getLogger(__name__)
 
 _FEWEST_USED = 0.9
 """Share of the embeddings that a model's own tokenizer uses: vocabularies are padded by less than a tenth."""
+
+
+def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end of text.
+
+    Attention never depends on padding ids here: masks are made from lengths. ``flag`` is what an error calls the path.
+    """
+    path = locate_model(name_or_path, flag)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (AttributeError, TypeError, KeyError, StrictDataclassError) as error:  # JSON, but of another kind.
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error!r}") from error
+    except (OSError, ValueError) as error:
+        note = foreign_code_note(get_tokenizer_config(path))
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # The tokenizers package has no class of its own.
+            raise
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes one of special tokens alone where a folder has a config.json and no tokenizer's files.
+        raise ValueError(
+            f"{flag}: no tokenizer can be read from {name_or_path!r}: it has no vocabulary; put the files of the "
+            "model's tokenizer (tokenizer.json, tokenizer_config.json) into that folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_vocabulary(
@@ -60,6 +96,14 @@ def check_vocabulary(
                 f"another model's; {remedy}"
             )
         logger.warning("%s: if it is another model's, %s", message, remedy)
+
+
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, grounding: GroundingConfig | None
+) -> tuple[VisionConfig, GroundingConfig | None]:
+    """Add what the tokenizer lacks of visual tokens and, behind these, of coordinates; both settings with the ids."""
+    vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
+    return vision, None if grounding is None else add_coordinate_tokens(tokenizer, grounding)
 
 
 def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

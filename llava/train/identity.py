@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.files import DataEntry, find_entries
-from llava.model.checkpoint import find_weights
+from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import RUN_IDENTITY, hash_file, write_durably

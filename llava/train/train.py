@@ -28,10 +28,9 @@ from llava.data.formats import Format, build_format
 from llava.data.formats.plain import preprocess_plain_lm
 from llava.data.placeholders import preprocess_multimodal
 from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
-from llava.model.checkpoint import read_config
 from llava.model.loading import LoadedModel, load_model
 from llava.model.lora import is_adapter_folder, set_up_adapters
-from llava.model.pretrained import locate_model
+from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.parser import check_output_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job

@@ -53,8 +53,7 @@ def either_tokenizer(request, tokenizer_dir, visual_tokenizer):
         return visual_tokenizer
     from tokenizers.processors import TemplateProcessing
 
-    from llava.model.checkpoint import load_tokenizer
-    from llava.model.vocabulary import add_visual_tokens
+    from llava.model.vocabulary import add_visual_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
     add_visual_tokens(tokenizer)

@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llava.grounding.syntax import GroundingConfig
-from llava.model.checkpoint import load_tokenizer
-from llava.model.vocabulary import add_coordinate_tokens
+from llava.model.vocabulary import add_coordinate_tokens, load_tokenizer
 
 WORDS = ["il gatto dorme sul divano", "una stella gialla", "il cane guarda la strada"]
 KINDS = ("byte-level", "pieces", "bytes", "words")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.model.checkpoint import load_tokenizer
 from llava.model.loading import load_model
 from llava.model.multimodal_encoder.base import describe_tower
 from llava.model.random_weights import create
 from llava.model.transfer import load_adapter
+from llava.model.vocabulary import load_tokenizer
 
 
 class Payload:

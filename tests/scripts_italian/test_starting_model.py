@@ -14,8 +14,8 @@ from conftest import ITALIAN
 from italian_scripts import ROOT, load_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llava.model.checkpoint import load_tokenizer
 from llava.model.loading import load_model
+from llava.model.vocabulary import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def llama2_tokenizer():
 
 
 def _load(folder):
-    from llava.model.checkpoint import load_tokenizer
+    from llava.model.vocabulary import load_tokenizer
 
     return load_tokenizer(str(folder))
 

@@ -32,8 +32,7 @@ def llama_tokenizer(tokenizer_dir):
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
-    from llava.model.checkpoint import load_tokenizer
-    from llava.model.vocabulary import add_visual_tokens
+    from llava.model.vocabulary import add_visual_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))
     add_visual_tokens(tokenizer)
