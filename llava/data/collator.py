@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX
-from llava.types import BadSample, Batch, Example
+from llava.types import NO_COORDINATES, BadSample, Batch, Example
 
 _ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut")
 
@@ -30,7 +31,7 @@ class SupervisedCollator:
         input_ids       [[5, 6, 0], [7, 0, 0]]     the first 0 of each row is its own end of text
         labels          [[5, 6, 0], [7, 0, -100]]
         attention_mask  [[1, 1, 1], [1, 1, 0]]
-        images          [uint8 (1, 3, side, side)]
+        images          [uint8 (1, 3, side, side)]  a tensor for each image or video, a frame of it a row
         modalities      ["image"]
         image_sizes     [(480, 640)]
         sample_ids      ["a", "b"]
@@ -55,7 +56,7 @@ class SupervisedCollator:
             batch["images"] = [medium.frames for medium in media]
             batch["modalities"] = [medium.kind for medium in media]
             batch["image_sizes"] = [medium.original_size for medium in media]
-        if any(example.coordinates for example in examples):
+        if any(example.coordinates != NO_COORDINATES for example in examples):
             batch["variables"] = [example.coordinates.to_variables() for example in examples]
         if any(example.num_cut for example in examples):
             batch["num_cut"] = [example.num_cut for example in examples]
@@ -64,15 +65,12 @@ class SupervisedCollator:
         return batch
 
     def _pad(self, examples: Sequence[Example]) -> Batch:
-        """The tensors of a batch, one row an example."""
-        longest = max(len(example.input_ids) for example in examples)
-        shape = (len(examples), longest)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.tensor(example.input_ids)
-            labels[row, :length] = torch.tensor(example.labels)
-            attention_mask[row, :length] = 1
-        return Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+        """The tensors of a batch, each int64 (examples, longest)."""
+        ids = [torch.tensor(example.input_ids) for example in examples]
+        labels = [torch.tensor(example.labels) for example in examples]
+        ones = [torch.ones_like(row) for row in ids]
+        return Batch(
+            input_ids=pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            attention_mask=pad_sequence(ones, batch_first=True),
+        )

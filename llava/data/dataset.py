@@ -27,7 +27,6 @@ from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.data.placeholders import (
-    Clip,
     add_time_instruction,
     clips_of,
     expand_placeholders,
@@ -65,12 +64,11 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         max_length: most tokens of an example. Text is cut to it, visual spans never.
         early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
-        on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample``
-            in its place.
+        on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample`` in its place,
+            also where there is nothing to learn (else ``check_supervision`` is to look for that).
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
         limits: how large an image or a video may be.
         grounding: what coordinates are to the model; None for one without them.
-        skip_empty: whether a sample with nothing to learn is a bad one; else ``check_supervision`` is to look for it.
     """
 
     def __init__(
@@ -85,23 +83,30 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         decode_timeout: float = 0.0,
         limits: MediaLimits = DEFAULT_LIMITS,
         grounding: GroundingConfig | None = None,
-        skip_empty: bool = False,
     ) -> None:
         if on_bad_sample not in ON_BAD_SAMPLE:
             raise ValueError(f"--on_bad_sample is {on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
-        self.skip_empty = skip_empty
+        text_format = text_format or build_format(PLAIN_LM, tokenizer)
+        # The times of frames stand in the user's turn, and must be neither learned nor left out.
+        tells_times = text_format.has_prompts and text_format.writes_user_text
+        if vision is not None and vision.add_time_instruction and not tells_times:
+            raise ValueError(
+                "--add_time_instruction tells the times of frames in the user's turns, but this format "
+                f"{'leaves their text out' if text_format.has_prompts else 'learns all text'}; give a --version that "
+                "writes and does not learn them (chat, qwen, v1, ...)"
+            )
         self.records = records
         self.tokenizer = tokenizer
         self.vision = vision
         self.max_length = max_length
         self.early_mix_text = early_mix_text
-        self.text_format = text_format or build_format(PLAIN_LM, tokenizer)
+        self.text_format = text_format
         self.on_bad_sample = on_bad_sample
-        if vision is not None and vision.add_time_instruction:
-            check_times_are_not_learned(self.text_format)
         self.decode_timeout = decode_timeout
         self.limits = limits
         self.grounding = grounding
+        tables = {} if grounding is None or not grounding.has_tables else grounding.token_ids
+        self._input_coordinate_ids = {i for token, i in tables.items() if token.endswith("-INPUT>")}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -128,32 +133,23 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         if record.fault is not None:
             raise ValueError(record.fault)
-        if self.skip_empty:
+        if self.on_bad_sample == SKIP:
             self.check_target(record)
         media = self.load_media(record)
-        frame_counts = [len(m.frames) for m in media if m.kind == "video"]
-        image_sizes = [m.original_size for m in media if m.kind == "image"]
-        segments = self._encode(record, frame_counts, image_sizes, clips_of(media))
+        segments = self._encode(record, media)
         num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
         ids, labels = self._label(record, segments)
-        return Example(record.id, ids, labels, media, self.place(record, media), num_cut)
+        return Example(record.id, ids, labels, media, self._place(record, media), num_cut)
 
     def check_model(self, record: Record) -> None:
         """A ValueError that names the record if it has what the model does not know: media, or coordinates."""
         if record.media and self.vision is None:
             raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
-        if record.coordinates and self.grounding is None:
+        if record.coordinates != NO_COORDINATES and self.grounding is None:
             raise ValueError(f"{record} has coordinates (variables), but the model has none; give --stage 2")
-
-    def place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
-        """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""
-        if self.grounding is None or not self.grounding.has_tables or self.vision is None:
-            return NO_COORDINATES
-        return move_to_square(record.turns, record.coordinates, [m.original_size for m in media], self.vision)
 
     def load_media(self, record: Record) -> list[VisualInput]:
         """Decode the media of a record, in reading order; a text-only one has none."""
-        self.check_model(record)
         loaded = []
         for media in record.media:
             assert self.vision is not None
@@ -161,77 +157,68 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
                 loaded.append(load_media(media, self.vision, record.split, self.decode_timeout, self.limits))
             except MediaError as error:
                 raise MediaError(f"{record}: {error}", media.path) from error
-        return in_reading_order(record, loaded)
+        if len({medium.kind for medium in loaded}) < 2:
+            return loaded
+        # Records list images and videos apart; the text says in which order the model reads them.
+        waiting = {kind: iter([m for m in loaded if m.kind == kind]) for kind in ("image", "video")}
+        return [next(waiting[kind]) for turn in record.turns for kind in placeholder_kinds(turn.text)]
 
-    def tokenize(
-        self,
-        record: Record,
-        frame_counts: Sequence[int] | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-        clips: Sequence[Clip] | None = None,
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels of a record, within ``max_length``.
+    def _place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
+        """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""
+        if self.grounding is None or not self.grounding.has_tables or self.vision is None:
+            return NO_COORDINATES
+        return move_to_square(record.turns, record.coordinates, [m.original_size for m in media], self.vision)
 
-        Args:
-            frame_counts: frames of its videos; by default what the settings sample at most.
-            image_sizes: original (height, width) of its images; by default, where the number of tokens
-                depends on them, what their files' headers say.
-            clips: duration and frame times of its videos, for ``add_time_instruction``; by default stand-ins.
+    def tokenize(self, record: Record) -> tuple[list[int], list[int]]:
+        """Ids and labels of a record, within ``max_length``, whose media are not decoded.
+
+        Its videos have as many frames as the settings sample at most, with stand-ins for their times; the sizes of its
+        images, where the number of tokens depends on them, are those that their files' headers say.
         """
-        return self._label(record, self._encode(record, frame_counts, image_sizes, clips))
+        return self._label(record, self._encode(record))
 
-    def _encode(
-        self,
-        record: Record,
-        frame_counts: Sequence[int] | None,
-        image_sizes: Sequence[tuple[int, int]] | None,
-        clips: Sequence[Clip] | None,
-    ) -> list[Segment]:
-        """The segments of a record, all of its text among them; arguments as for ``tokenize``."""
-        if frame_counts is None and self.vision is not None:
-            frame_counts = [self.vision.max_frames for media in record.media if media.kind == "video"]
-        if image_sizes is None:
-            image_sizes = self.image_sizes(record)
+    def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> list[Segment]:
+        """The segments of a record, all of its text among them; without its decoded media as for ``tokenize``."""
+        if media is None:
+            frame_counts, image_sizes = None, self.image_sizes(record)
+        else:
+            frame_counts = [len(m.frames) for m in media if m.kind == "video"]
+            image_sizes = [m.original_size for m in media if m.kind == "image"]
         try:
-            turns = expand_placeholders(self.write_turns(record, clips), self.vision, frame_counts, image_sizes)
-            return self.text_format.encode(turns)
+            turns = self.write_turns(record, media)
+            return self.text_format.encode(expand_placeholders(turns, self.vision, frame_counts, image_sizes))
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
+
+    def write_turns(self, record: Record, media: Sequence[VisualInput] | None = None) -> Sequence[Turn]:
+        """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
+
+        Args:
+            record: the sample.
+            media: decoded, in reading order; without them, the times are stand-ins, about as long as the real ones.
+        """
+        if self.vision is None or not self.vision.add_time_instruction:
+            return record.turns
+        if media is None:
+            clips = [stand_in(self.vision.max_frames) for media in record.media if media.kind == "video"]
+        else:
+            clips = clips_of(media)
+        return add_time_instruction(record.turns, clips)
 
     def _label(self, record: Record, segments: list[Segment]) -> tuple[list[int], list[int]]:
         """Ids and labels of a record's segments, within ``max_length``."""
         try:
             ids, labels = label_segments(segments, self.max_length)
         except ContextError as error:
-            remedy = f"; raise --model_max_length (within the model's context){self._shorter_spans(record)}"
-            raise ContextError(f"{record}: {error}{remedy}") from error
+            ways = [] if self.vision is None else self.vision.ways_to_shorten({media.kind for media in record.media})
+            remedy = " or ".join(["raise --model_max_length (within the model's context)", *ways])
+            raise ContextError(f"{record}: {error}; {remedy}") from error
         return ids, self.mask_input_coordinates(labels)
-
-    def write_turns(self, record: Record, clips: Sequence[Clip] | None = None) -> Sequence[Turn]:
-        """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
-
-        Args:
-            clips: of its videos, in reading order; by default stand-ins, whose sentences are about as long.
-        """
-        if self.vision is None or not self.vision.add_time_instruction:
-            return record.turns
-        if clips is None:
-            clips = [stand_in(self.vision.max_frames) for media in record.media if media.kind == "video"]
-        return add_time_instruction(record.turns, clips)
 
     def mask_input_coordinates(self, labels: list[int]) -> list[int]:
         """Labels without coordinates that are given, not asked for, which tables do not learn to write."""
-        if self.grounding is None or not self.grounding.has_tables:
-            return labels
-        given = {i for token, i in self.grounding.token_ids.items() if token.endswith("-INPUT>")}
-        return [IGNORE_INDEX if label in given else label for label in labels]
-
-    def _shorter_spans(self, record: Record) -> str:
-        """The settings that make the spans of a record shorter, as the end of a sentence."""
-        if self.vision is None:
-            return ""
-        ways = self.vision.ways_to_shorten({media.kind for media in record.media})
-        return "".join(f" or {way}" for way in ways)
+        given = self._input_coordinate_ids
+        return [IGNORE_INDEX if label in given else label for label in labels] if given else labels
 
     def image_sizes(self, record: Record) -> list[tuple[int, int]] | None:
         """The (height, width) of a record's images from their headers; None where no count depends on them."""
@@ -296,22 +283,6 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if self.early_mix_text:
             return self.lengths
         return np.where(count_media(self.records).any(axis=0), self.lengths, -self.lengths)
-
-
-def in_reading_order(record: Record, loaded: Sequence[VisualInput]) -> list[VisualInput]:
-    """Order a record's images and videos as their placeholders stand in its text."""
-    waiting = {kind: iter([m for m in loaded if m.kind == kind]) for kind in ("image", "video")}
-    return [next(waiting[kind]) for turn in record.turns for kind in placeholder_kinds(turn.text)]
-
-
-def check_times_are_not_learned(text_format: Format) -> None:
-    """A ValueError if the times of frames, which go into a user's turn, would be learned or left out."""
-    if not (text_format.has_prompts and text_format.writes_user_text):
-        raise ValueError(
-            "--add_time_instruction tells the times of frames in the user's turns, but this format "
-            f"{'leaves their text out' if text_format.has_prompts else 'learns all text'}; give a --version that "
-            "writes and does not learn them (chat, qwen, v1, ...)"
-        )
 
 
 def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
@@ -422,7 +393,6 @@ def make_supervised_data_module(
             decode_timeout=data_args.decode_timeout,
             limits=data_args.media_limits,
             grounding=grounding,
-            skip_empty=data_args.on_bad_sample == SKIP,
         )
         check_grounding(dataset)
         check_supervision(dataset)

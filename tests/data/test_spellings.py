@@ -276,7 +276,7 @@ def test_an_escaped_placeholder_is_the_word(tokenizer, version):
 def test_an_escaped_placeholder_has_the_ids_of_the_literal_text(visual_tokenizer, tiny_vision):
     record = parse({"image": "a.png", "conversations": turns(r"<image> un \<image>", r"\<video> sì")})
     dataset = SupervisedDataset([record], visual_tokenizer, tiny_vision, 512)
-    ids, _ = dataset.tokenize(record, image_sizes=[(8, 8)])
+    ids, _ = dataset.tokenize(record)
     words = visual_tokenizer(" un <image> <video> sì", add_special_tokens=False)["input_ids"]
     assert ids[-len(words) - 1 : -1] == words
     assert len(ids) == len(words) + 1 + tiny_vision.num_tokens("image")

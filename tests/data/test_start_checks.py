@@ -44,7 +44,6 @@ def build(paths, tokenizer, vision=None, max_length=512, version="plain_lm", on_
         max_length,
         text_format=text_format,
         on_bad_sample=on_bad_sample,
-        skip_empty=on_bad_sample == "skip",
     )
 
 

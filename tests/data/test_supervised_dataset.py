@@ -189,7 +189,7 @@ def test_bad_file_is_one_error_naming_sample_and_file(tmp_path, visual_tokenizer
 
 def test_bad_samples_are_skipped_only_when_that_is_asked_for(tmp_path, media_dir, visual_tokenizer, tiny_vision):
     (tmp_path / "a.mp4").write_text("non è un video")
-    samples = [with_media(["<video>"], media_dir), with_media(["<video>"], tmp_path), record(["<video>" * 9])]
+    samples = [with_media(["<video>", "ciao"], folder) for folder in (media_dir, tmp_path)] + [record(["<video>" * 9])]
     skipping = SupervisedDataset(samples, visual_tokenizer, tiny_vision, 512, on_bad_sample="skip")
     assert skipping[0].id == "s1"
     broken = skipping[1]
