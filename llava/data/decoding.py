@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.data.containers import check_complete
-from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_animation
+from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.video import MissingFrameError, Video, frame_rate, is_constant, last_frame_seconds, open_video
 
@@ -113,8 +113,8 @@ def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedP
                 raise ValueError("it is given as frames without their rate, and --video_fps is set; give meta.fps")
             yield FrameFiles(files, request.frame_rate, request.limits)
         elif is_picture_file(path):
-            with open_animation(path, request.limits) as animation:
-                yield animation
+            with open_picture(path, request.limits) as (image, animation):
+                yield AnimatedPicture(image, animation, request.limits)
         else:
             check_complete(*check_file(path))
             with open_video(path, request.limits) as video:

@@ -10,16 +10,14 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llava.data.media_files import MediaLimits
 
-PNG, GIF, WEBP, JPEG, BMP, TIFF, HEIF = "PNG", "GIF", "WebP", "JPEG", "BMP", "TIFF", "HEIC or AVIF"
-_SIGNATURES = {
-    b"\x89PNG\r\n\x1a\n": PNG, b"GIF87a": GIF, b"GIF89a": GIF, b"\xff\xd8\xff": JPEG, b"BM": BMP,
-    b"II*\0": TIFF, b"MM\0*": TIFF, b"II+\0": TIFF, b"MM\0+": TIFF,
-}  # fmt: skip
+# What files begin with.
+_PNG, _GIF, _JPEG = b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a"), b"\xff\xd8\xff"
+_BMP, _TIFF = b"BM", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 AVIF_BRANDS = (b"avif", b"avis")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -50,13 +48,18 @@ class Animation:
     first: int = 0
 
 
-def name_kind(head: bytes) -> str | None:
-    """What kind of picture a file is, by its first 16 bytes or more; None for another kind of file."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return WEBP
-    if head[4:8] == b"ftyp" and head[8:12] in (*AVIF_BRANDS, *HEIC_BRANDS):
-        return HEIF
-    return next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), None)
+def is_picture(head: bytes) -> bool:
+    """Whether a file is a picture, by its first 16 bytes or more."""
+    return head.startswith((_PNG, *_GIF, _JPEG, _BMP, *_TIFF)) or _is_webp(head) or is_heif(head)
+
+
+def _is_webp(head: bytes) -> bool:
+    return head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether a file is a HEIC or an AVIF: one of ISO/IEC 23008-12, by the brand of its first box."""
+    return head[4:8] == b"ftyp" and head[8:12] in (*AVIF_BRANDS, *HEIC_BRANDS)
 
 
 def read_structure(data: bytes, limits: MediaLimits) -> Animation | None:
@@ -72,14 +75,16 @@ def read_structure(data: bytes, limits: MediaLimits) -> Animation | None:
     Raises:
         ValueError: it is cut off, damaged or too large.
     """
-    kind = name_kind(data[:16])
-    walk: Callable[[bytes, MediaLimits], Animation | None] | None = {
-        PNG: _walk_png, GIF: _walk_gif, WEBP: _walk_webp, JPEG: _walk_jpeg,
-    }.get(kind or "")  # fmt: skip
     try:
-        if walk is not None:
-            return walk(data, limits)
-        if data.endswith(_ZEROS) and not _ends_before_zeros(data):
+        if data.startswith(_PNG):
+            return _walk_png(data, limits)
+        if data.startswith(_GIF):
+            return _walk_gif(data, limits)
+        if _is_webp(data):
+            return _walk_webp(data, limits)
+        if data.startswith(_JPEG):
+            _walk_jpeg(data)
+        elif data.endswith(_ZEROS) and not _ends_before_zeros(data):
             raise ValueError("its end is zeros: it was not written to its end")
         return None
     except (IndexError, struct.error) as error:
@@ -99,7 +104,7 @@ def _ends_before_zeros(data: bytes) -> bool:
 
     Only the formats below say where they end, in a way that zeros cannot.
     """
-    if name_kind(data[:16]) == HEIF:
+    if is_heif(data):
         media = [end for kind, _, end in _iso_boxes(data) if kind == b"mdat"]
         return bool(media) and not data[: media[-1]].endswith(_ZEROS)
     if data.startswith(_JP2):
@@ -113,7 +118,10 @@ def _ends_before_zeros(data: bytes) -> bool:
 
 
 def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each outermost box, where its content begins, and where it ends."""
+    """The kind of each outermost box, where its content begins, and where it ends (ISO/IEC 14496-12, 4.2).
+
+    A length of 0 means to the end of the file, one of 1 that eight bytes follow with the length.
+    """
     at = 0
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -129,12 +137,13 @@ def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
+    """PNG, third edition, 5.3: chunks of a length, a kind, data and a checksum; each frame has an fcTL."""
     view, at = memoryview(data), 8
     declared, first = 0, 0
     seconds: list[float] = []
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
-        body, end = at + 8, at + 12 + length
+        body, end = at + 8, at + 12 + length  # four bytes of checksum follow
         if not kind.isalpha():
             raise ValueError(f"it is damaged: no chunk begins at byte {at}")
         if end > len(data):
@@ -160,6 +169,7 @@ def _walk_png(data: bytes, limits: MediaLimits) -> Animation | None:
 
 
 def _walk_gif(data: bytes, limits: MediaLimits) -> Animation | None:
+    """GIF89a: extensions (0x21), of which the graphic control (0xF9) has the delay, and images (0x2C), up to 0x3B."""
     limits.check_picture(*struct.unpack_from("<HH", data, 6))
     at = 13 + _palette_bytes(data[10])
     delay = 0.0
@@ -185,10 +195,12 @@ def _walk_gif(data: bytes, limits: MediaLimits) -> Animation | None:
 
 
 def _palette_bytes(flags: int) -> int:
+    """Bytes of a table of colours: bit 7 says whether there is one, bits 0 to 2 how large it is."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _skip_blocks(data: bytes, at: int) -> int:
+    """The place behind blocks of a length and so many bytes, of which the last is empty."""
     while length := data[at]:
         at += 1 + length
     return at + 1
@@ -262,36 +274,35 @@ def _is_decoded(kind: bytes, body: bytes, limits: MediaLimits) -> bool:
     return True
 
 
-def _walk_jpeg(data: bytes, limits: MediaLimits) -> None:
+def _walk_jpeg(data: bytes) -> None:
+    """ITU-T T.81, annex B: segments behind markers, and compressed data behind those that start a scan."""
     if data.endswith(_JPEG_END) and _ZEROS not in data:
         return
     first_symbols: dict[int, int] = {}  # by class and number of the table: what a code of zeros alone stands for
     at = 2
-    while True:
-        at = data.find(b"\xff", at)
-        if at < 0:
-            raise _cut_off()
+    while (at := data.find(b"\xff", at)) >= 0:
         marker = data[at + 1]
-        if marker == 0xFF:
+        if marker == 0xFF:  # a fill byte
             at += 1
             continue
         at += 2
-        if marker == 0xD9:
+        if marker == 0xD9:  # the end of the image
             return
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # those that no segment follows
             continue
         end = at + struct.unpack_from(">H", data, at)[0]
-        if marker == 0xC4:
+        if marker == 0xC4:  # Huffman tables
             first_symbols |= _first_symbols(data[at + 2 : end])
-        elif marker == 0xDA:
+        elif marker == 0xDA:  # a scan
             found = _JPEG_MARKER.search(data, end)
             zeros = data.find(_ZEROS, end, found.start() if found else len(data))
             if zeros >= 0 and not _zeros_are_flat(data[at + 2 : end], first_symbols):
                 raise _zero_filled()
             if found is None:
-                raise _cut_off()
+                break
             end = found.start()
         at = end
+    raise _cut_off()
 
 
 def _first_symbols(tables: bytes) -> dict[int, int]:

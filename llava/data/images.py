@@ -8,16 +8,15 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.image_structure import AVIF_BRANDS, HEIC_BRANDS, Animation, name_kind, read_structure
+from llava.data.image_structure import AVIF_BRANDS, Animation, is_heif, is_picture, read_structure
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file, is_picture_name
 
 if TYPE_CHECKING:
@@ -36,22 +35,31 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _TILE_WIDTH, _TILE_LENGTH = 258,
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
-@dataclass(frozen=True)
-class OpenPicture:
-    """A picture whose header has been read, and its pixels not yet.
+@contextmanager
+def _named(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[None]:
+    """Turn what goes wrong within the ``with`` into a MediaError that names the file."""
+    from PIL import Image
 
-    Attributes:
-        image: Pillow's image.
-        animation: its frames, if they are several.
-    """
-
-    image: PILImage
-    animation: Animation | None
+    try:
+        yield
+    except MediaError:
+        raise
+    except Image.DecompressionBombError as error:
+        # Above what any --max_image_pixels can allow; Pillow says how large it is.
+        raise MediaError(f"{path}: {error} --max_image_pixels is {limits.max_image_pixels}") from error
+    except Image.UnidentifiedImageError as error:
+        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
+    except MemoryError as error:
+        raise MediaError(f"{path}: cannot be read as an image: it does not fit into memory") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, OverflowError) as error:
+        raise MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}") from error
 
 
 @contextmanager
-def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[OpenPicture]:
-    """Open a picture within its limits, after a look at the whole of its file.
+def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[tuple[PILImage, Animation | None]]:
+    """Open a picture within its limits, after a look at the whole of its file, its pixels not yet decoded.
+
+    Gives Pillow's image, and its frames if they are several.
 
     Raises:
         MediaError: the file is missing, cut off, damaged, no picture, or too large to be one; what is done to the
@@ -60,7 +68,7 @@ def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Op
     from PIL import Image
 
     path, size = check_file(path)
-    try:
+    with _named(path, limits):
         if size > limits.max_image_bytes:
             raise ValueError(f"its file has {size} bytes, but --max_image_bytes is {limits.max_image_bytes}")
         with open(path, "rb") as file:  # noqa: PTH123
@@ -69,22 +77,15 @@ def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Op
         animation = read_structure(data, limits)
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             limits.check_picture(*image.size)
-            _check_tiles(image, limits)
+            # The tiles of a TIFF may be larger than its picture, and are decoded whole.
+            tags = getattr(image, "tag_v2", {})
+            width, height = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1)
+            if isinstance(width, int) and isinstance(height, int):
+                limits.check_picture(width, height)
             if animation is not None and image.format == "WEBP" and image.mode == "RGB":
                 # Without a transparent frame; where no frame lies there is nothing, and Pillow makes it black.
                 image.rawmode = image._mode = "RGBA"  # type: ignore[attr-defined]
-            yield OpenPicture(image, animation)
-    except Image.DecompressionBombError as error:
-        # Above what any --max_image_pixels can allow; Pillow says how large it is.
-        raise MediaError(f"{path}: {error} --max_image_pixels is {limits.max_image_pixels}") from error
-    except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
-    except MediaError:
-        raise
-    except MemoryError as error:
-        raise MediaError(f"{path}: cannot be read as an image: it does not fit into memory") from error
-    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, OverflowError) as error:
-        raise _unreadable(path, error) from error
+            yield image, animation
 
 
 def read_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
@@ -96,8 +97,8 @@ def read_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> NDArray[np.
     Raises:
         MediaError: see ``open_picture``.
     """
-    with open_picture(path, limits) as picture:
-        return to_rgb(picture.image)
+    with open_picture(path, limits) as (image, _):
+        return to_rgb(image)
 
 
 def read_image_size(path: str) -> tuple[int, int]:
@@ -111,7 +112,7 @@ def read_image_size(path: str) -> tuple[int, int]:
     from PIL import ExifTags, Image
 
     path, _ = check_file(path)
-    try:
+    with _named(path):
         with open(path, "rb") as file:  # noqa: PTH123
             _check_head(file.read(32))
         with Image.open(path, formats=_known_formats()) as image:
@@ -122,22 +123,14 @@ def read_image_size(path: str) -> tuple[int, int]:
                 width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
             # Not image.getexif(), which for a PNG decodes the pixels.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
     return (width, height) if orientation in _SIDEWAYS else (height, width)
-
-
-def _unreadable(path: str, error: Exception) -> MediaError:
-    return MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}")
 
 
 def _check_head(head: bytes) -> None:
     """A ValueError for what Pillow must not open, or cannot without a plug-in that is not there."""
     if head.startswith(_POSTSCRIPT):
         raise ValueError("it is PostScript; turn it into a PNG or a JPEG first")
-    if head[4:8] == b"ftyp" and head[8:12] in (*AVIF_BRANDS, *HEIC_BRANDS):
+    if head[4:8] == b"ftyp" and is_heif(head):
         _load_plugin("AVIF" if head[8:12] in AVIF_BRANDS else "HEIC")
 
 
@@ -169,14 +162,6 @@ def _known_formats() -> list[str]:
 
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _check_tiles(image: PILImage, limits: MediaLimits) -> None:
-    """A ValueError for a TIFF whose tiles are larger than any picture may be."""
-    tags = getattr(image, "tag_v2", {})
-    width, height = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1)
-    if isinstance(width, int) and isinstance(height, int):
-        limits.check_picture(width, height)
 
 
 def to_rgb(image: PILImage) -> NDArray[np.uint8]:
@@ -290,7 +275,7 @@ def is_picture_file(path: str) -> bool:
     """Whether a file is a picture by its content; a MediaError if it cannot be read."""
     path, _ = check_file(path)
     with open(path, "rb") as file:  # noqa: PTH123
-        return name_kind(file.read(32)) is not None
+        return is_picture(file.read(32))
 
 
 class FrameFiles:
@@ -312,26 +297,31 @@ class FrameFiles:
         """Frames at ascending indices, as ``Video.read`` gives them; a ValueError if they differ in size."""
         height, width = read_image_size(self._paths[indices[0]])
         self._limits.check_frames(len(indices), width, height)
-        frames: dict[int, NDArray[np.uint8]] = {}
-        for index in indices:
-            if index not in frames:
-                frames[index] = read_picture(self._paths[index], self._limits)
-            found = frames[index].shape[:2]
-            if found != (height, width):
+
+        def read(index: int) -> NDArray[np.uint8]:
+            pixels = read_picture(self._paths[index], self._limits)
+            if pixels.shape[:2] != (height, width):
                 raise ValueError(
                     f"its frames differ in size: {os.path.basename(self._paths[indices[0]])} is {width} x {height}, "
-                    f"{os.path.basename(self._paths[index])} is {found[1]} x {found[0]}"
+                    f"{os.path.basename(self._paths[index])} is {pixels.shape[1]} x {pixels.shape[0]}"
                 )
-        return np.stack([frames[index] for index in indices])
+            return pixels
+
+        return _stack(indices, read)
+
+
+def _stack(indices: Sequence[int], read: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Frames at ascending indices, one that repeats read once, as (frames, height, width, 3)."""
+    frames = {index: read(index) for index in dict.fromkeys(indices)}
+    return np.stack([frames[index] for index in indices])
 
 
 class AnimatedPicture:
     """A clip that is one animated picture; attributes as those of ``FrameFiles``, from the delays in the file."""
 
-    def __init__(self, picture: OpenPicture, limits: MediaLimits) -> None:
-        self._image: Any = picture.image
-        self._limits = limits
-        animation = picture.animation or self._read_delays()
+    def __init__(self, image: PILImage, animation: Animation | None, limits: MediaLimits) -> None:
+        self._image, self._limits = image, limits
+        animation = animation or self._read_delays()
         if animation is None:
             raise ValueError(
                 'it is one still picture and no clip; give it as "image", or the frames of a clip as a list or a folder'
@@ -358,25 +348,14 @@ class AnimatedPicture:
         """Frames at ascending indices, as ``Video.read`` gives them."""
         size = self._image.size
         self._limits.check_frames(len(indices), *size)
-        frames: dict[int, NDArray[np.uint8]] = {}
-        for index in indices:
-            if index not in frames:
-                self._image.seek(self._first + index)
-                if self._image.size != size:
-                    raise ValueError(f"its frame {index} is larger than its first")
-                frames[index] = to_rgb(self._image)
-        return np.stack([frames[index] for index in indices])
 
+        def read(index: int) -> NDArray[np.uint8]:
+            self._image.seek(self._first + index)
+            if self._image.size != size:
+                raise ValueError(f"its frame {index} is larger than its first")
+            return to_rgb(self._image)
 
-@contextmanager
-def open_animation(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[AnimatedPicture]:
-    """Open an animated picture as a clip.
-
-    Raises:
-        MediaError: it is a still picture, or not what ``open_picture`` opens.
-    """
-    with open_picture(path, limits) as picture:
-        yield AnimatedPicture(picture, limits)
+        return _stack(indices, read)
 
 
 def list_frames(folder: str) -> list[str]:
@@ -392,7 +371,7 @@ def list_frames(folder: str) -> list[str]:
         raise MediaError(
             f"{folder}: a folder, not a file; a clip may be a folder of pictures and nothing else, but {why}"
         )
-    places: dict[Any, str] = {}
+    places: dict[tuple[tuple[str, int], ...], str] = {}
     for name in names:
         place = _place(name.rpartition(".")[0])
         if (other := places.setdefault(place, name)) != name:
