@@ -66,7 +66,7 @@ class Footer:
     origin: dict[str, str] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
     repeated: dict[int, int] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
     checksum: int = 0
     version: int = VERSION
@@ -164,7 +164,7 @@ class RecordStore(RecordSequence):
         records: Iterable[Record],
         path: Path | None = None,
         origin: dict[str, str] | None = None,
-        notes: dict[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> RecordStore:
         """Store records, one by one as they come.
 
@@ -399,7 +399,7 @@ def open_store(
     folder: Path | None,
     settings: Mapping[str, object],
     read: Callable[[], Iterable[Record]],
-    notes: dict[str, Any],
+    notes: Mapping[str, Any],
 ) -> RecordStore:
     """The records of a data file, from its index if that is there and still true.
 

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 from llava.io import write_beside
 from llava.types import Media, MediaKind
@@ -170,15 +170,64 @@ class MediaLimits:
 DEFAULT_LIMITS = MediaLimits()
 
 
-# Media that stand in a data file itself, as bytes: written once to a folder of files, which everything else reads.
+# Media of a raw sample: paths, or bytes that are written once to a folder of files, which everything else reads.
 
 _DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,")
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
+_MEDIUM_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
+"""Keys of an object that stands for a medium."""
 
 
-def media_folder(cache_dir: Path | None) -> Path:
-    """The folder of such files: below that of the indexes or, without one, a folder that goes with this process."""
-    return _temporary_folder() if cache_dir is None else cache_dir.absolute() / "media"
+def read_medium(
+    value: object, kind: MediaKind, root: str, source: str, anywhere: bool, media_dir: Path | None, where: str
+) -> Media:
+    """The file of a medium as a data file has it: a path, bytes, a ``data:`` address, a picture or an object of these.
+
+    Args:
+        value: what the sample has.
+        kind, root, anywhere, where: as for ``find_media``.
+        source: the sub-folder of the root that a relative path starts from.
+        media_dir: where bytes are written; None is a folder that goes with this process.
+
+    Raises:
+        ValueError: it is none of these, or its path leads out of the root.
+    """
+    try:
+        data, path = _split_medium(value)
+        if data is not None:
+            folder = media_dir or _temporary_folder()
+            return Media(kind, _write_media(data, path, folder), len(str(folder)))
+    except ValueError as error:
+        raise ValueError(f'{where}: "{kind}": {error}') from error
+    if not path:
+        hint = "; a sample without media leaves the key out" if value == "" else ""
+        raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}{hint}')
+    return find_media(os.path.join(source, path), kind, root, anywhere, where)
+
+
+def _split_medium(value: object) -> tuple[bytes | None, str]:
+    """The bytes of a medium, if they were given, and its path or name."""
+    if isinstance(value, bytes):
+        return value, ""
+    if hasattr(value, "save") and hasattr(value, "tobytes"):  # A picture of Pillow: a PNG loses nothing of it.
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        return file.getvalue(), ".png"
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if key in _MEDIUM_KEYS and item}
+        if isinstance(data := given.pop("bytes", None), bytes):
+            return data, str(given.get("path", ""))
+        value = next(iter(given.values())) if len(given) == 1 else None
+    if not isinstance(value, str):
+        return None, ""
+    if match := _DATA_URI.match(value):
+        try:
+            return base64.b64decode(value[match.end() :], validate=True), ""
+        except binascii.Error as error:
+            raise ValueError(f"its data: address is not base64: {error}") from error
+    if value.startswith("file://"):
+        return None, unquote(value.removeprefix("file://"))
+    return None, local_path(value)
 
 
 @cache
@@ -191,13 +240,13 @@ def _temporary_folder() -> Path:
     return Path(folder)
 
 
-def write_media(data: bytes, name: str, folder: Path) -> str:
+def _write_media(data: bytes, name: str, folder: Path) -> str:
     """The path of a file with these bytes; it is named after them, so that each is there once.
 
     Args:
         data: of an image or a video.
         name: that it had, of which the suffix is kept; "" if none is known.
-        folder: see ``media_folder``.
+        folder: below which it is written.
 
     Raises:
         ValueError: there are none.
@@ -213,25 +262,3 @@ def write_media(data: bytes, name: str, folder: Path) -> str:
     with write_beside(path, durable=False, shared=True) as beside:
         beside.write_bytes(data)
     return str(path)
-
-
-def decode_data_uri(text: str) -> bytes | None:
-    """The bytes of a ``data:...;base64,`` address; None for any other text.
-
-    Raises:
-        ValueError: what follows is not base64.
-    """
-    match = _DATA_URI.match(text)
-    if match is None:
-        return None
-    try:
-        return base64.b64decode(text[match.end() :], validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its data: address is not base64: {error}") from error
-
-
-def encode_picture(picture: Any) -> bytes:
-    """A picture of Pillow as a PNG, without loss."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()

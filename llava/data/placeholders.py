@@ -22,16 +22,6 @@ def placeholder_kinds(text: str) -> list[MediaKind]:
     return [PLACEHOLDERS[placeholder] for placeholder in PLACEHOLDER.findall(text)]
 
 
-def split_at_placeholders(text: str, keep: bool = False) -> list[str]:
-    """The pieces of text before, between and behind the placeholders: one more than there are of these.
-
-    Args:
-        text: with placeholders.
-        keep: whether the placeholders stand between the pieces.
-    """
-    return re.split(f"({PLACEHOLDER.pattern})", text) if keep else PLACEHOLDER.split(text)
-
-
 def literal_text(text: str) -> str:
     r"""A text as it reads: ``\<image>`` is the word ``<image>``, and no image."""
     return ESCAPED_PLACEHOLDER.sub(r"\1", text)

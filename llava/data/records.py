@@ -8,25 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, TypedDict
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
 from llava.data.files import choose_rows, find_entries, read_samples, read_values
 from llava.data.index import Mixture, Part, RecordStore, open_store
-from llava.data.media_files import (
-    ANIMATED_SUFFIXES,
-    decode_data_uri,
-    encode_picture,
-    find_media,
-    is_picture_name,
-    local_path,
-    media_folder,
-    write_media,
-)
+from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_medium
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.spellings import name_type, read_raw, suggest
-from llava.grounding.samples import check_coordinates, parse_variables
+from llava.grounding.samples import parse_variables
 from llava.types import Media, MediaKind, Record, Role, Turn
 
 __all__ = ["describe_notes", "parse_record", "read_records", "read_samples"]
@@ -35,9 +25,14 @@ _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _LONGEST_ID = 1000
-_MEDIUM_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
-"""Keys of an object that stands for a medium."""
 _RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
+
+
+class Notes(TypedDict):
+    """What is worth a word of a data file: samples by key that nothing reads, and samples without an id."""
+
+    unread: dict[str, int]
+    without_id: int
 
 
 def read_records(
@@ -85,7 +80,7 @@ def read_records(
                 "media_source": entry.source,
                 "allow_outside_paths": allow_outside_paths,
                 "ignore_keys": tuple(ignore_keys),
-                "media_dir": cache and media_folder(cache),
+                "media_dir": cache and cache.absolute() / "media",
             }
             stores.append(_open_file(file, settings, cache, on_bad_sample))
         # The names of its files, and how often they were drawn from before, tell an entry: not its place, which
@@ -109,7 +104,7 @@ def _absolute(folder: str) -> str:
 
 def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
     """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
-    notes: dict[str, Any] = {"unread": {}, "without_id": 0}
+    notes: Notes = {"unread": {}, "without_id": 0}
 
     def read() -> Iterator[Record]:
         for sample, source in read_values(path):
@@ -141,7 +136,7 @@ def _find_faults(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bo
 
 
 def parse_record(
-    sample: Any,
+    sample: object,
     source: str,
     image_folder: str,
     video_folder: str,
@@ -149,7 +144,7 @@ def parse_record(
     allow_outside_paths: bool = False,
     ignore_keys: Sequence[str] = (),
     media_dir: Path | None = None,
-    notes: dict[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> Record:
     """Validate one raw sample, see ``docs/data.md``.
 
@@ -162,39 +157,43 @@ def parse_record(
         allow_outside_paths: whether its paths may lead out of both folders.
         ignore_keys: keys that are not looked at, whatever they seem to hold.
         media_dir: where media that are given as bytes are written; by default a folder that goes with the process.
-        notes: counts of what is worth a word: ``unread`` by key, samples ``without_id``.
+        notes: counts what is worth a word.
     """
     if not isinstance(sample, dict):
         raise ValueError(f"{source}: expected an object, found {name_type(sample)}")
     identity = _parse_id(sample.get("id"), source)
     where = f"sample {identity!r} ({source})"
     folder = _parse_source(sample.get("source"), where) if media_source is None else media_source
+
+    def read(value: object, kind: MediaKind) -> Media:
+        root = image_folder if kind == "image" else video_folder
+        return read_medium(value, kind, root, folder, allow_outside_paths, media_dir, where)
+
     raw = read_raw(sample, where, ignore_keys)
-    num_clips = sum(placeholder_kinds(text).count("video") for _, text in raw.turns)
-    clips = _gather_frames(raw.media["video"], num_clips, where)
+    turns = tuple(_parse_turns(raw.turns, where))
+    shown = [kind for turn in turns for kind in placeholder_kinds(turn.text)]
+    clips = _gather_frames(raw.media["video"], shown.count("video"), where)
     frame_rate = _parse_frame_rate(sample.get("meta"), clips, where)
-    record = Record(
-        id=identity,
-        turns=tuple(_parse_turns(raw.turns, where)),
-        media=(
-            *_parse_media(raw.media["image"], "image", image_folder, folder, allow_outside_paths, media_dir, where),
-            *_parse_media(clips, "video", video_folder, folder, allow_outside_paths, media_dir, where, frame_rate),
-        ),
-        source=source,
-        split=_parse_split(sample.get("meta"), where),
-        coordinates=parse_variables(sample.get("variables"), where),
-    )
-    _check_placeholders(record, raw.unread)
-    check_coordinates(record)
-    _check_split(record)
+    media = [read(value, "image") for value in raw.media["image"]]
+    for clip in clips:
+        if isinstance(clip, list) and clip:
+            frames = [read(frame, "video") for frame in clip]
+            media.append(replace(frames[0], frames=tuple(frame.path for frame in frames), fps=frame_rate))
+        else:
+            media.append(replace(read(clip, "video"), fps=frame_rate))
+    split = _parse_split(sample.get("meta"), where)
+    _check_placeholders(shown, media, raw.unread, where)
+    if split is not None and (num_videos := shown.count("video")) > 1:
+        raise ValueError(f'{where}: has "meta.split" and {num_videos} videos; it can only speak of one')
+    coordinates = parse_variables(sample.get("variables"), " ".join(turn.text for turn in turns), where)
     if notes is not None:
         for key in set(raw.unread):
             notes["unread"][key] = notes["unread"].get(key, 0) + 1
         notes["without_id"] += sample.get("id") is None
-    return record
+    return Record(identity, turns, tuple(media), source, split, coordinates=coordinates)
 
 
-def _parse_id(value: Any, source: str) -> str:
+def _parse_id(value: object, source: str) -> str:
     """The id of a sample; one that has none is named after its file and its place there."""
     if value is None:
         file, _, place = source.rpartition(", ")
@@ -211,52 +210,39 @@ def _parse_id(value: Any, source: str) -> str:
     return identity
 
 
-def _parse_source(value: Any, where: str) -> str:
+def _parse_source(value: object, where: str) -> str:
     if not isinstance(value, str | None):
         raise ValueError(f'{where}: "source" must be the name of a folder, found {name_type(value)}')
     return value or ""
 
 
-def _parse_media(
-    values: Sequence[Any],
-    kind: MediaKind,
-    root: str,
-    source: str,
-    anywhere: bool,
-    media_dir: Path | None,
-    where: str,
-    frame_rate: float = 0.0,
-) -> Iterator[Media]:
-    """The media of one kind, each given as a path, as bytes or, a clip, as a list of its frames."""
-
-    def parse(value: Any) -> Media:
+def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> Iterator[Turn]:
+    for number, (role, text) in enumerate(turns, start=1):
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"{where}, turn {number}: unknown role {role!r:.80}; known: {', '.join(_ROLES)}")
+        if reserved := _RESERVED.search(text):
+            raise ValueError(
+                f"{where}, turn {number}: has {reserved.group()!r}, a name kept for visual tokens; "
+                f"write {DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} where media stand"
+            )
         try:
-            data, path = _read_medium(value)
-            if data is not None:
-                folder = media_dir or media_folder(None)
-                return Media(kind, write_media(data, path, folder), len(str(folder)))
-        except ValueError as error:
-            raise ValueError(f'{where}: "{kind}": {error}') from error
-        if not path:
-            hint = "; a sample without media leaves the key out" if value == "" else ""
-            raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}{hint}')
-        return find_media(os.path.join(source, path), kind, root, anywhere, where)
-
-    for value in values:
-        if isinstance(value, list) and value and kind == "video":
-            frames = [parse(frame) for frame in value]
-            yield replace(frames[0], frames=tuple(frame.path for frame in frames), fps=frame_rate)
-        else:
-            yield replace(medium, fps=frame_rate) if (medium := parse(value)) and kind == "video" else medium
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise ValueError(
+                f"{where}, turn {number}: has half a character ({half!r}), as of an emoji that was cut in two"
+            ) from error
+        yield Turn(_ROLES[role], text)
 
 
-def _gather_frames(values: Sequence[Any], num_clips: int, where: str) -> Sequence[Any]:
+def _gather_frames(values: Sequence[object], num_clips: int, where: str) -> Sequence[object]:
     """The clips of a sample; a list of pictures becomes the frames of one clip where the text has one ``<video>``."""
-    if len(values) < 2 or not all(isinstance(value, str) and is_picture_name(value) for value in values):
+    names = [value for value in values if isinstance(value, str) and is_picture_name(value)]
+    if len(values) < 2 or len(names) < len(values):
         return values
     if num_clips == 1:
-        return [list(values)]
-    if num_clips == len(values) and not any(value.lower().endswith(ANIMATED_SUFFIXES) for value in values):
+        return [names]
+    if num_clips == len(names) and not any(name.lower().endswith(ANIMATED_SUFFIXES) for name in names):
         raise ValueError(
             f'{where}: its "video" has {len(values)} pictures and its text {num_clips} <video>; give the frames of '
             'each clip as a list of their own, [["1.jpg", "2.jpg"], ["3.jpg"]], or pictures as "image" with <image>'
@@ -264,7 +250,7 @@ def _gather_frames(values: Sequence[Any], num_clips: int, where: str) -> Sequenc
     return values
 
 
-def _parse_frame_rate(meta: Any, clips: Sequence[Any], where: str) -> float:
+def _parse_frame_rate(meta: object, clips: Sequence[object], where: str) -> float:
     """Frames a second of clips that are lists or folders of frames; 0 where the sample has none or does not say."""
     fps = meta.get("fps") if isinstance(meta, dict) else None
     if fps is None or not any(
@@ -276,50 +262,8 @@ def _parse_frame_rate(meta: Any, clips: Sequence[Any], where: str) -> float:
     return float(fps)
 
 
-def _read_medium(value: Any) -> tuple[bytes | None, str]:
-    """The bytes of a medium, if they were given, and its path or name."""
-    if isinstance(value, bytes):
-        return value, ""
-    if hasattr(value, "save") and hasattr(value, "tobytes"):
-        return encode_picture(value), ".png"
-    if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if key in _MEDIUM_KEYS and item}
-        if isinstance(data := given.pop("bytes", None), bytes):
-            return data, str(given.get("path", ""))
-        value = next(iter(given.values())) if len(given) == 1 else None
-    if not isinstance(value, str):
-        return None, ""
-    if (data := decode_data_uri(value)) is not None:
-        return data, ""
-    if value.startswith("file://"):
-        return None, unquote(value.removeprefix("file://"))
-    return None, local_path(value)
-
-
-def _parse_turns(turns: Sequence[tuple[Any, str]], where: str) -> Iterator[Turn]:
-    for number, (role, text) in enumerate(turns, start=1):
-        if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"{where}, turn {number}: unknown role {role!r:.80}; known: {', '.join(_ROLES)}")
-        _check_text(text, f"{where}, turn {number}")
-        yield Turn(_ROLES[role], text)
-
-
-def _check_text(text: str, where: str) -> None:
-    if reserved := _RESERVED.search(text):
-        raise ValueError(
-            f"{where}: has {reserved.group()!r}, a name kept for visual tokens; "
-            f"write {DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} where media stand"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: has half a character ({text[error.start]!r}), as of an emoji that was cut in two"
-        ) from error
-
-
-def _parse_split(meta: Any, where: str) -> tuple[int, int] | None:
-    if meta is not None and not isinstance(meta, dict):
+def _parse_split(meta: object, where: str) -> tuple[int, int] | None:
+    if not isinstance(meta, dict | None):
         raise ValueError(f'{where}: "meta" must be an object, found {name_type(meta)}')
     split = (meta or {}).get("split")
     if split is None:
@@ -329,16 +273,10 @@ def _parse_split(meta: Any, where: str) -> tuple[int, int] | None:
     return split[0], split[1]
 
 
-def _check_split(record: Record) -> None:
-    num_videos = sum(media.kind == "video" for media in record.media)
-    if record.split is not None and num_videos > 1:
-        raise ValueError(f'{record}: has "meta.split" and {num_videos} videos; it can only speak of one')
-
-
-def _check_placeholders(record: Record, unread: Sequence[str]) -> None:
-    shown = [kind for turn in record.turns for kind in placeholder_kinds(turn.text)]
+def _check_placeholders(shown: Sequence[MediaKind], media: Sequence[Media], unread: Sequence[str], where: str) -> None:
+    """A ValueError unless each medium has its placeholder, and each placeholder its medium."""
     for placeholder, kind in PLACEHOLDERS.items():
-        wanted, given = shown.count(kind), sum(media.kind == kind for media in record.media)
+        wanted, given = shown.count(kind), sum(medium.kind == kind for medium in media)
         if wanted == given:
             continue
         if wanted > given:
@@ -347,7 +285,7 @@ def _check_placeholders(record: Record, unread: Sequence[str]) -> None:
         else:
             way, hints = f"; write {placeholder} where the {kind} is to be seen", []
         raise ValueError(
-            f"{record}: its text has {wanted} {placeholder}, but the sample has {given} {kind} "
+            f"{where}: its text has {wanted} {placeholder}, but the sample has {given} {kind} "
             f"file{'' if given == 1 else 's'}; there must be one for each{''.join(hints)}{way}"
         )
 

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.data.placeholders import PLACEHOLDERS, split_at_placeholders
+from llava.constants import PLACEHOLDER
+from llava.data.placeholders import PLACEHOLDERS
 from llava.types import MediaKind
 
 CONVERSATION_KEYS = ("conversations", "messages", "conversation")
@@ -41,6 +42,7 @@ _MEDIA_NAME = re.compile(
 _MEDIA_FILE = re.compile(
     r"(?i)[^\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|m4v|mov|mkv|webm|avi|mpe?g|wmv|flv|ogv|3gp)"
 )
+_PLACEHOLDERS = re.compile(f"({PLACEHOLDER.pattern})")
 _PLAIN_NAMES = ("image", "images", "video", "videos")
 
 
@@ -245,7 +247,7 @@ def _read_part(part: Any, where: str, unread: list[str]) -> Iterator[_Piece]:
 
 def _cut(text: str) -> Iterator[_Piece]:
     """The text between placeholders, and these as media that the sample names elsewhere."""
-    for i, piece in enumerate(split_at_placeholders(text, keep=True)):
+    for i, piece in enumerate(_PLACEHOLDERS.split(text)):
         if i % 2:
             yield _Piece(kind=PLACEHOLDERS[piece])
         elif piece:

@@ -6,35 +6,36 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 from llava.config import VisionConfig
 from llava.constants import PLACEHOLDER
 from llava.geometry import frame_picture
 from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS, find_placeholders
-from llava.types import NO_COORDINATES, Coordinates, Record, Turn
+from llava.types import Coordinates, Turn
 
 _NAMES = [field.name for field in fields(Coordinates)]
 _MEDIUM_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
 
 
-def parse_variables(variables: Any, where: str) -> Coordinates:
+def parse_variables(variables: object, text: str, where: str) -> Coordinates:
     """Validate the ``variables`` of a raw sample.
 
     Args:
         variables: the parsed JSON; None, and a missing list, are empty.
+        text: of all turns, with a placeholder for each number.
         where: the sample, for errors.
     """
-    if variables is None:
-        return NO_COORDINATES
+    variables = {} if variables is None else variables
     if not isinstance(variables, dict):
         raise ValueError(f'{where}: "variables" must be an object of lists, found {type(variables).__name__}')
     if unknown := sorted(name for name in set(variables) - set(_NAMES) if variables[name]):
         raise ValueError(f'{where}: "variables" has the unknown list {unknown[0]!r}; known: {", ".join(_NAMES)}')
-    return Coordinates.from_variables({name: _parse_list(variables.get(name), name, where) for name in _NAMES})
+    found = Coordinates(**{name: _parse_list(variables.get(name), name, where) for name in _NAMES})
+    check_coordinates(found, text, where)
+    return found
 
 
-def _parse_list(numbers: Any, name: str, where: str) -> Sequence[float]:
+def _parse_list(numbers: object, name: str, where: str) -> tuple[float, ...]:
     numbers = [] if numbers is None else numbers
     if not isinstance(numbers, list):
         raise ValueError(f'{where}: "variables.{name}" must be a list of numbers, found {type(numbers).__name__}')
@@ -47,17 +48,17 @@ def _parse_list(numbers: Any, name: str, where: str) -> Sequence[float]:
                 f'{where}: "variables.{name}" has {str(number)[:40]}; a coordinate is a fraction, from 0 to 1, of the '
                 "picture's width or height or of the clip's length"
             )
-    return [float(number) for number in numbers]
+    return tuple(float(number) for number in numbers)
 
 
-def check_coordinates(record: Record) -> None:
-    """A ValueError that names the record unless each coordinate has its placeholder, and each placeholder its own."""
-    wanted = Counter(find_placeholders(" ".join(turn.text for turn in record.turns)))
+def check_coordinates(coordinates: Coordinates, text: str, where: str) -> None:
+    """A ValueError unless each coordinate has its placeholder in the text, and each placeholder its own."""
+    wanted = Counter(find_placeholders(text))
     for placeholder, name in LOCATIONS.items():
-        given = len(getattr(record.coordinates, name))
+        given = len(getattr(coordinates, name))
         if wanted[placeholder] != given:
             raise ValueError(
-                f'{record}: its text has {wanted[placeholder]} {placeholder}, but "variables.{name}" has {given} '
+                f'{where}: its text has {wanted[placeholder]} {placeholder}, but "variables.{name}" has {given} '
                 f"number{'' if given == 1 else 's'}; there must be one for each"
             )
 

@@ -32,7 +32,7 @@ from llava.model.loading import LoadedModel, choose_device, load_model
 from llava.model.pretrained import quiet_transformers
 from llava.model.quantization import Quantization
 from llava.serve.decoding import MAX_NEW_TOKENS, without_own_settings
-from llava.types import NO_COORDINATES, Coordinates, Media, Record, Turn, VisualInput
+from llava.types import NO_COORDINATES, Coordinates, Media, Turn, VisualInput
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class PromptWriter:
             return NO_COORDINATES
         if self.vision is None or not self.grounding.has_tables:
             return NO_COORDINATES
-        check_coordinates(Record("request", tuple(turns), source=request.prompt, coordinates=request.coordinates))
+        text = " ".join(turn.text for turn in turns)
+        check_coordinates(request.coordinates, text, f"sample 'request' ({request.prompt})")
         return move_to_square(turns, request.coordinates, [m.original_size for m in media], self.vision)
 
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from llava.constants import VISUAL_TOKENS
+from llava.constants import PLACEHOLDER, VISUAL_TOKENS
 from llava.data.placeholders import (
     expand_placeholders,
     expand_text,
     placeholder_kinds,
     preprocess_multimodal,
-    split_at_placeholders,
 )
 from llava.types import Turn
 
@@ -58,7 +57,7 @@ def test_slow_frames_shorten_only_the_slow_stream(italian_vision):
 def test_reading_order_is_kept(italian_vision):
     text = "prima <image> poi <video>, infine <image>."
     assert placeholder_kinds(text) == ["image", "video", "image"]
-    assert split_at_placeholders(text) == ["prima ", " poi ", ", infine ", "."]
+    assert PLACEHOLDER.split(text) == ["prima ", " poi ", ", infine ", "."]
     assert expand_text(text, italian_vision) == f"prima {IMAGE} poi {VIDEO}, infine {IMAGE}."
 
 
