@@ -148,7 +148,7 @@ def check_generation(bench: Bench) -> dict[str, Any]:
     for device in dict.fromkeys(("cpu", bench.device)):
         loaded = load_model(str(bench.folder / "answers"))
         model = loaded.model.to(device).eval()
-        spans = [model.vision.visual_token_ids[0]] * model.vision.num_tokens("image", 1)
+        spans = [model.vision.visual_token_ids[0]] * model.vision.layout.num_tokens("image", 1)
         ids = torch.tensor([loaded.tokenizer("Descrivi.")["input_ids"] + spans], device=device)
         image = torch.zeros(1, 3, 56, 56, device=device)
         for cached in (True, False):

@@ -47,10 +47,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from llava.config import VisionConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.constants import VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator
-from llava.grounding.syntax import GroundingConfig, span_text
+from llava.grounding.syntax import span_text
 from llava.train.distributed import leave_process_group
 from llava.train.train import build_trainer
 from llava.types import NO_COORDINATES, Batch, Coordinates, Example, VisualInput
@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mm_resampler_type": "perceiver",
         "mm_projector_type": "mlp1x_res1x_gelu",
     },
-    # Views of an image leave the packer's fast stream without a gradient.
+    # Views of an image leave the packer's fast span without a gradient.
     "resampled views": {"image_aspect_ratio": "anyres", "mm_resample_images": "true"},
     # Tables of coordinates, which text uses as heads, media as positions, and some samples as targets too.
     "coordinates": {"stage": "2", "image_aspect_ratio": "pad", "num_spatial_tokens": 10, "num_temporal_tokens": 10},
@@ -142,7 +142,7 @@ def make_example(
     if modality is None:
         return Example(f"{kind}{seed}", words, words)
     assert vision is not None
-    spans = vision.spans(modality, frames, size)
+    spans = vision.layout.spans(modality, frames, size)
     ids = [i for span in spans for i in tokenizer(span.text, add_special_tokens=False)["input_ids"]]
     if modality == "image" and vision.anyres is not None:
         frames = vision.anyres.num_views(size)

@@ -60,7 +60,6 @@ from llava.data.dataset import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens
-from llava.token_layout import FAST_SLOW_RESAMPLER
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.parts import set_trainable_parts
 from llava.train.train import lower_frozen_precision
@@ -126,7 +125,7 @@ def build_vision(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> VisionConf
         image_size=sizes.frame_side,
         image_resize_size=sizes.frame_side * 8 // 7,
         patches_per_side=sizes.frame_side // 14,
-        resampler_type=FAST_SLOW_RESAMPLER,
+        resampler_type="fast_slow_resampler",
         perceiver_latents=sizes.latents,
         perceiver_latents_fast=sizes.latents_fast,
         resampler_width=sizes.resampler_width,
@@ -275,8 +274,8 @@ class Floor:
 
         self.clips = (len(batch["images"]), len(batch["images"][0]))
         self.pixels = decoder.vision_tower.normalize(torch.cat(batch["images"]))
-        self.num_patches = model.vision.num_patches
-        num_visual = model.vision.num_tokens("video", self.clips[1])
+        self.num_patches = model.vision.patches_per_side**2
+        num_visual = model.vision.layout.num_tokens("video", self.clips[1])
         self.text = model.get_input_embeddings()(batch["input_ids"][:, num_visual:]).detach()
         self.mask = batch["attention_mask"]
         targets = batch["labels"][:, 1:]

@@ -1,27 +1,17 @@
-"""VisionConfig: how images and videos become token positions.
+"""The settings of a model: VisionConfig, how it sees, and GroundingConfig, how it tells places and times.
 
-The data side (which writes placeholder tokens) and the model side (which overwrites them with
-features) both read this one description, so they cannot disagree on a count.
+Each is validated once, as it is made, and written to and read from ``config.json``. What other files need of it often
+(the token layout, the side of the grid) is computed then too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from llava.constants import (
-    IMAGE_END,
-    IMAGE_PATCH,
-    IMAGE_START,
-    SLOW_VIDEO_END,
-    SLOW_VIDEO_START,
-    VIDEO_END,
-    VIDEO_PATCH,
-    VIDEO_START,
-    VISUAL_TOKENS,
-)
+from llava.constants import AXES, VISUAL_TOKENS, Axis
 from llava.geometry import (
     ANYRES,
     DEFAULT_PINPOINTS,
@@ -29,35 +19,29 @@ from llava.geometry import (
     PATCH_MERGE_TYPES,
     SPATIAL_UNPAD,
     AnyRes,
+    Letterbox,
     parse_aspect_ratio,
     parse_pinpoints,
 )
-from llava.token_layout import STREAM_LAWS, StreamLaw
+from llava.registry import build_settings
+from llava.token_layout import (
+    PROJECTOR_SETTINGS,
+    RESAMPLER_SETTINGS,
+    ProjectorSettings,
+    ResamplerSettings,
+    TokenLayout,
+)
 from llava.types import MediaKind
 
 ASPECT_RATIOS = ("square", "pad")
-"""Manners of fitting an image into a single square; anyres and anyres_max_N are those of ``llava.geometry``."""
-PROJECTOR_STRIDES = {"pooler": 2}
-"""Projectors that pool the grid, and how many patches a side become one."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """An atomic run of ``length`` tokens: a start marker, patch tokens and an end marker."""
-
-    start: str
-    patch: str
-    end: str
-    length: int
-
-    @property
-    def text(self) -> str:
-        return self.start + self.patch * (self.length - 2) + self.end
-
-
+"""Ways to fit an image into a single square; anyres and anyres_max_N are those of ``llava.geometry``."""
+LAPE, PLACEHOLDER, NO_GROUNDING = "lape", "placeholder", "none"
+GROUNDING_MODES = (LAPE, PLACEHOLDER, NO_GROUNDING)
+DEFAULT_BINS = 100
+_MOST_BINS = 1000
+"""Bins are numbered with three digits."""
 _UNBOUNDED_FRAMES = 32
 """Frames that a video counts with, before it is opened, where nothing bounds them."""
-_VIDEO_MARKERS = [(VIDEO_START, VIDEO_PATCH, VIDEO_END), (SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END)]
 
 
 @dataclass(frozen=True)
@@ -106,9 +90,9 @@ class VisionConfig:
     """fast_slow_resampler, perceiver, qformer, spatial_pool, masked_drop, or none (default): every patch becomes a
     token."""
     perceiver_latents: int = 81
-    """Tokens a frame of the perceiver, or in the slow stream, there a square."""
+    """Tokens a frame of the perceiver, or of the fast_slow_resampler's slow span, there a square."""
     perceiver_latents_fast: int = 9
-    """Tokens a frame in the fast stream, a square."""
+    """Tokens a frame of the fast span, a square."""
     perceiver_depth: int = 2
     """Layers of the perceiver."""
     qformer_latents: int = 32
@@ -130,15 +114,35 @@ class VisionConfig:
     num_frames: int = 4
     """Frames sampled evenly from a video."""
     slow_frames: int = 0
-    """Temporal length of the slow stream; 0 (default) keeps every frame."""
+    """Temporal length of the slow span; 0 (default) keeps every frame."""
     video_fps: float = 0.0
     """Sample so many frames a second instead of --num_frames; 0 (default) does not."""
     frames_upbound: int = 32
     """Most frames that --video_fps samples (default 32; 0: no bound)."""
     add_time_instruction: bool = False
     """Tell the user's turn how long its videos are and when their frames were taken; needs --version."""
+    projector_args: dict[str, object] = field(default_factory=dict)
+    """Settings of a plug-in projector, as a JSON object such as '{"depth": 3}' (docs/extending.md)."""
+    resampler_args: dict[str, object] = field(default_factory=dict)
+    """Settings of a plug-in resampler, as a JSON object such as '{"stride": 3}' (docs/extending.md)."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """Ids of the visual tokens in the model's vocabulary."""
+
+    # Computed from the above.
+    projector: ProjectorSettings = field(init=False, repr=False, compare=False)
+    """Settings of the projector, those of its own included."""
+    resampler: ResamplerSettings | None = field(init=False, repr=False, compare=False)
+    """Settings of the resampler, those of its own included; None without one."""
+    layout: TokenLayout = field(init=False, repr=False, compare=False)
+    """How many tokens each image or video takes."""
+    grid_side: int = field(init=False, repr=False, compare=False)
+    """Side of a frame's grid of patches behind the projector."""
+    anyres: AnyRes | None = field(init=False, repr=False, compare=False)
+    """How images are cut into tiles; None where each is a single square."""
+    is_bounded: bool = field(init=False, repr=False, compare=False)
+    """Whether a video cannot have more than ``max_frames``, however long it is."""
+    max_frames: int = field(init=False, repr=False, compare=False)
+    """The most frames that one video can have; an estimate where ``frames_upbound`` is 0 (see ``is_bounded``)."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "patches_per_side"):
@@ -148,11 +152,53 @@ class VisionConfig:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
         if self.frames_upbound < 0:
             raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
-        if self.stream_law is not None and self.stream_law.check is not None:
-            self.stream_law.check(self)
-        self._check_images()
+        computed = self._build_parts()
+        layout: TokenLayout = computed["layout"]
+        anyres = self._build_anyres(layout)
+        computed |= {
+            "layout": replace(layout, anyres=anyres),
+            "anyres": anyres,
+            "is_bounded": self.frames_upbound > 0 or not self.video_fps,
+            "max_frames": (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames,
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)
 
-    def _check_images(self) -> None:
+    def _build_parts(self) -> dict[str, Any]:
+        """Settings of projector and resampler, and the layout but for anyres."""
+        shared = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        kind = ProjectorSettings
+        if self.projector_type in PROJECTOR_SETTINGS:  # The names of MLPs are a pattern.
+            kind = PROJECTOR_SETTINGS.get(self.projector_type)
+        elif self.projector_args:
+            raise ValueError(
+                f"--mm_projector_args: the projector {self.projector_type!r} has no settings of its own; one of your "
+                "own is known once its file is imported"
+            )
+        projector, projector_args = build_settings(kind, shared, self.projector_args, "--mm_projector_args")
+        side = projector.pooled_side(self.patches_per_side)
+        resampler, resampler_args = None, dict[str, object]()
+        if self.resampler_type is not None:
+            if self.resampler_type not in RESAMPLER_SETTINGS:
+                raise ValueError(
+                    f"unknown --mm_resampler_type {self.resampler_type!r}; known: "
+                    f"{', '.join(RESAMPLER_SETTINGS.names())}, none; one of your own is known once its file is imported"
+                )
+            known = RESAMPLER_SETTINGS.get(self.resampler_type)
+            resampler, resampler_args = build_settings(known, shared, self.resampler_args, "--mm_resampler_args")
+            resampler.check(side)
+        elif self.resampler_args:
+            raise ValueError("--mm_resampler_args needs --mm_resampler_type")
+        return {
+            "projector": projector,
+            "projector_args": projector_args,
+            "resampler": resampler,
+            "resampler_args": resampler_args,
+            "grid_side": side,
+            "layout": TokenLayout(side, self.resampler_type, resampler, self.resample_images),
+        }
+
+    def _build_anyres(self, layout: TokenLayout) -> AnyRes | None:
         tiled, max_tiles = parse_aspect_ratio(self.image_aspect_ratio)
         if not tiled and self.image_aspect_ratio not in ASPECT_RATIOS:
             known = ", ".join([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])
@@ -160,8 +206,7 @@ class VisionConfig:
         if self.patch_merge_type not in PATCH_MERGE_TYPES:
             known = ", ".join(PATCH_MERGE_TYPES)
             raise ValueError(f"--mm_patch_merge_type is {self.patch_merge_type!r}; known: {known}")
-        if tiled:
-            parse_pinpoints(self.image_grid_pinpoints, self.image_size)
+        grids = parse_pinpoints(self.image_grid_pinpoints, self.image_size) if tiled else ()
         if max_tiles is not None and self.patch_merge_type == FLAT:
             raise ValueError(
                 f"--image_aspect_ratio {self.image_aspect_ratio} shrinks the grid that --mm_patch_merge_type "
@@ -169,136 +214,23 @@ class VisionConfig:
             )
         if self.patch_merge_type == SPATIAL_UNPAD and not tiled:
             raise ValueError(f"--mm_patch_merge_type {SPATIAL_UNPAD} needs --image_aspect_ratio {ANYRES}")
-        if self.patch_merge_type == SPATIAL_UNPAD and self.resamples("image"):
+        if self.patch_merge_type == SPATIAL_UNPAD and layout.resamples("image"):
             raise ValueError(
                 f"--mm_patch_merge_type {SPATIAL_UNPAD} needs images as grids of patches, and --mm_resample_images "
                 f"takes the grid away; switch it off, or use {FLAT}"
             )
-
-    def __reduce__(self) -> tuple[Callable[..., VisionConfig], tuple[Any, ...]]:
-        # The law goes along, by reference: a process that unpickles it imports, and so registers, it.
-        return _restore, (self.stream_law, vars(self))
-
-    @property
-    def stream_law(self) -> StreamLaw | None:
-        """How tokens are counted behind the resampler; None without one."""
-        if self.resampler_type is None:
-            return None
-        if self.resampler_type not in STREAM_LAWS:
-            raise ValueError(
-                f"unknown --mm_resampler_type {self.resampler_type!r}; known: {', '.join(STREAM_LAWS.names())}, none; "
-                "one of your own is known once its file is imported"
-            )
-        return STREAM_LAWS.get(self.resampler_type)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of a frame as they leave the tower."""
-        return self.patches_per_side**2
-
-    @property
-    def grid_side(self) -> int:
-        """Side of a frame's grid behind the projector; one that pools takes a last, half window for whole."""
-        return math.ceil(self.patches_per_side / PROJECTOR_STRIDES.get(self.projector_type, 1))
-
-    @property
-    def grid_patches(self) -> int:
-        """Patches of a frame behind the projector."""
-        return self.grid_side**2
-
-    @property
-    def anyres(self) -> AnyRes | None:
-        """How images are cut into tiles; None where each is a single square."""
-        tiled, max_tiles = parse_aspect_ratio(self.image_aspect_ratio)
         if not tiled:
             return None
-        return AnyRes(
-            side=self.image_size,
-            patches_per_side=self.grid_side,
-            view_tokens=sum(self.stream_lengths("image")),
-            grids=parse_pinpoints(self.image_grid_pinpoints, self.image_size),
-            merge_type=self.patch_merge_type,
-            max_tiles=max_tiles,
-        )
+        view_tokens = sum(layout.count_tokens("image"))
+        return AnyRes(self.image_size, layout.grid_side, view_tokens, grids, self.patch_merge_type, max_tiles)
 
-    @property
-    def pooled_side(self) -> int:
-        """Side of a frame's grid behind the spatial pool; a last window that juts out counts."""
-        return math.ceil(self.grid_side / self.spatial_pool_stride)
+    def letterbox(self, size: tuple[int, int]) -> Letterbox:
+        """How a picture of a size (height, width) is fitted to the square.
 
-    @property
-    def kept_patches(self) -> int:
-        """Patches of a frame that the masked drop keeps, at least one."""
-        return max(1, round(self.grid_patches * self.mask_drop_ratio))
-
-    @property
-    def slow_side(self) -> int:
-        return math.isqrt(self.perceiver_latents)
-
-    @property
-    def fast_side(self) -> int:
-        return math.isqrt(self.perceiver_latents_fast)
-
-    @property
-    def max_frames(self) -> int:
-        """The most frames that one video can have; an estimate where ``frames_upbound`` is 0 (see ``is_bounded``)."""
-        return (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether a video cannot have more than ``max_frames``, however long it is."""
-        return self.frames_upbound > 0 or not self.video_fps
-
-    def slow_length(self, num_frames: int) -> int:
-        """Temporal length of the slow stream for a video of ``num_frames`` frames."""
-        return min(self.slow_frames or num_frames, num_frames)
-
-    def resamples(self, kind: MediaKind) -> bool:
-        """Whether media of a kind pass the resampler; the others keep one token a patch."""
-        return self.resampler_type is not None and (kind == "video" or self.resample_images)
-
-    def stream_lengths(self, kind: MediaKind, num_frames: int = 1) -> tuple[int, ...]:
-        """Tokens of each stream: one, or for a video a fast one followed by a slow one."""
-        law = self.stream_law
-        if law is None or not self.resamples(kind):
-            return (num_frames * self.grid_patches,)
-        return law.count(self, kind, num_frames)
-
-    def spans(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> list[Span]:
-        """The token spans of one image, or of one video of ``num_frames`` frames, in order.
-
-        ``image_size`` is the original (height, width) of an image; one of anyres must come with it.
+        ``pad`` keeps all of it in the middle; otherwise ``image_resize_size`` resizes the shorter side and cuts out
+        the centre, and without it the picture is stretched. Under ``anyres`` this holds for the frames of videos.
         """
-        lengths = self.stream_lengths(kind, num_frames)
-        if kind == "image" and self.anyres is not None:
-            if image_size is None:
-                raise ValueError(
-                    "how many tokens an anyres image takes depends on its size; pass the (height, width) of each image"
-                )
-            lengths = (self.anyres.num_tokens(image_size),)
-        markers = [(IMAGE_START, IMAGE_PATCH, IMAGE_END)] if kind == "image" else _VIDEO_MARKERS
-        if not 1 <= len(lengths) <= len(markers):
-            raise ValueError(
-                f"the resampler {self.resampler_type!r} counts {len(lengths)} streams for one {kind}; "
-                f"its law must give one{' or two' * (len(markers) - 1)}"
-            )
-        spans = [Span(*marker, length) for marker, length in zip(markers, lengths, strict=False)]
-        short = [span for span in spans if span.length < 2]
-        if short:
-            raise ValueError(
-                f"{short[0].start}...{short[0].end} would have {short[0].length} token, but a span needs "
-                "one for its start and one for its end; raise --num_frames or the number of tokens a frame"
-            )
-        return spans
-
-    def num_tokens(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> int:
-        """Positions that the spans of one image or video take, markers included; see ``spans``."""
-        return sum(span.length for span in self.spans(kind, num_frames, image_size))
-
-    @property
-    def most_image_tokens(self) -> int:
-        """Positions that no image takes more than."""
-        return self.num_tokens("image") if self.anyres is None else self.anyres.most_tokens
+        return Letterbox.fit(size, self.image_size, pad=self.image_aspect_ratio == "pad", resize=self.image_resize_size)
 
     def ways_to_shorten(self, kinds: Collection[MediaKind]) -> list[str]:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
@@ -308,8 +240,8 @@ class VisionConfig:
             ways.append(f"{'lower' if self.is_bounded else 'set'} --{flag}")
         if "image" in kinds and self.anyres is not None:
             ways.append("give smaller --image_grid_pinpoints")
-        if self.stream_law is not None and any(map(self.resamples, kinds)):
-            ways += self.stream_law.shorten
+        if self.resampler is not None and any(map(self.layout.resamples, kinds)):
+            ways += self.resampler.shorten
         return ways
 
     @property
@@ -323,22 +255,121 @@ class VisionConfig:
         return [self.token_ids[token] for token in VISUAL_TOKENS]
 
     @classmethod
-    def from_model_config(cls, config: Any) -> VisionConfig | None:
+    def from_model_config(cls, config: object) -> VisionConfig | None:
         """Read the ``mm_`` entries of a Hugging Face config; None for a model without vision."""
         if not getattr(config, "mm_vision_config", None):
             return None
-        known = {f.name: getattr(config, "mm_" + f.name) for f in fields(cls) if hasattr(config, "mm_" + f.name)}
+        names = [item.name for item in fields(cls) if item.init]
+        known: dict[str, Any] = {name: getattr(config, "mm_" + name) for name in names if hasattr(config, "mm_" + name)}
         for name in ("image_mean", "image_std"):
             if name in known:
                 known[name] = tuple(known[name])
         return cls(**known)
 
     def to_model_config(self) -> dict[str, Any]:
-        """The entries that ``from_model_config`` reads, as plain values."""
-        entries = {"mm_" + name: value for name, value in asdict(self).items()}
+        """The entries that ``from_model_config`` reads, as plain values; those of plug-ins where there are any."""
+        entries = {"mm_" + item.name: deepcopy(getattr(self, item.name)) for item in fields(self) if item.init}
+        for name in ("mm_projector_args", "mm_resampler_args"):
+            if not entries[name]:
+                del entries[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
 
 
-def _restore(law: StreamLaw | None, settings: dict[str, Any]) -> VisionConfig:
-    """Unpickle a ``VisionConfig``; ``law`` has done its work by being imported."""
-    return VisionConfig(**settings)
+_GROUNDING_ENTRIES = {
+    "mode": "grounding",
+    "num_temporal": "num_temporal_tokens",
+    "num_spatial": "num_spatial_tokens",
+    "token_ids": "coordinate_token_ids",
+    "first_bin": "first_coordinate_bin",
+}
+"""Entries of a model's ``config.json``, by the field of ``GroundingConfig``."""
+
+
+@dataclass(frozen=True)
+class GroundingConfig:
+    """How a model reads and writes coordinates.
+
+    A model's ``config.json`` holds it under the names of ``_GROUNDING_ENTRIES``.
+
+    Where a field is a flag too, the text under it is the flag's help.
+    """
+
+    mode: str = LAPE
+    """``lape`` (tables of bins, which text and pictures share) or ``placeholder`` (a placeholder is a word like others,
+    and says nothing of where)."""
+    num_temporal: int = DEFAULT_BINS
+    """Bins of time in new tables."""
+    num_spatial: int = DEFAULT_BINS
+    """Bins of height, and of width, in new tables."""
+    token_ids: dict[str, int] = field(default_factory=dict)
+    """Ids of the placeholders."""
+    first_bin: int | None = None
+    """Id of the first bin; all others follow it, time, height, width. None with ``placeholder``."""
+
+    # Computed from the above.
+    has_tables: bool = field(init=False, repr=False, compare=False)
+    """Whether bins have embeddings that pictures share, which fill the places of placeholders."""
+    total_bins: int = field(init=False, repr=False, compare=False)
+    """Bins of all axes; 0 without tables."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in (LAPE, PLACEHOLDER):
+            raise ValueError(f"--grounding is {self.mode!r}; known: {', '.join(GROUNDING_MODES)}")
+        for name in ("num_temporal", "num_spatial"):
+            if not 2 <= getattr(self, name) <= _MOST_BINS:
+                raise ValueError(f"--{name}_tokens is {getattr(self, name)}; it must be 2 to {_MOST_BINS}")
+        object.__setattr__(self, "has_tables", self.mode == LAPE)
+        object.__setattr__(self, "total_bins", self.num_temporal + 2 * self.num_spatial if self.has_tables else 0)
+
+    def num_bins(self, axis: Axis) -> int:
+        return self.num_temporal if axis == "TEMP" else self.num_spatial
+
+    def first_bin_of(self, axis: Axis) -> int:
+        """Id of the first bin of an axis."""
+        assert self.first_bin is not None
+        return self.first_bin + sum(map(self.num_bins, AXES[: AXES.index(axis)]))
+
+    @property
+    def filled_token_ids(self) -> list[int]:
+        """Ids of the placeholders where these are filled with coordinates, and so are never an answer."""
+        return list(self.token_ids.values()) if self.has_tables else []
+
+    @classmethod
+    def from_model_config(cls, config: object) -> GroundingConfig | None:
+        """Read the entries of a Hugging Face config; None for a model without coordinates."""
+        if getattr(config, "grounding", NO_GROUNDING) == NO_GROUNDING:
+            return None
+        return cls(**{name: getattr(config, entry) for name, entry in _GROUNDING_ENTRIES.items()})
+
+    def to_model_config(self) -> dict[str, Any]:
+        """The entries that ``from_model_config`` reads, as plain values."""
+        return {entry: deepcopy(getattr(self, name)) for name, entry in _GROUNDING_ENTRIES.items()}
+
+
+def choose_grounding(
+    trained: GroundingConfig | None, mode: str | None, num_temporal: int | None, num_spatial: int | None
+) -> GroundingConfig | None:
+    """What coordinates are to a model: what they are to its checkpoint, or what flags ask for where that is new.
+
+    Args:
+        trained: of the checkpoint; None without coordinates.
+        mode: of ``GROUNDING_MODES``; None asks for nothing.
+        num_temporal, num_spatial: bins; None asks for nothing.
+
+    Raises:
+        ValueError: what is asked for is not what the checkpoint was trained with.
+    """
+    if mode is not None and mode not in GROUNDING_MODES:
+        raise ValueError(f"--grounding is {mode!r}; known: {', '.join(GROUNDING_MODES)}")
+    if trained is None or (trained.mode == PLACEHOLDER and mode == LAPE):
+        if mode in (None, NO_GROUNDING):
+            return None
+        return GroundingConfig(str(mode), num_temporal or DEFAULT_BINS, num_spatial or DEFAULT_BINS)
+    for flag, asked, has in (
+        ("--grounding", mode, trained.mode),
+        ("--num_temporal_tokens", num_temporal, trained.num_temporal),
+        ("--num_spatial_tokens", num_spatial, trained.num_spatial),
+    ):
+        if asked is not None and asked != has:
+            raise ValueError(f"{flag} is {asked}, but the checkpoint was trained with {has}; leave the flag out")
+    return trained

@@ -1,6 +1,7 @@
 """Strings and numbers that text, labels and model share."""
 
 import re
+from typing import Literal
 
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss (the default of PyTorch's cross entropy)."""
@@ -32,3 +33,7 @@ VISUAL_TOKENS = (
     SLOW_VIDEO_END,
 )
 """The tokens that visual spans are made of, in the order in which they join a vocabulary."""
+
+Axis = Literal["TEMP", "HEIGHT", "WIDTH"]
+AXES: tuple[Axis, ...] = ("TEMP", "HEIGHT", "WIDTH")
+"""The axes of coordinates, in the order in which their bins join a vocabulary."""

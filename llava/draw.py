@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 
 if TYPE_CHECKING:
     from PIL.Image import Image

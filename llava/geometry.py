@@ -1,4 +1,8 @@
-"""How a picture lies in the square that the tower sees: for its pixels, and for the coordinates in it."""
+"""Where things lie in pictures and in time: boxes and spans, the tower's square, and the tiles of anyres.
+
+A coordinate is a fraction, in [0, 1] of the picture's width or height or of the clip's length. Sizes are
+(height, width); boxes are (x1, y1, x2, y2).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,68 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from llava.config import VisionConfig
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Box(NamedTuple):
+    """A box in a picture, each number in [0, 1]: (x1, y1) is its upper left corner, (x2, y2) its lower right."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class TimeSpan(NamedTuple):
+    """A stretch of a video, from start to end, each in [0, 1] of its length."""
+
+    start: float
+    end: float
+
+
+def box_ious(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """Intersection over union of boxes and others, pair by pair.
+
+    Args:
+        boxes, others: (..., 4), each x1, y1, x2, y2, in one unit of any kind; they broadcast.
+
+    Returns:
+        (...), in [0, 1]. A reversed box (x1 > x2 or y1 > y2) holds nothing, and two boxes without any area
+        have 0, even where they are equal.
+    """
+    import numpy as np
+
+    def areas(upper_left: NDArray[np.float64], lower_right: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.prod(np.maximum(lower_right - upper_left, 0.0), axis=-1)
+
+    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    shared = areas(np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:]))
+    union = areas(boxes[..., :2], boxes[..., 2:]) + areas(others[..., :2], others[..., 2:]) - shared
+    ious = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return np.minimum(ious, 1.0)  # Of boxes that are equal but for rounding it may come out a hair above.
+
+
+def box_iou(box: Box, other: Box) -> float:
+    """Intersection over union of two boxes; see ``box_ious``."""
+    return float(box_ious(box, other))
+
+
+def span_iou(span: TimeSpan, other: TimeSpan) -> float:
+    """Intersection over union of two stretches of time, in [0, 1].
+
+    A reversed span (start > end) holds nothing, and two spans without any length have 0, even where they are equal.
+    """
+    shared = max(min(span.end, other.end) - max(span.start, other.start), 0.0)
+    union = max(span.end - span.start, 0.0) + max(other.end - other.start, 0.0) - shared
+    return min(shared / union, 1.0) if union > 0 else 0.0
+
+
+# The square that the tower sees.
 
 
 @dataclass(frozen=True)
-class Framing:
+class Letterbox:
     """The place of a resized picture in a square.
 
     Attributes:
@@ -29,6 +90,26 @@ class Framing:
     top: int = 0
     left: int = 0
 
+    @classmethod
+    def fit(cls, size: tuple[int, int], side: int, *, pad: bool = False, resize: int | None = None) -> Letterbox:
+        """Fit a picture to a square.
+
+        Args:
+            size: of the picture.
+            side: of the square.
+            pad: keeps all of the picture in the middle.
+            resize: otherwise, length of its shorter side, before the centre is cut out; None stretches it.
+        """
+        height, width = size
+        if pad:
+            height, width = _scaled(height, width, side / max(height, width))
+            return cls(side, height, width, (side - height) // 2, (side - width) // 2)
+        if resize is not None:
+            height, width = _scaled(height, width, resize / min(height, width))
+            if min(height, width) >= side:
+                return cls(side, height, width, -((height - side) // 2), -((width - side) // 2))
+        return cls(side, side, side)
+
     def to_square(self, x: float, y: float) -> tuple[float, float]:
         """From a point of the picture to one of the square, both in [0, 1]; what was cut off goes to the edge."""
         return _clamp((self.left + x * self.width) / self.side), _clamp((self.top + y * self.height) / self.side)
@@ -36,24 +117,6 @@ class Framing:
     def from_square(self, x: float, y: float) -> tuple[float, float]:
         """From a point of the square to one of the picture; what lies in the padding goes to the edge."""
         return _clamp((x * self.side - self.left) / self.width), _clamp((y * self.side - self.top) / self.height)
-
-
-def frame_picture(size: tuple[int, int], vision: VisionConfig) -> Framing:
-    """How a picture of a size (height, width) is fitted to the square.
-
-    ``pad`` keeps all of it in the middle; otherwise ``image_resize_size`` resizes the shorter side and cuts out
-    the centre, and without it the picture is stretched. Under ``anyres`` this holds for the frames of videos.
-    """
-    height, width = size
-    side = vision.image_size
-    if vision.image_aspect_ratio == "pad":
-        height, width = _scaled(height, width, side / max(height, width))
-        return Framing(side, height, width, (side - height) // 2, (side - width) // 2)
-    if vision.image_resize_size is not None:
-        height, width = _scaled(height, width, vision.image_resize_size / min(height, width))
-        if min(height, width) >= side:
-            return Framing(side, height, width, -((height - side) // 2), -((width - side) // 2))
-    return Framing(side, side, side)
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import math
 import os
@@ -178,6 +179,17 @@ def read_bool(text: str, name: str) -> bool:
     if word not in (*_TRUE, *_FALSE):
         raise CommandLineError(f"{name} is {shorten(text)}; expected true or false")
     return word in _TRUE
+
+
+def read_json_object(text: str, name: str) -> dict[str, object]:
+    """The JSON object that a text is; ``name`` is what an error calls it."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CommandLineError(f"{name} is {text!r}, expected a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise CommandLineError(f'{name} is {text!r}, expected a JSON object such as {{"key": 1}}')
+    return value
 
 
 def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:

@@ -1,12 +1,14 @@
-"""A table of named parts, matched by exact name."""
+"""Parts by name: one way to add one, with settings of its own, and the import of files that do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+S = TypeVar("S", bound="PartSettings")
 
 
 class Registry(Generic[T]):
@@ -46,6 +48,58 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+
+# Settings of a part.
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """The settings of a part, as a frozen dataclass with JSON's kinds of values.
+
+    A field that the whole model's settings have too is theirs; the others are the part's own, which a flag such as
+    ``--mm_resampler_args`` gives as a JSON object, and which a checkpoint keeps.
+    """
+
+
+def build_settings(
+    kind: type[S], shared: Mapping[str, object], own: Mapping[str, object], flag: str
+) -> tuple[S, dict[str, object]]:
+    """The settings of a part, and of these its own, as plain values.
+
+    Args:
+        kind: the class of the settings.
+        shared: settings of the whole model, by name.
+        own: what was given for the part alone; a field that is not there keeps its default.
+        flag: that gives ``own``, for errors.
+
+    Raises:
+        ValueError: ``own`` has a name that the part does not know, a value of another kind than its default, or
+            lacks one that has no default.
+    """
+    if "__dataclass_fields__" not in vars(kind):
+        raise TypeError(f"{kind.__name__} holds settings; it needs the decorator @dataclass(frozen=True)")
+    known = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(kind)
+        if field.name not in shared
+    }
+    for name in own:
+        if name not in known:
+            hint = f"it has a flag of its own, --mm_{name}; " if name in shared else ""
+            raise ValueError(f"{flag} has the unknown setting {name!r}; {hint}known: {', '.join(known) or 'none'}")
+    values = dict[str, object]()
+    for name, default in known.items():
+        value = own.get(name, default)
+        if value is MISSING:
+            raise ValueError(f'{flag} lacks {name!r}, which has no default; give {{"{name}": ...}}')
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not MISSING and default is not None and type(value) is not type(default):
+            raise ValueError(f"{flag} has {name} {value!r}; expected a value such as {default!r}")
+        values[name] = value
+    of_model = {field.name: shared[field.name] for field in fields(kind) if field.name in shared}
+    return kind(**of_model, **values), values
 
 
 # Modules of one's own, imported so that they register their backbones, towers, resamplers ...

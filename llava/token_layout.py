@@ -1,161 +1,305 @@
-"""How many tokens an image or a video takes behind each resampler.
+"""How many tokens each image or video takes in the text: the only place where a span is counted.
 
-The data side counts with these laws, the model's resamplers are held to them. A resampler that is
-added in a file of its own registers its law there, beside its class::
-
-    @stream_law("first_patches", shorten=("lower --mm_perceiver_latents",))
-    def count_first_patches(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-        return (num_frames * vision.perceiver_latents,)
+The data side writes spans of placeholder tokens, the model side overwrites them with features, and both count with the
+``TokenLayout`` of one ``VisionConfig``. It knows the settings of the projector, which may pool a frame's grid, and of
+the resampler, which says how many tokens it makes. Those of the library's own parts are below; a plug-in gives its
+own where it is registered (docs/extending.md). Nothing here needs torch or a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from llava.registry import Registry
+from llava.constants import (
+    IMAGE_END,
+    IMAGE_PATCH,
+    IMAGE_START,
+    SLOW_VIDEO_END,
+    SLOW_VIDEO_START,
+    VIDEO_END,
+    VIDEO_PATCH,
+    VIDEO_START,
+)
+from llava.geometry import AnyRes
+from llava.registry import PartSettings, Registry
 from llava.types import MediaKind
 
-if TYPE_CHECKING:
-    from llava.config import VisionConfig
-
-FAST_SLOW_RESAMPLER = "fast_slow_resampler"
 POOL_MODES = ("average", "max", "bilinear")
-
-StreamCount = Callable[["VisionConfig", MediaKind, int], tuple[int, ...]]
-"""From settings, kind and number of frames to the tokens of each stream.
-
-An image has one stream; a video has one, or a fast one followed by a slow one.
-"""
+_IMAGE_MARKERS = [(IMAGE_START, IMAGE_PATCH, IMAGE_END)]
+_VIDEO_MARKERS = [(VIDEO_START, VIDEO_PATCH, VIDEO_END), (SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END)]
 
 
 @dataclass(frozen=True)
-class StreamLaw:
-    """What is known of a resampler without building it.
+class Span:
+    """An atomic run of ``length`` tokens: a start marker, patch tokens and an end marker."""
+
+    start: str
+    patch: str
+    end: str
+    length: int
+
+    @property
+    def text(self) -> str:
+        return self.start + self.patch * (self.length - 2) + self.end
+
+
+@dataclass(frozen=True)
+class ProjectorSettings(PartSettings):
+    """Settings of a projector, and what it makes of the tower's grid of patches."""
+
+    def pooled_side(self, side: int) -> int:
+        """Side of a frame's grid behind the projector, of one with ``side`` patches a side."""
+        return side
+
+
+@dataclass(frozen=True)
+class ResamplerSettings(PartSettings):
+    """Settings of a resampler, and how many tokens it makes with them."""
+
+    shorten: ClassVar[tuple[str, ...]] = ()
+    """Changes of flags that make spans shorter, as in "lower --mm_perceiver_latents"."""
+
+    def check(self, side: int) -> None:
+        """A ValueError that names the flag of a setting that cannot be, for frames of ``side`` x ``side`` patches."""
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        """Tokens of each span of one image, or of one video.
+
+        Args:
+            side: of a frame's grid of patches, behind the projector.
+            kind: "image", which has one span, or "video", which has one, or a fast one followed by a slow one.
+            num_frames: of the video; 1 for an image.
+        """
+        raise NotImplementedError
+
+
+PROJECTOR_SETTINGS: Registry[type[ProjectorSettings]] = Registry("projector")
+"""By the name of the projector; one that is not here keeps the grid, and has no settings."""
+RESAMPLER_SETTINGS: Registry[type[ResamplerSettings]] = Registry("resampler")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How many tokens each image or video takes, markers included.
 
     Attributes:
-        count: the tokens of each stream of what passes the resampler.
-        shorten: changes of flags that make the streams shorter, as in "lower --mm_perceiver_latents".
-        check: raises a ValueError that names the flag of a setting the resampler cannot have.
+        grid_side: of a frame's grid of patches, behind the projector.
+        resampler_type, resampler: name and settings of the resampler; None without one.
+        resample_images: whether images pass the resampler too; videos always do.
+        anyres: how images are cut into tiles; None where each is a single square.
+        grid_patches: ``grid_side`` squared.
     """
 
-    count: StreamCount
-    shorten: tuple[str, ...] = ()
-    check: Callable[[VisionConfig], None] | None = None
+    grid_side: int
+    resampler_type: str | None = None
+    resampler: ResamplerSettings | None = None
+    resample_images: bool = False
+    anyres: AnyRes | None = None
+    grid_patches: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid_patches", self.grid_side**2)
+
+    def resamples(self, kind: MediaKind) -> bool:
+        """Whether media of a kind pass the resampler; the others keep one token a patch."""
+        return self.resampler is not None and (kind == "video" or self.resample_images)
+
+    def count_tokens(self, kind: MediaKind, num_frames: int = 1) -> tuple[int, ...]:
+        """Tokens of each span of a video, or of one view of an image."""
+        if self.resampler is None or not self.resamples(kind):
+            return (num_frames * self.grid_patches,)
+        return self.resampler.count_tokens(self.grid_side, kind, num_frames)
+
+    def spans(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> list[Span]:
+        """The token spans of one image, or of one video of ``num_frames`` frames, in order.
+
+        ``image_size`` is the original (height, width) of an image; one of anyres must come with it.
+        """
+        lengths = self.count_tokens(kind, num_frames)
+        if kind == "image" and self.anyres is not None:
+            if image_size is None:
+                raise ValueError(
+                    "how many tokens an anyres image takes depends on its size; pass the (height, width) of each image"
+                )
+            lengths = (self.anyres.num_tokens(image_size),)
+        markers = _IMAGE_MARKERS if kind == "image" else _VIDEO_MARKERS
+        if not 1 <= len(lengths) <= len(markers):
+            raise ValueError(
+                f"the resampler {self.resampler_type!r} counts {len(lengths)} spans for one {kind}; "
+                f"its count_tokens must give one{' or two' * (len(markers) - 1)}"
+            )
+        spans = [Span(*marker, length) for marker, length in zip(markers, lengths, strict=False)]
+        short = [span for span in spans if span.length < 2]
+        if short:
+            raise ValueError(
+                f"{short[0].start}...{short[0].end} would have {short[0].length} token, but a span needs "
+                "one for its start and one for its end; raise --num_frames or the number of tokens a frame"
+            )
+        return spans
+
+    def num_tokens(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> int:
+        """Positions that the spans of one image or video take; see ``spans``."""
+        return sum(span.length for span in self.spans(kind, num_frames, image_size))
+
+    @property
+    def most_image_tokens(self) -> int:
+        """Positions that no image takes more than."""
+        return self.num_tokens("image") if self.anyres is None else self.anyres.most_tokens
 
 
-STREAM_LAWS: Registry[StreamLaw] = Registry("resampler")
+# The library's own projectors and resamplers. Each of their fields is a field, and so a flag, of ``VisionConfig``.
 
 
-def stream_law(
-    name: str, *, shorten: tuple[str, ...] = (), check: Callable[[VisionConfig], None] | None = None
-) -> Callable[[StreamCount], StreamCount]:
-    """Decorator that files a counting function as the law of the resampler ``name``, see ``StreamLaw``.
+@PROJECTOR_SETTINGS.register("pooler")
+@dataclass(frozen=True)
+class PoolerSettings(ProjectorSettings):
+    """One feature of each 2 x 2 patches."""
 
-    The function must be importable by its name: workers that do not share this process's memory find
-    it, and with it the law, by importing its module.
-    """
+    stride: ClassVar[int] = 2
 
-    def register(count: StreamCount) -> StreamCount:
-        STREAM_LAWS.register(name)(StreamLaw(count, shorten, check))
-        return count
-
-    return register
+    def pooled_side(self, side: int) -> int:
+        """A last, half window counts for a whole one."""
+        return math.ceil(side / self.stride)
 
 
-def check_positive(vision: VisionConfig, *names: str) -> None:
-    """A ValueError for a setting of ``vision`` below one."""
+def check_positive(settings: ResamplerSettings, *names: str) -> None:
+    """A ValueError for a setting below one."""
     for name in names:
-        if getattr(vision, name) < 1:
-            raise ValueError(f"--mm_{name} is {getattr(vision, name)}; it must be at least 1")
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--mm_{name} is {getattr(settings, name)}; it must be at least 1")
 
 
-def check_heads(vision: VisionConfig) -> None:
-    """A ValueError where the resampler's inner width cannot be shared among its heads."""
-    check_positive(vision, "resampler_width", "resampler_heads")
-    if vision.resampler_width % vision.resampler_heads:
-        raise ValueError(
-            f"--mm_resampler_width {vision.resampler_width} is no multiple of "
-            f"--mm_resampler_heads {vision.resampler_heads}"
-        )
+@dataclass(frozen=True)
+class AttentionSettings(ResamplerSettings):
+    """A resampler whose attention has an inner width of its own."""
 
+    resampler_width: int
+    resampler_heads: int
 
-def _check_fast_slow(vision: VisionConfig) -> None:
-    finest = vision.grid_side
-    for name in ("perceiver_latents", "perceiver_latents_fast"):
-        latents = getattr(vision, name)
-        side = math.isqrt(max(latents, 0))
-        if latents < 1 or side * side != latents:
-            below = max(side, 1)
+    def check(self, side: int) -> None:
+        check_positive(self, "resampler_width", "resampler_heads")
+        if self.resampler_width % self.resampler_heads:
             raise ValueError(
-                f"--mm_{name} is {latents}, which is not a square; the nearest squares are "
-                f"{below * below} and {(below + 1) ** 2}"
+                f"--mm_resampler_width {self.resampler_width} is no multiple of "
+                f"--mm_resampler_heads {self.resampler_heads}"
             )
-        if side > finest:
-            raise ValueError(
-                f"--mm_{name} is {latents} ({side} x {side}), finer than the {finest} x {finest} grid "
-                f"it is pooled from; use at most {finest * finest}"
-            )
-        finest = side
-    check_heads(vision)
 
 
-@stream_law(FAST_SLOW_RESAMPLER, shorten=("lower --mm_perceiver_latents",), check=_check_fast_slow)
-def count_fast_slow(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+@RESAMPLER_SETTINGS.register("fast_slow_resampler")
+@dataclass(frozen=True)
+class FastSlowSettings(AttentionSettings):
     """A video: few tokens of every frame, then many of some; an image: as a frame of the latter."""
-    if kind == "image":
-        return (vision.perceiver_latents,)
-    return (
-        num_frames * vision.perceiver_latents_fast,
-        vision.slow_length(num_frames) * vision.perceiver_latents,
-    )
+
+    perceiver_latents: int
+    perceiver_latents_fast: int
+    slow_frames: int
+    shorten = ("lower --mm_perceiver_latents",)
+
+    def check(self, side: int) -> None:
+        finest = side
+        for name in ("perceiver_latents", "perceiver_latents_fast"):
+            latents = getattr(self, name)
+            root = math.isqrt(max(latents, 0))
+            if latents < 1 or root * root != latents:
+                below = max(root, 1)
+                raise ValueError(
+                    f"--mm_{name} is {latents}, which is not a square; the nearest squares are "
+                    f"{below * below} and {(below + 1) ** 2}"
+                )
+            if root > finest:
+                raise ValueError(
+                    f"--mm_{name} is {latents} ({root} x {root}), finer than the {finest} x {finest} grid "
+                    f"it is pooled from; use at most {finest * finest}"
+                )
+            finest = root
+        super().check(side)
+
+    def num_slow(self, num_frames: int) -> int:
+        """Temporal length of a video's slow span."""
+        return min(self.slow_frames or num_frames, num_frames)
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        if kind == "image":
+            return (self.perceiver_latents,)
+        return num_frames * self.perceiver_latents_fast, self.num_slow(num_frames) * self.perceiver_latents
 
 
-def _check_perceiver(vision: VisionConfig) -> None:
-    check_positive(vision, "perceiver_latents", "perceiver_depth")
-    check_heads(vision)
-
-
-@stream_law("perceiver", shorten=("lower --mm_perceiver_latents",), check=_check_perceiver)
-def count_perceiver(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+@RESAMPLER_SETTINGS.register("perceiver")
+@dataclass(frozen=True)
+class PerceiverSettings(AttentionSettings):
     """The latents of each frame."""
-    return (num_frames * vision.perceiver_latents,)
+
+    perceiver_latents: int
+    perceiver_depth: int
+    shorten = ("lower --mm_perceiver_latents",)
+
+    def check(self, side: int) -> None:
+        check_positive(self, "perceiver_latents", "perceiver_depth")
+        super().check(side)
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        return (num_frames * self.perceiver_latents,)
 
 
-def _check_qformer(vision: VisionConfig) -> None:
-    check_positive(vision, "qformer_latents", "qformer_depth")
-    check_heads(vision)
-
-
-@stream_law("qformer", shorten=("lower --mm_qformer_latents",), check=_check_qformer)
-def count_qformer(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+@RESAMPLER_SETTINGS.register("qformer")
+@dataclass(frozen=True)
+class QFormerSettings(AttentionSettings):
     """The queries of each frame."""
-    return (num_frames * vision.qformer_latents,)
+
+    qformer_latents: int
+    qformer_depth: int
+    shorten = ("lower --mm_qformer_latents",)
+
+    def check(self, side: int) -> None:
+        check_positive(self, "qformer_latents", "qformer_depth")
+        super().check(side)
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        return (num_frames * self.qformer_latents,)
 
 
-def _check_spatial_pool(vision: VisionConfig) -> None:
-    check_positive(vision, "spatial_pool_stride")
-    if vision.spatial_pool_mode not in POOL_MODES:
-        raise ValueError(f"--mm_spatial_pool_mode is {vision.spatial_pool_mode!r}; known: {', '.join(POOL_MODES)}")
-
-
-@stream_law("spatial_pool", shorten=("raise --mm_spatial_pool_stride",), check=_check_spatial_pool)
-def count_spatial_pool(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+@RESAMPLER_SETTINGS.register("spatial_pool")
+@dataclass(frozen=True)
+class SpatialPoolSettings(ResamplerSettings):
     """The cells of each frame's pooled grid."""
-    return (num_frames * vision.pooled_side**2,)
+
+    spatial_pool_stride: int
+    spatial_pool_mode: str
+    shorten = ("raise --mm_spatial_pool_stride",)
+
+    def check(self, side: int) -> None:
+        check_positive(self, "spatial_pool_stride")
+        if self.spatial_pool_mode not in POOL_MODES:
+            raise ValueError(f"--mm_spatial_pool_mode is {self.spatial_pool_mode!r}; known: {', '.join(POOL_MODES)}")
+
+    def pooled_side(self, side: int) -> int:
+        """A last window that juts out counts."""
+        return math.ceil(side / self.spatial_pool_stride)
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        return (num_frames * self.pooled_side(side) ** 2,)
 
 
-def _check_masked_drop(vision: VisionConfig) -> None:
-    if not 0 < vision.mask_drop_ratio <= 1:
-        raise ValueError(
-            f"--mm_mask_drop_ratio is {vision.mask_drop_ratio}; it is the share of patches that is kept, "
-            "above 0 and at most 1"
-        )
-
-
-@stream_law("masked_drop", shorten=("lower --mm_mask_drop_ratio",), check=_check_masked_drop)
-def count_masked_drop(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+@RESAMPLER_SETTINGS.register("masked_drop")
+@dataclass(frozen=True)
+class MaskedDropSettings(ResamplerSettings):
     """The patches of each frame that are kept."""
-    return (num_frames * vision.kept_patches,)
+
+    mask_drop_ratio: float
+    shorten = ("lower --mm_mask_drop_ratio",)
+
+    def check(self, side: int) -> None:
+        if not 0 < self.mask_drop_ratio <= 1:
+            raise ValueError(
+                f"--mm_mask_drop_ratio is {self.mask_drop_ratio}; it is the share of patches that is kept, "
+                "above 0 and at most 1"
+            )
+
+    def num_kept(self, num_patches: int) -> int:
+        """Patches of a frame that are kept, at least one."""
+        return max(1, round(num_patches * self.mask_drop_ratio))
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        return (num_frames * self.num_kept(side**2),)

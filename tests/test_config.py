@@ -29,9 +29,9 @@ from llava.constants import VISUAL_TOKENS
 )
 def test_lengths_of_spans(italian_vision, changes, kind, frames, lengths):
     vision = replace(italian_vision, **changes)
-    spans = vision.spans(kind, frames)
+    spans = vision.layout.spans(kind, frames)
     assert [span.length for span in spans] == lengths
-    assert vision.num_tokens(kind, frames) == sum(lengths)
+    assert vision.layout.num_tokens(kind, frames) == sum(lengths)
     for span in spans:
         assert span.text.startswith(span.start)
         assert span.text.endswith(span.end)
@@ -66,9 +66,9 @@ def test_latents_of_other_resamplers_need_not_be_squares(italian_vision):
 
 def test_span_without_room_for_its_markers(italian_vision):
     vision = replace(italian_vision, perceiver_latents_fast=1)
-    assert vision.num_tokens("video", 2) == 2 + 162
+    assert vision.layout.num_tokens("video", 2) == 2 + 162
     with pytest.raises(ValueError, match=r"<vid_start>\.\.\.<vid_end> would have 1 token"):
-        vision.num_tokens("video", 1)
+        vision.layout.num_tokens("video", 1)
 
 
 def test_most_frames_of_a_video(italian_vision):

@@ -14,7 +14,7 @@ from llava.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
 from llava.eval.metrics import Tube
 from llava.eval.report import _frames
 from llava.eval.store import EvalSample, Reference
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 from llava.types import Media
 
 GREY = (90, 90, 90)

@@ -31,7 +31,7 @@ print("parity")
 import domanda, ijepa_tower, row_mean, normed_projector
 again = load_model(trained)
 assert again.new_parameters == []
-assert again.vision.num_tokens("video", 3) == 3 * 4
+assert again.vision.layout.num_tokens("video", 3) == 3 * 4
 assert again.model.config.llava_format == "domanda"
 print(again.model.config.model_type, type(again.model.get_vision_tower()).__name__)
 """

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from llava.config import VisionConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
@@ -35,7 +35,6 @@ from llava.data.placeholders import (
 )
 from llava.data.records import read_records
 from llava.grounding.samples import move_to_square
-from llava.grounding.syntax import GroundingConfig
 from llava.types import (
     ERROR,
     NO_COORDINATES,
@@ -244,9 +243,9 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             if self.on_bad_sample == SKIP:
                 return 0
             raise
-        images = sum(self.vision.num_tokens("image", image_size=size) for size in sizes)
-        videos = sum(self.vision.num_tokens("video", self.vision.max_frames) for kind in kinds if kind == "video")
-        return images + videos
+        layout, frames = self.vision.layout, self.vision.max_frames
+        images = sum(layout.num_tokens("image", image_size=size) for size in sizes)
+        return images + sum(layout.num_tokens("video", frames) for kind in kinds if kind == "video")
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

@@ -114,8 +114,8 @@ def _bound_lengths(dataset: TokenizedRecords) -> NDArray[np.int64]:
     images, videos, turns, text_bytes = (_numbers(dataset.records, name).astype(np.int64) for name in NUMBERS[:4])
     most = text_bytes + (turns + 1) * shortest
     if dataset.vision is not None:
-        most += images * dataset.vision.most_image_tokens
-        most += videos * dataset.vision.num_tokens("video", dataset.vision.max_frames)
+        most += images * dataset.vision.layout.most_image_tokens
+        most += videos * dataset.vision.layout.num_tokens("video", dataset.vision.max_frames)
     return most
 
 

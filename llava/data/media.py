@@ -16,7 +16,7 @@ from llava.config import VisionConfig
 from llava.data.decoding import FrameRequest, decode_frames, decode_within
 from llava.data.images import read_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, local_path
-from llava.geometry import Framing, frame_picture
+from llava.geometry import Letterbox
 from llava.types import Media, VisualInput
 
 
@@ -161,22 +161,22 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     """
     pixels = frames.permute(0, 3, 1, 2)
     height, width = pixels.shape[-2:]
-    framing = frame_picture((height, width), vision)
-    side, top, left = framing.side, framing.top, framing.left
-    if min(top, left) < 0 and framing.height * framing.width > _MOST_RESIZED * side**2:
-        return torch.stack([_resize_centre(frame, framing) for frame in frames])
-    fitted = resize(pixels, framing.height, framing.width)
+    letterbox = vision.letterbox((height, width))
+    side, top, left = letterbox.side, letterbox.top, letterbox.left
+    if min(top, left) < 0 and letterbox.height * letterbox.width > _MOST_RESIZED * side**2:
+        return torch.stack([_resize_centre(frame, letterbox) for frame in frames])
+    fitted = resize(pixels, letterbox.height, letterbox.width)
     if min(top, left) < 0:
         return fitted[..., -top : side - top, -left : side - left].contiguous()
     return fitted if fitted.shape[-2:] == (side, side) else _pad_around(fitted, side, side, vision)
 
 
-def _resize_centre(picture: Tensor, framing: Framing) -> Tensor:
+def _resize_centre(picture: Tensor, letterbox: Letterbox) -> Tensor:
     """The square in the middle of a resized picture, made from that part of it alone.
 
     Args:
         picture: uint8 (height, width, 3).
-        framing: with negative ``top`` or ``left``.
+        letterbox: with negative ``top`` or ``left``.
 
     Returns:
         uint8 (3, side, side), within a level or two of what ``resize`` gives and a cut leaves.
@@ -184,11 +184,11 @@ def _resize_centre(picture: Tensor, framing: Framing) -> Tensor:
     from PIL import Image
 
     height, width = picture.shape[:2]
-    top, left = -framing.top, -framing.left
-    rows, columns = height / framing.height, width / framing.width
-    box = (left * columns, top * rows, (left + framing.side) * columns, (top + framing.side) * rows)
+    top, left = -letterbox.top, -letterbox.left
+    rows, columns = height / letterbox.height, width / letterbox.width
+    box = (left * columns, top * rows, (left + letterbox.side) * columns, (top + letterbox.side) * rows)
     image = Image.fromarray(picture.numpy())
-    square = image.resize((framing.side, framing.side), Image.Resampling.BICUBIC, box=box)
+    square = image.resize((letterbox.side, letterbox.side), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 

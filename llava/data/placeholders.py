@@ -112,9 +112,9 @@ def _expand(
 
     def expand(match: re.Match[str]) -> str:
         if PLACEHOLDERS[match.group()] == "image":
-            spans = vision.spans("image", image_size=next(sizes))
+            spans = vision.layout.spans("image", image_size=next(sizes))
         else:
-            spans = vision.spans("video", next(frames))
+            spans = vision.layout.spans("video", next(frames))
         return "".join(span.text for span in spans)
 
     return [PLACEHOLDER.sub(expand, text) for text in texts]

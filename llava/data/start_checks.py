@@ -127,9 +127,9 @@ def check_media(dataset: SupervisedDataset) -> None:
     # Without --frames_upbound a short clip may still fit; one that does not is named when it is opened.
     frames = vision.max_frames if vision.is_bounded else 1
     kinds: list[tuple[MediaKind, bool, str, int]] = [
-        ("video", bool(videos.any()), f"a video of {frames} frames takes", vision.num_tokens("video", frames)),
+        ("video", bool(videos.any()), f"a video of {frames} frames takes", vision.layout.num_tokens("video", frames)),
         ("image", bool(images.any()), "an image takes" if vision.anyres is None
-         else f"the largest image, of {vision.anyres.most_views} views, takes", vision.most_image_tokens),
+         else f"the largest image, of {vision.anyres.most_views} views, takes", vision.layout.most_image_tokens),
     ]  # fmt: skip
     for kind, is_there, subject, tokens in kinds:
         if is_there and tokens + 1 >= limit:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 from llava.io import lock_file
 from llava.types import NO_COORDINATES, Coordinates, Media
 

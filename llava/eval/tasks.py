@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llava.config import GroundingConfig
 from llava.eval.metrics import (
     CaptionScorer,
     Tube,
@@ -22,16 +23,8 @@ from llava.eval.metrics import (
     split_words,
 )
 from llava.eval.store import EvalSample, Prediction, Reference
-from llava.grounding.syntax import (
-    BOX_AXES,
-    LOCATIONS,
-    Box,
-    GroundingConfig,
-    TimeSpan,
-    box_text,
-    parse_places,
-    span_text,
-)
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import BOX_AXES, LOCATIONS, box_text, parse_places, span_text
 from llava.registry import Registry
 from llava.types import Coordinates
 

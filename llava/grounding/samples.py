@@ -9,7 +9,6 @@ from dataclasses import fields
 
 from llava.config import VisionConfig
 from llava.constants import PLACEHOLDER
-from llava.geometry import frame_picture
 from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS, find_placeholders
 from llava.types import Coordinates, Turn
 
@@ -78,7 +77,7 @@ def move_to_square(
     """
     if not coordinates or not sizes:
         return coordinates
-    framings = [frame_picture(size, vision) for size in sizes]
+    squares = [vision.letterbox(size) for size in sizes]
     waiting = {name: iter(numbers) for name, numbers in coordinates.to_variables().items()}
     moved: dict[str, list[float]] = {name: [] for name in waiting}
     medium = -1
@@ -87,10 +86,10 @@ def move_to_square(
         if name is None:
             medium += 1
             continue
-        number, framing = next(waiting[name]), framings[max(medium, 0)]
+        number, letterbox = next(waiting[name]), squares[max(medium, 0)]
         if "width" in name:
-            number, _ = framing.to_square(number, 0)
+            number, _ = letterbox.to_square(number, 0)
         elif "height" in name:
-            _, number = framing.to_square(0, number)
+            _, number = letterbox.to_square(0, number)
         moved[name].append(number)
     return Coordinates.from_variables(moved)

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from llava.config import GroundingConfig
+from llava.constants import AXES, Axis
+from llava.geometry import Box, TimeSpan
 from llava.types import Coordinates
 
-Axis = Literal["TEMP", "HEIGHT", "WIDTH"]
 Direction = Literal["INPUT", "OUTPUT"]
 
-AXES: tuple[Axis, ...] = ("TEMP", "HEIGHT", "WIDTH")
-"""The order in which bins join a vocabulary."""
 BOX_AXES: tuple[Axis, ...] = ("WIDTH", "HEIGHT", "WIDTH", "HEIGHT")
 SPAN_AXES: tuple[Axis, ...] = ("TEMP", "TEMP")
-
-LAPE, PLACEHOLDER, NONE = "lape", "placeholder", "none"
-GROUNDING_MODES = (LAPE, PLACEHOLDER, NONE)
-
-DEFAULT_BINS = 100
-_MOST_BINS = 1000
-"""Bins are numbered with three digits."""
 
 _PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
 _BIN = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(\d{3})>")
@@ -37,22 +29,6 @@ _LOCATED = re.compile(
 
 Positions = Sequence[float | None]
 """Of the bins of a text, in reading order: where each is exactly, None for one of which only its number is known."""
-
-
-class Box(NamedTuple):
-    """A box in a picture, each number in [0, 1]: (x1, y1) is its upper left corner, (x2, y2) its lower right."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-
-class TimeSpan(NamedTuple):
-    """A stretch of a video, from start to end, each in [0, 1] of its length."""
-
-    start: float
-    end: float
 
 
 LOCATIONS: dict[str, str] = {
@@ -67,120 +43,14 @@ LOCATIONS: dict[str, str] = {
 COORDINATE_PLACEHOLDERS = tuple(LOCATIONS)
 
 
-@dataclass(frozen=True)
-class GroundingConfig:
-    """How a model reads and writes coordinates.
-
-    A model's ``config.json`` holds it under ``grounding``, ``num_temporal_tokens``, ``num_spatial_tokens``,
-    ``coordinate_token_ids`` and ``first_coordinate_bin``.
-
-    Where a field is a flag too, the text under it is the flag's help.
-    """
-
-    mode: str = LAPE
-    """``lape`` (tables of bins, which text and pictures share) or ``placeholder`` (a placeholder is a word like others,
-    and says nothing of where)."""
-    num_temporal: int = DEFAULT_BINS
-    """Bins of time in new tables."""
-    num_spatial: int = DEFAULT_BINS
-    """Bins of height, and of width, in new tables."""
-    token_ids: dict[str, int] = field(default_factory=dict)
-    """Ids of the placeholders."""
-    first_bin: int | None = None
-    """Id of the first bin; all others follow it, time, height, width. None with ``placeholder``."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in (LAPE, PLACEHOLDER):
-            raise ValueError(f"--grounding is {self.mode!r}; known: {', '.join(GROUNDING_MODES)}")
-        for name in ("num_temporal", "num_spatial"):
-            if not 2 <= getattr(self, name) <= _MOST_BINS:
-                raise ValueError(f"--{name}_tokens is {getattr(self, name)}; it must be 2 to {_MOST_BINS}")
-
-    @property
-    def has_tables(self) -> bool:
-        return self.mode == LAPE
-
-    def num_bins(self, axis: Axis) -> int:
-        return self.num_temporal if axis == "TEMP" else self.num_spatial
-
-    @property
-    def total_bins(self) -> int:
-        return sum(map(self.num_bins, AXES)) if self.has_tables else 0
-
-    def bin_tokens(self) -> list[str]:
-        """The names of all bins, in the order of their ids."""
-        return [bin_token(axis, i) for axis in AXES for i in range(self.num_bins(axis))] if self.has_tables else []
-
-    def first_bin_of(self, axis: Axis) -> int:
-        """Id of the first bin of an axis."""
-        assert self.first_bin is not None
-        return self.first_bin + sum(map(self.num_bins, AXES[: AXES.index(axis)]))
-
-    @property
-    def filled_token_ids(self) -> list[int]:
-        """Ids of the placeholders where these are filled with coordinates, and so are never an answer."""
-        return list(self.token_ids.values()) if self.has_tables else []
-
-    @property
-    def new_tokens(self) -> list[str]:
-        """The tokens that join a vocabulary, in order."""
-        return [*COORDINATE_PLACEHOLDERS, *self.bin_tokens()]
-
-    @classmethod
-    def from_model_config(cls, config: Any) -> GroundingConfig | None:
-        """Read the entries of a Hugging Face config; None for a model without coordinates."""
-        if getattr(config, "grounding", NONE) == NONE:
-            return None
-        return cls(
-            config.grounding,
-            config.num_temporal_tokens,
-            config.num_spatial_tokens,
-            config.coordinate_token_ids,
-            config.first_coordinate_bin,
-        )
-
-    def to_model_config(self) -> dict[str, Any]:
-        """The entries that ``from_model_config`` reads, as plain values."""
-        return {
-            "grounding": self.mode,
-            "num_temporal_tokens": self.num_temporal,
-            "num_spatial_tokens": self.num_spatial,
-            "coordinate_token_ids": dict(self.token_ids),
-            "first_coordinate_bin": self.first_bin,
-        }
-
-
-def choose_grounding(
-    trained: GroundingConfig | None, mode: str | None, num_temporal: int | None, num_spatial: int | None
-) -> GroundingConfig | None:
-    """What coordinates are to a model: what they are to its checkpoint, or what flags ask for where that is new.
-
-    Args:
-        trained: of the checkpoint; None without coordinates.
-        mode: of ``GROUNDING_MODES``; None asks for nothing.
-        num_temporal, num_spatial: bins; None asks for nothing.
-
-    Raises:
-        ValueError: what is asked for is not what the checkpoint was trained with.
-    """
-    if mode is not None and mode not in GROUNDING_MODES:
-        raise ValueError(f"--grounding is {mode!r}; known: {', '.join(GROUNDING_MODES)}")
-    if trained is None or (trained.mode == PLACEHOLDER and mode == LAPE):
-        if mode in (None, NONE):
-            return None
-        return GroundingConfig(str(mode), num_temporal or DEFAULT_BINS, num_spatial or DEFAULT_BINS)
-    for flag, asked, has in (
-        ("--grounding", mode, trained.mode),
-        ("--num_temporal_tokens", num_temporal, trained.num_temporal),
-        ("--num_spatial_tokens", num_spatial, trained.num_spatial),
-    ):
-        if asked is not None and asked != has:
-            raise ValueError(f"{flag} is {asked}, but the checkpoint was trained with {has}; leave the flag out")
-    return trained
-
-
 def bin_token(axis: Axis, index: int) -> str:
     return f"<{axis}-{index:03d}>"
+
+
+def bin_tokens(grounding: GroundingConfig) -> list[str]:
+    """The names of all bins, in the order of their ids; none without tables."""
+    axes = AXES if grounding.has_tables else ()
+    return [bin_token(axis, i) for axis in axes for i in range(grounding.num_bins(axis))]
 
 
 def box_text(direction: Direction = "OUTPUT") -> str:

@@ -17,7 +17,7 @@ from llava.messages import run_command
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
 from llava.model.multimodal_encoder.base import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
-from llava.model.multimodal_resampler.builder import RESAMPLERS
+from llava.model.multimodal_resampler import RESAMPLERS
 from llava.parser import CommandParser
 from llava.registry import import_plugins
 
@@ -95,7 +95,7 @@ def describe_resamplers() -> str:
 ## Resamplers
 
 `--mm_resampler_type`. Tokens are those of a 16 x 16 grid under the default settings, markers included: of an image with
-`--mm_resample_images` (without it an image keeps its patches), and of a video of {EXAMPLE_FRAMES} frames. A fast stream
+`--mm_resample_images` (without it an image keeps its patches), and of a video of {EXAMPLE_FRAMES} frames. A fast span
 stands before a slow one.
 
 {table(("name", "what it is", "image", "video"), rows)}"""
@@ -119,7 +119,7 @@ def describe_formats() -> str:
 
 
 def count_tokens(resampler: str | None) -> tuple[str, str]:
-    """Tokens of an image and of a video behind a resampler, by stream."""
+    """Tokens of an image and of a video behind a resampler, span by span."""
     vision = VisionConfig(
         vision_tower="",
         vision_config={},
@@ -129,8 +129,8 @@ def count_tokens(resampler: str | None) -> tuple[str, str]:
         resampler_type=resampler,
         resample_images=resampler is not None,
     )
-    lengths = [[span.length for span in vision.spans(*medium)] for medium in (("image",), ("video", EXAMPLE_FRAMES))]
-    image, video = (" + ".join(map(str, streams)) for streams in lengths)
+    media = (vision.layout.spans("image"), vision.layout.spans("video", EXAMPLE_FRAMES))
+    image, video = (" + ".join(str(span.length) for span in spans) for spans in media)
     return image, video
 
 

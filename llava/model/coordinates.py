@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.constants import IGNORE_INDEX
-from llava.grounding.syntax import AXES, LOCATIONS, Axis, GroundingConfig
+from llava.config import GroundingConfig
+from llava.constants import AXES, IGNORE_INDEX, Axis
+from llava.grounding.syntax import LOCATIONS
 
 Variables = Sequence[Mapping[str, Sequence[float]] | None]
 """For each row of a batch its lists of coordinates, as ``Coordinates.to_variables`` gives them, or None."""

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from llava.grounding.syntax import AXES, BOX_AXES, SPAN_AXES, Axis, GroundingConfig
+from llava.config import GroundingConfig
+from llava.constants import AXES, Axis
+from llava.grounding.syntax import BOX_AXES, SPAN_AXES
 from llava.model.coordinates import Variables, embed_tokens
 from llava.types import MediaKind
 

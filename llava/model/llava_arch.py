@@ -17,9 +17,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.compat import OwnGenerationDefaults, cache_argument, cache_of, choose_cache
-from llava.config import VisionConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.geometry import SPATIAL_UNPAD
-from llava.grounding.syntax import GroundingConfig
 from llava.model.coordinates import (
     CoordinateRows,
     CoordinateTables,
@@ -34,7 +33,7 @@ from llava.model.grad_sync import encode_through_gate, is_distributed
 from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
 from llava.model.multimodal_projector.projectors import build_projector
-from llava.model.multimodal_resampler.builder import build_resampler
+from llava.model.multimodal_resampler import build_resampler
 from llava.model.tower_weights import TowerWeights
 from llava.model.visual import ViewMerger, as_media, encode_visual, infer_modalities, splice
 from llava.types import MediaKind

@@ -13,15 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from llava.config import VisionConfig
-from llava.grounding.syntax import GroundingConfig, choose_grounding
+from llava.config import GroundingConfig, VisionConfig, choose_grounding
 from llava.messages import list_names, shorten
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, find_class, known_types, split_type, variant_type
 from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
-from llava.model.multimodal_resampler.builder import structural_settings
+from llava.model.multimodal_resampler import RESAMPLERS
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
     UNSAFE_WEIGHTS,
@@ -321,12 +320,22 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
         assert tower is not None
         source = os.path.abspath(tower) if os.path.isdir(tower) else tower
         return VisionConfig(vision_tower=source, **{**vars(describe_tower(tower)), **given})
-    for name in (*_STRUCTURE, *structural_settings(vision)):
+    structure = () if vision.resampler_type is None else RESAMPLERS.get(vision.resampler_type).structure
+    for name in _STRUCTURE + tuple(name for name in structure if name not in vision.resampler_args):
         if name in given and given[name] != getattr(vision, name):
             raise ValueError(
                 f"--mm_{name} {given[name]!r} was given, but the checkpoint was trained with "
                 f"{getattr(vision, name)!r}; leave the flag out"
             )
+    for part, bound in (("projector_args", tuple(vision.projector_args)), ("resampler_args", structure)):
+        trained, asked = getattr(vision, part), given.get(part, {})
+        for name in bound:
+            if name in trained and asked.get(name, trained[name]) != trained[name]:
+                raise ValueError(
+                    f"--mm_{part} has {name} {asked[name]!r}, but the checkpoint was trained with "
+                    f"{trained[name]!r}; leave it out"
+                )
+        given[part] = trained | asked
     changed = {name: value for name, value in given.items() if value != getattr(vision, name)}
     for name, value in changed.items():
         logger.info("%s: %r here, %r in the checkpoint", name, value, getattr(vision, name))

@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from llava.config import VisionConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.constants import VISUAL_TOKENS
-from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, GroundingConfig
+from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, bin_tokens
 from llava.model.pretrained import foreign_code_note, locate_model
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def add_coordinate_tokens(tokenizer: PreTrainedTokenizerBase, grounding: Groundi
     token_ids = _add_tokens(tokenizer, COORDINATE_PLACEHOLDERS, special=False)
     if not grounding.has_tables:
         return replace(grounding, token_ids=token_ids, first_bin=None)
-    ids = list(_add_tokens(tokenizer, grounding.bin_tokens(), special=False).values())
+    ids = list(_add_tokens(tokenizer, bin_tokens(grounding), special=False).values())
     if ids != list(range(len(tokenizer) - len(ids), len(tokenizer))):
         raise ValueError(
             f"the bins of coordinates must be the tokenizer's last {len(ids)} tokens, in order, but "

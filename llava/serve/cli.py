@@ -125,7 +125,7 @@ def draw_answer(answer: Answer, medium: Media, vision: VisionConfig) -> Image:
 
     from llava.data.media import load_image
     from llava.draw import draw_box, side_by_side
-    from llava.grounding.syntax import Box
+    from llava.geometry import Box
 
     if medium.kind == "image":
         frames = [Image.fromarray(load_image(medium.path).numpy())]
@@ -149,12 +149,11 @@ def _read_frames(medium: Media, vision: VisionConfig) -> list[Image]:
     from PIL import Image
 
     from llava.data.media import load_media
-    from llava.geometry import frame_picture
 
     video = load_media(medium, vision)
     height, width = video.original_size
-    framing = frame_picture((height, width), vision)
-    corners = (framing.left, framing.top, framing.left + framing.width, framing.top + framing.height)
+    letterbox = vision.letterbox((height, width))
+    corners = (letterbox.left, letterbox.top, letterbox.left + letterbox.width, letterbox.top + letterbox.height)
     squares = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.frames]
     return [square.crop(corners).resize((width, height)) for square in squares]
 

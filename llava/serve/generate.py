@@ -10,22 +10,14 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from llava.config import VisionConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.media import load_media
 from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, placeholder_kinds
-from llava.geometry import Framing, frame_picture
+from llava.geometry import Box, Letterbox, TimeSpan
 from llava.grounding.samples import check_coordinates, move_to_square
-from llava.grounding.syntax import (
-    Box,
-    GroundingConfig,
-    TimeSpan,
-    count_bins,
-    parse_boxes,
-    parse_spans,
-    write_numbers,
-)
+from llava.grounding.syntax import count_bins, parse_boxes, parse_spans, write_numbers
 from llava.model.coordinates import expected_positions
 from llava.model.generation import CoordinateSyntax
 from llava.model.loading import LoadedModel, choose_device, load_model
@@ -59,7 +51,7 @@ class Answer:
 def read_answer(
     text: str,
     grounding: GroundingConfig | None,
-    framing: Framing | None = None,
+    letterbox: Letterbox | None = None,
     positions: Sequence[float | None] | None = None,
 ) -> Answer:
     """Read the boxes and spans of a text.
@@ -67,7 +59,7 @@ def read_answer(
     Args:
         text: as a model generated it.
         grounding: of the model; without tables of bins no text tells a box.
-        framing: how the picture lies in the square that the model saw; None if they are the same.
+        letterbox: how the picture lies in the square that the model saw; None if they are the same.
         positions: of its bins, see ``parse_boxes``.
     """
     if grounding is None or not grounding.has_tables:
@@ -76,8 +68,8 @@ def read_answer(
         # Some bin is spelled letter by letter: which of them are tokens cannot be told from the text.
         positions = None
     boxes = parse_boxes(text, grounding, positions)
-    if framing is not None:
-        boxes = [Box(*framing.from_square(*box[:2]), *framing.from_square(*box[2:])) for box in boxes]
+    if letterbox is not None:
+        boxes = [Box(*letterbox.from_square(*box[:2]), *letterbox.from_square(*box[2:])) for box in boxes]
     return Answer(text, boxes, parse_spans(text, grounding, positions))
 
 
@@ -116,14 +108,14 @@ class Prompt:
         ids: of its tokens, visual spans included.
         media: loaded, in reading order.
         coordinates: in the tower's square.
-        framing: how the picture that the answer speaks of lies in that square: the last one, as in training.
+        letterbox: how the picture that the answer speaks of lies in that square: the last one, as in training.
             None without media.
     """
 
     ids: list[int]
     media: list[VisualInput]
     coordinates: Coordinates = NO_COORDINATES
-    framing: Framing | None = None
+    letterbox: Letterbox | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ class PromptWriter:
         ids, coordinates = self._encode(turns, media), self._place(request, turns, media)
         if self.vision is None or not media:
             return Prompt(ids, media, coordinates)
-        return Prompt(ids, media, coordinates, frame_picture(media[-1].original_size, self.vision))
+        return Prompt(ids, media, coordinates, self.vision.letterbox(media[-1].original_size))
 
     def load(self, medium: Media | VisualInput) -> VisualInput:
         """Load an image or a video, if that is not done yet."""
@@ -390,8 +382,8 @@ class Captioner:
         written = [*begun, *(i for i in ids if i not in stop)]
         text = self.tokenizer.batch_decode([written], skip_special_tokens=True)[0].strip()
         if self.grounding is None or positions is None:
-            return read_answer(text, self.grounding, prompt.framing)
+            return read_answer(text, self.grounding, prompt.letterbox)
         assert self.grounding.first_bin is not None
         known = [None for i in begun if i >= self.grounding.first_bin]
         finer = [position for position in positions if not math.isnan(position)]
-        return read_answer(text, self.grounding, prompt.framing, [*known, *finer])
+        return read_answer(text, self.grounding, prompt.letterbox, [*known, *finer])

@@ -19,16 +19,15 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from llava.config import VisionConfig
+from llava.config import GROUNDING_MODES, LAPE, NO_GROUNDING, GroundingConfig, VisionConfig
 from llava.data.chunking import NONE, TEXT_CHUNKING
 from llava.data.formats import CHAT, FORMATS, PLAIN_LM
 from llava.data.media_files import MediaLimits
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.data.start_checks import CHECK_DATA
-from llava.grounding import syntax
-from llava.grounding.syntax import GROUNDING_MODES, LAPE, GroundingConfig
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
+from llava.parser import read_json_object
 from llava.train.engines import check_machine
 from llava.train.optimizers import check_optimization
 from llava.train.parts import COORDINATES_PART, PARTS
@@ -79,7 +78,11 @@ class ModelArguments:
     """Store the frozen tower's weights in checkpoints too, not only its source and hash."""
     mm_vision_select_layer: int | None = kept(VisionConfig.vision_select_layer)
     mm_projector_type: str | None = kept(VisionConfig.projector_type)
+    mm_projector_args: str | None = None
+    """Settings of a plug-in projector, as a JSON object such as '{"depth": 3}' (docs/extending.md)."""
     mm_resampler_type: str | None = kept(VisionConfig.resampler_type)
+    mm_resampler_args: str | None = None
+    """Settings of a plug-in resampler, as a JSON object such as '{"stride": 3}' (docs/extending.md)."""
     mm_perceiver_latents: int | None = kept(VisionConfig.perceiver_latents)
     mm_perceiver_latents_fast: int | None = kept(VisionConfig.perceiver_latents_fast)
     mm_perceiver_depth: int | None = kept(VisionConfig.perceiver_depth)
@@ -127,10 +130,11 @@ class ModelArguments:
                 "before a frame is masked, so the number of patches cannot vary"
             )
         _check_values(self)
-        if self.stage == CONTENT and self.grounding not in (None, syntax.NONE):
+        if self.stage == CONTENT and self.grounding not in (None, NO_GROUNDING):
             raise ValueError(f"--grounding {self.grounding} needs --stage 2: stage 1 trains content alone")
-        if self.stage != CONTENT and self.grounding == syntax.NONE:
+        if self.stage != CONTENT and self.grounding == NO_GROUNDING:
             raise ValueError(f"--stage {self.stage} trains coordinates, but --grounding is none; take --stage 1")
+        self.vision_settings()  # Reads JSON, and says where it is none.
         unknown = [part for part in self.named_parts if part not in PARTS]
         if unknown:
             raise ValueError(f"--mm_tunable_parts names {', '.join(unknown)}; known: {', '.join(PARTS)}")
@@ -149,7 +153,11 @@ class ModelArguments:
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
-        return _settings_of(self, "mm_")
+        settings = _settings_of(self, "mm_")
+        for name in ("projector_args", "resampler_args"):
+            if settings[name] is not None:
+                settings[name] = read_json_object(settings[name], f"--mm_{name}")
+        return settings
 
     def choose_grounding(self, trained: str | None) -> str | None:
         """What ``load_model`` makes of coordinates.

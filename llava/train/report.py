@@ -37,8 +37,8 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
     if vision is not None:
         frames, more = vision.max_frames, "" if vision.is_bounded else " (--frames_upbound 0 allows more)"
         image = "image" if vision.anyres is None else f"largest image, of {vision.anyres.most_views} views"
-        video = [span.length for span in vision.spans("video", frames)]
-        for name, lengths in ((image, [vision.most_image_tokens]), (f"video of {frames} frames{more}", video)):
+        video = [span.length for span in vision.layout.spans("video", frames)]
+        for name, lengths in ((image, [vision.layout.most_image_tokens]), (f"video of {frames} frames{more}", video)):
             parts = " + ".join(f"{length - 2} patches and 2 markers" for length in lengths)
             total = sum(lengths)
             lines.append(f"  {name}: {total} tokens ({parts}), leaves {max_length - total} for the rest")

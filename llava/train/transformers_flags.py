@@ -343,12 +343,7 @@ def _check_settings(name: str, text: str) -> None:
         if not Path(text).is_file():
             raise ValueError(f"--{name} {text!r} is no file; give one, or a JSON object")
         return
-    try:
-        read = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{name} is {text!r}, expected a JSON object: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f'--{name} is {text!r}, expected a JSON object such as {{"key": 1}}')
+    read_json_object(text, f"--{name}")
 
 
 def check_flags(args: TrainingArguments) -> None:

@@ -20,7 +20,6 @@ from llava.data.check import main as check
 from llava.data.images import map_by_range, read_image_size, read_picture
 from llava.data.media import fit_frames, load_image, load_media, resize
 from llava.data.media_files import MediaError, MediaLimits
-from llava.geometry import frame_picture
 from llava.types import Media
 
 NOISE = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
@@ -223,11 +222,11 @@ def test_cutting_before_resizing_gives_what_cutting_behind_it_gives(height: int,
     vision = SimpleNamespace(image_size=64, image_aspect_ratio="square", image_resize_size=80, image_mean=(0.5,) * 3)
     y, x = np.mgrid[:height, :width]
     picture = np.stack([(np.sin(x / 5) * np.cos(y / 3) + 1) * 100, x % 250, (x + y) * 3 % 250], -1).astype(np.uint8)
-    framing = frame_picture((height, width), vision)
-    whole = resize(torch.from_numpy(picture).permute(2, 0, 1)[None], framing.height, framing.width)
-    expected = whole[..., -framing.top : 64 - framing.top, -framing.left : 64 - framing.left]
+    letterbox = vision.letterbox((height, width))
+    whole = resize(torch.from_numpy(picture).permute(2, 0, 1)[None], letterbox.height, letterbox.width)
+    expected = whole[..., -letterbox.top : 64 - letterbox.top, -letterbox.left : 64 - letterbox.left]
     found = fit_frames(torch.from_numpy(picture)[None], vision)
-    assert framing.height * framing.width > 8 * 64 * 64
+    assert letterbox.height * letterbox.width > 8 * 64 * 64
     assert (found.int() - expected.int()).abs().max() <= 2
 
 

@@ -21,7 +21,7 @@ from llava.data.localized_narratives.samples import (
     group_utterances,
 )
 from llava.draw import wrap_text
-from llava.grounding.syntax import Box
+from llava.geometry import Box
 
 SETTINGS = BoxSettings()
 

@@ -29,12 +29,12 @@ def test_video_of_italian_recipe(italian_vision, visual_tokenizer):
         visual_tokenizer.convert_tokens_to_ids(token) for token in VISUAL_TOKENS[3:]
     )
     assert ids == [start, *34 * [patch], end, slow_start, *322 * [patch], slow_end]
-    assert len(ids) == 360 == italian_vision.num_tokens("video", 4)
+    assert len(ids) == 360 == italian_vision.layout.num_tokens("video", 4)
 
 
 def test_image_of_16_by_16_patches(italian_vision):
     assert expand_text("<image>", italian_vision) == IMAGE
-    assert italian_vision.num_tokens("image") == 256
+    assert italian_vision.layout.num_tokens("image") == 256
 
 
 def test_resampled_image_has_as_many_tokens_as_latents(italian_vision):
@@ -47,10 +47,10 @@ def test_video_without_resampler_is_one_span(italian_vision):
     assert expand_text("<video>", vision, [2]) == "<vid_start>" + 510 * "<vid_patch>" + "<vid_end>"
 
 
-def test_slow_frames_shorten_only_the_slow_stream(italian_vision):
-    fast, slow = replace(italian_vision, slow_frames=2).spans("video", 4)
+def test_slow_frames_shorten_only_the_slow_span(italian_vision):
+    fast, slow = replace(italian_vision, slow_frames=2).layout.spans("video", 4)
     assert (fast.length, slow.length) == (36, 162)
-    fast, slow = replace(italian_vision, slow_frames=8).spans("video", 4)
+    fast, slow = replace(italian_vision, slow_frames=8).layout.spans("video", 4)
     assert (fast.length, slow.length) == (36, 324)
 
 

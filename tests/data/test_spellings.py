@@ -279,7 +279,7 @@ def test_an_escaped_placeholder_has_the_ids_of_the_literal_text(visual_tokenizer
     ids, _ = dataset.tokenize(record)
     words = visual_tokenizer(" un <image> <video> sì", add_special_tokens=False)["input_ids"]
     assert ids[-len(words) - 1 : -1] == words
-    assert len(ids) == len(words) + 1 + tiny_vision.num_tokens("image")
+    assert len(ids) == len(words) + 1 + tiny_vision.layout.num_tokens("image")
     assert label_segments(dataset.text_format.encode([Turn("user", r"\<image>")]))[0] == [
         *visual_tokenizer("<image>", add_special_tokens=False)["input_ids"], visual_tokenizer.eos_token_id,
     ]  # fmt: skip

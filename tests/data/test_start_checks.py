@@ -118,7 +118,7 @@ def test_media_without_vision_are_an_error_at_once(tmp_path, tokenizer):
 def test_only_the_media_that_are_there_must_fit(tmp_path, visual_tokenizer, tiny_vision):
     images, videos = write(tmp_path / "i.json", IMAGE, text("x")), write(tmp_path / "v.json", VIDEO)
     words = write(tmp_path / "t.json", text("x"))
-    sizes = {"image": tiny_vision.num_tokens("image"), "video": tiny_vision.num_tokens("video", 3)}
+    sizes = {"image": tiny_vision.layout.num_tokens("image"), "video": tiny_vision.layout.num_tokens("video", 3)}
     assert sizes == {"image": 16, "video": 39}
     check_media(build(images, visual_tokenizer, tiny_vision, 20))
     check_media(build(words, visual_tokenizer, tiny_vision, 5))

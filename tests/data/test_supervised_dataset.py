@@ -74,7 +74,7 @@ def test_examples_of_a_mixed_file(mixed, tiny_vision):
         ["video"], ["video"], ["image"], ["image"], ["video", "image"], [], [],
     ]  # fmt: skip
     for example in examples:
-        visual = sum(tiny_vision.num_tokens(m.kind, len(m.frames)) for m in example.media)
+        visual = sum(tiny_vision.layout.num_tokens(m.kind, len(m.frames)) for m in example.media)
         assert len(example.input_ids) == len(example.labels)
         assert example.labels.count(IGNORE_INDEX) == visual
         assert example.input_ids[-1] == example.labels[-1] == EOS
@@ -134,7 +134,7 @@ def test_frames_a_second_give_each_video_its_own_span(tmp_path, visual_tokenizer
     dataset = SupervisedDataset(samples, visual_tokenizer, vision, 512)
     for example, frames in zip((dataset[0], dataset[1]), (2, 5), strict=True):
         assert len(example.media[0].frames) == frames
-        assert example.labels.count(IGNORE_INDEX) == vision.num_tokens("video", frames)
+        assert example.labels.count(IGNORE_INDEX) == vision.layout.num_tokens("video", frames)
     assert dataset.lengths[0] == dataset.lengths[1] == len(dataset[1].input_ids)
 
 

@@ -26,7 +26,8 @@ from llava.demo.grounding.dataset import (
 )
 from llava.demo.scenes import FRAME_SIZE
 from llava.demo.sentences import ASK_WHERE_IN_EACH_FRAME, HELD_OUT_PAIRS, Noun, ask_when, ask_where, names_held_out_pair
-from llava.grounding.syntax import TimeSpan, box_text, span_text
+from llava.geometry import TimeSpan
+from llava.grounding.syntax import box_text, span_text
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 from llava.demo.common import choose_examples
 from llava.demo.grounding.__main__ import main, write_base_model
 from llava.demo.grounding.evaluation import best_fixed_answer, case_lines, score_answer, score_lines, summarise
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 from llava.serve.generate import Answer
 from llava.types import Coordinates, Media, Record, Turn
 

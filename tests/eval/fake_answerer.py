@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava.config import VisionConfig
-from llava.grounding.syntax import Box, GroundingConfig, bin_token, parse_boxes, parse_spans
+from llava.config import GroundingConfig, VisionConfig
+from llava.geometry import Box
+from llava.grounding.syntax import bin_token, parse_boxes, parse_spans
 from llava.serve.generate import Answer
 
 GROUNDING = GroundingConfig()

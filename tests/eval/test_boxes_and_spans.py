@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from llava.eval.metrics import box_iou, box_ious, score_rec, score_tvg, span_iou
-from llava.grounding.syntax import Box, TimeSpan
+from llava.eval.metrics import score_rec, score_tvg
+from llava.geometry import Box, TimeSpan, box_iou, box_ious, span_iou
 
 UNIT = Box(0.0, 0.0, 1.0, 1.0)
 

@@ -14,7 +14,8 @@ from llava.eval.annotations import MediaFolders, read_annotations
 from llava.eval.run import main
 from llava.eval.store import EvalSample, Reference
 from llava.eval.tasks import TASKS
-from llava.grounding.syntax import Box, TimeSpan, box_text
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import box_text
 from llava.serve.generate import Captioner, PromptWriter, Request
 from llava.types import Coordinates, Media
 

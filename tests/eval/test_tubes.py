@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llava.config import GroundingConfig
 from llava.eval.metrics import Tube, parse_tube, score_stvg, score_svg
-from llava.grounding.syntax import Box, GroundingConfig, TimeSpan, parse_places, strip_coordinates
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import parse_places, strip_coordinates
 
 GROUNDING = GroundingConfig()
 ALL, LEFT, RIGHT = Box(0.0, 0.0, 1.0, 1.0), Box(0.0, 0.0, 0.5, 1.0), Box(0.5, 0.0, 1.0, 1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava.grounding.syntax import GroundingConfig
+from llava.config import GroundingConfig
 from llava.model.vocabulary import add_coordinate_tokens, load_tokenizer
 
 WORDS = ["il gatto dorme sul divano", "una stella gialla", "il cane guarda la strada"]

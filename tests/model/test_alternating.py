@@ -92,7 +92,7 @@ def test_no_position_looks_ahead(loaded: LoadedModel, make_batch) -> None:
         after = loaded.model(**changed).logits
         assert_same(after[:, :place], before[:, :place])
         assert not torch.equal(after[:, place], before[:, place])
-    second = int(visual.nonzero()[loaded.vision.num_tokens("video", 3)])
+    second = int(visual.nonzero()[loaded.vision.layout.num_tokens("video", 3)])
     changed = {**batch, "images": [batch["images"][0], 255 - batch["images"][1]]}
     after = loaded.model(**changed).logits
     assert_same(after[:, :second], before[:, :second])

@@ -16,7 +16,7 @@ from llava.geometry import AnyRes, parse_pinpoints
 from llava.model.loading import load_model
 from llava.model.transfer import load_adapter
 from llava.model.visual import ViewMerger
-from llava.token_layout import STREAM_LAWS
+from llava.token_layout import RESAMPLER_SETTINGS
 from llava.train.parts import part_of
 
 FLAT = {"image_aspect_ratio": "anyres"}
@@ -34,7 +34,7 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
 
 
-RESAMPLED = [{**FLAT, "resample_images": True, "resampler_type": name} for name in STREAM_LAWS.names()]
+RESAMPLED = [{**FLAT, "resample_images": True, "resampler_type": name} for name in RESAMPLER_SETTINGS.names()]
 POOLED = {**UNPADDED, "projector_type": "pooler", "perceiver_latents": 4}
 
 
@@ -45,10 +45,10 @@ def test_features_are_as_many_as_counted(load_tiny, settings: dict) -> None:
     views = [cut_views(picture(*size), model.vision) for size in sizes]
     with torch.no_grad():
         features = model.get_model().encode_media(views, ["image"] * len(views), sizes)
-    counted = [model.vision.num_tokens("image", image_size=size) for size in sizes]
+    counted = [model.vision.layout.num_tokens("image", image_size=size) for size in sizes]
     assert [len(f) for f in features] == counted
     assert len(set(counted)) > 2
-    assert max(counted) <= model.vision.most_image_tokens
+    assert max(counted) <= model.vision.layout.most_image_tokens
 
 
 @pytest.mark.parametrize("limit", [None, 4, 9])

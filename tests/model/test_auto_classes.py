@@ -92,7 +92,7 @@ def test_auto_classes_load_a_checkpoint(checkpoint) -> None:
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == loaded.tokenizer.get_vocab()
     saved = loaded.model.eval()
     images = torch.rand(1, 3, 56, 56)
-    ids = torch.tensor([[5, *[saved.vision.visual_token_ids[0]] * saved.vision.num_tokens("image", 1), 7]])
+    ids = torch.tensor([[5, *[saved.vision.visual_token_ids[0]] * saved.vision.layout.num_tokens("image", 1), 7]])
     expected = saved(input_ids=ids, images=images).logits
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         found = auto.from_pretrained(folder).eval()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from grounded_tokenizers import add_coordinates, build_tokenizer
 
-from llava.geometry import Framing, frame_picture
-from llava.grounding.syntax import BOX_AXES, Box, TimeSpan, box_text, parse_boxes, parse_spans, span_text, write_bins
+from llava.geometry import Box, Letterbox, TimeSpan
+from llava.grounding.syntax import BOX_AXES, box_text, parse_boxes, parse_spans, span_text, write_bins
 from llava.types import Coordinates
 
 NUM_BOXES = 10_000
@@ -26,15 +26,15 @@ def draw_boxes(rng: np.random.Generator) -> list[Box]:
     return [Box(*numbers) for numbers in np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1).tolist()]
 
 
-def draw_framings(vision, rng: np.random.Generator) -> list[Framing]:
+def draw_letterboxes(vision, rng: np.random.Generator) -> list[Letterbox]:
     """Of pictures lying, standing and, each third, square."""
     sizes = rng.integers(8, 1000, (NUM_BOXES, 2))
     sizes[::3, 0] = sizes[::3, 1]
-    return [frame_picture((height, width), vision) for height, width in sizes.tolist()]
+    return [vision.letterbox((height, width)) for height, width in sizes.tolist()]
 
 
-def write_box(box: Box, framing: Framing) -> Coordinates:
-    (x1, y1), (x2, y2) = framing.to_square(*box[:2]), framing.to_square(*box[2:])
+def write_box(box: Box, letterbox: Letterbox) -> Coordinates:
+    (x1, y1), (x2, y2) = letterbox.to_square(*box[:2]), letterbox.to_square(*box[2:])
     return Coordinates(spatial_width_output_locations=(x1, x2), spatial_height_output_locations=(y1, y2))
 
 
@@ -47,21 +47,21 @@ def visible(number: float, offset: int, length: int, side: int) -> float:
 def test_a_box_survives_within_half_a_bin(tiny_vision, tokenizer_dir: Path, manner: str) -> None:
     rng = np.random.default_rng(7)
     vision = replace(tiny_vision, **MANNERS[manner])
-    boxes, framings = draw_boxes(rng), draw_framings(vision, rng)
+    boxes, letterboxes = draw_boxes(rng), draw_letterboxes(vision, rng)
     tokenizer = build_tokenizer("pieces" if manner == "stretch" else "byte-level", tokenizer_dir)
     grounding = add_coordinates(tokenizer, 100, 100)
     text = f"una stella {box_text()} gialla"
-    texts = [write_bins(text, write_box(*row), grounding) for row in zip(boxes, framings, strict=True)]
+    texts = [write_bins(text, write_box(*row), grounding) for row in zip(boxes, letterboxes, strict=True)]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert all(sum(i >= grounding.first_bin for i in row) == len(BOX_AXES) for row in ids)
     half = 0.5 / 99
-    for box, framing, written in zip(boxes, framings, tokenizer.batch_decode(ids), strict=True):
+    for box, letterbox, written in zip(boxes, letterboxes, tokenizer.batch_decode(ids), strict=True):
         (told,) = parse_boxes(written, grounding)
-        corners = [*framing.from_square(*told[:2]), *framing.from_square(*told[2:])]
+        corners = [*letterbox.from_square(*told[:2]), *letterbox.from_square(*told[2:])]
         for number, back, axis in zip(box, corners, BOX_AXES, strict=True):
-            offset, length = (framing.left, framing.width) if axis == "WIDTH" else (framing.top, framing.height)
-            shown = visible(number, offset, length, framing.side)
-            assert abs(back - shown) <= half * framing.side / length + 1e-9
+            offset, length = (letterbox.left, letterbox.width) if axis == "WIDTH" else (letterbox.top, letterbox.height)
+            shown = visible(number, offset, length, letterbox.side)
+            assert abs(back - shown) <= half * letterbox.side / length + 1e-9
             assert manner == "crop" or shown == number
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llava.grounding.syntax import AXES, GroundingConfig
+from llava.config import GroundingConfig
+from llava.constants import AXES
 from llava.model.coordinates import expected_positions
 
 GROUNDING = GroundingConfig(num_temporal=7, num_spatial=5, first_bin=10)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava.constants import IGNORE_INDEX
+from llava.config import GroundingConfig
+from llava.constants import AXES, IGNORE_INDEX
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.geometry import frame_picture
-from llava.grounding.syntax import AXES, GroundingConfig, box_text, span_text
+from llava.grounding.syntax import bin_tokens, box_text, span_text
 from llava.model import BACKBONES
 from llava.model.coordinates import CoordinateTables, place, propagate, two_hot_cross_entropy
 from llava.model.loading import load_model
@@ -238,9 +238,9 @@ def test_coordinates_that_are_missing_are_an_error(load_tiny, data: Path, change
 def test_bins_follow_all_other_tokens_and_are_words_of_an_answer(load_tiny) -> None:
     loaded = load_grounded(load_tiny)
     tokenizer, grounding = loaded.tokenizer, loaded.model.grounding
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in grounding.bin_tokens()]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in bin_tokens(grounding)]
     assert ids == list(range(grounding.first_bin, len(tokenizer)))
-    assert [token[1:-5] for token in (grounding.bin_tokens()[i] for i in (0, 100, 200))] == list(AXES)
+    assert [token[1:-5] for token in (bin_tokens(grounding)[i] for i in (0, 100, 200))] == list(AXES)
     text = "qui [<WIDTH-001><HEIGHT-002><WIDTH-003><HEIGHT-099>]"
     encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert sum(i >= grounding.first_bin for i in encoded) == 4
@@ -330,8 +330,8 @@ def test_coordinates_move_into_the_padded_square(load_tiny, data: Path) -> None:
     loaded = load_grounded(load_tiny)
     batch = make_batch(loaded, data, [0])
     # a.png is 90 x 60: of the square of 56, 37 rows from the ninth on.
-    framing = frame_picture((60, 90), loaded.vision)
-    assert (framing.top, framing.height) == (9, 37)
+    letterbox = loaded.vision.letterbox((60, 90))
+    assert (letterbox.top, letterbox.height) == (9, 37)
     assert batch["variables"][0][WOUT] == [0.1, 0.9]
     assert batch["variables"][0][HOUT] == [(9 + 0.25 * 37) / 56, (9 + 0.75 * 37) / 56]
 

@@ -32,7 +32,7 @@ def text_batch(loaded: Any) -> dict[str, Tensor]:
 
 
 def video_batch(loaded: Any) -> dict[str, Any]:
-    text = "".join(span.text for span in loaded.vision.spans("video", 3)) + "ciao"
+    text = "".join(span.text for span in loaded.vision.layout.spans("video", 3)) + "ciao"
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     labels = torch.where(torch.isin(ids, torch.tensor(loaded.vision.visual_token_ids)), -100, ids)
     frames = torch.randint(0, 255, (3, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

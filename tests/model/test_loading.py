@@ -92,7 +92,7 @@ def test_structure_of_a_trained_checkpoint_cannot_be_changed(load_tiny, tmp_path
     loaded.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--mm_projector_type 'linear' was given, but the checkpoint"):
         load_model(str(tmp_path), projector_type="linear")
-    assert load_model(str(tmp_path), num_frames=2, perceiver_latents=4).vision.num_tokens("video", 2) == 16
+    assert load_model(str(tmp_path), num_frames=2, perceiver_latents=4).vision.layout.num_tokens("video", 2) == 16
 
 
 def test_text_model_gains_vision_later(gpt2_dir: Path, tower_dir: Path, tmp_path: Path) -> None:

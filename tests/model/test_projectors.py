@@ -33,8 +33,8 @@ def test_features_have_the_models_width_and_the_counted_grid(name: str, tower_wi
     vision = make_vision(name, side, tower_width)
     projector = build_projector(vision, WIDTH)
     for frames in (3, 0):
-        features = torch.randn(frames, vision.num_patches, tower_width)
-        assert projector(features).shape == (frames, vision.grid_patches, WIDTH)
+        features = torch.randn(frames, vision.patches_per_side**2, tower_width)
+        assert projector(features).shape == (frames, vision.layout.grid_patches, WIDTH)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +76,7 @@ def test_a_model_saves_and_reloads_exactly(load_tiny, tmp_path: Path, name: str,
     features = [model.model.eval().get_model().encode_media(media, ["image", "video"]) for model in (loaded, again)]
     for one, other, kind, frames in zip(*features, ("image", "video"), (1, 2), strict=True):
         assert torch.equal(one, other)
-        assert len(one) == again.vision.num_tokens(kind, frames)
+        assert len(one) == again.vision.layout.num_tokens(kind, frames)
 
 
 @pytest.mark.parametrize("name", ["pooler", "mlp2x_res2x_gelu"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from llava.config import VisionConfig
 from llava.model.loading import load_model
+from llava.model.multimodal_resampler import RESAMPLERS, build_resampler
 from llava.model.multimodal_resampler.base import Resampler
-from llava.model.multimodal_resampler.builder import RESAMPLERS, build_resampler, structural_settings
 from llava.model.multimodal_resampler.perceiver import LatentAttention, PerceiverLayer
-from llava.token_layout import STREAM_LAWS
+from llava.token_layout import RESAMPLER_SETTINGS
 
 WIDTH, SIDE = 12, 5
 NAMES = RESAMPLERS.names()
@@ -44,12 +46,12 @@ def make(name: str, **changes) -> Resampler:
 
 
 def make_features(media: int, frames: int, resampler: Resampler, seed: int = 1) -> Tensor:
-    shape = (media, frames, resampler.vision.grid_patches, WIDTH)
+    shape = (media, frames, resampler.vision.layout.grid_patches, WIDTH)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_law_has_its_resampler_and_every_resampler_its_law() -> None:
-    assert STREAM_LAWS.names() == NAMES
+def test_every_resampler_has_its_settings_and_all_settings_their_resampler() -> None:
+    assert RESAMPLER_SETTINGS.names() == NAMES
 
 
 @pytest.mark.parametrize("side", [4, 5])
@@ -61,8 +63,7 @@ def test_videos_give_the_tokens_that_the_configuration_counts(
 ) -> None:
     resampler = make(name, patches_per_side=side, video_fps=1.0, frames_upbound=7).train(training)
     tokens = resampler(make_features(2, frames, resampler), "video")
-    assert tokens.shape == (2, resampler.output_tokens("video", frames), WIDTH)
-    assert resampler.output_tokens("video", frames) == resampler.vision.num_tokens("video", frames)
+    assert tokens.shape == (2, resampler.vision.layout.num_tokens("video", frames), WIDTH)
 
 
 @pytest.mark.parametrize("resample", [False, True])
@@ -71,8 +72,7 @@ def test_images_are_resampled_if_they_are_to_be(name: str, resample: bool) -> No
     resampler = make(name, resample_images=resample)
     features = make_features(3, 1, resampler)
     tokens = resampler(features, "image")
-    assert tokens.shape == (3, resampler.output_tokens("image"), WIDTH)
-    assert resampler.output_tokens("image") == resampler.vision.num_tokens("image")
+    assert tokens.shape == (3, resampler.vision.layout.num_tokens("image"), WIDTH)
     assert (tokens.shape[1] == SIDE**2) is not resample
     if not resample:
         assert torch.equal(tokens, features[:, 0])
@@ -142,12 +142,12 @@ def test_the_same_seed_builds_the_same_resampler(name: str) -> None:
             assert len(parameter.unique(dim=0)) == len(parameter)
 
 
-def test_a_resampler_that_does_not_keep_to_its_law_is_told() -> None:
+def test_a_resampler_that_makes_another_number_of_tokens_is_told() -> None:
     class Wrong(Resampler):
         def resample(self, features: Tensor, kind: str) -> Tensor:
             return features.flatten(1, 2)[:, 1:]
 
-    with pytest.raises(ValueError, match=r"'perceiver' makes 49 tokens of one video of 2 frames, .* counts 18"):
+    with pytest.raises(ValueError, match=r"'perceiver' makes 49 tokens of one video of 2 frames, .* count 18"):
         Wrong(make_vision("perceiver"), WIDTH)(torch.randn(1, 2, 25, WIDTH), "video")
 
 
@@ -182,14 +182,14 @@ def test_save_and_reload_are_exact(load_tiny, tmp_path: Path, name: str) -> None
     features = [model.model.eval().get_model().encode_media(media, kinds) for model in (loaded, again)]
     for one, other, kind, frames in zip(*features, kinds, (1, 3, 2), strict=True):
         assert torch.equal(one, other)
-        assert len(one) == again.vision.num_tokens(kind, frames)
+        assert len(one) == again.vision.layout.num_tokens(kind, frames)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_a_model_in_bf16(load_tiny, name: str) -> None:
     loaded = load_tiny(resampler_type=name, dtype=torch.bfloat16, perceiver_depth=1, qformer_depth=1)
     model, vision = loaded.model.train(), loaded.vision
-    text = "".join(span.text for span in vision.spans("video", 3)) + "ciao"
+    text = "".join(span.text for span in vision.layout.spans("video", 3)) + "ciao"
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
     frames = torch.randint(0, 255, (3, 3, 56, 56), dtype=torch.uint8)
     labels = torch.where(torch.isin(ids, torch.tensor(vision.visual_token_ids)), -100, ids)
@@ -222,45 +222,52 @@ def test_settings_that_parameters_depend_on_stay(load_tiny, tmp_path: Path, name
     assert {setting: getattr(vision, setting) for setting in free} == free
 
 
-def test_structural_settings_are_fields_of_the_configuration() -> None:
+def test_structure_names_settings_of_the_resampler() -> None:
     for name in NAMES:
-        vision = make_vision(name)
-        assert all(hasattr(vision, setting) for setting in structural_settings(vision))
-    assert structural_settings(make_vision(None)) == ()  # type: ignore[arg-type]
+        assert set(RESAMPLERS.get(name).structure) <= {field.name for field in fields(RESAMPLER_SETTINGS.get(name))}
 
 
 # A newcomer's.
 
 NEWCOMER = '''
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
-from llava.token_layout import stream_law
+from llava.model.multimodal_resampler import Resampler, register_resampler
+from llava.token_layout import ResamplerSettings
 from llava.types import MediaKind
 
 
-@stream_law("row_mean")
-def count_row_mean(vision: VisionConfig, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-    return (num_frames * vision.grid_side,)
+@dataclass(frozen=True)
+class RowMeanSettings(ResamplerSettings):
+    layers: int = 1
+    stride: int = 1
+
+    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
+        return (num_frames * side // self.stride,)
 
 
-@RESAMPLERS.register("row_mean")
+@register_resampler("row_mean", RowMeanSettings)
 class RowMean(Resampler):
-    """Makes one token of each row of a frame's grid: the mean of its patches, through a linear layer."""
+    """Makes one token of so many rows of a frame's grid: the mean of their patches, through linear layers."""
+
+    structure = ("layers",)
+    settings: RowMeanSettings
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__(vision, hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = nn.Sequential(*(nn.Linear(hidden_size, hidden_size) for _ in range(self.settings.layers)))
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
-        side = self.vision.grid_side
-        return self.proj(features.unflatten(2, (side, side)).mean(dim=3)).flatten(1, 2)
+        rows = features.unflatten(2, (-1, self.vision.grid_side * self.settings.stride))
+        return self.proj(rows.mean(dim=3)).flatten(1, 2)
 '''
 
 
 def test_a_newcomer_is_one_file(load_tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (STREAM_LAWS, RESAMPLERS):
+    for registry in (RESAMPLER_SETTINGS, RESAMPLERS):
         monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     (tmp_path / "row_mean.py").write_text(NEWCOMER)
     monkeypatch.syspath_prepend(tmp_path)
@@ -279,6 +286,18 @@ def test_a_newcomer_is_one_file(load_tiny, tmp_path: Path, monkeypatch: pytest.M
     loaded.tokenizer.save_pretrained(tmp_path)
     again = load_model(str(tmp_path)).model.eval().get_model().encode_media(media, ["image", "video"])
     assert all(torch.equal(one, other) for one, other in zip(features, again, strict=True))
+
+    changed = load_model(str(tmp_path), resampler_args={"stride": 2})
+    assert changed.new_parameters == []
+    assert changed.vision.resampler_args == {"layers": 1, "stride": 2}
+    assert changed.vision.layout.num_tokens("video", 3) == 6
+    changed.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mm_resampler_args"] == {"layers": 1, "stride": 2}
+    assert load_model(str(tmp_path)).vision == changed.vision
+    with pytest.raises(ValueError, match="--mm_resampler_args has layers 2, but the checkpoint was trained with 1"):
+        load_model(str(tmp_path), resampler_args={"layers": 2})
+    with pytest.raises(ValueError, match="--mm_resampler_args has the unknown setting 'rows'; known: layers, stride"):
+        load_model(str(tmp_path), resampler_args={"rows": 2})
     sys.modules.pop("row_mean")
 
 

@@ -69,7 +69,7 @@ def test_mixed_lengths_of_video_encode_as_alone(load_tiny, mixed_data: Path) -> 
     for medium, kind, encoded in zip(media, kinds, together, strict=True):
         alone = model.get_model().encode_media([medium], [kind])[0]
         torch.testing.assert_close(encoded, alone, atol=1e-6, rtol=1e-5)
-        assert len(encoded) == model.vision.num_tokens(kind, len(medium))
+        assert len(encoded) == model.vision.layout.num_tokens(kind, len(medium))
 
 
 def test_wrong_number_of_modalities_is_an_error(load_tiny, mixed_data: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.builder import build_resampler
+from llava.model.multimodal_resampler import build_resampler
 from llava.model.multimodal_resampler.token_packer import (
     TokenPacker,
     WindowAttention,
@@ -20,13 +20,12 @@ from llava.model.multimodal_resampler.token_packer import (
     pool_time,
     window_index,
 )
-from llava.token_layout import FAST_SLOW_RESAMPLER
 
 WIDTH, INNER, HEADS = 12, 16, 4
 
 
 def make_vision(side: int = 16, latents: int = 81, fast: int = 9, **changes) -> VisionConfig:
-    settings = {"resampler_type": FAST_SLOW_RESAMPLER, "resampler_width": INNER, "resampler_heads": HEADS} | changes
+    settings = {"resampler_type": "fast_slow_resampler", "resampler_width": INNER, "resampler_heads": HEADS} | changes
     return VisionConfig(
         vision_tower="none", vision_config={"model_type": "dinov2"}, hidden_size=8, image_size=14 * side,
         patches_per_side=side, perceiver_latents=latents, perceiver_latents_fast=fast, **settings,
@@ -60,7 +59,7 @@ def test_video_tokens_are_as_many_as_the_configuration_says(
 ) -> None:
     packer = make_packer(side=side, latents=latents, fast=fast, slow_frames=slow_frames)
     tokens = packer(torch.randn(2, frames, side * side, WIDTH), "video")
-    assert tokens.shape == (2, packer.vision.num_tokens("video", frames), WIDTH)
+    assert tokens.shape == (2, packer.vision.layout.num_tokens("video", frames), WIDTH)
 
 
 @pytest.mark.parametrize(("resample", "expected"), [(False, 256), (True, 81)])
@@ -69,12 +68,12 @@ def test_image_tokens_are_as_many_as_the_configuration_says(resample: bool, expe
     patches = torch.randn(2, 1, 256, WIDTH)
     tokens = packer(patches, "image")
     assert tokens.shape == (2, expected, WIDTH)
-    assert packer.vision.num_tokens("image") == expected
+    assert packer.vision.layout.num_tokens("image") == expected
     if not resample:
         assert torch.equal(tokens, patches[:, 0])
 
 
-def test_the_fast_stream_stands_before_the_slow_one() -> None:
+def test_the_fast_span_stands_before_the_slow_one() -> None:
     packer = make_packer(slow_frames=2)
     features = torch.randn(1, 4, 256, WIDTH)
     tokens = packer(features, "video")
@@ -128,11 +127,11 @@ def test_no_media_give_zero_gradients_and_not_none(slow_frames: int, kind: str) 
     packer = make_packer(slow_frames=slow_frames, resample_images=True)
     frames = 4 if kind == "video" else 1
     tokens = packer(torch.zeros(0, frames, 256, WIDTH), kind)
-    assert tokens.shape == (0, packer.vision.num_tokens(kind, frames), WIDTH)
+    assert tokens.shape == (0, packer.vision.layout.num_tokens(kind, frames), WIDTH)
     tokens.sum().backward()
     for name, parameter in packer.named_parameters():
         if kind == "image" and name.startswith("fast."):
-            continue  # An image has no fast stream; ranks without media run an empty video.
+            continue  # An image has no fast span; ranks without media run an empty video.
         assert parameter.grad is not None, name
         assert (parameter.grad == 0).all(), name
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llava.geometry import Framing, frame_picture
-from llava.grounding.syntax import Box, GroundingConfig, TimeSpan, box_text, parse_boxes, parse_spans
+from llava.config import GroundingConfig
+from llava.geometry import Box, Letterbox, TimeSpan
+from llava.grounding.syntax import box_text, parse_boxes, parse_spans
 from llava.model import BACKBONES
 from llava.serve.generate import Answer, Captioner, Request, read_answer
 from llava.types import Coordinates, Media
@@ -71,8 +72,8 @@ def requests_of(media_dir: Path) -> list[Request]:
     ]
 
 
-def to_picture(box: Box, framing: Framing) -> list[float]:
-    return [*framing.from_square(*box[:2]), *framing.from_square(*box[2:])]
+def to_picture(box: Box, letterbox: Letterbox) -> list[float]:
+    return [*letterbox.from_square(*box[:2]), *letterbox.from_square(*box[2:])]
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
@@ -106,9 +107,9 @@ def test_boxes_are_those_of_the_picture(make_captioner, media_dir: Path, vision:
     captioner = make_captioner(**vision)
     request = Request([Media("image", str(media_dir / "a.png"))], "una stella [<WIDTH-020><HEIGHT-001>")
     (answer,) = captioner.answer([request], max_new_tokens=12)
-    framing = frame_picture((60, 90), captioner.vision)
+    letterbox = captioner.vision.letterbox((60, 90))
     (told, *_) = parse_boxes(answer.text, captioner.grounding)
-    assert answer.boxes[0] == pytest.approx(to_picture(told, framing))
+    assert answer.boxes[0] == pytest.approx(to_picture(told, letterbox))
     assert answer.boxes[0][:2] == pytest.approx((0.5, 0.0 if not vision else (1 / 40 * 56 + 4) / 64))
 
 
@@ -121,10 +122,10 @@ def test_sub_bin_positions_are_near_their_bins(captioner: Captioner, media_dir: 
     # Beams do not always take the likeliest of neighbouring bins.
     furthest = 0.5 if beams == 1 else 1.0
     grounding = captioner.grounding
-    framings = [frame_picture((60, 90), captioner.vision), frame_picture((48, 64), captioner.vision)]
-    for answer, framing in zip(finer, [*framings, Framing(1, 1, 1)], strict=True):
-        told = [to_picture(box, framing) for box in parse_boxes(answer.text, grounding)]
-        bins = framing.side / np.tile([framing.width, framing.height], 2) / 40
+    letterboxes = [captioner.vision.letterbox((60, 90)), captioner.vision.letterbox((48, 64))]
+    for answer, letterbox in zip(finer, [*letterboxes, Letterbox(1, 1, 1)], strict=True):
+        told = [to_picture(box, letterbox) for box in parse_boxes(answer.text, grounding)]
+        bins = letterbox.side / np.tile([letterbox.width, letterbox.height], 2) / 40
         away = np.array([*answer.boxes, *told]).reshape(2, -1, 4)
         times = np.array([answer.spans, parse_spans(answer.text, grounding)]).reshape(2, -1, 2)
         distances = np.concatenate([np.ravel((away[0] - away[1]) / bins), np.ravel((times[0] - times[1]) * 20)])
@@ -164,10 +165,10 @@ def test_coordinates_of_a_request_are_moved_to_the_square(
     requests = requests_of(media_dir)
     captioner.answer([requests[2], requests[0]], max_new_tokens=1)
     assert not any(seen[0][0].values())
-    framing = frame_picture((60, 90), captioner.vision)
+    letterbox = captioner.vision.letterbox((60, 90))
     given = requests[0].coordinates
     assert seen[0][1]["spatial_width_input_locations"] == list(given.spatial_width_input_locations)
-    heights = [(framing.top + y * framing.height) / framing.side for y in given.spatial_height_input_locations]
+    heights = [(letterbox.top + y * letterbox.height) / letterbox.side for y in given.spatial_height_input_locations]
     assert seen[0][1]["spatial_height_input_locations"] == pytest.approx(heights)
 
 
@@ -213,8 +214,8 @@ def test_an_answer_reads_as_numbers() -> None:
     answer = read_answer(text, grounding)
     assert answer == Answer(text, [Box(0.1, 0.2, 0.5, 1.0)], [TimeSpan(0.1, 0.9)])
     assert str(answer) == "{0.10 0.90} la stella [0.10 0.20 0.50 1.00] e [<WIDTH-001>"
-    framing = Framing(side=100, height=50, width=100, top=25)
-    assert read_answer(text, grounding, framing).boxes == [pytest.approx((0.1, 0.0, 0.5, 1.0))]
+    letterbox = Letterbox(side=100, height=50, width=100, top=25)
+    assert read_answer(text, grounding, letterbox).boxes == [pytest.approx((0.1, 0.0, 0.5, 1.0))]
 
 
 def test_bins_spelled_by_letters_are_taken_by_their_numbers() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 from llava.serve.cli import BOX_COLOURS, draw_answer
 from llava.serve.generate import Answer
 from llava.types import Media

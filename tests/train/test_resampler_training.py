@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.model.loading import load_model
-from llava.model.multimodal_resampler.builder import RESAMPLERS
+from llava.model.multimodal_resampler import RESAMPLERS
 from llava.train.command_line import parse_arguments
 from llava.train.train import main
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.localized_narratives.rows import Finding, Narrative, Point, Utterance
-from llava.grounding.syntax import Box, box_text
+from llava.geometry import Box
+from llava.grounding.syntax import box_text
 from llava.types import Coordinates
 
 _MOST_DECIMALS = 6

@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         vars(args).update({f"num_{name}": _QUICK_AMOUNT for name in _AMOUNTS})
 
+    from llava.config import LAPE, PLACEHOLDER
     from llava.data.records import read_records
     from llava.demo.grounding.dataset import Amounts, write_dataset
     from llava.demo.grounding.evaluation import case_lines, score_lines, summarise, write_pictures
-    from llava.grounding.syntax import LAPE, PLACEHOLDER
 
     output, seconds = args.output_dir, dict[str, float]()
     with phase("writing pictures and clips", seconds):

@@ -36,7 +36,8 @@ from llava.demo.sentences import (
     ask_when,
     ask_where,
 )
-from llava.grounding.syntax import Box, TimeSpan, box_text, span_text
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import box_text, span_text
 from llava.types import Coordinates
 
 NUM_FIGURES = 2

@@ -14,8 +14,8 @@ from llava.data.records import read_records
 from llava.demo.grounding.dataset import NUM_FRAMES
 from llava.demo.sentences import names_held_out_pair
 from llava.draw import draw_case
-from llava.eval.metrics import bootstrap, box_iou, score_rec, score_tvg, span_iou
-from llava.grounding.syntax import Box, TimeSpan
+from llava.eval.metrics import bootstrap, score_rec, score_tvg
+from llava.geometry import Box, TimeSpan, box_iou, span_iou
 from llava.types import Coordinates, Record
 
 if TYPE_CHECKING:

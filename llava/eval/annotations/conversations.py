@@ -6,21 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llava.config import GroundingConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from llava.data.placeholders import literal_text, placeholder_kinds
 from llava.data.records import read_records
 from llava.eval.annotations.entries import MediaFolders
 from llava.eval.store import EvalSample, Reference
-from llava.grounding.syntax import (
-    LOCATIONS,
-    Box,
-    GroundingConfig,
-    TimeSpan,
-    bin_token,
-    find_placeholders,
-    parse_places,
-    strip_coordinates,
-)
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import LOCATIONS, bin_token, find_placeholders, parse_places, strip_coordinates
 from llava.types import Coordinates, Media, Record
 
 _LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.data.files import read_samples
 from llava.data.media_files import find_media
-from llava.grounding.syntax import Box, TimeSpan
+from llava.geometry import Box, TimeSpan
 from llava.types import Media, MediaKind
 
 SENTENCE_KEYS = ("expression", "sent", "sents", "sentence", "sentences", "caption", "captions", "query", "text")

@@ -24,7 +24,7 @@ from llava.eval.annotations.entries import (
     read_object,
 )
 from llava.eval.store import EvalSample, Reference
-from llava.grounding.syntax import Box
+from llava.geometry import Box
 
 AUTO, SHARES, CORNERS, SIZES = "auto", "normalised", "xyxy", "xywh"
 BOX_FORMATS = (AUTO, SHARES, CORNERS, SIZES)

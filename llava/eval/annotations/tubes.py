@@ -30,7 +30,8 @@ from llava.eval.annotations.entries import (
 )
 from llava.eval.annotations.moments import SECONDS_KEYS, find_video, read_length
 from llava.eval.store import EvalSample, Reference
-from llava.grounding.syntax import Box, TimeSpan, box_text
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import box_text
 from llava.types import Coordinates
 
 _START, _END, _BOXES = "<s>", "<e>", "<bboxes>"

@@ -18,18 +18,8 @@ from __future__ import annotations
 
 from llava.eval.metrics.bootstrap import bootstrap
 from llava.eval.metrics.captions import CaptionScorer, score_caption, score_elc, split_words
-from llava.eval.metrics.grounding import (
-    Tube,
-    box_iou,
-    box_ious,
-    find_tube,
-    parse_tube,
-    score_rec,
-    score_stvg,
-    score_svg,
-    score_tvg,
-    span_iou,
-)
+from llava.eval.metrics.grounding import Tube, find_tube, parse_tube, score_rec, score_stvg, score_svg, score_tvg
+from llava.geometry import box_iou, box_ious, span_iou
 
 __all__ = [
     "CaptionScorer",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llava.grounding.syntax import Box, GroundingConfig, TimeSpan, parse_places
+from llava.config import GroundingConfig
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import parse_places
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 

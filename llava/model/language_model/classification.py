@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from llava.config import VisionConfig
-from llava.grounding.syntax import GroundingConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.model.backbones import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, plain_class
 from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM

@@ -1,35 +1,56 @@
-"""The projectors."""
+"""The projectors: from the tower's width to the language model's, how one is registered, and how it is built."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.config import PROJECTOR_STRIDES, VisionConfig
+from llava.config import VisionConfig
 from llava.registry import Registry
+from llava.token_layout import PROJECTOR_SETTINGS, PoolerSettings, ProjectorSettings
 
-PROJECTORS: Registry[Callable[[VisionConfig, int], nn.Module]] = Registry("projector")
-"""Builders by exact name; the names of MLPs are a pattern, see ``parse_mlp``.
+Builder = Callable[[VisionConfig, int], nn.Module]
+"""From the visual settings and the width of the language model to a projector, which maps (frames, tower's patches,
+``vision.hidden_size``) to (frames, ``vision.grid_side`` squared, width)."""
+B = TypeVar("B", bound=Builder)
 
-Each takes the visual settings and the width of the language model.
-"""
+PROJECTORS: Registry[Builder] = Registry("projector")
+"""Builders by exact name; the names of MLPs are a pattern, see ``parse_mlp``."""
 
 MLP_NAMES = ("mlpNx_gelu", "mlpNx_resMx_gelu (N, M >= 1)")
 
 _MLP_NAME = re.compile(r"mlp([1-9]\d*)x(?:_res([1-9]\d*)x)?_gelu")
 
 
-@PROJECTORS.register("linear")
+def register_projector(name: str, settings: type[ProjectorSettings] | None = None) -> Callable[[B], B]:
+    """Decorator that files a builder under ``name``, for ``--mm_projector_type``.
+
+    Args:
+        name: that no other has.
+        settings: its settings, of one that pools the grid or has some of its own; not given where
+            ``llava.token_layout`` has them already.
+    """
+
+    def register(builder: B) -> B:
+        if settings is not None:
+            PROJECTOR_SETTINGS.register(name)(settings)
+        PROJECTORS.register(name)(builder)
+        return builder
+
+    return register
+
+
+@register_projector("linear")
 def build_linear(vision: VisionConfig, hidden_size: int) -> nn.Module:
     """One linear layer."""
     return nn.Linear(vision.hidden_size, hidden_size)
 
 
-@PROJECTORS.register("identity")
+@register_projector("identity")
 def build_identity(vision: VisionConfig, hidden_size: int) -> nn.Module:
     """Nothing at all, for a tower that is as wide as the language model; another one is a ValueError."""
     if vision.hidden_size != hidden_size:
@@ -40,7 +61,7 @@ def build_identity(vision: VisionConfig, hidden_size: int) -> nn.Module:
     return nn.Identity()
 
 
-@PROJECTORS.register("pooler")
+@register_projector("pooler")
 class Pooler(nn.Module):
     """Makes one feature of each 2 x 2 patches, by a strided convolution, GELU and a linear layer.
 
@@ -51,17 +72,17 @@ class Pooler(nn.Module):
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         self.side = vision.patches_per_side
-        self.stride = PROJECTOR_STRIDES["pooler"]
+        self.stride = PoolerSettings.stride
         self.conv_pool = nn.Conv2d(vision.hidden_size, hidden_size, kernel_size=self.stride, stride=self.stride)
         self.proj = nn.Sequential(nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(frames, patches, tower width) to (frames, ``VisionConfig.grid_patches``, model width)."""
-        grids = features.transpose(1, 2).unflatten(2, (self.side, self.side))
+        grids = features.transpose(1, 2).unflatten(2, (self.side, self.side))  # (frames, tower width, side, side)
         missing = -self.side % self.stride
         if missing:
             grids = F.pad(grids, (0, missing, 0, missing), mode="replicate")
-        return self.proj(self.conv_pool(grids).flatten(2).transpose(1, 2))
+        pooled = self.conv_pool(grids).flatten(2).transpose(1, 2)  # (frames, side / 2 squared, width)
+        return self.proj(pooled)
 
 
 class ResidualBlock(nn.Module):
@@ -101,19 +122,8 @@ def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
     return nn.Sequential(*layers, *(ResidualBlock(output_size) for _ in range(shape.num_blocks)))
 
 
-# Chooses a projector by name.
-
-
 def build_projector(vision: VisionConfig, hidden_size: int) -> nn.Module:
-    """Build the projector that ``vision.projector_type`` names.
-
-    Args:
-        vision: gives the type, the tower's width and its grid.
-        hidden_size: width of the language model.
-
-    Returns:
-        A module that maps (frames, ``vision.num_patches``, ``vision.hidden_size``) to
-        (frames, ``vision.grid_patches``, hidden_size).
+    """Build the projector that ``vision.projector_type`` names, see ``Builder``.
 
     Raises:
         ValueError: an unknown type, or widths that the type cannot join.

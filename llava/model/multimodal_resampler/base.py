@@ -1,68 +1,70 @@
-"""The contract of a resampler."""
+"""The contract of a resampler, and how one is registered and built."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
 from llava.registry import Registry
+from llava.token_layout import RESAMPLER_SETTINGS, ResamplerSettings
 from llava.types import MediaKind
+
+R = TypeVar("R", bound="type[Resampler]")
 
 
 class Resampler(nn.Module, ABC):
     """Turns patch features of equally long media into their token features.
 
-    A subclass is registered under the name that its law has in ``llava.token_layout``. Learned queries
-    belong into an ``nn.Embedding``: a checkpoint without them is loaded into a model that was built
-    without memory, and transformers fills the modules that it knows; a bare parameter stays as it
-    happens to be.
+    Learned queries belong into an ``nn.Embedding``: a checkpoint without them is loaded into a model that was built
+    without memory, and transformers fills the modules that it knows; a bare parameter stays as it happens to be.
 
     Args:
-        vision: the settings.
+        vision: the settings; those of the resampler, as it was registered with them, are in ``settings``.
         hidden_size: width of the features that come in and go out.
     """
 
     structure: ClassVar[tuple[str, ...]] = ()
-    """Fields of ``VisionConfig`` that decide which parameters there are, or what they mean."""
+    """The settings that decide which parameters there are, or what they mean: a checkpoint is bound to them."""
+
+    settings: ResamplerSettings
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__()
+        assert vision.resampler is not None
         self.vision = vision
+        self.settings = vision.resampler
 
     @abstractmethod
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
         """Resample a group of media of one kind and length.
 
         Args:
-            features: (media, frames, patches, width), patches row by row on a square grid.
+            features: (media, frames, patches, width), patches row by row on a grid of ``vision.grid_side``.
             kind: "image" (one frame each) or "video".
 
         Returns:
-            (media, tokens, width), with the tokens of the streams in order, as many as the law counts.
+            (media, tokens, width), the tokens of the spans in order, as many as ``settings.count_tokens`` says.
         """
-
-    def output_tokens(self, kind: MediaKind, num_frames: int = 1) -> int:
-        """Tokens of one image, or of one video of ``num_frames`` frames."""
-        return sum(self.vision.stream_lengths(kind, num_frames))
 
     def forward(self, features: Tensor, kind: MediaKind) -> Tensor:
         """As ``resample``, in the dtype of ``features``; images pass as they are if they are not to be resampled.
 
         Raises:
-            ValueError: the subclass and its law do not agree on the number of tokens.
+            ValueError: the subclass does not make as many tokens as its settings count.
         """
-        if not self.vision.resamples(kind):
-            return features.flatten(1, 2)
-        tokens = self.resample(features, kind).to(features.dtype)
-        expected = self.output_tokens(kind, features.shape[1])
+        if not self.vision.layout.resamples(kind):
+            return features.flatten(1, 2)  # (media, patches, width)
+        tokens = self.resample(features, kind).to(features.dtype)  # (media, tokens, width)
+        expected = sum(self.vision.layout.count_tokens(kind, features.shape[1]))
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"the resampler {self.vision.resampler_type!r} makes {tokens.shape[1]} tokens of one {kind} of "
-                f"{features.shape[1]} frames, but its law in llava.token_layout counts {expected}"
+                f"{features.shape[1]} frames, but its settings ({type(self.settings).__name__}) count {expected}"
             )
         return tokens
 
@@ -70,7 +72,33 @@ class Resampler(nn.Module, ABC):
 RESAMPLERS: Registry[type[Resampler]] = Registry("resampler")
 
 
-# Interpolation of grids and of time.
+def register_resampler(name: str, settings: type[ResamplerSettings] | None = None) -> Callable[[R], R]:
+    """Decorator that files a resampler under ``name``, for ``--mm_resampler_type``.
+
+    Args:
+        name: that no other has.
+        settings: what says how many tokens it makes; not given where ``llava.token_layout`` has it already.
+    """
+
+    def register(resampler: R) -> R:
+        if settings is not None:
+            RESAMPLER_SETTINGS.register(name)(settings)
+        RESAMPLERS.register(name)(resampler)
+        return resampler
+
+    return register
+
+
+def build_resampler(vision: VisionConfig, hidden_size: int) -> Resampler | None:
+    """Build the resampler that ``vision.resampler_type`` names, or None when it names none.
+
+    Args:
+        vision: type and settings.
+        hidden_size: width of the features that come in and go out.
+    """
+    if vision.resampler_type is None:
+        return None
+    return RESAMPLERS.get(vision.resampler_type)(vision, hidden_size)
 
 
 def resize(x: Tensor, size: tuple[int, ...], mode: str) -> Tensor:

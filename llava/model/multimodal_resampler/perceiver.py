@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
+from llava.model.multimodal_resampler.base import Resampler, register_resampler
+from llava.token_layout import PerceiverSettings
 from llava.types import MediaKind
 
 
@@ -39,10 +40,10 @@ class LatentAttention(nn.Module):
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         """From (frames, latents, width) and (frames, patches, width) to what the latents gather."""
         latents = self.ln_latents(latents)
-        seen = torch.cat([self.ln_features(features), latents], dim=1)
+        seen = torch.cat([self.ln_features(features), latents], dim=1)  # (frames, patches + latents, width)
         q, k, v = (self._split(x) for x in (self.q_proj(latents), self.k_proj(seen), self.v_proj(seen)))
-        gathered = F.scaled_dot_product_attention(q, k, v)
-        return self.o_proj(gathered.transpose(1, 2).flatten(2))
+        gathered = F.scaled_dot_product_attention(q, k, v)  # (frames, heads, latents, width of a head)
+        return self.o_proj(gathered.transpose(1, 2).flatten(2))  # (frames, latents, width)
 
     def _split(self, x: Tensor) -> Tensor:
         """(frames, positions, inner width) to (frames, heads, positions, width of a head)."""
@@ -68,26 +69,27 @@ class PerceiverLayer(nn.Module):
         return latents + self.mlp(latents)
 
 
-@RESAMPLERS.register("perceiver")
+@register_resampler("perceiver")
 class Perceiver(Resampler):
     """Makes ``perceiver_latents`` tokens of each frame, in ``perceiver_depth`` layers."""
 
     structure = ("perceiver_latents", "perceiver_depth", "resampler_width", "resampler_heads")
+    settings: PerceiverSettings
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__(vision, hidden_size)
-        self.latents = nn.Embedding(vision.perceiver_latents, hidden_size)
+        self.latents = nn.Embedding(self.settings.perceiver_latents, hidden_size)
         nn.init.normal_(self.latents.weight, std=0.02)
-        block = (hidden_size, vision.resampler_width, vision.resampler_heads)
-        self.layers = nn.ModuleList(PerceiverLayer(*block) for _ in range(vision.perceiver_depth))
+        block = (hidden_size, self.settings.resampler_width, self.settings.resampler_heads)
+        self.layers = nn.ModuleList(PerceiverLayer(*block) for _ in range(self.settings.perceiver_depth))
         self.norm = nn.LayerNorm(hidden_size)
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
         """See ``Resampler.resample``; a frame's tokens depend on that frame alone."""
-        frames = features.flatten(0, 1)
+        frames = features.flatten(0, 1)  # (all frames, patches, width)
         # Called, not indexed: engines that share out parameters gather those of modules that are called.
         latents = self.latents(torch.arange(self.latents.num_embeddings, device=features.device))
-        latents = latents.expand(len(frames), -1, -1)
+        latents = latents.expand(len(frames), -1, -1)  # (all frames, latents, width)
         for layer in self.layers:
             latents = layer(latents, frames)
-        return self.norm(latents).unflatten(0, features.shape[:2]).flatten(1, 2)
+        return self.norm(latents).unflatten(0, features.shape[:2]).flatten(1, 2)  # (media, frames * latents, width)

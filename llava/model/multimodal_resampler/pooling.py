@@ -1,4 +1,4 @@
-"""Pooling of each frame's grid, without parameters.
+"""Fewer patches of each frame, without parameters: its grid pooled, or a fixed share of it kept.
 
 A stride that does not divide the side leaves no patch out: the side is rounded up, and the last
 window of the average and of the maximum is as large as what remains. Where it divides, the result is
@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
+from llava.model.multimodal_resampler.base import Resampler, register_resampler, resize
+from llava.token_layout import MaskedDropSettings, SpatialPoolSettings
 from llava.types import MediaKind
 
 
-@RESAMPLERS.register("spatial_pool")
+@register_resampler("spatial_pool")
 class SpatialPool(Resampler):
     """Makes one token of ``spatial_pool_stride`` x ``spatial_pool_stride`` patches of a frame."""
+
+    settings: SpatialPoolSettings
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
         """See ``Resampler.resample``; a token depends on its window's patches alone.
@@ -26,37 +29,39 @@ class SpatialPool(Resampler):
         farther out take no part.
         """
         side = self.vision.grid_side
-        grids = features.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
-        pooled = self._pool(grids).flatten(2).transpose(1, 2)
-        return pooled.unflatten(0, features.shape[:2]).flatten(1, 2)
+        grids = features.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))  # (all frames, width, side, side)
+        pooled = self._pool(grids).flatten(2).transpose(1, 2)  # (all frames, cells, width)
+        return pooled.unflatten(0, features.shape[:2]).flatten(1, 2)  # (media, frames * cells, width)
 
     def _pool(self, grids: Tensor) -> Tensor:
         """(frames, width, side, side) to (frames, width, pooled side, pooled side)."""
-        if self.vision.spatial_pool_mode == "bilinear":
-            return resize(grids, (self.vision.pooled_side, self.vision.pooled_side), "bilinear")
-        stride = min(self.vision.spatial_pool_stride, self.vision.grid_side)
-        pool = F.avg_pool2d if self.vision.spatial_pool_mode == "average" else F.max_pool2d
+        side = self.vision.grid_side
+        if self.settings.spatial_pool_mode == "bilinear":
+            pooled_side = self.settings.pooled_side(side)
+            return resize(grids, (pooled_side, pooled_side), "bilinear")
+        stride = min(self.settings.spatial_pool_stride, side)
+        pool = F.avg_pool2d if self.settings.spatial_pool_mode == "average" else F.max_pool2d
         return pool(grids, stride, ceil_mode=True)
 
 
-# Keeps a fixed share of each frame's patches, without parameters.
-
-
-@RESAMPLERS.register("masked_drop")
+@register_resampler("masked_drop")
 class MaskedDrop(Resampler):
     """Keeps ``mask_drop_ratio`` of each frame's patches: random ones while training, else evenly spread ones."""
+
+    settings: MaskedDropSettings
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
         """See ``Resampler.resample``; the patches that are kept stay in their order."""
         num_patches, width = features.shape[2:]
-        num_kept = self.vision.kept_patches
+        num_kept = self.settings.num_kept(num_patches)
         if self.training:
             # A draw for every frame: the first places of a random order are a random subset.
             order = torch.rand(features.shape[:3], device=features.device).argsort(dim=-1)
-            kept = order[..., :num_kept].sort(dim=-1).values
+            kept = order[..., :num_kept].sort(dim=-1).values  # (media, frames, kept)
         else:
             kept = self._spread(num_patches, num_kept, features.device).expand(*features.shape[:2], -1)
-        return features.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, width)).flatten(1, 2)
+        kept = kept.unsqueeze(-1).expand(-1, -1, -1, width)
+        return features.gather(2, kept).flatten(1, 2)  # (media, frames * kept, width)
 
     @staticmethod
     def _spread(num_patches: int, num_kept: int, device: torch.device) -> Tensor:

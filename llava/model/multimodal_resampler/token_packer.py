@@ -1,4 +1,4 @@
-"""Local windows over a grid or over time, cut as adaptive pooling cuts them.
+"""The fast and slow TokenPacker, and the local windows that it attends in, cut as adaptive pooling cuts them.
 
 Cell ``i`` of ``n`` on an axis of length ``m`` looks at positions from ``floor(i m / n)`` up to, not
 including, ``ceil((i + 1) m / n)``. Where ``n`` divides ``m`` the windows tile the axis; elsewhere
@@ -8,14 +8,15 @@ longest and masked.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
-from llava.token_layout import FAST_SLOW_RESAMPLER
+from llava.model.multimodal_resampler.base import Resampler, register_resampler, resize
+from llava.token_layout import FastSlowSettings
 from llava.types import MediaKind
 
 
@@ -93,7 +94,7 @@ class WindowAttention(nn.Module):
         """
         index, mask = window_index(windows, keys.device)
         # Keys and values are computed once a position, then gathered: windows may overlap.
-        values = self._gather(self.v_proj(self.ln_v(self.to_v(keys))), index)
+        values = self._gather(self.v_proj(self.ln_v(self.to_v(keys))), index)  # (rows, windows, longest, heads, ...)
         if index.shape[1] > 1:
             gathered = (self._weigh(queries, keys, index, mask).unsqueeze(-1) * values).sum(2)
         else:
@@ -109,7 +110,7 @@ class WindowAttention(nn.Module):
         k = self._gather(self.k_proj(self.ln_k(self.to_k(keys))), index)
         # One query against a handful of keys: two products and a softmax are cheaper here than a
         # fused kernel, which is made for long sequences.
-        scores = (q.unsqueeze(2) * k).sum(-1) * q.shape[-1] ** -0.5
+        scores = (q.unsqueeze(2) * k).sum(-1) * q.shape[-1] ** -0.5  # (rows, windows, longest, heads)
         if mask is not None:
             scores = scores.masked_fill(~mask[None, :, :, None], float("-inf"))
         return scores.float().softmax(dim=2).to(k.dtype)
@@ -120,39 +121,37 @@ class WindowAttention(nn.Module):
         return x.index_select(1, index.flatten()).unflatten(1, index.shape).unflatten(-1, (self.num_heads, -1))
 
 
-@RESAMPLERS.register(FAST_SLOW_RESAMPLER)
+@register_resampler("fast_slow_resampler")
 class TokenPacker(Resampler):
-    """Compresses videos into a fast stream (many frames, few cells) and a slow one (few, many).
-
-    Args:
-        vision: grid, latents, slow length, inner width and heads.
-        hidden_size: width of the features.
-    """
+    """Compresses videos into a fast span (many frames, few cells) and a slow one (few, many)."""
 
     structure = ("resampler_width", "resampler_heads")
+    settings: FastSlowSettings
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__(vision, hidden_size)
-        block = (hidden_size, vision.resampler_width, vision.resampler_heads)
+        block = (hidden_size, self.settings.resampler_width, self.settings.resampler_heads)
         self.main = WindowAttention(*block)
         self.slow = WindowAttention(*block)
         self.fast = WindowAttention(*block)
 
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
-        """See ``Resampler.resample``; a video's tokens are its fast stream, then its slow stream."""
-        frames = features.shape[1]
-        side, slow_side, fast_side = self.vision.grid_side, self.vision.slow_side, self.vision.fast_side
-        cells = pool_space(self.main, features.flatten(0, 1), side, slow_side).unflatten(0, (-1, frames))
-        slow = pool_time(self.slow, cells, self.vision.slow_length(frames)).flatten(1, 2)
+        """See ``Resampler.resample``; a video's tokens are its fast span, then its slow span."""
+        frames, side = features.shape[1], self.vision.grid_side
+        slow_side = math.isqrt(self.settings.perceiver_latents)
+        fast_side = math.isqrt(self.settings.perceiver_latents_fast)
+        cells = pool_space(self.main, features.flatten(0, 1), side, slow_side)  # (all frames, slow cells, width)
+        cells = cells.unflatten(0, (-1, frames))  # (media, frames, slow cells, width)
+        slow = pool_time(self.slow, cells, self.settings.num_slow(frames)).flatten(1, 2)
         if kind == "image":
             return slow
-        fast = pool_space(self.fast, cells.flatten(0, 1), slow_side, fast_side)
+        fast = pool_space(self.fast, cells.flatten(0, 1), slow_side, fast_side)  # (all frames, fast cells, width)
         return torch.cat([fast.unflatten(0, (-1, frames)).flatten(1, 2), slow], dim=1)
 
 
 def pool_space(attention: WindowAttention, grid: Tensor, side: int, new_side: int) -> Tensor:
     """Pool (frames, side^2, width) to (frames, new_side^2, width), window by window."""
-    image = grid.transpose(1, 2).unflatten(2, (side, side))
+    image = grid.transpose(1, 2).unflatten(2, (side, side))  # (frames, width, side, side)
     queries = resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)
     return attention(queries, grid, grid_windows(side, new_side))
 
@@ -163,6 +162,6 @@ def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
     A single frame has no time to pool: its queries are the frame itself and the window holds it alone.
     """
     frames, num_cells = cells.shape[1:3]
-    keys = cells.transpose(1, 2).flatten(0, 1)
+    keys = cells.transpose(1, 2).flatten(0, 1)  # (media * cells, frames, width)
     queries = keys if length == frames else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)
     return attention(queries, keys, axis_windows(frames, length)).unflatten(0, (-1, num_cells)).transpose(1, 2)

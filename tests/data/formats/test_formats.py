@@ -264,7 +264,7 @@ def test_every_sample_begins_and_ends_once_and_hides_its_spans(name, any_tokeniz
         assert all(label == IGNORE_INDEX for i, label in zip(ids, labels, strict=True) if i in visual)
         kinds = [kind for turn in spoken for kind in placeholder_kinds(turn.text)]
         assert sum(i in visual for i in ids) == sum(
-            tiny_vision.num_tokens(kind, 1 + 2 * (kind == "video")) for kind in kinds
+            tiny_vision.layout.num_tokens(kind, 1 + 2 * (kind == "video")) for kind in kinds
         )
         if begin != end:
             assert ids[0] == begin != ids[1]

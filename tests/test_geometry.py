@@ -1,4 +1,7 @@
-"""The geometry of anyres: golden by hand, parity with transformers' LLaVA-NeXT, and what always holds."""
+"""Geometry: coordinates in the tower's square say what its pixels say, and the tiles of anyres.
+
+Anyres is golden by hand, in parity with transformers' LLaVA-NeXT, and held to what always holds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llava.data.media import fit_frames
 from llava.geometry import DEFAULT_PINPOINTS, AnyRes, Size, fit_into, parse_aspect_ratio, parse_pinpoints
 
 DEFAULT = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]
@@ -76,10 +80,10 @@ def test_a_limit_shrinks_larger_grids_only(anyres: AnyRes) -> None:
 
 def test_most_tokens_bound_all_pictures_and_are_reached(anyres: AnyRes) -> None:
     wide = replace(anyres, grids=parse_pinpoints("(1x1),...,(4x4)", 224))
-    for law in (anyres, wide, replace(wide, max_tiles=3), replace(wide, merge_type="flat")):
-        counts = [law.num_tokens(size) for size in random_sizes(100) + [law.canvas(grid) for grid in law.grids]]
-        assert max(counts) <= law.most_tokens
-        assert law.max_tiles is not None or max(counts) == law.most_tokens
+    for each in (anyres, wide, replace(wide, max_tiles=3), replace(wide, merge_type="flat")):
+        counts = [each.num_tokens(size) for size in random_sizes(100) + [each.canvas(grid) for grid in each.grids]]
+        assert max(counts) <= each.most_tokens
+        assert each.max_tiles is not None or max(counts) == each.most_tokens
     assert wide.most_views == 17
     # With a limit a partly filled canvas can have more than a full one, which is shrunk.
     small = AnyRes(8, 3, 9, parse_pinpoints("(1x1),...,(3x3)", 8), "spatial_unpad", max_tiles=2)
@@ -179,15 +183,55 @@ def test_settings_that_contradict_one_another(italian_vision, changes, message) 
 
 def test_counts_of_a_vision_config(italian_vision) -> None:
     flat = replace(italian_vision, image_aspect_ratio="anyres")
-    assert flat.num_tokens("image", image_size=(480, 640)) == flat.most_image_tokens == 5 * 256
-    assert replace(flat, resample_images=True).num_tokens("image", image_size=(480, 640)) == 5 * 81
+    assert flat.layout.num_tokens("image", image_size=(480, 640)) == flat.layout.most_image_tokens == 5 * 256
+    assert replace(flat, resample_images=True).layout.num_tokens("image", image_size=(480, 640)) == 5 * 81
     unpadded = replace(flat, patch_merge_type="spatial_unpad")
-    (span,) = unpadded.spans("image", image_size=(480, 640))
+    (span,) = unpadded.layout.spans("image", image_size=(480, 640))
     assert (span.start, span.length) == ("<im_start>", 256 + 24 * 33)
-    assert unpadded.num_tokens("video", 4) == italian_vision.num_tokens("video", 4)
+    assert unpadded.layout.num_tokens("video", 4) == italian_vision.layout.num_tokens("video", 4)
     pooled = replace(unpadded, projector_type="pooler", perceiver_latents=64)
-    assert pooled.num_tokens("image", image_size=(480, 640)) == 64 + 12 * 17
-    assert italian_vision.num_tokens("image", image_size=(480, 640)) == italian_vision.most_image_tokens == 256
+    assert pooled.layout.num_tokens("image", image_size=(480, 640)) == 64 + 12 * 17
+    square = italian_vision.layout
+    assert square.num_tokens("image", image_size=(480, 640)) == square.most_image_tokens == 256
     assert pickle.loads(pickle.dumps(unpadded)) == unpadded
     with pytest.raises(ValueError, match="depends on its size"):
-        flat.num_tokens("image")
+        flat.layout.num_tokens("image")
+
+
+# The square.
+
+
+@pytest.mark.parametrize("manner", ["pad", "stretch", "crop"])
+@pytest.mark.parametrize("size", [(120, 200), (200, 120), (160, 160), (57, 300)])
+def test_a_mark_lies_where_its_coordinates_say(manner: str, size: tuple[int, int], tiny_vision) -> None:
+    vision = replace(
+        tiny_vision,
+        image_aspect_ratio="pad" if manner == "pad" else "square",
+        image_resize_size=64 if manner == "crop" else None,
+        image_mean=(0.0, 0.0, 0.0),
+    )
+    height, width = size
+    # A mark in the middle third, a little above and left of the centre: no crop cuts it off.
+    top, left, tall, wide = int(height * 0.4), int(width * 0.42), max(height // 10, 8), max(width // 10, 8)
+    picture = torch.zeros(height, width, 3, dtype=torch.uint8)
+    picture[top : top + tall, left : left + wide] = 255
+    square = fit_frames(picture[None], vision)[0].float().mean(0)
+    mass = square / square.sum()
+    side = vision.image_size
+    centres = (torch.arange(side) + 0.5) / side
+    found = float((mass.sum(0) * centres).sum()), float((mass.sum(1) * centres).sum())
+
+    letterbox = vision.letterbox(size)
+    point = (left + wide / 2) / width, (top + tall / 2) / height
+    assert letterbox.to_square(*point) == pytest.approx(found, abs=0.75 / side)
+    assert letterbox.from_square(*letterbox.to_square(*point)) == pytest.approx(point)
+
+
+def test_what_is_cut_off_goes_to_the_edge(tiny_vision) -> None:
+    letterbox = replace(tiny_vision, image_resize_size=64).letterbox((100, 300))
+    assert letterbox.left < 0
+    assert letterbox.to_square(0.0, 0.5)[0] == 0.0
+    assert letterbox.to_square(1.0, 0.5)[0] == 1.0
+    padded = replace(tiny_vision, image_aspect_ratio="pad").letterbox((100, 300))
+    assert padded.from_square(0.5, 0.0) == (0.5, 0.0)
+    assert padded.from_square(0.5, 1.0) == (0.5, 1.0)
