@@ -14,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava.parser import read_json_object
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
