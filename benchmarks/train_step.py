@@ -61,8 +61,7 @@ from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens
 from llava.train.arguments import DataArguments, TrainingArguments
-from llava.train.parts import set_trainable_parts
-from llava.train.train import lower_frozen_precision
+from llava.train.parts import lower_frozen_precision, set_trainable_parts
 from llava.train.trainer import LlavaTrainer
 from llava.types import Batch, Example
 
@@ -439,7 +438,7 @@ def measure(sizes: Sizes, bf16: bool, repeats: int, variants: Sequence[str], fol
         report_to="none",
         disable_tqdm=True,
     )
-    lower_frozen_precision(model, args)
+    lower_frozen_precision(model, args.half_precision)
     data_args = DataArguments(data_path=[str(folder / "data.json")])
     dataset = make_supervised_data_module(tokenizer, data_args, model.vision, sizes.context)["train_dataset"]
     examples = [dataset[i] for i in range(sizes.batch)]

@@ -7,7 +7,6 @@ between them are its headings. This module alone reads environment variables.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import warnings
@@ -348,7 +347,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_values(self)
-        check_machine(self, launched="LOCAL_RANK" in os.environ)
+        check_machine(self, self.attn_implementation, launched="LOCAL_RANK" in os.environ)
         self.include_num_input_tokens_seen = _COUNTED.get(
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
@@ -375,8 +374,6 @@ class TrainingArguments(transformers.TrainingArguments):
         # Every trainable parameter takes part in every step, on every rank: nothing to look for.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if self.attn_implementation == "flash_attention_2":
-            check_flash_attention()
         self._check_lora()
 
     def _check_lora(self) -> None:
@@ -390,6 +387,11 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"--bits {self.bits} needs --lora_enable true: quantised weights cannot be trained")
         elif self.lora_weight_path:
             raise ValueError("--lora_weight_path was given without --lora_enable true; add it, or leave the path out")
+
+    @property
+    def half_precision(self) -> torch.dtype | None:
+        """The type that a run in mixed precision computes in; None for one in float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def part_learning_rates(self) -> dict[str, float]:
         """The learning rate of each part."""
@@ -406,7 +408,7 @@ class TrainingArguments(transformers.TrainingArguments):
         """How ``--bits`` and its companions hold the frozen weights; None for as they come."""
         if self.bits == 16:
             return None
-        compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+        compute = self.half_precision or torch.float32
         return Quantization(self.bits, self.quant_type, self.double_quant, compute, self.device)
 
 
@@ -414,15 +416,6 @@ def scheduler_job() -> tuple[str, int]:
     """Slurm's number of the job that this process is in, and how often it was requeued; "" and 0 outside of one."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
-
-
-def check_flash_attention() -> None:
-    """A ValueError that says how to get flash attention, where it is missing."""
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError(
-            "--attn_implementation flash_attention_2 needs the flash-attn package and a CUDA GPU: "
-            "pip install 'llava-babylm[flash-attn]', or use sdpa, which needs nothing"
-        )
 
 
 def _check_values(group: ModelArguments | DataArguments | TrainingArguments) -> None:

@@ -19,17 +19,22 @@ EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
 
 
-def check_machine(args: TrainingArguments, launched: bool) -> None:
-    """Check precision, trackers and ``--deepspeed``, whose shipped name becomes a file; before transformers reads them.
+def check_machine(args: TrainingArguments, attention: str | None, launched: bool) -> None:
+    """Check precision, attention, trackers and ``--deepspeed``, whose shipped name becomes a file.
+
+    To be called before transformers reads them.
 
     Args:
         args: their values as they were given.
+        attention: ``--attn_implementation``.
         launched: whether a launcher has started this process and says which rank it is.
 
     Raises:
         ValueError: this machine or its packages do not have it; names the flag and the way on.
     """
     _check_precision(args)
+    if attention == "flash_attention_2":
+        check_flash_attention()
     _check_trackers(args.report_to)
     if args.deepspeed:
         args.deepspeed = find_deepspeed_config(args.deepspeed)
@@ -55,6 +60,15 @@ def _check_precision(args: TrainingArguments) -> None:
         raise ValueError(f"--{bf16}: this GPU has no bfloat16; use --fp16")
     if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
         raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
+
+
+def check_flash_attention() -> None:
+    """A ValueError that says how to get flash attention, where it is missing."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            "--attn_implementation flash_attention_2 needs the flash-attn package and a CUDA GPU: "
+            "pip install 'llava-babylm[flash-attn]', or use sdpa, which needs nothing"
+        )
 
 
 def _check_trackers(report_to: str | Sequence[str] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from llava.model.coordinates import COORDINATES
@@ -61,6 +62,36 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
             f"--mm_tunable_parts {','.join(tunable_parts)} trains nothing: this model has only "
             f"{', '.join(sorted({part_of(name) for name, _ in model.named_parameters()}))}"
         )
+
+
+def lower_frozen_precision(model: Any, half: torch.dtype | None) -> None:
+    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more.
+
+    A tower whose weights join the checkpoint keeps them as they came.
+
+    Args:
+        model: a language model with head.
+        half: of mixed precision; None for a run in float32.
+    """
+    tower = model.get_vision_tower()
+    if half is not None and tower is not None and not tower.trainable and not model.vision.save_vision_tower:
+        tower.to(half)
+
+
+def balance_experts(model: Any, weight: float | None) -> None:
+    """Let a mixture of experts train with its load balancing loss; without it, few experts take all tokens.
+
+    Args:
+        model: one without experts is left as it is.
+        weight: of the loss; 0 leaves it out, None takes the checkpoint's.
+    """
+    own = getattr(model.config, "router_aux_loss_coef", None)
+    if own is None:
+        if weight is not None:
+            raise ValueError(f"--router_aux_loss_coef is {weight}, but {model.config.model_type} has no experts")
+        return
+    model.config.router_aux_loss_coef = own if weight is None else weight
+    model.config.output_router_logits = model.config.router_aux_loss_coef > 0
 
 
 def parameter_groups(

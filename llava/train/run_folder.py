@@ -19,8 +19,11 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llava.train import stop_signals
+from llava.train.arguments import TrainingArguments, scheduler_job
 from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_resume_asked, list_checkpoints, remove_leftovers
+from llava.train.distributed import broadcast_from_rank0
 from llava.train.nan_check import BAD_STEP_RUN
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,43 @@ _MODEL_FILES = (
 )  # fmt: skip
 # A run's marks come last: whoever is ended in between finds, the next time, that a run lay here.
 _MARKS = (TRAINER_STATE_NAME, RUN_IDENTITY)
+
+
+def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | None] | None = None) -> None:
+    """Take the lock of ``--output_dir`` and, at the start of a run, see that nothing of worth is overwritten there.
+
+    Args:
+        sources: what the run reads, by flag; None where the folder has been seen to.
+
+    Raises:
+        ValueError: another run is in the folder, or has been and nothing says what shall become of it.
+    """
+    folder = Path(str(training_args.output_dir))
+
+    def take() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ValueError(f"--output_dir {folder} is a file; give a folder") from error
+        except OSError as error:
+            raise ValueError(f"--output_dir {folder} cannot be made: {error}; give another folder") from error
+        take_lock(folder, *scheduler_job())
+        if sources is not None:
+            given = training_args.resume_from_checkpoint
+            prepare_folder(str(folder), given, training_args.overwrite_output_dir, sources)
+
+    try:
+        broadcast_from_rank0(take)
+    except ValueError:
+        give_folder_back(training_args)
+        raise
+    if sources is not None and not (folder / RUN_IDENTITY).is_file():
+        stop_signals.may_leave(lambda: give_folder_back(training_args))
+
+
+def give_folder_back(training_args: TrainingArguments) -> None:
+    """Let other runs have the folder."""
+    release_lock(Path(str(training_args.output_dir)))
 
 
 def prepare_folder(

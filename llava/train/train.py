@@ -1,4 +1,24 @@
-"""``python -m llava.train.train``: from a command line to a trained checkpoint."""
+"""``python -m llava.train.train``: from a command line to a trained checkpoint.
+
+The way of a sample, from its line of JSON to the loss::
+
+    main
+      parse_arguments                   train/command_line.py   flags and a recipe -> train/arguments.py
+      load_from_arguments               model/loading.py        -> model, tokenizer, VisionConfig
+      set_trainable_parts               train/parts.py          what learns
+      make_supervised_data_module       data/dataset.py         -> datasets, collator
+      check_data                        train/report.py         before the first step
+    SupervisedDataset[i]                data/dataset.py         in a worker process
+      read_records                      data/records.py         -> Record, checked
+      load_media                        data/media.py           -> uint8 (frames, 3, height, width)
+      expand_placeholders               data/placeholders.py    <image>, <video> -> as many tokens as they take
+      encode                            data/formats/           -> ids and labels
+    SupervisedCollator                  data/collator.py        -> Batch
+    LlavaTrainer                        train/trainer.py
+      LlavaMetaForCausalLM.forward      model/llava_arch.py
+        features into embeddings        model/visual.py         one scatter for the whole batch
+        the loss                        model/loss.py           at supervised positions alone
+"""
 
 from __future__ import annotations
 
@@ -20,7 +40,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from llava.data.dataset import make_supervised_data_module
@@ -33,10 +52,9 @@ from llava.model.lora import is_adapter_folder, set_up_adapters
 from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.parser import check_output_folder
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, scheduler_job
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import (
-    RUN_IDENTITY,
     check_pickles_are_ours,
     choose_checkpoint,
     clear_leftovers,
@@ -48,10 +66,10 @@ from llava.train.data_order import describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
-from llava.train.parts import parts_table, set_trainable_parts
+from llava.train.parts import balance_experts, lower_frozen_precision, parts_table, set_trainable_parts
 from llava.train.preemption import Preempted
 from llava.train.report import budget_table, check_data, data_tables, supervision_table
-from llava.train.run_folder import prepare_folder, release_lock, take_lock
+from llava.train.run_folder import give_folder_back, take_folder
 from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
 from llava.types import SKIP
@@ -145,12 +163,13 @@ def build_trainer(
     """
     model_args, data_args, training_args = parse_arguments(argv)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
-    check_output_folder(str(training_args.output_dir), "--output_dir")
-    check_media_folders(data_args.image_folder, data_args.video_folder)
-    model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
-    if model_args.vision_tower is not None:
-        model_args.vision_tower = locate_model(model_args.vision_tower, "--vision_tower")
-    sources = find_sources(model_args, training_args, loading)
+    check_places(model_args, data_args, training_args)
+    sources = {
+        "model_name_or_path": model_args.model_name_or_path,
+        "lora_weight_path": training_args.lora_weight_path,
+        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
+        "backbone_model": loading.get("weights_from"),
+    }
     options = {
         "compute_metrics": compute_metrics,
         "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
@@ -175,25 +194,13 @@ def build_in_folder(
     options: Mapping[str, Any],
     **loading: Any,
 ) -> LlavaTrainer:
-    """As ``build_trainer``, once the folder is this run's."""
+    """As ``build_trainer``, once the folder is this run's; ``sources`` are what weights come from, by flag."""
     set_seed(training_args.seed)
-
-    loading |= lora_loading(model_args.model_name_or_path, training_args)
     with loading_whole(training_args):
-        loaded = load_from_arguments(model_args, data_args, training_args.attn_implementation, **loading)
-        model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
-        if model_args.pretrain_mm_mlp_adapter:
-            load_adapter(model, model_args.pretrain_mm_mlp_adapter)
-        if training_args.lora_enable:
-            check_adapted(model_args, loaded)
-            asked = {
-                "r": training_args.lora_r,
-                "alpha": training_args.lora_alpha,
-                "dropout": training_args.lora_dropout,
-            }
-            set_up_adapters(model, loading["model_name_or_path"], asked)
+        loaded = load_from_arguments(model_args, data_args, training_args, **loading)
+    model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
     set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
-    lower_frozen_precision(model, training_args)
+    lower_frozen_precision(model, training_args.half_precision)
     balance_experts(model, training_args.router_aux_loss_coef)
 
     max_length = choose_max_length(training_args.model_max_length, model)
@@ -222,65 +229,13 @@ def build_in_folder(
     return trainer
 
 
-def load_from_arguments(
-    model_args: ModelArguments, data_args: DataArguments, attn_implementation: str | None = None, **loading: Any
-) -> LoadedModel:
-    """The model that the arguments describe; ``loading`` is as for ``build_trainer``."""
-    path = loading.pop("model_name_or_path", model_args.model_name_or_path)
-    return load_model(
-        path,
-        grounding=model_args.choose_grounding(read_config(path).get("grounding")),
-        num_temporal_tokens=model_args.num_temporal_tokens,
-        num_spatial_tokens=model_args.num_spatial_tokens,
-        vision_tower=model_args.vision_tower,
-        save_vision_tower=model_args.save_vision_tower,
-        attn_implementation=attn_implementation,
-        **model_args.vision_settings(),
-        **data_args.vision_settings(),
-        **loading,
-    )
-
-
-def lora_loading(model_name_or_path: str, args: TrainingArguments) -> dict[str, Any]:
-    """What the flags ask of ``load_model``: a model or adapters on their base, and how many bits.
-
-    Raises:
-        ValueError: adapters lie where this run, which trains none, would read or write a whole model.
-    """
-    path, base = model_name_or_path, None
-    if args.lora_weight_path:
-        path, base = args.lora_weight_path, model_name_or_path
-        if not is_adapter_folder(path):
-            raise ValueError(f"--lora_weight_path {path!r} holds no adapters (no adapter_config.json)")
-    loading = {"model_name_or_path": path, "model_base": base, "quantization": args.quantization()}
-    if args.lora_enable:
-        return loading
-    if is_adapter_folder(path):
-        raise ValueError(
-            f"{path!r} holds LoRA adapters; train them on with --lora_enable true, or merge them first: "
-            f"python -m llava.model.merge_lora --model_path {path} --output_dir MERGED"
-        )
-    output_dir = str(args.output_dir)
-    if is_adapter_folder(output_dir):
-        raise ValueError(
-            f"--output_dir {output_dir!r} holds the LoRA adapters of another run, and this one trains none; "
-            "give another folder"
-        )
-    return loading
-
-
-def check_adapted(model_args: ModelArguments, loaded: LoadedModel) -> None:
-    """A ValueError where adapters would not train, or their base model would stand nowhere."""
-    if "mm_language_model" not in model_args.named_parts:
-        raise ValueError(
-            f"--lora_enable adapts the language model, but --mm_tunable_parts is {','.join(model_args.tunable_parts)}; "
-            "add mm_language_model, or leave --lora_enable out"
-        )
-    if loaded.transfer is not None:
-        raise ValueError(
-            "--lora_enable stores adapters and where their base model lies, but with --init_from_backbone that model "
-            "lies nowhere; leave one of the two out"
-        )
+def check_places(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """A ValueError for a folder that is not there or cannot be written to; names of models become folders."""
+    check_output_folder(str(training_args.output_dir), "--output_dir")
+    check_media_folders(data_args.image_folder, data_args.video_folder)
+    model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
+    if model_args.vision_tower is not None:
+        model_args.vision_tower = locate_model(model_args.vision_tower, "--vision_tower")
 
 
 def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
@@ -290,32 +245,80 @@ def check_media_folders(image_folder: str | None, video_folder: str | None) -> N
             raise ValueError(f"--{flag} {shorten_text(folder, 200)}: no such folder")
 
 
-def lower_frozen_precision(model: Any, training_args: TrainingArguments) -> None:
-    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more.
-
-    A tower whose weights join the checkpoint keeps them as they came.
-    """
-    tower = model.get_vision_tower()
-    if tower is None or tower.trainable or model.vision.save_vision_tower:
-        return
-    if training_args.bf16 or training_args.fp16:
-        tower.to(torch.bfloat16 if training_args.bf16 else torch.float16)
-
-
-def balance_experts(model: Any, weight: float | None) -> None:
-    """Let a mixture of experts train with its load balancing loss; without it, few experts take all tokens.
+def load_from_arguments(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments | None = None,
+    **loading: Any,
+) -> LoadedModel:
+    """The model that the arguments describe, with the adapters that it is to have.
 
     Args:
-        model: one without experts is left as it is.
-        weight: of the loss; 0 leaves it out, None takes the checkpoint's.
+        training_args: None looks at the model alone, without adapters.
+        **loading: as for ``build_trainer``.
+
+    Raises:
+        ValueError: the flags do not fit the checkpoint, or adapters lie where this run, which trains none, would read
+            or write a whole model.
     """
-    own = getattr(model.config, "router_aux_loss_coef", None)
-    if own is None:
-        if weight is not None:
-            raise ValueError(f"--router_aux_loss_coef is {weight}, but {model.config.model_type} has no experts")
-        return
-    model.config.router_aux_loss_coef = own if weight is None else weight
-    model.config.output_router_logits = model.config.router_aux_loss_coef > 0
+    path = model_args.model_name_or_path
+    if training_args is not None:
+        path = _place_of_adapters(path, training_args)
+        loading |= {
+            "model_base": model_args.model_name_or_path if training_args.lora_weight_path else None,
+            "quantization": training_args.quantization(),
+            "attn_implementation": training_args.attn_implementation,
+        }
+    loaded = load_model(
+        path,
+        grounding=model_args.choose_grounding(read_config(path).get("grounding")),
+        num_temporal_tokens=model_args.num_temporal_tokens,
+        num_spatial_tokens=model_args.num_spatial_tokens,
+        vision_tower=model_args.vision_tower,
+        save_vision_tower=model_args.save_vision_tower,
+        **model_args.vision_settings(),
+        **data_args.vision_settings(),
+        **loading,
+    )
+    if training_args is not None and model_args.pretrain_mm_mlp_adapter:
+        load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
+    if training_args is not None and training_args.lora_enable:
+        _adapt(loaded, path, model_args.tunable_parts, training_args)
+    return loaded
+
+
+def _place_of_adapters(path: str, args: TrainingArguments) -> str:
+    """What to load: ``--lora_weight_path`` where it is given, whose base is then ``path``."""
+    if args.lora_weight_path:
+        if not is_adapter_folder(args.lora_weight_path):
+            raise ValueError(f"--lora_weight_path {args.lora_weight_path!r} holds no adapters (no adapter_config.json)")
+        return args.lora_weight_path
+    if not args.lora_enable and is_adapter_folder(path):
+        raise ValueError(
+            f"{path!r} holds LoRA adapters; train them on with --lora_enable true, or merge them first: "
+            f"python -m llava.model.merge_lora --model_path {path} --output_dir MERGED"
+        )
+    if not args.lora_enable and is_adapter_folder(str(args.output_dir)):
+        raise ValueError(
+            f"--output_dir {args.output_dir!r} holds the LoRA adapters of another run, and this one trains none; "
+            "give another folder"
+        )
+    return path
+
+
+def _adapt(loaded: LoadedModel, path: str, parts: Sequence[str], args: TrainingArguments) -> None:
+    """Give a model fresh adapters, or check those that it was loaded with against the flags."""
+    if "mm_language_model" not in parts:
+        raise ValueError(
+            f"--lora_enable adapts the language model, but --mm_tunable_parts is {','.join(parts)}; add "
+            "mm_language_model, or leave --lora_enable out"
+        )
+    if loaded.transfer is not None:
+        raise ValueError(
+            "--lora_enable stores adapters and where their base model lies, but with --init_from_backbone that model "
+            "lies nowhere; leave one of the two out"
+        )
+    set_up_adapters(loaded.model, path, {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout})
 
 
 def choose_max_length(asked: int | None, model: Any) -> int:
@@ -337,55 +340,6 @@ def choose_format(name: str, tokenizer: Any, config: Any) -> Format:
         logger.warning("the checkpoint was trained with the format %s; now it is %s", before, name)
     config.llava_format = name
     return build_format(name, tokenizer)
-
-
-def find_sources(
-    model_args: ModelArguments, training_args: TrainingArguments, loading: Mapping[str, Any]
-) -> dict[str, str | None]:
-    """What the weights of a run come from, by flag; None where a flag was not given."""
-    return {
-        "model_name_or_path": model_args.model_name_or_path,
-        "lora_weight_path": training_args.lora_weight_path,
-        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
-        "backbone_model": loading.get("weights_from"),
-    }
-
-
-def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | None] | None = None) -> None:
-    """Take the lock of ``--output_dir`` and, at the start of a run, see that nothing of worth is overwritten there.
-
-    Args:
-        sources: what the run reads, by flag; None where the folder has been seen to.
-
-    Raises:
-        ValueError: another run is in the folder, or has been and nothing says what shall become of it.
-    """
-    folder = Path(str(training_args.output_dir))
-
-    def take() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise ValueError(f"--output_dir {folder} is a file; give a folder") from error
-        except OSError as error:
-            raise ValueError(f"--output_dir {folder} cannot be made: {error}; give another folder") from error
-        take_lock(folder, *scheduler_job())
-        if sources is not None:
-            given = training_args.resume_from_checkpoint
-            prepare_folder(str(folder), given, training_args.overwrite_output_dir, sources)
-
-    try:
-        broadcast_from_rank0(take)
-    except ValueError:
-        give_folder_back(training_args)
-        raise
-    if sources is not None and not (folder / RUN_IDENTITY).is_file():
-        stop_signals.may_leave(lambda: give_folder_back(training_args))
-
-
-def give_folder_back(training_args: TrainingArguments) -> None:
-    """Let other runs have the folder."""
-    release_lock(Path(str(training_args.output_dir)))
 
 
 def take_finished(trainer: LlavaTrainer) -> bool:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from llava.model.loading import load_model
-from llava.train.train import balance_experts
+from llava.train.parts import balance_experts
 
 MIXTURES = ["llava_mixtral", "llava_qwen_moe"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train import arguments
+from llava.train import arguments, engines
 from llava.train.command_line import RECIPES, parse_arguments
 
 REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
@@ -137,9 +137,11 @@ def test_an_order_that_cannot_be_kept_is_an_error(words: list[str], message: str
 
 
 def test_flash_attention_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llava-babylm\[flash-attn\]'"):
-        arguments.check_flash_attention()
+        engines.check_flash_attention()
+    with pytest.raises(ValueError, match=r"pip install 'llava-babylm\[flash-attn\]'"):
+        parse_arguments([*REQUIRED, "--attn_implementation", "flash_attention_2"])
 
 
 @pytest.mark.parametrize(
