@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,8 @@ from llava.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_NAMED = 5
+
 
 class SupervisedDataset(Dataset["Example | BadSample"]):
     """Records as examples; media are decoded when an example is asked for.
@@ -64,7 +66,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
         on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample`` in its place,
-            also where there is nothing to learn (else ``check_supervision`` is to look for that).
+            also where there is nothing to learn (else ``check_samples`` is to look for that).
         decode_timeout: seconds that decoding a video may take; 0 sets no limit.
         limits: how large an image or a video may be.
         grounding: what coordinates are to the model; None for one without them.
@@ -130,10 +132,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
 
     def load_example(self, record: Record) -> Example:
         """Decode and tokenise a record; a ValueError if it cannot be used."""
-        if record.fault is not None:
-            raise ValueError(record.fault)
-        if self.on_bad_sample == SKIP:
-            self.check_target(record)
+        self.check_usable(record)
         media = self.load_media(record)
         segments = self._encode(record, media)
         num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
@@ -146,6 +145,13 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             raise ValueError(f"{record} has an image or a video, but the model has no vision; give --vision_tower")
         if record.coordinates != NO_COORDINATES and self.grounding is None:
             raise ValueError(f"{record} has coordinates (variables), but the model has none; give --stage 2")
+
+    def check_usable(self, record: Record) -> None:
+        """A ValueError for a bad record; where these are skipped, also for one that nothing can be learned from."""
+        if record.fault is not None:
+            raise ValueError(record.fault)
+        if self.on_bad_sample == SKIP and not self.text_format.has_target(record.turns):
+            raise ValueError(f"{record}: has no text to learn from: an answer is empty, or there is none")
 
     def load_media(self, record: Record) -> list[VisualInput]:
         """Decode the media of a record, in reading order; a text-only one has none."""
@@ -174,6 +180,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         Its videos have as many frames as the settings sample at most, with stand-ins for their times; the sizes of its
         images, where the number of tokens depends on them, are those that their files' headers say.
         """
+        self.check_usable(record)
         return self._label(record, self._encode(record))
 
     def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> list[Segment]:
@@ -271,11 +278,6 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
 
-    def check_target(self, record: Record) -> None:
-        """A ValueError that names the record if there is nothing to learn in it: no text, or an answer without any."""
-        if not self.text_format.has_target(record.turns):
-            raise ValueError(f"{record}: has no text to learn from: an answer is empty, or there is none")
-
     @property
     def modality_lengths(self) -> NDArray[np.int32]:
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
@@ -292,8 +294,8 @@ def find_unsupervised(dataset: SupervisedDataset) -> list[Record]:
     return [dataset.records[i] for i in np.flatnonzero(~find_targets(dataset)).tolist()]
 
 
-def check_supervision(dataset: SupervisedDataset) -> None:
-    """Check before training that every sample has something to learn, and keeps it within ``max_length``.
+def check_samples(dataset: SupervisedDataset) -> None:
+    """Check before training that the model knows what samples have, and that each keeps something to learn.
 
     Only prompts can crowd out what is learned, so ``plain_lm``, which has none, is not tokenised for this; nor are
     texts that are short anyway. With ``on_bad_sample="skip"`` samples that do not fit, or have no text, are left out
@@ -302,12 +304,17 @@ def check_supervision(dataset: SupervisedDataset) -> None:
     Raises:
         ValueError: names the samples.
     """
+    if dataset.grounding is None:
+        for i in np.flatnonzero(count_coordinates(dataset.records))[:1].tolist():
+            dataset.check_model(dataset.records[i])
     if dataset.on_bad_sample == SKIP:
         return
     if empty := find_unsupervised(dataset):
+        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
         raise ValueError(
-            f"{len(empty)} samples have no text to learn from: {_name_some(empty)}; where an answer is empty, only the "
-            "end of text would be learned: give them text, take them out, or leave them out with --on_bad_sample skip"
+            f"{len(empty)} samples have no text to learn from: {', '.join(map(str, empty[:_MOST_NAMED]))}{more}; where "
+            "an answer is empty, only the end of text would be learned: give them text, take them out, or leave them "
+            "out with --on_bad_sample skip"
         )
     if dataset.text_format.has_prompts:
         check_room(dataset, count_cut_tokens(dataset) > 0)
@@ -326,16 +333,12 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
             dataset.tokenize(record)
 
 
-def check_grounding(dataset: SupervisedDataset) -> None:
-    """A ValueError before training where samples have coordinates and the model none."""
-    if dataset.grounding is None:
-        for i in np.flatnonzero(count_coordinates(dataset.records))[:1].tolist():
-            dataset.check_model(dataset.records[i])
+class DataModule(TypedDict):
+    """What the trainer reads; a data set is None where no files were given for it."""
 
-
-def _name_some(records: Sequence[Record], most: int = 5) -> str:
-    more = f" and {len(records) - most} more" if len(records) > most else ""
-    return ", ".join(map(str, records[:most])) + more
+    train_dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset] | None
+    eval_dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset] | None
+    data_collator: SupervisedCollator
 
 
 def make_supervised_data_module(
@@ -346,7 +349,7 @@ def make_supervised_data_module(
     text_format: Format | None = None,
     seed: int = 42,
     grounding: GroundingConfig | None = None,
-) -> dict[str, Any]:
+) -> DataModule:
     """Datasets and collator for the trainer.
 
     Args:
@@ -358,14 +361,11 @@ def make_supervised_data_module(
         seed: of the random samples that a mixture asks for.
         grounding: what coordinates are to the model; None for one without them.
 
-    Returns:
-        ``{"train_dataset", "eval_dataset", "data_collator"}``, the second None without ``eval_data_path``.
-
     Raises:
         ValueError: a file is not as it should be, or samples have nothing to learn from.
     """
 
-    def build(flag: str) -> SupervisedDataset | ChunkedDataset | None:
+    def build(flag: str) -> SupervisedDataset | ChunkedDataset[SupervisedDataset] | None:
         paths: Sequence[str] | None = getattr(data_args, flag)
         if not paths:
             return None
@@ -393,8 +393,7 @@ def make_supervised_data_module(
             limits=data_args.media_limits,
             grounding=grounding,
         )
-        check_grounding(dataset)
-        check_supervision(dataset)
+        check_samples(dataset)
         return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
     return {

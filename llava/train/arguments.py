@@ -23,7 +23,6 @@ from llava.data.chunking import NONE, TEXT_CHUNKING
 from llava.data.formats import CHAT, FORMATS, PLAIN_LM
 from llava.data.media_files import MediaLimits
 from llava.data.samplers import RANDOM, STRATEGIES
-from llava.data.start_checks import CHECK_DATA
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.parser import read_json_object
@@ -41,7 +40,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "stage": (CONTENT, COORDINATES, INSTRUCTIONS),
     "grounding": GROUNDING_MODES,
     "text_chunking": TEXT_CHUNKING,
-    "check_data": CHECK_DATA,
+    "check_data": ("files", "decode", "none"),
     "on_bad_sample": ON_BAD_SAMPLE,
     "train_sampling_strategy": STRATEGIES,
     "attn_implementation": ("sdpa", "eager", "flash_attention_2"),

@@ -66,9 +66,9 @@ from llava.train.data_order import describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
-from llava.train.parts import balance_experts, lower_frozen_precision, parts_table, set_trainable_parts
+from llava.train.parts import balance_experts, lower_frozen_precision, set_trainable_parts
 from llava.train.preemption import Preempted
-from llava.train.report import budget_table, check_data, data_tables, supervision_table
+from llava.train.report import check_and_report
 from llava.train.run_folder import give_folder_back, take_folder
 from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
@@ -207,14 +207,7 @@ def build_in_folder(
     text_format = choose_format(data_args.format_name, tokenizer, model.config)
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed, model.grounding)
-    check_data(model_args, data_args, training_args, data)
-    if training_args.process_index == 0:
-        if loaded.transfer is not None:
-            print(loaded.transfer)
-        print(parts_table(model, training_args.part_learning_rates()))
-        print(budget_table(vision, max_length, model.config.max_position_embeddings))
-        print(data_tables([data["train_dataset"], data["eval_dataset"]]))
-        print(supervision_table(data["train_dataset"] or data["eval_dataset"]), flush=True)
+    check_and_report(loaded, data, max_length, model_args, data_args, training_args)
 
     bad_sample_log = None
     if data_args.on_bad_sample == SKIP:

@@ -17,7 +17,7 @@ from conftest import ITALIAN, turns
 from llava.data import cache as index_folder
 from llava.data import dataset_stats, files, index, records
 from llava.data.cache import DamagedFileError
-from llava.data.dataset import SupervisedDataset, check_supervision, find_unsupervised
+from llava.data.dataset import SupervisedDataset, check_samples, find_unsupervised
 from llava.data.files import iterate_list
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
@@ -363,7 +363,7 @@ def test_bad_samples_keep_their_places_when_they_are_skipped(tmp_path, cache, in
             assert message in str(mixture[row].fault)
             assert mixture[row].source == f"a.jsonl, line {row + 1}"
         dataset = SupervisedDataset(mixture, visual_tokenizer, None, 64, on_bad_sample="skip")
-        check_supervision(dataset)
+        check_samples(dataset)
         assert [type(dataset[i]).__name__ == "Example" for i in range(6)] == [True, False, False, False, True, False]
         assert (dataset.lengths > 0).tolist() == [True, False, False, False, True, False]
         assert (dataset[2].id, dataset[2].source) == ("mute", "a.jsonl, line 3")
@@ -439,7 +439,7 @@ def test_checking_supervision_tokenises_only_what_may_be_too_long(tmp_path, cach
         assert tokenised == ["2"]
         tokenised.clear()
     with pytest.raises(ValueError, match=r"sample '2' \(a\.json, sample 3\): it needs"):
-        check_supervision(build(longest - 4))
+        check_samples(build(longest - 4))
     tokenised.clear()
     assert (dataset_stats.count_cut_tokens(build(longest - 4)) > 0).tolist() == [False, False, True, False, False]
     assert tokenised == []

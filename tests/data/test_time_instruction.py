@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.data.dataset import SupervisedDataset, check_supervision
+from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import FORMATS, build_format
 from llava.data.media import load_media, sample_video
 from llava.data.placeholders import add_time_instruction
@@ -96,7 +96,7 @@ def test_a_video_is_not_judged_by_the_length_of_its_stand_in(media_dir, visual_t
     )
     dataset.max_length = len(dataset[0].input_ids)
     assert dataset.lengths[0] > dataset.max_length
-    check_supervision(dataset)
+    check_samples(dataset)
     assert len(dataset[0].input_ids) == dataset.max_length
 
 

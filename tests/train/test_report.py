@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import ITALIAN, turns
 
-from llava.data import start_checks
-from llava.data.dataset import SupervisedDataset, check_supervision
+from llava.data import check as data_check
+from llava.data.check import find_missing
+from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
-from llava.data.start_checks import (
-    check_media,
-    check_media_files,
-    check_text_is_known,
-    cut_table,
-    find_missing,
-    media_table,
-)
+from llava.train.report import check_media, check_media_files, check_text_is_known, cut_table, media_table
 from llava.types import BadSample
 
 
@@ -66,9 +60,9 @@ def test_an_empty_answer_is_an_error_or_skipped(tmp_path, visual_tokenizer, tiny
     with pytest.raises(
         ValueError, match=r"1 samples have no text .*: sample 's1' \(a\.json, sample 2\); where an answer"
     ):
-        check_supervision(build(path, visual_tokenizer, tiny_vision, version=version))
+        check_samples(build(path, visual_tokenizer, tiny_vision, version=version))
     skipping = build(path, visual_tokenizer, tiny_vision, version=version, on_bad_sample="skip")
-    check_supervision(skipping)
+    check_samples(skipping)
     assert skipping[1] == BadSample(
         "s1", "a.json, sample 2", "", "has no text to learn from: an answer is empty, or there is none", path
     )
@@ -78,8 +72,8 @@ def test_an_empty_answer_is_an_error_or_skipped(tmp_path, visual_tokenizer, tiny
 def test_one_empty_answer_of_several_counts(tmp_path, tokenizer):
     path = write(tmp_path / "a.json", {"conversations": turns("a", "b") + turns("c", "")})
     with pytest.raises(ValueError, match="1 samples have no text to learn from"):
-        check_supervision(build(path, tokenizer, version="v1"))
-    check_supervision(build(path, tokenizer))
+        check_samples(build(path, tokenizer, version="v1"))
+    check_samples(build(path, tokenizer))
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -169,7 +163,7 @@ def test_each_file_is_looked_at_once_and_no_record_is_made(tmp_path, monkeypatch
     path.write_text("\n".join([line] * 3000))
     records = read_records(str(path))
     looked, made = [], []
-    monkeypatch.setattr(start_checks, "check_file", looked.append)
+    monkeypatch.setattr(data_check, "check_file", looked.append)
     monkeypatch.setattr(RecordStore, "__getitem__", lambda store, row: made.append(row))
     assert find_missing(records) == []
     # To make a record of each takes many times as long as to look at its file.
