@@ -31,7 +31,8 @@ print("parity")
 import domanda, ijepa_tower, row_mean, normed_projector
 again = load_model(trained)
 assert again.new_parameters == []
-assert again.vision.layout.num_tokens("video", 3) == 3 * 4
+assert (again.vision.grid_side, again.vision.layout.num_tokens("video", 3)) == (2, 3 * 1)
+assert again.vision.projector_args == {"pool": 2} and again.vision.resampler_args == {"stride": 2}
 assert again.model.config.llava_format == "domanda"
 print(again.model.config.model_type, type(again.model.get_vision_tower()).__name__)
 """
@@ -84,18 +85,58 @@ def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixe
     plain, tower = models
     printed = run(
         folder, "-m", "llava.train.train", *plugins, "--model_name_or_path", plain, "--vision_tower", tower,
-        "--mm_resampler_type", "row_mean", "--mm_projector_type", "normed", "--num_frames", 3,
+        "--mm_resampler_type", "row_mean", "--mm_resampler_args", '{"stride": 2}', "--num_frames", 3,
+        "--mm_projector_type", "normed", "--mm_projector_args", '{"pool": 2}',
         "--mm_tunable_parts", "mm_vision_tower,mm_mlp_adapter,mm_vision_resampler,mm_language_model",
         "--version", "domanda", "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2,
         "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true",
         "--dataloader_num_workers", 1,
     )  # fmt: skip
-    assert "video of 3 frames: 12 tokens" in printed
+    assert "video of 3 frames: 3 tokens" in printed
     assert "Risposta" not in printed  # of the samples printed, only what is learned
     run(folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
         "--max_new_tokens", 3)  # fmt: skip
     printed = run(folder, "-c", CONTRACT, plain, "out")
     assert printed.split() == ["parity", "llava_qwen3", "IJepaTower"]
+
+
+OWN_SETTINGS = """
+import sys
+from llava.train.train import main
+
+words, trained = sys.argv[2:], sys.argv[1]
+stride = ["--mm_resampler_args", '{"stride": 2}']
+
+def fails(*more):
+    try:
+        main([*words, *more])
+    except ValueError as error:
+        return str(error)
+
+main([*words, *stride, "--max_steps", "2", "--save_steps", "1", "--output_dir", trained])
+main([*words, *stride, "--max_steps", "3", "--output_dir", trained, "--resume_from_checkpoint", "auto"])
+print(fails("--max_steps", "4", "--output_dir", trained, "--resume_from_checkpoint", "auto"))
+print(fails("--output_dir", "other", "--mm_resampler_args", '{"rows": 2}'))
+print(fails("--output_dir", "other", "--mm_resampler_args", "stride=2"))
+print(fails("--output_dir", "other", "--mm_resampler_args", "[2]"))
+print(fails("--output_dir", "other", "--mm_resampler_args", '{"stride": 3}'))
+"""
+
+
+def test_own_settings_on_the_command_line(folder: Path, models: tuple[Path, Path], mixed_data: Path) -> None:
+    plain, tower = models
+    printed = run(
+        folder, "-c", OWN_SETTINGS, "settings", "--plugins", "llava_qwen3", "ijepa_tower", "row_mean",
+        "--model_name_or_path", plain, "--vision_tower", tower, "--mm_resampler_type", "row_mean", "--num_frames", 3,
+        "--data_path", mixed_data, "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu",
+        "--disable_tqdm", "true",
+    )  # fmt: skip
+    other_run, unknown, no_json, no_object, refused = printed.strip().splitlines()[-5:]
+    assert re.search(r"another run: --mm_resampler_args was .*stride.*2.*, is .*stride.*1", other_run)
+    assert unknown == "--mm_resampler_args has the unknown setting 'rows'; known: stride"
+    assert no_json.startswith("--mm_resampler_args is 'stride=2', expected a JSON object")
+    assert no_object.startswith("--mm_resampler_args is '[2]', expected a JSON object")
+    assert refused == "--mm_resampler_args has stride 3; it must divide the 4 rows of a frame"
 
 
 def test_a_plugin_that_is_not_there() -> None:

@@ -19,14 +19,11 @@ from __future__ import annotations
 from llava.eval.metrics.bootstrap import bootstrap
 from llava.eval.metrics.captions import CaptionScorer, score_caption, score_elc, split_words
 from llava.eval.metrics.grounding import Tube, find_tube, parse_tube, score_rec, score_stvg, score_svg, score_tvg
-from llava.geometry import box_iou, box_ious, span_iou
 
 __all__ = [
     "CaptionScorer",
     "Tube",
     "bootstrap",
-    "box_iou",
-    "box_ious",
     "find_tube",
     "parse_tube",
     "score_caption",
@@ -35,6 +32,5 @@ __all__ = [
     "score_stvg",
     "score_svg",
     "score_tvg",
-    "span_iou",
     "split_words",
 ]

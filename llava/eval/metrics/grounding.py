@@ -1,4 +1,4 @@
-"""Whether a score reaches a threshold."""
+"""How well boxes, stretches of time and moving things are found, and whether a score reaches a threshold."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from llava.config import GroundingConfig
-from llava.geometry import Box, TimeSpan
+from llava.geometry import Box, TimeSpan, box_iou, box_ious, span_iou
 from llava.grounding.syntax import parse_places
 
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -36,30 +36,6 @@ def shares_reaching(name: str, score: float) -> dict[str, float]:
 # How well boxes in pictures are found (REC).
 
 
-def box_ious(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union of boxes and others, pair by pair.
-
-    Args:
-        boxes, others: (..., 4), each x1, y1, x2, y2, in one unit of any kind; they broadcast.
-
-    Returns:
-        (...), in [0, 1]. A reversed box (x1 > x2 or y1 > y2) holds nothing, and two boxes without any area
-        have 0, even where they are equal.
-    """
-    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    upper_left = np.maximum(boxes[..., :2], others[..., :2])
-    lower_right = np.minimum(boxes[..., 2:], others[..., 2:])
-    shared = _areas(upper_left, lower_right)
-    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(others[..., :2], others[..., 2:]) - shared
-    ious = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return np.minimum(ious, 1.0)  # Of boxes that are equal but for rounding it may come out a hair above.
-
-
-def box_iou(box: Box, other: Box) -> float:
-    """Intersection over union of two boxes; see ``box_ious``."""
-    return float(box_ious(box, other))
-
-
 def score_rec(boxes: Sequence[Box], reference: Box) -> dict[str, float]:
     """Score the answer to "where is it?" in a picture; a report has the means over all samples.
 
@@ -71,21 +47,7 @@ def score_rec(boxes: Sequence[Box], reference: Box) -> dict[str, float]:
     return {"mIoU": iou, "IoU>=0.5": float(reaches(iou, 0.5)), "unparsable": float(not boxes)}
 
 
-def _areas(upper_left: NDArray[np.float64], lower_right: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.prod(np.maximum(lower_right - upper_left, 0.0), axis=-1)
-
-
 # How well stretches of a video are found (TVG).
-
-
-def span_iou(span: TimeSpan, other: TimeSpan) -> float:
-    """Intersection over union of two stretches of time, in [0, 1].
-
-    A reversed span (start > end) holds nothing, and two spans without any length have 0, even where they are equal.
-    """
-    shared = _length(max(span.start, other.start), min(span.end, other.end))
-    union = _length(*span) + _length(*other) - shared
-    return min(shared / union, 1.0) if union > 0 else 0.0
 
 
 def score_tvg(spans: Sequence[TimeSpan], reference: TimeSpan) -> dict[str, float]:
@@ -99,10 +61,6 @@ def score_tvg(spans: Sequence[TimeSpan], reference: TimeSpan) -> dict[str, float
     iou = span_iou(spans[0], reference) if spans else 0.0
     recalls = {f"R@1 IoU>{threshold}": float(exceeds(iou, threshold)) for threshold in THRESHOLDS}
     return {"mIoU": iou, **recalls, "unparsable": float(not spans)}
-
-
-def _length(start: float, end: float) -> float:
-    return max(end - start, 0.0)
 
 
 # How well moving things are found in a video: boxes over a stretch of time (STVG, SVG).
