@@ -40,7 +40,6 @@ def find_container(path: str) -> str:
 
     Raises:
         ValueError: it is none that is read; the message is one line without the path.
-        OSError: it cannot be opened.
     """
     with open(path, "rb") as file:  # noqa: PTH123
         head = file.read(_HEAD_BYTES)
@@ -95,7 +94,6 @@ def open_container(path: str) -> InputContainer:
     Raises:
         ValueError: it is no container that is read; the message is one line without the path.
         av.FFmpegError: it is broken.
-        OSError: it cannot be opened.
     """
     import av
 
@@ -105,12 +103,7 @@ def open_container(path: str) -> InputContainer:
 
 
 def check_complete(path: str, size: int) -> None:
-    """A ValueError if a video ends before its container does, or is none (see ``find_container``).
-
-    Args:
-        path: the file.
-        size: its length in bytes.
-    """
+    """A ValueError if a video of ``size`` bytes ends before its container does, or is none (see ``find_container``)."""
     check = _CHECKS.get(find_container(path), _check_tail)
     with open(path, "rb") as file:  # noqa: PTH123
         check(_Reader(file, size))
@@ -179,9 +172,6 @@ def _check_parts(file: _Reader, start: int, find_next: Callable[[_Reader, int], 
     _check_last_bytes(file)
 
 
-_MP4_NEEDED = (b"mdat", b"moov", b"moof")
-
-
 def _check_mp4(file: _Reader) -> None:
     """Boxes of ISO/IEC 14496-12, 4.2: four bytes of length, four of kind."""
     start, fragments = 0, False
@@ -195,7 +185,7 @@ def _check_mp4(file: _Reader) -> None:
                 file.check_hole(start)
             return
         fragments = fragments or kind == b"moof"
-        if kind in _MP4_NEEDED:
+        if kind in (b"mdat", b"moov", b"moof"):
             file.check_end(start + length)
         elif kind == b"sidx":
             file.check_end(start + length + _fragment_bytes(file.read(start, min(length, _AT_ONCE))))
@@ -228,8 +218,8 @@ def _check_matroska(file: _Reader) -> None:
         file.check_end(start + length)
         end = start + length
     clusters = _check_elements(file, start, end)
-    for cluster in clusters:
-        _check_elements(file, *cluster)
+    for cluster_start, cluster_end in clusters:
+        _check_elements(file, cluster_start, cluster_end)
     if clusters and clusters[-1][1] == file.size:
         _check_last_bytes(file)
 
@@ -270,7 +260,7 @@ def _element_size(file: _Reader, start: int) -> tuple[int | None, int]:
     return (None if value == unknown or not first else value), start + num_bytes
 
 
-_NO_LENGTH = (0, 0xFFFFFFFF)
+_NO_LENGTH = (0, 0xFFFFFFFF)  # of a file that was never closed
 
 
 def _check_avi(file: _Reader) -> None:
@@ -297,11 +287,8 @@ def _check_chunks(file: _Reader, start: int, end: int) -> None:
         start += 8 + length + length % 2
 
 
-_FLV_SIZE = b"\0\x08filesize\0"
-
-
 def _check_flv(file: _Reader) -> None:
-    declared = file.read(0, _TAIL_BYTES).partition(_FLV_SIZE)[2][:8]
+    declared = file.read(0, _TAIL_BYTES).partition(b"\0\x08filesize\0")[2][:8]
     if len(declared) == 8 and 0 < (total := struct.unpack(">d", declared)[0]) < 2**53:
         file.check_end(int(total))
     # A byte of kind, three of length, seven of times and stream, the data, and four with the length of all that.
@@ -446,12 +433,12 @@ def _y4m_picture_bytes(width: int, height: int, chroma: bytes) -> int:
     match = _Y4M_LAYOUT.fullmatch(chroma)
     if match is None:
         return 0
-    half_width, half_height = -(-width // 2), -(-height // 2)
-    colours = {
-        b"420": 2 * half_width * half_height, b"422": 2 * half_width * height, b"444": 2 * width * height,
-        b"444alpha": 3 * width * height, b"411": 2 * -(-width // 4) * height, b"mono": 0,
+    planes, across, down = {
+        b"420": (2, 2, 2), b"422": (2, 2, 1), b"444": (2, 1, 1), b"444alpha": (3, 1, 1), b"411": (2, 4, 1),
+        b"mono": (0, 1, 1),
     }[match[1]]  # fmt: skip
-    return (width * height + colours) * (2 if match[2] else 1)
+    samples = width * height + planes * -(-width // across) * -(-height // down)
+    return samples * (2 if match[2] else 1)  # a number of bits behind the layout is more than 8
 
 
 _CHECKS: dict[str, Callable[[_Reader], None]] = {

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from llava.data.containers import check_complete
 from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
-from llava.data.video import MissingFrameError, Video, frame_rate, is_constant, last_frame_seconds, open_video
+from llava.data.video import Video, frame_rate, is_constant, last_frame_seconds, open_video
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,9 @@ def decode_frames(request: FrameRequest) -> Frames:
     with _open_clip(request) as clip:
         while True:
             times = clip.times
-            indices = choose_frames(
-                len(times), clip.fps, request.num_frames, request.fps, request.max_frames, request.split, times
-            )
-            try:
-                pixels = clip.read(indices)
-            except MissingFrameError:
-                if clip.times is times:
-                    raise
-            # A clip has new times where decoding has shown other frames than its packets spoke of: choose again.
-            if clip.times is times:
+            indices = choose_frames(times, clip.fps, request)
+            pixels = clip.read(indices)
+            if pixels is not None:
                 return Frames(pixels, tuple(indices), tuple(times[i] for i in indices), clip.duration)
 
 
@@ -125,41 +118,33 @@ def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedP
         raise MediaError(f"{path}: cannot be decoded as a video: {error}") from error
 
 
-def choose_frames(
-    length: int,
-    clip_fps: float,
-    num_frames: int,
-    fps: float,
-    max_frames: int,
-    split: tuple[int, int] | None,
-    times: Sequence[float] | None = None,
-) -> list[int]:
+def choose_frames(times: Sequence[float], clip_fps: float, request: FrameRequest) -> list[int]:
     """Indices of the frames to sample, ascending; a clip shorter than asked for repeats frames.
 
     Where the frame rate varies, frames are chosen by their times: those nearest to times that lie evenly.
 
     Args:
-        length: frames of the clip.
+        times: seconds of each frame of the clip.
         clip_fps: its frames a second.
-        num_frames, fps, max_frames, split: as in ``FrameRequest``.
-        times: seconds of each frame; None for a clip of a constant frame rate.
+        request: how many are wanted, and from which part.
     """
-    first, last = split or (0, length - 1)
-    if not 0 <= first <= last < length:
-        raise ValueError(f"its frames are 0 to {length - 1}, but meta.split asks for {first} to {last}")
-    shown = times[first : last + 1] if times is not None else []
+    first, last = request.split or (0, len(times) - 1)
+    if not 0 <= first <= last < len(times):
+        raise ValueError(f"its frames are 0 to {len(times) - 1}, but meta.split asks for {first} to {last}")
+    shown, fps = times[first : last + 1], request.fps
     constant = is_constant(shown)
-    wanted = num_frames
+    wanted = num_frames = request.num_frames
     if fps > 0:
-        seconds = (last - first + 1) / (frame_rate(shown, clip_fps) if shown else clip_fps)
-        if not constant:
+        if constant:
+            seconds = len(shown) / frame_rate(shown, clip_fps)
+        else:
             seconds = shown[-1] - shown[0] + last_frame_seconds(shown, clip_fps)
         wanted = max(round(seconds * fps), 1)
-        num_frames = min(wanted, max_frames or last - first + 1)
+        num_frames = min(wanted, request.max_frames or len(shown))
     if constant:
         return np.linspace(first, last, num_frames).round().astype(int).tolist()
     even = np.linspace(shown[0], shown[-1], num_frames)
-    if fps > 0 and num_frames == wanted:
+    if fps > 0 and num_frames == wanted:  # no bound was met: one frame every 1 / fps seconds
         even = (shown[0] + np.arange(wanted) / fps).clip(max=shown[-1])
     return [first + place for place in nearest(shown, even.tolist())]
 
@@ -224,7 +209,7 @@ class DecoderProcess:
         reply = json.loads(header)
         if "error" in reply:
             raise MediaError(reply["error"])
-        pixels = np.empty(reply["shape"], np.uint8)
+        pixels = np.empty(reply.pop("pixels"), np.uint8)
         if self._replies.readinto(pixels.data.cast("B")) < pixels.nbytes:  # type: ignore[attr-defined]
             raise self._crashed(request)
         return Frames(pixels, tuple(reply["indices"]), tuple(reply["times"]), reply["duration"])
@@ -339,26 +324,16 @@ def _end_after(seconds: float) -> None:
 
 
 def _answer(request: FrameRequest, replies: BinaryIO) -> None:
-    pixels = None
+    """Write a line of JSON and, behind it, the bytes of the pixels if there are any."""
+    frames = None
     try:
         frames = decode_frames(request)
+        header = vars(frames) | {"pixels": frames.pixels.shape}
     except MediaError as error:
-        header: dict[str, Any] = {"error": str(error)}
+        header = {"error": str(error)}
     except MemoryError:
         header = {"error": f"{request.path}: its frames do not fit into memory"}
-    else:
-        pixels = frames.pixels
-        header = {
-            "shape": pixels.shape,
-            "indices": frames.indices,
-            "times": frames.times,
-            "duration": frames.duration,
-        }
     replies.write(json.dumps(header).encode() + b"\n")
-    if pixels is not None:
-        replies.write(pixels.data if pixels.flags.c_contiguous else pixels.tobytes())
+    if frames is not None:
+        replies.write(np.ascontiguousarray(frames.pixels).data)
     replies.flush()
-
-
-if __name__ == "__main__":
-    main()

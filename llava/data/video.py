@@ -43,10 +43,6 @@ _LEAST_DECODED = 0.9
 """Share of the frames of a whole clip that can be decoded; a few may be hidden by means that packets do not show."""
 
 
-class MissingFrameError(ValueError):
-    """A frame that is not there."""
-
-
 class Video:
     """An open video file and its main stream.
 
@@ -79,7 +75,7 @@ class Video:
         return self.times[-1] + last_frame_seconds(self.times, self.fps)
 
     def _open_stream(self, container: InputContainer) -> VideoStream:
-        """The video stream that players show, with its decoder set up; a ValueError if its frames are too large."""
+        """The main stream, with its decoder set up; a ValueError if its frames are too large."""
         stream = _main_stream(container)
         stream.thread_type = "NONE"
         context = stream.codec_context
@@ -102,16 +98,15 @@ class Video:
             return [i / self._declared_rate for i in range(len(times))]
         return seconds_of(times, float(self._stream.time_base or 0), self._declared_rate)
 
-    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8] | None:
         """Decode frames: those that a decode of all the file shows at these places.
-
-        What the packets said may prove wrong; then ``times`` are made anew.
 
         Args:
             indices: ascending; one that repeats gives its frame again.
 
         Returns:
-            (frames, height, width, 3), upright, with square pixels.
+            (frames, height, width, 3), upright, with square pixels; None where what the packets said of the frames has
+            proved wrong: ``times`` are made anew then, for other indices to be chosen.
         """
         self._limits.check_frames(len(indices), *self._display.size)
         if self._index is not None and self._decord_is_exact(self._index):
@@ -124,17 +119,20 @@ class Video:
                 return np.stack(list(self._seek_frames(self._index, indices)))
             except _SeekError as error:
                 logger.debug("%s: %s; decoding from the beginning", self._path, error)
-            self._count_again()
+            if self._count_again():
+                return None
         return np.stack(self._pick_frames(indices))
 
-    def _count_again(self) -> None:
-        """Decode all frames to see which there are: what the packets said of them is wrong."""
+    def _count_again(self) -> bool:
+        """Decode all frames to see which there are, and whether they are others than the packets have promised."""
         promised, self._index = len(self.times), None
         times = self._seconds()
         if len(times) < _LEAST_DECODED * promised:
             raise ValueError(f"it is damaged: it has {promised} frames, of which {len(times)} can be decoded")
-        if times != self.times:
+        is_new = times != self.times
+        if is_new:
             self.times, self.fps = times, frame_rate(times, self._declared_rate)
+        return is_new
 
     def _decord_is_exact(self, index: VideoIndex) -> bool:
         context = self._stream.codec_context
@@ -256,7 +254,7 @@ class Video:
                 found[i] = self._display.show(frame)
             if len(found) == len(wanted):
                 return [found[index] for index in indices]
-        raise MissingFrameError(f"frame {min(wanted - set(found))} is asked for, but {i + 1} can be decoded")
+        raise ValueError(f"frame {min(wanted - set(found))} is asked for, but {i + 1} can be decoded")
 
 
 class _SeekError(Exception):
@@ -264,6 +262,7 @@ class _SeekError(Exception):
 
 
 def _main_stream(container: InputContainer) -> VideoStream:
+    """The video stream that players show; a ValueError if there is none."""
     # A record's or film's cover is a stream of one picture.
     streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
     if not streams:
@@ -382,6 +381,8 @@ class Display:
 
     Attributes:
         size: width and height of a frame as it is shown.
+        is_plain: whether frames are shown as they are stored.
+        is_turned: whether they are turned, but neither mirrored nor stretched.
     """
 
     def __init__(self, first: VideoFrame, pixel_ratio: Fraction | None) -> None:
@@ -393,20 +394,11 @@ class Display:
             self._width = max(round(first.width * float(pixel_ratio)), 1)
         self._is_start = True
         self._first_turn = self._turn = _read_turn(first) or _AS_STORED
-        self.size = (self._width, first.height)
-        if self._turn[0] == 0:
-            self.size = self.size[::-1]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether frames are shown as they are stored."""
-        return self._first_turn == _AS_STORED and self._width == self._stored[0]
-
-    @property
-    def is_turned(self) -> bool:
-        """Whether frames are turned, but neither mirrored nor stretched."""
-        a, b, c, d = self._first_turn
-        return a * d - b * c == 1 and self._width == self._stored[0]
+        a, b, c, d = self._turn
+        self.size = (first.height, self._width) if a == 0 else (self._width, first.height)
+        is_stretched = self._width != first.width
+        self.is_plain = self._turn == _AS_STORED and not is_stretched
+        self.is_turned = a * d - b * c == 1 and not is_stretched  # the determinant of a mirrored picture is -1
 
     def begin(self, place: int) -> None:
         """Say that frames follow from a place of the clip on, where decoding begins."""
@@ -445,6 +437,7 @@ def _read_turn(frame: VideoFrame) -> Turn | None:
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
+    # The first two rows of a matrix of 3 x 3 (ISO/IEC 14496-12, 6.2.2), whose last column is not needed.
     a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(data), np.int32)[:5])
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return (_sign(a), 0, 0, _sign(d)) if a and d else None

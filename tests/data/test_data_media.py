@@ -20,7 +20,7 @@ import pytest
 from conftest import COMMITTED_VIDEO
 from PIL import Image
 
-from llava.data.decoding import choose_frames
+from llava.data.decoding import FrameRequest, choose_frames
 from llava.data.media import MediaError, load_image, load_media, sample_video
 from llava.data.video import Video, open_video
 from llava.types import Media
@@ -279,21 +279,28 @@ def test_times_do_not_depend_on_the_decoder(tmp_path, request):
     assert sample_video(path, 2, split=(0, 1)).times[1] == pytest.approx(2 / 30, abs=1e-3)
 
 
+def choose(
+    length: int, rate: float, num_frames: int, fps: float, bound: int, split: tuple[int, int] | None
+) -> list[int]:
+    """Of a clip of a constant frame rate."""
+    return choose_frames([i / rate for i in range(length)], rate, FrameRequest("", num_frames, fps, bound, split))
+
+
 def test_frames_are_spread_evenly():
-    assert choose_frames(12, 8.0, 4, 0.0, 32, None) == [0, 4, 7, 11]
-    assert choose_frames(100, 25.0, 1, 0.0, 32, None) == [0]
-    assert choose_frames(2, 25.0, 4, 0.0, 32, None) == [0, 0, 1, 1]
-    assert choose_frames(1, 25.0, 4, 0.0, 32, None) == [0, 0, 0, 0]
-    assert choose_frames(100, 25.0, 3, 0.0, 32, (10, 20)) == [10, 15, 20]
-    assert choose_frames(100, 25.0, 3, 0.0, 32, (99, 99)) == [99, 99, 99]
+    assert choose(12, 8.0, 4, 0.0, 32, None) == [0, 4, 7, 11]
+    assert choose(100, 25.0, 1, 0.0, 32, None) == [0]
+    assert choose(2, 25.0, 4, 0.0, 32, None) == [0, 0, 1, 1]
+    assert choose(1, 25.0, 4, 0.0, 32, None) == [0, 0, 0, 0]
+    assert choose(100, 25.0, 3, 0.0, 32, (10, 20)) == [10, 15, 20]
+    assert choose(100, 25.0, 3, 0.0, 32, (99, 99)) == [99, 99, 99]
 
 
 def test_frames_a_second_up_to_a_bound():
-    assert choose_frames(100, 25.0, 4, 1.0, 32, None) == [0, 33, 66, 99]
-    assert len(choose_frames(100, 25.0, 4, 2.0, 32, None)) == 8
-    assert len(choose_frames(100, 25.0, 4, 25.0, 32, None)) == 32
-    assert choose_frames(5, 25.0, 4, 1.0, 32, None) == [0]
-    assert len(choose_frames(100, 25.0, 4, 1.0, 32, (0, 49))) == 2
+    assert choose(100, 25.0, 4, 1.0, 32, None) == [0, 33, 66, 99]
+    assert len(choose(100, 25.0, 4, 2.0, 32, None)) == 8
+    assert len(choose(100, 25.0, 4, 25.0, 32, None)) == 32
+    assert choose(5, 25.0, 4, 1.0, 32, None) == [0]
+    assert len(choose(100, 25.0, 4, 1.0, 32, (0, 49))) == 2
 
 
 def test_split_behind_the_end_of_the_clip(media_dir):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from clips import encode, number_of
 
-from llava.data.decoding import choose_frames, nearest
+from llava.data.decoding import FrameRequest, choose_frames, nearest
 from llava.data.media import sample_video
 from llava.data.video import frame_rate, seconds_of
 
@@ -63,9 +63,10 @@ def test_at_a_constant_rate_times_and_counting_agree(rate: float, unit: float | 
         times = [i / rate for i in range(length)]
         times = times if unit is None else [round(time / unit) * unit for time in times]
         assert frame_rate(times, rate) == rate
-        for arguments in ((4, 0.0, 32), (9, 0.0, 32), (4, 1.0, 32), (4, 2.5, 999)):
-            counted = choose_frames(length, rate, *arguments, None)
-            assert choose_frames(length, rate, *arguments, None, times) == counted
+        for num_frames, fps, bound in ((4, 0.0, 32), (9, 0.0, 32), (4, 1.0, 32), (4, 2.5, 999)):
+            wanted = min(max(round(length / rate * fps), 1), bound) if fps else num_frames
+            counted = np.linspace(0, length - 1, wanted).round().astype(int).tolist()
+            assert choose_frames(times, rate, FrameRequest("", num_frames, fps, bound)) == counted
 
 
 def test_a_rate_that_is_not_that_of_the_times() -> None:
