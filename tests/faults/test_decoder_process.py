@@ -148,7 +148,9 @@ def test_signals_to_end_a_run_leave_the_decoder_at_work(media_dir):
 def test_hanging_sample_is_reported_and_the_others_come(media_dir, visual_tokenizer, tiny_vision, faulty, num_workers):
     names = ["a.mp4", "hang.mp4", "b.mp4", "crash.mp4", "a.mp4", "b.mp4"]
     records = [
-        Record(f"{i}", (Turn("user", "<video>"),), (Media("video", str(media_dir / name)),))
+        Record(
+            f"{i}", (Turn("user", "<video>"), Turn("assistant", "una stella")), (Media("video", str(media_dir / name)),)
+        )
         for i, name in enumerate(names)
     ]
     dataset = SupervisedDataset(records, visual_tokenizer, tiny_vision, 512, on_bad_sample="skip", decode_timeout=3.0)
