@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache as memoize
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
@@ -90,6 +91,67 @@ class OwnGenerationDefaults:
         """Those that were set on this very configuration, which are refused as ever."""
         found = super()._get_generation_parameters()  # type: ignore[misc]
         return {name: value for name, value in found.items() if name in vars(self)}
+
+
+class OwnAttention:
+    """Mixin for a model that runs on attention functions of its own; put it first.
+
+    transformers checks the name of an attention function, and fills in the one it prefers, in a private method; there
+    is no public way to let a model have another set of them.
+    """
+
+    attention_prefix: ClassVar[str]
+    """Stands before the name of each of transformers' functions that this model has its own one for."""
+
+    def check_attention(self, name: str | None) -> None:
+        """A ValueError for a function of transformers that this model has none of its own for."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        name = None if attn_implementation is None else attn_implementation.removeprefix(self.attention_prefix)
+        self.check_attention(name)
+        plain = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)  # type: ignore[misc]
+        return self.attention_prefix + plain
+
+
+class WeightsFromElsewhere:
+    """Mixin for a model that fills some of its parameters itself, right after ``from_pretrained``; put it first.
+
+    transformers gives random values to whatever a checkpoint lacks, unless ``_is_hf_initialized`` is set on it. It has
+    to be set at this very place: earlier the parameters are replaced once more, later they are filled.
+    """
+
+    def parameters_from_elsewhere(self) -> Iterable[Any]:
+        """The parameters that need no random values."""
+        raise NotImplementedError
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters_from_elsewhere():
+            parameter._is_hf_initialized = True
+        super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
+
+
+def mark_unfilled(model: Any) -> None:
+    """Let ``post_init`` fill a model's own parameters once more, though transformers has marked them as filled."""
+    model._is_hf_initialized = False
+
+
+def keep_out_of_checkpoints(model: Any, names: set[str], pattern: str, out: bool) -> None:
+    """Say for one model, and not its class, that checkpoints leave tensors out, or (``out`` is False) that they do not.
+
+    The attributes are documented as a class's own; transformers reads them from the model.
+
+    Args:
+        names: of the tensors in the state dict.
+        pattern: a regular expression that all of them match, and no others.
+    """
+    saved, loaded = set(model._keys_to_ignore_on_save or ()), set(model._keys_to_ignore_on_load_missing or ())
+    model._keys_to_ignore_on_save = saved | names if out else saved - names
+    model._keys_to_ignore_on_load_missing = loaded | {pattern} if out else loaded - {pattern}
+
+
+def kept_out_of_checkpoints(model: Any) -> set[str]:
+    """Names of the tensors that checkpoints of a model leave out (see ``keep_out_of_checkpoints``)."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def inherit_conversions(plain: str, own: str) -> None:

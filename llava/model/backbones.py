@@ -14,14 +14,18 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from llava.compat import add_to_auto_configs, add_to_auto_models, add_to_auto_tokenizers, inherit_conversions
+from llava.compat import (
+    OwnGenerationDefaults,
+    add_to_auto_configs,
+    add_to_auto_models,
+    add_to_auto_tokenizers,
+    inherit_conversions,
+)
 
-if TYPE_CHECKING:
-    from llava.model.llava_arch import LlavaMetaForCausalLM
-
-    AnyBackbone = TypeVar("AnyBackbone", bound=type[LlavaMetaForCausalLM])
+LanguageModel = TypeVar("LanguageModel", bound=type[Any])
+"""A class that mixes ``LlavaMetaForCausalLM`` into one of transformers'."""
 
 
 class Backbone(NamedTuple):
@@ -70,7 +74,7 @@ PLAIN_TYPES = {backbone.plain_type: model_type for model_type, backbone in BACKB
 _MODEL_TYPES: dict[str, str] = {}
 """The model type of each class by the class's name, text classifiers included."""
 
-_LANGUAGE_MODELS: dict[str, type[LlavaMetaForCausalLM]] = {}
+_LANGUAGE_MODELS: dict[str, type[Any]] = {}
 """By model type, the language models with head of the families whose files have been loaded."""
 
 
@@ -98,7 +102,7 @@ def plain_class(own: type) -> Any:
     return next(base for base in own.__mro__ if base.__module__.startswith("transformers."))
 
 
-def register_backbone(backbone: AnyBackbone) -> AnyBackbone:
+def register_backbone(backbone: LanguageModel) -> LanguageModel:
     """Class decorator for a language model with head: makes its family known here and to transformers.
 
     Args:
@@ -127,6 +131,19 @@ def register_backbone(backbone: AnyBackbone) -> AnyBackbone:
         inherit_conversions(plain_type, own_type)
         inherit_conversions(plain_class(backbone).__name__, AVAILABLE_MODELS[own_type][2])
     return backbone
+
+
+class FamilyDefaults(OwnGenerationDefaults):
+    """Mixin for a configuration: the LLaVA family's defaults for generating. Put it first.
+
+    The family's configurations say that a model answers greedily with at most 1,024 new tokens. They are class
+    attributes, read from here as from the family's: what one model generates with is in its ``generation_config``.
+    """
+
+    temperature: ClassVar[float] = 0.0
+    max_new_tokens: ClassVar[int] = 1024
+    do_sample: ClassVar[bool] = False
+    top_p: ClassVar[float | None] = None
 
 
 def find_class(name: str) -> type[Any]:

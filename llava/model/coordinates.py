@@ -1,15 +1,15 @@
-"""Tables of coordinates: places and times as rows that text and pictures share.
+"""Tables of coordinates: places and times as embeddings that text and pictures share.
 
-For each of time, height and width there is a table of input rows (what a coordinate is in the text) and one
-of output rows (what the decoder's last states are compared with). Both together, averaged, are also what tells
-a visual feature where it lies: the language-aligned positional embedding of LLaVA-ST (arXiv 2501.08282).
+For each of time, height and width there is a table of input embeddings (of a coordinate in the text), one a bin, and
+one of output embeddings (which the decoder's last states are compared with). The mean of both is also added to visual
+features, to tell where they lie: the language-aligned positional embedding of LLaVA-ST (arXiv 2501.08282).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,46 +20,47 @@ from llava.constants import AXES, IGNORE_INDEX, Axis
 from llava.grounding.syntax import LOCATIONS
 
 Variables = Sequence[Mapping[str, Sequence[float]] | None]
-"""For each row of a batch its lists of coordinates, as ``Coordinates.to_variables`` gives them, or None."""
+"""For each sample of a batch its lists of coordinates, as ``Coordinates.to_variables`` gives them, or None."""
 
 COORDINATES = "coordinates"
 """Attribute of a decoder that holds its tables."""
 
 
 def propagate(table: Tensor) -> Tensor:
-    """A table whose rows learn from their neighbours too.
+    """A table whose embeddings learn from their neighbours' gradients too, (bins, width).
 
     With R_ij = 2^-|i-j|, W + RW - stopgrad(RW): the value is that of W, bit by bit, the gradient (I + R^T) g.
-
-    Args:
-        table: (bins, width).
     """
     bins = torch.arange(len(table), device=table.device, dtype=table.dtype)
-    spread = torch.exp2(-(bins[:, None] - bins).abs()) @ table
+    spread = torch.exp2(-(bins[:, None] - bins).abs()) @ table  # (bins, bins) @ (bins, width)
     return table + (spread - spread.detach())
 
 
-class Place(NamedTuple):
-    """Where positions lie among the bins: between ``lower`` and ``upper``, ``fraction`` of the way to the latter."""
+class BinPosition(NamedTuple):
+    """Positions on an axis of bins: between ``lower`` and ``upper``, ``fraction`` of the way to the latter."""
 
     lower: Tensor
     upper: Tensor
     fraction: Tensor
 
+    def shifted(self, first: int) -> BinPosition:
+        """The same among the bins of all axes, of which this one's begin at ``first``."""
+        return BinPosition(self.lower + first, self.upper + first, self.fraction)
 
-def place(positions: Tensor, num_bins: int) -> Place:
-    """Bins of positions in [0, 1]: of e = p (N - 1) the floor, the ceiling and the rest."""
+
+def locate(positions: Tensor, num_bins: int) -> BinPosition:
+    """Where positions in [0, 1] lie among bins: of e = p (N - 1) the floor, the ceiling and the rest."""
     exact = positions.clamp(0, 1) * (num_bins - 1)
     lower = exact.floor()
-    return Place(lower.long(), exact.ceil().long(), exact - lower)
+    return BinPosition(lower.long(), exact.ceil().long(), exact - lower)
 
 
 @dataclass(frozen=True)
-class CoordinateRows:
+class CoordinateEmbeddings:
     """The tables as they are used in one step, those of time, height and width below one another.
 
     Attributes:
-        grounding: says how many rows each has.
+        grounding: says how many bins each has.
         inputs, outputs: (all bins, width).
     """
 
@@ -67,22 +68,18 @@ class CoordinateRows:
     inputs: Tensor
     outputs: Tensor
 
-    def first_row(self, axis: Axis) -> int:
-        return self.grounding.first_bin_of(axis) - self.grounding.first_bin_of(AXES[0])
-
-    def interpolate(self, table: Tensor, at: Place) -> Tensor:
-        """Rows of a table between two bins, (positions, width)."""
+    def interpolate(self, table: Tensor, at: BinPosition) -> Tensor:
+        """Embeddings between two bins of a table, (positions, width)."""
         return torch.lerp(table[at.lower], table[at.upper], at.fraction.to(table.dtype).unsqueeze(-1))
 
-    def _where(self, axis: Axis, positions: Tensor) -> Tensor:
-        """The embedding of positions that visual features get: the mean of both tables."""
-        at = place(positions, self.grounding.num_bins(axis))
-        first = self.first_row(axis)
-        moved = Place(at.lower + first, at.upper + first, at.fraction)
-        return (self.interpolate(self.inputs, moved) + self.interpolate(self.outputs, moved)) / 2
+    def _embed(self, axis: Axis, positions: Tensor) -> Tensor:
+        """What is added to visual features at positions on an axis, (positions, width): the mean of both tables."""
+        first = self.grounding.first_bin_of(axis) - self.grounding.first_bin_of(AXES[0])
+        at = locate(positions, self.grounding.num_bins(axis)).shifted(first)
+        return (self.interpolate(self.inputs, at) + self.interpolate(self.outputs, at)) / 2
 
-    def of_patches(self, num_frames: int, grid_side: int) -> Tensor:
-        """What tells the patches of an image (one frame, time 0) or of a video where and when they are.
+    def patch_positions(self, num_frames: int, grid_side: int) -> Tensor:
+        """Where and when the patches of an image (one frame, time 0) or of a video are.
 
         A patch lies at its centre, frame i of n at i / (n - 1).
 
@@ -92,16 +89,16 @@ class CoordinateRows:
         device = self.inputs.device
         centres = (torch.arange(grid_side, device=device, dtype=torch.float32) + 0.5) / grid_side
         times = torch.linspace(0, 1, num_frames, device=device)
-        rows, columns = self._where("HEIGHT", centres), self._where("WIDTH", centres)
-        grid = (rows[:, None] + columns[None]).flatten(0, 1)
-        return self._where("TEMP", times)[:, None] + grid
+        heights, widths = self._embed("HEIGHT", centres), self._embed("WIDTH", centres)  # (side, width) each
+        grid = (heights[:, None] + widths[None]).flatten(0, 1)  # (side * side, width), row by row
+        return self._embed("TEMP", times)[:, None] + grid
 
-    def extend(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+    def extend_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         """A head whose logits are those of the vocabulary, up to the first bin, and then those of the bins."""
 
         def logits(hidden: Tensor) -> Tensor:
             words = head(hidden)[..., : self.grounding.first_bin]
-            return torch.cat([words, F.linear(hidden, self.outputs)], dim=-1)
+            return torch.cat([words, F.linear(hidden, self.outputs)], dim=-1)  # (..., words + bins)
 
         return logits
 
@@ -122,52 +119,54 @@ class CoordinateTables(nn.Module):
                 table = nn.Parameter(torch.empty(grounding.num_bins(axis), width))
                 self.register_parameter(f"{name}_{direction}", table)
 
-    def forward(self) -> CoordinateRows:
+    def forward(self) -> CoordinateEmbeddings:
         """All tables for one step; every gradient is shared with neighbours."""
         inputs = [propagate(self.get_parameter(f"{name}_input")) for name in ("temporal", "height", "width")]
         outputs = [propagate(self.get_parameter(f"{name}_output")) for name in ("temporal", "height", "width")]
-        return CoordinateRows(self.grounding, torch.cat(inputs), torch.cat(outputs))
+        return CoordinateEmbeddings(self.grounding, torch.cat(inputs), torch.cat(outputs))
 
 
-class PlacedTokens(NamedTuple):
+class CoordinateTokens(NamedTuple):
     """The tokens of a batch that stand for coordinates.
 
     Attributes:
         positions: int64 (tokens,), in the flattened batch.
-        at: rows of the tables, for each token.
+        at: their bins, among those of all axes.
     """
 
     positions: Tensor
-    at: Place
+    at: BinPosition
 
 
-def place_tokens(input_ids: Tensor, grounding: GroundingConfig, variables: Variables | None) -> PlacedTokens:
-    """Find the placeholders and bins of a batch, and the rows of the tables that they stand for.
+def find_coordinate_tokens(
+    input_ids: Tensor, grounding: GroundingConfig, variables: Variables | None
+) -> CoordinateTokens:
+    """Find the placeholders and bins of a batch, and the embeddings that they stand for.
 
     Args:
         input_ids: int64 (batch, length).
         grounding: with tables.
-        variables: the coordinates of each row, in the order of its placeholders.
+        variables: the coordinates of each sample, in the order of its placeholders.
 
     Raises:
-        ValueError: a row has more placeholders than coordinates; names the row and the list.
+        ValueError: a sample has more placeholders than coordinates; names its row in the batch and the list.
     """
     assert grounding.first_bin is not None
     given = [None] * len(input_ids) if variables is None else variables
     if len(given) != len(input_ids):
         raise ValueError(f"variables has {len(given)} entries for a batch of {len(input_ids)}; pass one for each row")
     kinds = torch.tensor([grounding.token_ids[placeholder] for placeholder in LOCATIONS], device=input_ids.device)
-    # One wait for the device: how many placeholders of each kind each row has.
-    matches = input_ids == kinds[:, None, None]
-    counts = matches.sum(-1).tolist()
-    flat, bins = input_ids.flatten(), (input_ids >= grounding.first_bin).flatten().nonzero().squeeze(1)
-    rows = flat[bins] - grounding.first_bin
-    positions, places = [bins], [Place(rows, rows, torch.zeros(len(rows), device=rows.device))]
-    for (placeholder, name), of_rows, match in zip(LOCATIONS.items(), counts, matches, strict=True):
-        if not any(of_rows):
+    matches = input_ids == kinds[:, None, None]  # (kinds, batch, length)
+    counts = matches.sum(-1).tolist()  # The one wait for the device.
+    flat, is_bin = input_ids.flatten(), (input_ids >= grounding.first_bin).flatten()
+    positions = [is_bin.nonzero().squeeze(1)]
+    bins = flat[positions[0]] - grounding.first_bin
+    places = [BinPosition(bins, bins, torch.zeros(len(bins), device=bins.device))]
+    for (placeholder, name), by_sample, match in zip(LOCATIONS.items(), counts, matches, strict=True):
+        if not any(by_sample):
             continue
         numbers: list[float] = []
-        for row, count in enumerate(of_rows):
+        for row, count in enumerate(by_sample):
             own = list((given[row] or {}).get(name) or ())
             if len(own) < count:
                 raise ValueError(
@@ -175,15 +174,14 @@ def place_tokens(input_ids: Tensor, grounding: GroundingConfig, variables: Varia
                     "pass one number for each"
                 )
             numbers += own[:count]
-        axis: Any = placeholder[1:].split("-")[0]
-        first = grounding.first_bin_of(axis) - grounding.first_bin
-        at = place(torch.tensor(numbers, dtype=torch.float32, device=input_ids.device), grounding.num_bins(axis))
+        axis = next(axis for axis in AXES if axis == placeholder[1:].split("-")[0])
+        at = locate(torch.tensor(numbers, dtype=torch.float32, device=input_ids.device), grounding.num_bins(axis))
         positions.append(match.flatten().nonzero().squeeze(1))
-        places.append(Place(at.lower + first, at.upper + first, at.fraction))
-    return PlacedTokens(torch.cat(positions), Place(*map(torch.cat, zip(*places, strict=True))))
+        places.append(at.shifted(grounding.first_bin_of(axis) - grounding.first_bin))
+    return CoordinateTokens(torch.cat(positions), BinPosition(*map(torch.cat, zip(*places, strict=True))))
 
 
-def embed_tokens(input_ids: Tensor, embed: nn.Module, rows: CoordinateRows, tokens: PlacedTokens) -> Tensor:
+def embed_tokens(input_ids: Tensor, embed: nn.Module, tables: CoordinateEmbeddings, tokens: CoordinateTokens) -> Tensor:
     """Token embeddings of a batch, those of coordinates from the tables.
 
     Without a coordinate the tables are still part of the graph, with gradients of zero: ranks wait for each other's.
@@ -191,10 +189,11 @@ def embed_tokens(input_ids: Tensor, embed: nn.Module, rows: CoordinateRows, toke
     Returns:
         (batch, length, width).
     """
-    assert rows.grounding.first_bin is not None
-    words = input_ids.masked_fill(input_ids >= rows.grounding.first_bin, 0)
+    assert tables.grounding.first_bin is not None
+    # Bins lie behind the vocabulary: looked up as word 0, and overwritten.
+    words = input_ids.masked_fill(input_ids >= tables.grounding.first_bin, 0)
     embeddings = embed(words)
-    own = rows.interpolate(rows.inputs, tokens.at).to(embeddings.dtype)
+    own = tables.interpolate(tables.inputs, tokens.at).to(embeddings.dtype)  # (tokens, width)
     return embeddings.flatten(0, 1).index_copy(0, tokens.positions, own).view_as(embeddings)
 
 
@@ -206,7 +205,7 @@ class TwoHot(NamedTuple):
     fraction: Tensor
 
 
-def two_hot_targets(labels: Tensor, grounding: GroundingConfig, tokens: PlacedTokens) -> TwoHot:
+def two_hot_targets(labels: Tensor, grounding: GroundingConfig, tokens: CoordinateTokens) -> TwoHot:
     """Labels with those of coordinates between two bins: 1 - r of the floor and r of the ceiling.
 
     Args:
@@ -232,7 +231,7 @@ def two_hot_cross_entropy(logits: Tensor, lower: Tensor, upper: Tensor, fraction
         lower, upper: int64 (tokens,); ``upper`` has the weight ``fraction``, ``lower`` the rest.
         fraction: (tokens,).
     """
-    chosen = logits.gather(1, torch.stack([lower, upper], dim=1))
+    chosen = logits.gather(1, torch.stack([lower, upper], dim=1))  # (tokens, 2)
     return (logits.logsumexp(1) - torch.lerp(chosen[:, 0], chosen[:, 1], fraction)).sum()
 
 
@@ -249,13 +248,13 @@ def expected_positions(
     the expected position is at most half a bin away; of any other at most a bin.
 
     Args:
-        tokens: int64 (rows, steps), what was generated.
-        logits: of each step, (rows, vocabulary), as the model gave them, before any constraint or temperature.
+        tokens: int64 (texts, steps), what was generated.
+        logits: of each step, (texts, vocabulary), as the model gave them, before any constraint or temperature.
         grounding: of the model, with tables of bins.
-        beam_indices: (rows, steps), for beam search: the row of ``logits`` that each token was chosen from.
+        beam_indices: (texts, steps), for beam search: the row of ``logits`` that each token was chosen from.
 
     Returns:
-        float32 (rows, steps), in [0, 1], and NaN where a token is no bin.
+        float32 (texts, steps), in [0, 1], and NaN where a token is no bin.
 
     Raises:
         ValueError: the logits are of other rows than the tokens, and no beam indices say which.
@@ -286,7 +285,7 @@ def expected_positions(
 def _expectation(bins: Tensor, scores: Tensor) -> Tensor:
     """The expected position (...) over ``bins`` (...) and their neighbours, by scores (..., bins of the axis)."""
     last = scores.shape[-1] - 1
-    near = bins.unsqueeze(-1) + torch.tensor([-1, 0, 1], device=bins.device)
+    near = bins.unsqueeze(-1) + torch.tensor([-1, 0, 1], device=bins.device)  # (..., 3)
     inside = (near >= 0) & (near <= last)
     near_scores = scores.gather(-1, near.clamp(0, last)).masked_fill(~inside, float("-inf"))
     return (near_scores.softmax(-1) * near).sum(-1) / last

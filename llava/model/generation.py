@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,25 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from llava.config import GroundingConfig
 from llava.constants import AXES, Axis
 from llava.grounding.syntax import BOX_AXES, SPAN_AXES
-from llava.model.coordinates import Variables, embed_tokens
+from llava.model.coordinates import CoordinateTokens, Variables, embed_tokens
 from llava.types import MediaKind
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class MultimodalGeneration:
+    class _LanguageModel(PreTrainedModel):
+        """What the mixin is mixed into; at run time each backbone brings its own."""
+
+else:
+    _LanguageModel = object
+
+
+class MultimodalGeneration(_LanguageModel):
     """The part of ``LlavaMetaForCausalLM`` that generates."""
 
-    config: Any
-    generation_config: Any
-    get_model: Any
-    get_input_embeddings: Any
-    place_coordinates: Any
-    embed_multimodal: Any
+    get_model: Callable[[], Any]
+    find_coordinates: Callable[..., CoordinateTokens | None]
+    embed_multimodal: Callable[..., Tensor | None]
 
     @torch.no_grad()
     def generate(
@@ -60,7 +67,7 @@ class MultimodalGeneration:
         images = pixel_values if images is None else images
         if images is not None or any(variables or ()):
             self._check_media_go_with(kwargs)
-        tokens = None if input_ids is None else self.place_coordinates(input_ids, variables)
+        tokens = None if input_ids is None else self.find_coordinates(input_ids, variables)
         vision, grounding = self.get_model().vision, self.get_model().grounding
         if vision is not None and vision.token_ids:
             visual = vision.visual_token_ids
@@ -71,9 +78,26 @@ class MultimodalGeneration:
             suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
             kwargs["suppress_tokens"] = [*suppressed, *visual, *placeholders]
         if kwargs.get("inputs_embeds") is None and (images is not None or tokens is not None):
-            rows = self.get_model().coordinate_rows()
-            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)
-        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+            tables = self.get_model().coordinate_embeddings()
+            kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, tables, tokens)
+        with self._bins_counted():
+            return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _bins_counted(self) -> Iterator[None]:
+        """Within it the configuration counts bins of coordinates as words.
+
+        They are scored like words, but have tables of their own behind the embeddings, which ``vocab_size`` counts;
+        beam search of some releases of transformers (5.17) takes the number of scores from there.
+        """
+        config, grounding = self.config, self.get_model().grounding
+        num_embeddings = config.vocab_size
+        if grounding is not None and grounding.has_tables:
+            config.vocab_size = grounding.first_bin + grounding.total_bins
+        try:
+            yield
+        finally:
+            config.vocab_size = num_embeddings
 
     def _check_media_go_with(self, options: dict[str, Any]) -> None:
         """A ValueError where ``generate`` is given media or coordinates and what cannot take them."""
@@ -102,9 +126,8 @@ class MultimodalGeneration:
         gets the prompt's embeddings followed by those of the tokens generated since.
         """
         # transformers takes inputs_embeds only for classes whose signature has them.
-        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        model_inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         step_ids = model_inputs.get("input_ids")
         if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
             generated = self._embed_generated(input_ids[:, prompt_embeds.shape[1] :])
@@ -112,25 +135,11 @@ class MultimodalGeneration:
             model_inputs["input_ids"] = None
         return model_inputs
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, releases of which (5.17) take the number of scores from the configuration.
-
-        There it is the number of embeddings; a model with tables of coordinates scores its bins too.
-        """
-        config, grounding = self.config, self.get_model().grounding
-        num_embeddings = config.vocab_size
-        if grounding is not None and grounding.has_tables:
-            config.vocab_size = grounding.first_bin + grounding.total_bins
-        try:
-            return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            config.vocab_size = num_embeddings
-
     def _embed_generated(self, input_ids: Tensor) -> Tensor:
         """Embeddings of generated tokens, bins of coordinates among them."""
-        rows, tokens = self.get_model().coordinate_rows(), self.place_coordinates(input_ids, None)
+        tables, tokens = self.get_model().coordinate_embeddings(), self.find_coordinates(input_ids, None)
         embed = self.get_input_embeddings()
-        return embed(input_ids) if rows is None or tokens is None else embed_tokens(input_ids, embed, rows, tokens)
+        return embed(input_ids) if tables is None or tokens is None else embed_tokens(input_ids, embed, tables, tokens)
 
 
 # Generation that keeps to the syntax of boxes and spans of time, which ``llava.grounding.syntax`` describes.

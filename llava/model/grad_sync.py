@@ -1,10 +1,12 @@
-"""Where the trained vision parameters enter the graph of a step that several ranks take together.
+"""Gradient synchronisation: ranks whose batches hold different modalities stay in step.
 
-A rank's batch may hold videos while another's is text alone, and yet the collectives of DDP and ZeRO
-wait for a gradient of every parameter on every rank, ZeRO in the same order. So all trained vision
-parameters pass one node of the graph, the gate, whatever is done with them behind it. Its backward
-pass hands out all their gradients at once, in their own order, zeros where nothing was encoded. A rank
-without media runs no vision module: nothing is computed that could overflow or take time.
+A rank's batch may hold videos while another's is text alone, and yet the collectives of DDP and ZeRO wait for a
+gradient of every parameter on every rank, ZeRO in the same order. So on each rank all trained vision parameters pass
+one node of the graph, whatever is done with them behind it. Its backward pass hands out all their gradients at once,
+in their own order, zeros where nothing was encoded. A rank without media runs no vision module: nothing is computed
+that could overflow or take time.
+
+A gradient of zero is not none, though: ``UnusedVisionModules`` keeps the optimizer from moving what no rank used.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from transformers import TrainerCallback
 from llava.model.visual import VISION_MODULES, vision_module_of
 
 
-class _Gate(torch.autograd.Function):
+class _AllTrained(torch.autograd.Function):
     """Hands parameters on as they are, with an empty (0, width) tensor that ties them to the loss of any batch."""
 
     @staticmethod
@@ -52,8 +54,8 @@ class _Encoder(nn.Module):
         return self.decoder.encode_media(*media)
 
 
-def encode_through_gate(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
-    """Encode media on a training step of one rank among several.
+def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
+    """Encode the media of one rank among several, so that the gradients of all ranks stay in step.
 
     Call it before anything else of the step is computed: what enters a graph first leaves its backward
     pass last, so that the vision gradients follow those of the language model on every rank.
@@ -73,27 +75,24 @@ def encode_through_gate(decoder: Any, media: tuple[Any, ...] | None) -> list[Ten
         encoded = [] if media is None else decoder.encode_media(*media)
         return [*encoded, torch.empty((0, width), device=decoder.device)]
     names = list(trained)
-    anchor, *tensors = _Gate.apply(decoder.used_vision_modules, width, names, *trained.values())
+    anchor, *tensors = _AllTrained.apply(decoder.used_vision_modules, width, names, *trained.values())
     if media is None:
         return [anchor]
-    gated = {f"decoder.{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
-    return [*functional_call(_Encoder(decoder), gated, media), anchor]
+    joined = {f"decoder.{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
+    return [*functional_call(_Encoder(decoder), joined, media), anchor]
 
 
 def _is_trained(name: str, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and vision_module_of(name) is not None
 
 
-# Keeps the optimizer's hands off vision modules in steps in which no rank had media for them.
+class UnusedVisionModules(TrainerCallback):
+    """Takes vision modules that no rank had media for out of an optimizer's step.
 
-
-class IdleVision(TrainerCallback):
-    """Takes idle vision modules out of an optimizer's step.
-
-    A gradient of zero is not none: AdamW decays weights and moments all the same, and counts a step.
-    Ranks that wait for each other have zeros even where no sample of the global step had an image or
-    a video. A module moves as a whole if any of its parameters was used by any micro-batch of any
-    rank, and else not at all; so it is with one process and with every engine.
+    AdamW decays weights and moments for a gradient of zero all the same, and counts a step. Ranks that wait for each
+    other have zeros even where no sample of the global step had an image or a video. A module moves as a whole if any
+    of its parameters was used by any micro-batch of any rank, and else not at all; so it is with one process and with
+    every engine.
 
     Args:
         used: the model's ``used_vision_modules``, which the backward passes of the step fill.

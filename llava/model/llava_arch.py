@@ -1,13 +1,21 @@
-"""The two mixins that give any decoder-only language model eyes.
+"""The mixins that give any decoder-only language model eyes.
 
 ``LlavaMetaModel`` adds tower, projector and resampler to a decoder; ``LlavaMetaForCausalLM`` gives
-the model with its head one ``forward`` and one ``generate``, the same for every backbone.
+the model with its head one ``forward``, the same for every backbone. With media it runs
+
+    encode_media      tower -> projector -> positions -> resampler -> merged views    visual.py
+    splice            features into the token embeddings, one scatter                 visual.py
+    decoder           transformers
+    supervised_loss   the head at supervised positions only                           loss.py
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +24,47 @@ from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from llava.compat import OwnGenerationDefaults, cache_argument, cache_of, choose_cache
+from llava.compat import (
+    WeightsFromElsewhere,
+    cache_name,
+    choose_cache,
+    keep_out_of_checkpoints,
+    mark_unfilled,
+)
 from llava.config import GroundingConfig, VisionConfig
 from llava.geometry import SPATIAL_UNPAD
+from llava.io import apply_umask
 from llava.model.coordinates import (
-    CoordinateRows,
+    CoordinateEmbeddings,
     CoordinateTables,
-    PlacedTokens,
+    CoordinateTokens,
+    TwoHot,
     Variables,
     embed_tokens,
-    place_tokens,
+    find_coordinate_tokens,
     two_hot_targets,
 )
 from llava.model.generation import MultimodalGeneration
-from llava.model.grad_sync import encode_through_gate, is_distributed
-from llava.model.loss import load_balancing_loss, share_of_batch, supervised_loss
+from llava.model.grad_sync import encode_in_step, is_distributed
+from llava.model.lora import has_adapters, save_adapters
+from llava.model.loss import add_balance_loss, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
 from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler import build_resampler
-from llava.model.tower_weights import TowerWeights
-from llava.model.visual import ViewMerger, as_media, encode_visual, infer_modalities, splice
+from llava.model.visual import ViewMerger, encode_visual, splice
 from llava.types import MediaKind
 
+# What the mixin for a decoder is mixed into; at run time each backbone brings its own.
+if TYPE_CHECKING:
 
-class FamilyDefaults(OwnGenerationDefaults):
-    """Mixin for a configuration: the LLaVA family's defaults for generating. Put it first.
+    class _Decoder(PreTrainedModel): ...
 
-    The family's configurations say that a model answers greedily with at most 1,024 new tokens. They are class
-    attributes, read from here as from the family's: what one model generates with is in its ``generation_config``.
-    """
-
-    temperature: ClassVar[float] = 0.0
-    max_new_tokens: ClassVar[int] = 1024
-    do_sample: ClassVar[bool] = False
-    top_p: ClassVar[float | None] = None
+else:
+    _Decoder = object
+_CACHE = cache_name()
 
 
-class LlavaMetaModel:
+class LlavaMetaModel(_Decoder):
     """Mixin for a decoder: holds the vision modules and the tables of coordinates that its configuration describes.
 
     Put it before the decoder's class. Without ``mm_`` entries in the configuration there are no
@@ -62,8 +74,8 @@ class LlavaMetaModel:
     has_attention_interface: ClassVar[bool] = True
     """Whether transformers' decoder runs its attention through ``AttentionInterface``."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
         self.vision = VisionConfig.from_model_config(config)
         self.grounding = GroundingConfig.from_model_config(config)
         self.used_vision_modules: set[str] = set()
@@ -71,22 +83,21 @@ class LlavaMetaModel:
             self.vision_tower = build_tower(self.vision)
             self.vision_tower.requires_grad_(False)
             # OPT's embeddings may be narrower than its layers, and features stand among embeddings.
-            width = self.get_input_embeddings().embedding_dim  # type: ignore[attr-defined]
+            width: Any = self.get_input_embeddings().embedding_dim
             self.mm_projector = build_projector(self.vision, width)
             self.vision_resampler = build_resampler(self.vision, width)
             self.image_newline = None
             if self.vision.patch_merge_type == SPATIAL_UNPAD:
                 self.image_newline = nn.Parameter(torch.empty(width))
-                # The plain decoder has marked itself as filled, and would be passed over.
-                self._is_hf_initialized = False
+                mark_unfilled(self)  # The plain decoder has marked itself as filled, and would be passed over.
             if self.grounding is not None and self.grounding.has_tables:
                 self.coordinates = CoordinateTables(self.grounding, width)
-            self.post_init()  # type: ignore[attr-defined]
+            self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained`` for the decoder alone; a frozen tower comes from its own source."""
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        loaded: Any = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.vision is not None:
             model.vision_tower.requires_grad_(False)
@@ -95,20 +106,17 @@ class LlavaMetaModel:
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        # What transformers fills every new module with, be it built here or missing from a checkpoint.
-        super()._init_weights(module)  # type: ignore[misc]
+        # transformers' documented hook: fills every new module, be it built here or missing from a checkpoint.
+        super()._init_weights(module)
         newline = getattr(module, "image_newline", None)
         if newline is not None:
             # Of length one, whatever the width, as in the LLaVA family.
             init.normal_(newline, std=newline.numel() ** -0.5)
         if isinstance(module, CoordinateTables):
             for table in module.parameters():
-                init.normal_(table, std=getattr(self.config, "initializer_range", 0.02))  # type: ignore[attr-defined]
+                init.normal_(table, std=getattr(self.config, "initializer_range", 0.02))
 
-    def get_vision_tower(self) -> VisionTower | None:
-        return getattr(self, "vision_tower", None)
-
-    def coordinate_rows(self) -> CoordinateRows | None:
+    def coordinate_embeddings(self) -> CoordinateEmbeddings | None:
         """The tables of coordinates for one step, None without any; to be called once a step, on every rank alike."""
         return self.coordinates() if hasattr(self, "coordinates") else None
 
@@ -117,44 +125,45 @@ class LlavaMetaModel:
         images: list[Tensor] | Tensor,
         modalities: list[MediaKind] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
-        rows: CoordinateRows | None = None,
+        tables: CoordinateEmbeddings | None = None,
     ) -> list[Tensor]:
         """One (tokens, width) tensor of features for each image or video, see ``encode_visual``.
 
-        ``rows``, of a model with tables of coordinates, tell the features where and when they are.
+        Args:
+            images, modalities, image_sizes: as for ``LlavaMetaForCausalLM.forward``.
+            tables: of a model with tables of coordinates: tell the features where and when they are.
         """
         if self.vision is None:
             raise ValueError(
                 "this model has no vision modules; load it with --vision_tower to give it images or videos"
             )
-        media = [frames.to(self.device) for frames in as_media(images)]  # type: ignore[attr-defined]
-        kinds = modalities if modalities is not None else infer_modalities(images)
+        # A single image (3, side, side) is a medium of one frame; a stack is a video, unless it is said to be an
+        # anyres image, whose frames are its views.
+        media = [(image.unsqueeze(0) if image.ndim == 3 else image).to(self.device) for image in images]
+        told: list[MediaKind] = ["image" if image.ndim == 3 else "video" for image in images]
+        kinds = told if modalities is None else modalities
         merger = None if self.vision.anyres is None else ViewMerger(self.vision.anyres, self.image_newline)
         modules = (self.vision_tower, self.mm_projector, self.vision_resampler)
-        positions = None if rows is None else partial(rows.of_patches, grid_side=self.vision.grid_side)
+        positions = None if tables is None else partial(tables.patch_positions, grid_side=self.vision.grid_side)
         return encode_visual(*modules, media, kinds, image_sizes, merger, positions)
 
 
-class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
+class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
     """Mixin for a language model with head: images and videos in, text out.
 
     Put it before the language model's class and name, in the subclass, the decoder's class. The decoder lies where
     transformers keeps it, in the attribute ``base_model_prefix``.
     """
 
-    config_class: ClassVar[type[PretrainedConfig]]
+    config_class: type[PretrainedConfig]
     decoder_class: ClassVar[type[PreTrainedModel]]
-    base_model_prefix: str
 
-    config: Any
-    training: bool
-
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         # The parent builds its plain decoder, which is replaced at once: no time is spent to fill it.
         with no_init_weights():
-            super().__init__(config)  # type: ignore[call-arg]
+            super().__init__(config)
         setattr(self, self.base_model_prefix, self.decoder_class(config))
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
         self.keep_tower_weights_out(self.vision is not None and not self.vision.save_vision_tower)
 
     def get_model(self) -> Any:
@@ -169,7 +178,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         self.get_model().set_input_embeddings(value)
 
     def get_vision_tower(self) -> VisionTower | None:
-        return self.get_model().get_vision_tower()
+        return getattr(self.get_model(), "vision_tower", None)
 
     @property
     def vision(self) -> VisionConfig | None:
@@ -217,7 +226,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
                 floats normalised already. ``pixel_values`` is another name of it.
             modalities: "image" or "video" for each entry; by default told from its axes.
             image_sizes: original (height, width) of each entry; needed for anyres images alone.
-            variables: for each row its six lists of coordinates (``Coordinates.to_variables``) or None, in the
+            variables: for each sample its six lists of coordinates (``Coordinates.to_variables``) or None, in the
                 tower's square; an error for a model without tables of coordinates.
             logits_to_keep: as in transformers: how many last positions, or which, get logits.
             num_items_in_batch: predicted labels in the global batch, see ``supervised_loss``.
@@ -234,13 +243,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
             ``aux_loss`` and ``router_logits`` too.
         """
         images = pixel_values if images is None else images
-        rows, tokens = self.get_model().coordinate_rows(), None
+        tables, tokens = self.get_model().coordinate_embeddings(), None
         if input_ids is not None:
-            tokens = self.place_coordinates(input_ids, variables)
+            tokens = self.find_coordinates(input_ids, variables)
         if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("pass input_ids or inputs_embeds")
-            inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes, rows, tokens)
+            inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes, tables, tokens)
             if inputs_embeds is not None:
                 kwargs = self.decoder_inputs(input_ids) | kwargs
                 input_ids = None
@@ -249,42 +256,38 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         balances = output_router_logits
         if balances is None:
             balances = getattr(self.config, "output_router_logits", False)
+        kwargs |= {_CACHE: choose_cache(cache, past_key_values), **({"output_router_logits": True} if balances else {})}
         outputs = self.get_model()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **cache_argument(choose_cache(cache, past_key_values)),
             return_dict=True,
-            **({"output_router_logits": True} if balances else {}),
             **kwargs,
         )
-        hidden, head = outputs.last_hidden_state, self.get_output_embeddings()  # type: ignore[attr-defined]
-        targets: Any = labels
-        if rows is not None:
-            head = rows.extend(head)
-            targets = labels if labels is None or tokens is None else two_hot_targets(labels, rows.grounding, tokens)
-        loss = logits = None
-        if labels is not None:
-            loss = supervised_loss(hidden, targets, head, num_items_in_batch, smoothing)
-        if labels is None or return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head(hidden[:, kept])
-        result: CausalLMOutputWithPast | MoeCausalLMOutputWithPast = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **cache_argument(cache_of(outputs)),
-        )
+        hidden, kept = outputs.last_hidden_state, logits_to_keep  # (batch, length, width)
+        head, targets = self._head_and_targets(labels, tables, tokens)
+        loss = None if targets is None else supervised_loss(hidden, targets, head, num_items_in_batch, smoothing)
+        logits = None
+        if targets is None or return_logits:
+            logits = head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])  # (batch, kept, vocabulary)
+        others = {name: getattr(outputs, name) for name in (_CACHE, "hidden_states", "attentions")}
+        result: Any = CausalLMOutputWithPast(loss=loss, logits=logits, **others)
         if balances:
-            balance = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
-            result = MoeCausalLMOutputWithPast(**result, aux_loss=balance, router_logits=outputs.router_logits)
-            if labels is not None:
-                weight = self.config.router_aux_loss_coef * share_of_batch(labels, num_items_in_batch)
-                result.loss = loss + weight * balance
+            of_experts = (outputs.router_logits, self.config, attention_mask)
+            result = add_balance_loss(result, *of_experts, labels, num_items_in_batch)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _head_and_targets(
+        self, labels: Tensor | None, tables: CoordinateEmbeddings | None, tokens: CoordinateTokens | None
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor | TwoHot | None]:
+        """The head, with the bins of a model that has tables of coordinates, and what it is to predict."""
+        head: Any = self.get_output_embeddings()
+        if tables is None:
+            return head, labels
+        targets = labels if labels is None or tokens is None else two_hot_targets(labels, tables.grounding, tokens)
+        return tables.extend_head(head), targets
 
     def target_ids(self, input_ids: Tensor, labels: Tensor, variables: Variables | None = None) -> Tensor:
         """Labels as ids that logits have: those of coordinates become the bins nearest to them.
@@ -296,17 +299,18 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
         Returns:
             int64 (batch, length), -100 where nothing is predicted.
         """
-        tokens = self.place_coordinates(input_ids, variables)
+        tokens = self.find_coordinates(input_ids, variables)
         if tokens is None or self.grounding is None:
             return labels
         targets = two_hot_targets(labels, self.grounding, tokens)
         return torch.where(targets.fraction > 0.5, targets.upper, targets.lower)
 
-    def place_coordinates(self, input_ids: Tensor, variables: Variables | None) -> PlacedTokens | None:
+    def find_coordinates(self, input_ids: Tensor, variables: Variables | None) -> CoordinateTokens | None:
         """The tokens of a batch that stand for coordinates, None for a model without tables of them."""
-        if self.grounding is not None and self.grounding.has_tables:
-            return place_tokens(input_ids, self.grounding, variables)
-        if variables is not None and any(any((row or {}).values()) for row in variables):
+        grounding = self.grounding
+        if grounding is not None and grounding.has_tables:
+            return find_coordinate_tokens(input_ids, grounding, variables)
+        if variables is not None and any(any((sample or {}).values()) for sample in variables):
             raise ValueError(
                 "variables (coordinates) were given, but this model has no coordinate tables; train it with --stage 2"
             )
@@ -314,45 +318,127 @@ class LlavaMetaForCausalLM(MultimodalGeneration, TowerWeights):
 
     def embed_multimodal(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         images: list[Tensor] | Tensor | None,
         modalities: list[MediaKind] | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
-        rows: CoordinateRows | None = None,
-        tokens: PlacedTokens | None = None,
+        tables: CoordinateEmbeddings | None = None,
+        tokens: CoordinateTokens | None = None,
     ) -> Tensor | None:
         """Embeddings of a batch with its media and coordinates in place, or None for plain text.
 
         Args:
             input_ids: int64 (batch, length).
             images, modalities, image_sizes: as for ``forward``.
-            rows, tokens: of the step, for a model with tables of coordinates.
+            tables, tokens: of the step, for a model with tables of coordinates.
 
         Returns:
             (batch, length, width). Plain text gives None, so that it takes the backbone's own way from
             ids to logits; only a model with tables of coordinates, and a rank among several, embeds it here
             as it does a batch with media: ranks must call the same modules in the same order.
         """
+        if input_ids is None:
+            raise ValueError("pass input_ids or inputs_embeds")
         model, vision = self.get_model(), self.vision
-        media = (images, modalities, image_sizes, rows) if images is not None and len(images) else None
-        if media is None and rows is None and (vision is None or not self._is_rank()):
+        media = (images, modalities, image_sizes, tables) if images is not None and len(images) else None
+        if media is None and tables is None and (vision is None or not self._is_rank()):
             return None
+        # The media first: their gradients then come last, behind the language model's, on every rank.
         if self._is_rank() and self.training and torch.is_grad_enabled():
-            features = encode_through_gate(model, media)
+            features = encode_in_step(model, media)
         else:
-            features = [] if media is None else model.encode_media(*media)
+            features = [] if media is None else model.encode_media(*media)  # one (tokens, width) a medium
         assert vision is not None
         embed = self.get_input_embeddings()
-        if rows is not None and tokens is not None:
-            embeddings = embed_tokens(input_ids, embed, rows, tokens)
+        if tables is not None and tokens is not None:
+            embeddings = embed_tokens(input_ids, embed, tables, tokens)
         else:
-            embeddings = embed(input_ids)
+            embeddings = embed(input_ids)  # (batch, length, width)
         return splice(input_ids, embeddings, features, vision.visual_token_ids)
 
-    def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """What a decoder wants to know about a batch with media, beside its embeddings; most want nothing."""
+    def decoder_inputs(self, input_ids: Tensor | None) -> dict[str, Tensor]:
+        """What a decoder takes beside the embeddings of a batch with media; most take nothing."""
         return {}
 
     def _is_rank(self) -> bool:
         """Whether this process is one of a group, whose other ranks may hold other modalities."""
         return is_distributed()
+
+    # --- checkpoints: a frozen tower is kept out of them, and found again by its source and its hash
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, vision_tower: str | None = None, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained``; a frozen tower's weights come from their own source.
+
+        Args:
+            vision_tower: another place of the same tower, where it has moved; its weights must hash
+                to what the checkpoint says.
+        """
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.vision is not None:
+            # Loading replaces parameters, and with them what the structure said about gradients.
+            model.get_vision_tower().requires_grad_(False)
+            if not model.vision.save_vision_tower:
+                model.load_vision_tower(vision_tower)
+        return loaded
+
+    def parameters_from_elsewhere(self) -> Iterable[nn.Parameter]:
+        """Those of a tower that ``load_vision_tower`` is about to fill: hundreds of millions of random numbers."""
+        decoder = self.get_model()
+        from_elsewhere = decoder.vision is not None and not decoder.vision.save_vision_tower
+        return decoder.vision_tower.parameters() if from_elsewhere else ()
+
+    def load_vision_tower(self, source: str | None = None) -> None:
+        """Fill the tower with its weights.
+
+        Args:
+            source: folder or hub name; by default what the configuration says. What it is goes into the
+                configuration, with the hash of the weights.
+        """
+        decoder = self.get_model()
+        source = source or decoder.vision.vision_tower
+        found = decoder.vision_tower.load_weights(source)
+        source = os.path.abspath(source) if os.path.isdir(source) else source
+        self.set_vision(replace(decoder.vision, vision_tower=source, vision_tower_hash=found))
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; a model with adapters leaves these and its vision modules, not its base."""
+        if state_dict is not None:
+            # DeepSpeed copies what is tied, and a file would hold the embeddings twice.
+            tied: Any = self.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        if not has_adapters(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        elif is_main_process:
+            save_adapters(self, os.fspath(save_directory), state_dict)
+        if is_main_process:
+            apply_umask(save_directory)
+
+    def set_vision(self, vision: VisionConfig) -> None:
+        """Record changed visual settings in the model and in its configuration."""
+        decoder = self.get_model()
+        if vision.anyres is not None and decoder.grounding is not None and decoder.grounding.has_tables:
+            raise ValueError(
+                f"--grounding lape tells every patch where it is, and the tiles of --image_aspect_ratio "
+                f"{vision.image_aspect_ratio} are not placed; use pad or square"
+            )
+        decoder.vision = vision
+        self.config.update(vision.to_model_config())
+        self.keep_tower_weights_out(not vision.save_vision_tower)
+
+    def keep_trained_tower(self) -> None:
+        """Let checkpoints hold the tower's weights: trained ones are stored nowhere else."""
+        self.set_vision(replace(self.get_model().vision, save_vision_tower=True))
+
+    def keep_tower_weights_out(self, out: bool) -> None:
+        """Whether checkpoints leave the tower's weights to their source (its name and hash are in the config)."""
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        names = {name for name, _ in tensors if ".vision_tower." in name}
+        keep_out_of_checkpoints(self, names, r"\.vision_tower\.", out)

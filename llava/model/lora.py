@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters
+from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters, kept_out_of_checkpoints
 from llava.model.quantization import find_linear_layers, quantized_bits
 from llava.model.visual import is_added
 
@@ -246,7 +246,7 @@ def _other_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     """What a base model may lack beside the adapters: vision modules, coordinates and the rows of new tokens."""
     if model.vision is None:
         return {}
-    left_out = set(model._keys_to_ignore_on_save or ())
+    left_out = kept_out_of_checkpoints(model)
     weights = {name: tensor for name, tensor in state.items() if is_added(name) and name not in left_out}
     rows = {name: state[table][_new_token_ids(model)] for name, table in _token_tables(model).items()}
     return weights | rows

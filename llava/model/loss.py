@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llava.constants import IGNORE_INDEX
@@ -53,18 +55,42 @@ def supervised_loss(
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
-def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """The share of the global batch's predicted labels that this micro-batch holds; 1 where it is all there is.
+def add_balance_loss(
+    result: CausalLMOutputWithPast,
+    router_logits: tuple[Tensor, ...],
+    config: PretrainedConfig,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> MoeCausalLMOutputWithPast:
+    """The result of a mixture of experts, with the load balancing part in its loss, if it has one.
 
-    A term that is no sum over labels is weighted by it, so that splitting a batch does not multiply it.
+    Args:
+        result: of the step, with the loss over the labels.
+        router_logits, config, attention_mask: as for ``load_balancing_loss``.
+        labels, num_items_in_batch: as for ``supervised_loss``.
     """
+    balance = load_balancing_loss(router_logits, config, attention_mask)
+    shown: dict[str, Any] = {**result, "aux_loss": balance, "router_logits": router_logits}
+    balanced = MoeCausalLMOutputWithPast(**shown)
+    if labels is not None:
+        # No sum over labels: weighted by the micro-batch's share, or splitting a batch would multiply it.
+        share = share_of_batch(labels, num_items_in_batch)
+        balanced.loss = result.loss + config.router_aux_loss_coef * share * balance
+    return balanced
+
+
+def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The share of the global batch's predicted labels that this micro-batch holds; 1 where it is all there is."""
     if num_items_in_batch is None:
         return 1.0
     predicted = (labels[:, 1:] != IGNORE_INDEX).sum()
     return predicted / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
 
 
-def load_balancing_loss(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Tensor | None) -> Tensor:
+def load_balancing_loss(
+    router_logits: tuple[Tensor, ...], config: PretrainedConfig, attention_mask: Tensor | None
+) -> Tensor:
     """How unevenly a mixture of experts spreads real tokens over its experts.
 
     Where all are used alike it is the number of experts that a token takes, its smallest value.

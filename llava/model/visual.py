@@ -28,22 +28,6 @@ def is_added(name: str) -> bool:
     return vision_module_of(name) is not None or COORDINATES in name.split(".")
 
 
-def as_media(images: list[Tensor] | Tensor) -> list[Tensor]:
-    """Bring what callers pass as ``images`` to a list of (frames, 3, side, side) tensors.
-
-    A tensor is taken apart along its first axis; an entry (3, side, side) is one image.
-    """
-    return [image.unsqueeze(0) if image.ndim == 3 else image for image in images]
-
-
-def infer_modalities(images: list[Tensor] | Tensor) -> list[MediaKind]:
-    """Modalities of entries that come without: (3, side, side) is an image, a stack is a video.
-
-    The views of an anyres image are a stack too: say that they are an image.
-    """
-    return ["image" if image.ndim == 3 else "video" for image in images]
-
-
 def encode_visual(
     tower: VisionTower,
     projector: nn.Module,

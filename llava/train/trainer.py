@@ -12,7 +12,7 @@ from torch import nn
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.messages import list_names
-from llava.model.grad_sync import IdleVision
+from llava.model.grad_sync import UnusedVisionModules
 from llava.model.lora import has_adapters, load_adapter_weights
 from llava.train.bad_samples import BadSampleLog
 from llava.train.callbacks import FirstStepsCallback
@@ -67,9 +67,9 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = build_optimizer(trained, self.args, optimizer_class, options)
-            idle = IdleVision(self.model.get_model().used_vision_modules, self.args.device)
-            self.optimizer.register_step_pre_hook(idle.before_optimizer_step)
-            self.add_callback(idle)
+            unused = UnusedVisionModules(self.model.get_model().used_vision_modules, self.args.device)
+            self.optimizer.register_step_pre_hook(unused.before_optimizer_step)
+            self.add_callback(unused)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

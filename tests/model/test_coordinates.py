@@ -16,7 +16,7 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.grounding.syntax import bin_tokens, box_text, span_text
 from llava.model import BACKBONES
-from llava.model.coordinates import CoordinateTables, place, propagate, two_hot_cross_entropy
+from llava.model.coordinates import CoordinateTables, locate, propagate, two_hot_cross_entropy
 from llava.model.loading import load_model
 
 TIN, TOUT = "temporal_input_locations", "temporal_output_locations"
@@ -84,7 +84,7 @@ def test_the_gradient_of_a_table_is_that_of_the_closed_form() -> None:
 
 
 def test_a_position_lies_between_the_floor_and_the_ceiling_of_its_bin() -> None:
-    at = place(torch.tensor([0.0, 0.5, 1.0, 0.26]), 11)
+    at = locate(torch.tensor([0.0, 0.5, 1.0, 0.26]), 11)
     assert at.lower.tolist() == [0, 5, 10, 2]
     assert at.upper.tolist() == [0, 5, 10, 3]
     torch.testing.assert_close(at.fraction, torch.tensor([0.0, 0.0, 0.0, 0.6]))
@@ -105,7 +105,7 @@ def test_patches_are_told_the_mean_of_both_tables_at_their_centres() -> None:
     tables = CoordinateTables(grounding, 6)
     for table in tables.parameters():
         torch.nn.init.normal_(table)
-    where = tables().of_patches(num_frames=3, grid_side=2)
+    where = tables().patch_positions(num_frames=3, grid_side=2)
     assert where.shape == (3, 4, 6)
 
     def mean(name: str, row: float) -> torch.Tensor:
@@ -206,14 +206,13 @@ def test_features_are_told_where_they_are(load_tiny, data: Path) -> None:
     loaded = load_grounded(load_tiny)
     decoder = loaded.model.get_model()
     frames = torch.full((2, 3, 56, 56), 0.5)
-    told, untold = (
-        decoder.encode_media([frames], ["video"], rows=rows)[0] for rows in (decoder.coordinate_rows(), None)
-    )
+    tables = decoder.coordinate_embeddings()
+    told, untold = (decoder.encode_media([frames], ["video"], tables=given)[0] for given in (tables, None))
     assert not torch.allclose(told, untold)
     # A flat picture has the same feature everywhere; only the tables tell its patches apart.
-    image = decoder.encode_media([frames[:1]], ["image"], rows=decoder.coordinate_rows())[0]
+    image = decoder.encode_media([frames[:1]], ["image"], tables=tables)[0]
     plain = decoder.encode_media([frames[:1]], ["image"])[0]
-    torch.testing.assert_close(image - plain, decoder.coordinate_rows().of_patches(1, 4)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(image - plain, tables.patch_positions(1, 4)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tiny_towers import (
 )
 
 from llava.config import VisionConfig
-from llava.model.grad_sync import encode_through_gate
+from llava.model.grad_sync import encode_in_step
 from llava.model.loading import load_model
 from llava.model.multimodal_encoder.base import TOWERS, VisionTower, build_tower, describe_tower
 from llava.model.multimodal_encoder.hf import cut_patches, hash_weights
@@ -120,7 +120,7 @@ def test_every_parameter_of_a_trained_tower_gets_a_gradient(tower_folder: WriteT
 
 
 @every_tower
-def test_a_trained_tower_gets_its_gradients_through_the_gate(
+def test_a_trained_tower_gets_its_gradients_in_step_with_other_ranks(
     tower_folder: WriteTower, gpt2_dir: Path, name: str
 ) -> None:
     decoder = load_model(str(gpt2_dir), vision_tower=str(tower_folder(name))).model.get_model().train()
@@ -134,7 +134,7 @@ def test_a_trained_tower_gets_its_gradients_through_the_gate(
     for media in ((images,), None):
         decoder.zero_grad()
         torch.manual_seed(0)
-        encoded = encode_through_gate(decoder, media)
+        encoded = encode_in_step(decoder, media)
         torch.cat(encoded).square().sum().backward()
         for parameter, gradient in zip(trained, expected, strict=True):
             assert torch.equal(parameter.grad, gradient if media else torch.zeros_like(gradient))

@@ -1,4 +1,4 @@
-"""Two ranks of different modality, by every engine: the weights of one process, and idle modules left alone."""
+"""Two ranks of different modality, by every engine: the weights of one process, and unused modules left alone."""
 
 from __future__ import annotations
 

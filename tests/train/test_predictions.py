@@ -192,14 +192,14 @@ def test_a_smoothed_loss_equals_the_hand_computation() -> None:
 
 
 def test_two_hot_targets_are_smoothed_and_kept(load_tiny, media_dir: Path) -> None:
-    from llava.model.coordinates import place_tokens, two_hot_targets
+    from llava.model.coordinates import find_coordinate_tokens, two_hot_targets
     from tests.model.test_coordinates import SAMPLES, load_grounded, make_batch
 
     data = write_json(media_dir / "grounded-smooth.json", SAMPLES)
     loaded = load_grounded(load_tiny)
     model, batch = loaded.model.eval(), make_batch(loaded, data)
     output = model(**batch, smoothing=0.2)
-    placed = place_tokens(batch["input_ids"], model.grounding, batch["variables"])
+    placed = find_coordinate_tokens(batch["input_ids"], model.grounding, batch["variables"])
     two_hot = two_hot_targets(batch["labels"], model.grounding, placed)
     predicted = batch["labels"][:, 1:] != IGNORE_INDEX
     logits = output.logits[:, :-1][predicted]

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-from llava.compat import cache_argument, cache_of, choose_cache
+from llava.compat import OwnAttention, cache_argument, cache_of, choose_cache
 from llava.model.backbones import VARIANTS, variant_type
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES
@@ -60,19 +60,17 @@ def forbidden_keys(variant: str, modality_ids: Tensor, num_queries: int) -> Tens
     return (same & other_place & seen[:, :, None])[:, None]
 
 
-class AlternatingAttention:
+class AlternatingAttention(OwnAttention):
     """What a decoder and its language model have in common: the attention functions they may run on."""
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation is not None:
-            attn_implementation = attn_implementation.removeprefix(_PREFIX)
-        if attn_implementation not in (None, "sdpa", "eager"):
+    attention_prefix = _PREFIX
+
+    def check_attention(self, name: str | None) -> None:
+        if name not in (None, "sdpa", "eager"):
             raise ValueError(
-                f"--attn_implementation is {attn_implementation!r}, which takes no mask of single tokens, and "
+                f"--attn_implementation is {name!r}, which takes no mask of single tokens, and "
                 "alternating attention is such a mask; use sdpa or eager"
             )
-        plain = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
-        return _PREFIX + plain
 
 
 class AlternatingModel(AlternatingAttention):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from llava.model.backbones import derived_classes, register_backbone
-from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaGPT2Config(FamilyDefaults, GPT2Config):

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
-from llava.model.backbones import derived_classes, register_backbone
-from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaMptConfig(FamilyDefaults, MptConfig):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 
-from llava.model.backbones import derived_classes, register_backbone
-from llava.model.llava_arch import FamilyDefaults, LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
 class LlavaOPTConfig(FamilyDefaults, OPTConfig):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llava.model.grad_sync import encode_through_gate
+from llava.model.grad_sync import UnusedVisionModules, encode_in_step
 from llava.model.multimodal_projector.projectors import PROJECTORS
 from llava.model.multimodal_resampler.base import RESAMPLERS
 
@@ -104,11 +104,41 @@ def test_vision_gradients_follow_the_language_models_in_one_order(load_tiny, as_
     assert orders[0][-len(vision) :] == vision
 
 
-def test_frozen_vision_modules_need_no_gate(load_tiny) -> None:
+def test_frozen_vision_modules_are_not_tied_in(load_tiny) -> None:
     decoder = load_tiny().model.get_model()
     decoder.requires_grad_(False)
-    (anchor,) = encode_through_gate(decoder, None)
+    (anchor,) = encode_in_step(decoder, None)
     assert anchor.shape == (0, 32)
     assert not anchor.requires_grad
-    features, _ = encode_through_gate(decoder, ([torch.zeros(3, 3, 56, 56)],))
+    features, _ = encode_in_step(decoder, ([torch.zeros(3, 3, 56, 56)],))
     assert features.shape == (39, 32)
+
+
+def optimizer_groups(**modules: nn.Module) -> list[dict]:
+    return [{"params": list(module.parameters()), "vision_module": None if name == "language_model" else name}
+            for name, module in modules.items()]  # fmt: skip
+
+
+def test_a_module_moves_as_a_whole_or_not_at_all() -> None:
+    """In one process: AdamW leaves vision modules alone that no micro-batch of the step used."""
+    language_model, resampler = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(optimizer_groups(language_model=language_model, vision_resampler=resampler), lr=0.1)
+    unused = UnusedVisionModules(set(), torch.device("cpu"))
+    optimizer.register_step_pre_hook(unused.before_optimizer_step)
+
+    def step(*used: nn.Parameter) -> None:
+        optimizer.zero_grad()
+        unused.on_step_begin()
+        sum(parameter.sum() for parameter in (language_model.weight, *used)).backward()
+        optimizer.step()
+
+    step(resampler.weight)
+    assert optimizer.state[resampler.bias]["step"] == 1
+    assert language_model.bias not in optimizer.state
+    before = [tensor.clone() for p in resampler.parameters() for tensor in (p, *optimizer.state[p].values())]
+    step()
+    after = [tensor for p in resampler.parameters() for tensor in (p, *optimizer.state[p].values())]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert optimizer.state[language_model.weight]["step"] == 2
+    step(resampler.bias)
+    assert optimizer.state[resampler.weight]["step"] == 2
