@@ -61,7 +61,7 @@ from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens
 from llava.train.arguments import DataArguments, TrainingArguments
-from llava.train.parts import lower_frozen_precision, set_trainable_parts
+from llava.train.parts import set_trainable_parts
 from llava.train.trainer import LlavaTrainer
 from llava.types import Batch, Example
 
@@ -133,7 +133,9 @@ def build_vision(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> VisionConf
     )
 
 
-def build_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> LlavaGPT2ForCausalLM:
+def build_model(
+    sizes: Sizes, tokenizer: PreTrainedTokenizerFast, half: torch.dtype | None = None
+) -> LlavaGPT2ForCausalLM:
     """The recipe's model with random weights; GPT-2's dropout is the default of its configuration."""
     config = LlavaGPT2Config(
         vocab_size=len(tokenizer),
@@ -147,7 +149,7 @@ def build_model(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> LlavaGPT2Fo
         **build_vision(sizes, tokenizer).to_model_config(),
     )
     model = LlavaGPT2ForCausalLM(config)
-    set_trainable_parts(model, ["mm_mlp_adapter", "mm_vision_resampler", "mm_language_model"])
+    set_trainable_parts(model, ["mm_mlp_adapter", "mm_vision_resampler", "mm_language_model"], half=half)
     return model
 
 
@@ -426,7 +428,7 @@ def measure(sizes: Sizes, bf16: bool, repeats: int, variants: Sequence[str], fol
     """
     transformers.set_seed(0)
     tokenizer = build_tokenizer(sizes)
-    model = build_model(sizes, tokenizer)
+    model = build_model(sizes, tokenizer, torch.bfloat16 if bf16 else None)
     args = TrainingArguments(
         output_dir=str(folder / "output"),
         bf16=bf16,
@@ -438,7 +440,6 @@ def measure(sizes: Sizes, bf16: bool, repeats: int, variants: Sequence[str], fol
         report_to="none",
         disable_tqdm=True,
     )
-    lower_frozen_precision(model, args.half_precision)
     data_args = DataArguments(data_path=[str(folder / "data.json")])
     dataset = make_supervised_data_module(tokenizer, data_args, model.vision, sizes.context)["train_dataset"]
     examples = [dataset[i] for i in range(sizes.batch)]

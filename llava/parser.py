@@ -46,13 +46,21 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; a word that no flag takes is a ``CommandLineError``."""
-        words = list(sys.argv[1:] if args is None else args)
-        self.warn_of_repeats(words)
-        return self.parse_words(words, namespace=namespace)
+        return self.parse_words(list(sys.argv[1:] if args is None else args), namespace=namespace)
 
-    def parse_words(self, words: Sequence[str], others: Sequence[str] = (), namespace: Any = None) -> Any:
-        """As ``parse_args``, without warnings; ``others`` are flags of the command that another parser reads."""
-        missing, known, unknown = self._parse(list(words), namespace)
+    def parse_words(
+        self, words: Sequence[str], others: Sequence[str] = (), before: Sequence[str] = (), namespace: Any = None
+    ) -> Any:
+        """As ``parse_args``.
+
+        Args:
+            words: of the command line.
+            others: flags of the command that another parser reads, for the errors.
+            before: words of a recipe, which the command line overrides without a warning.
+            namespace: as for argparse.
+        """
+        self.warn_of_repeats(words)
+        missing, known, unknown = self._parse([*before, *words], namespace)
         if unknown:
             raise CommandLineError(self.explain_unknown(unknown[0], others))
         self._require(missing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llava.train.optimizers import OPTIMIZERS, OptimizerRule
+from llava.train.engines import OPTIMIZERS, OptimizerRule
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, WORKS, Flag
 
 HEAD = """\

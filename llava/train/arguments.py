@@ -26,8 +26,7 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.parser import read_json_object
-from llava.train.engines import check_machine
-from llava.train.optimizers import check_optimization
+from llava.train.engines import check_machine, check_optimization
 from llava.train.parts import COORDINATES_PART, PARTS
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE

@@ -120,11 +120,8 @@ def parse_values(
         sys.exit(answer_at_once(["--help"]))
     parser = build_parser(optional)
     recipe, words = _take_config(words)
-    words = _translate(words)
-    parser.warn_of_repeats(words)
-    if recipe is not None:
-        words = _recipe_words(recipe, parser) + words
-    known = parser.parse_words(words, also)
+    before = [] if recipe is None else _recipe_words(recipe, parser)
+    known = parser.parse_words(_translate(words), also, before)
     # Before any group looks at its values: they may be names that a plugin registers.
     import_plugins(known.plugins)
     return vars(known)

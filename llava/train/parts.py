@@ -1,4 +1,4 @@
-"""The parts of a model: which of them train, at what rate, and the table that says so."""
+"""The parts of a model: which of them train, at what rate, by which optimizer, and the table that says so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.model.coordinates import COORDINATES
+from llava.model.coordinates import COORDINATES, CoordinateTables
 from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
 from llava.model.quantization import count_weights
 from llava.model.visual import vision_module_of
@@ -35,7 +35,9 @@ def part_of(parameter_name: str) -> str:
     return "mm_language_model"
 
 
-def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddings: bool = False) -> None:
+def set_trainable_parts(
+    model: Any, tunable_parts: Sequence[str], freeze_embeddings: bool = False, half: torch.dtype | None = None
+) -> None:
     """Train the named parts and freeze the others.
 
     Args:
@@ -43,6 +45,7 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
         tunable_parts: names of ``PARTS``, and ``COORDINATES_PART``. The language model includes embeddings,
             head and the rows of new tokens; where a model has LoRA adapters, these alone stand for it.
         freeze_embeddings: keeps embeddings and head of the language model as they are.
+        half: what a run in mixed precision computes in: a frozen tower is held in it, since nothing updates it.
 
     A trained vision tower is no longer its source's: its weights join the checkpoints.
     """
@@ -57,25 +60,14 @@ def set_trainable_parts(model: Any, tunable_parts: Sequence[str], freeze_embeddi
     if tower is not None and "mm_vision_tower" in tunable_parts:
         tower.freeze_unused()
         model.keep_trained_tower()
+    # A tower whose weights join the checkpoint keeps them as they came.
+    if half is not None and tower is not None and not tower.trainable and not model.vision.save_vision_tower:
+        tower.to(half)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"--mm_tunable_parts {','.join(tunable_parts)} trains nothing: this model has only "
             f"{', '.join(sorted({part_of(name) for name, _ in model.named_parameters()}))}"
         )
-
-
-def lower_frozen_precision(model: Any, half: torch.dtype | None) -> None:
-    """Hold a frozen tower in the precision it runs in: nothing updates it, so nothing needs more.
-
-    A tower whose weights join the checkpoint keeps them as they came.
-
-    Args:
-        model: a language model with head.
-        half: of mixed precision; None for a run in float32.
-    """
-    tower = model.get_vision_tower()
-    if half is not None and tower is not None and not tower.trainable and not model.vision.save_vision_tower:
-        tower.to(half)
 
 
 def balance_experts(model: Any, weight: float | None) -> None:
@@ -122,6 +114,60 @@ def parameter_groups(
         }
         for (part, module, decays), parameters in groups.items()
     ]
+
+
+def build_optimizer(
+    model: nn.Module, args: Any, optimizer_class: Any, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """An optimizer over the groups of ``parameter_groups``.
+
+    Args:
+        model: its ``requires_grad`` flags are set.
+        args: ``TrainingArguments``.
+        optimizer_class, options: as transformers chooses them for ``--optim``.
+    """
+    groups = parameter_groups(model, args.part_learning_rates(), args.weight_decay)
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    if optimizer_class.__module__.startswith("bitsandbytes") and options.get("optim_bits") == 8:
+        keep_embeddings_whole(model)
+    return optimizer
+
+
+def keep_embeddings_whole(model: nn.Module) -> None:
+    """Let 8-bit optimizers hold the state of embeddings, tables of coordinates among them, in 32 bits.
+
+    Most of an embedding's rows have no gradient in a step, and 8 bits have too few steps between theirs and the
+    others'; transformers does so too.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, CoordinateTables)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    manager.register_module_override(module, name, {"optim_bits": 32})
+
+
+def put_in_force(optimizer: Any, scheduler: Any, wanted: Sequence[dict[str, Any]]) -> None:
+    """Give an optimizer that was read from a checkpoint the settings of this run's flags.
+
+    Args:
+        optimizer: whose groups hold the settings of the run that wrote the checkpoint.
+        scheduler: its schedule, at the checkpoint's step.
+        wanted: each group's settings, as they were before the checkpoint was read.
+    """
+    for group, own in zip(optimizer.param_groups, wanted, strict=True):
+        group.update({name: value for name, value in own.items() if name != "lr"})
+    if not hasattr(scheduler, "lr_lambdas"):
+        return  # It sets the rate from what it has seen, not from the step.
+    scheduler.base_lrs = [own["initial_lr"] for own in wanted]
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:

@@ -39,7 +39,7 @@ from llava.train.checkpoint import (
 )
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures, is_first_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
-from llava.train.optimizers import put_in_force
+from llava.train.parts import put_in_force
 from llava.train.run_folder import LOCK
 
 logger = logging.getLogger(__name__)

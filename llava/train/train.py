@@ -66,7 +66,7 @@ from llava.train.data_order import describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
-from llava.train.parts import balance_experts, lower_frozen_precision, set_trainable_parts
+from llava.train.parts import balance_experts, set_trainable_parts
 from llava.train.preemption import Preempted
 from llava.train.report import check_and_report
 from llava.train.run_folder import give_folder_back, take_folder
@@ -199,8 +199,7 @@ def build_in_folder(
     with loading_whole(training_args):
         loaded = load_from_arguments(model_args, data_args, training_args, **loading)
     model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
-    set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings)
-    lower_frozen_precision(model, training_args.half_precision)
+    set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings, training_args.half_precision)
     balance_experts(model, training_args.router_aux_loss_coef)
 
     max_length = choose_max_length(training_args.model_max_length, model)

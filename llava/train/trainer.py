@@ -21,7 +21,7 @@ from llava.train.distributed import gather_added_together
 from llava.train.engines import check_engine
 from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationMeter, check_best_metric
 from llava.train.nan_check import NanCheck, build_nan_check
-from llava.train.optimizers import build_optimizer
+from llava.train.parts import build_optimizer
 from llava.train.preemption import PreemptibleTrainer
 
 logger = logging.getLogger(__name__)

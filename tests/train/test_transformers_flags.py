@@ -16,10 +16,10 @@ from torch import nn
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from llava.train import optimizers
+from llava.train import engines
 from llava.train.command_line import parse_arguments
+from llava.train.engines import OPTIMIZERS, check_optimizer
 from llava.train.evaluation import plan_evaluation
-from llava.train.optimizers import OPTIMIZERS, check_optimizer
 from llava.train.train import TrainingArguments, build_trainer, main
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 from tests.train.test_training import flags, losses, write_json
@@ -238,7 +238,7 @@ def test_every_optimizer_trains_or_is_refused(name: str, llama_dir: Path, text_d
 
 
 def test_a_missing_package_is_named_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="--optim stable_adamw needs the package torch-optimi: pip install torch-optimi"
     ):
