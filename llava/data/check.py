@@ -11,13 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
+from llava.data.dataset_stats import count_media
 from llava.data.index import Mixture
 from llava.data.media import check_links, load_image, sample_video
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
@@ -54,9 +55,9 @@ class MediaCheck(Dataset["BadSample | None"]):
 
     def __getitem__(self, index: int) -> BadSample | None:
         record = self.records[index]
-        if record.fault is not None:
-            return BadSample.from_error(record, ValueError(record.fault))
         try:
+            if record.fault is not None:
+                raise ValueError(record.fault)
             self.decode(record)
         except ValueError as error:
             return BadSample.from_error(record, error)
@@ -85,63 +86,8 @@ class MediaCheck(Dataset["BadSample | None"]):
                 raise MediaError(str(error), media.path) from error
 
 
-@dataclass
-class Report:
-    """What a check has found.
-
-    Attributes:
-        samples: how many were checked.
-        media: how many files of each kind they name.
-        bad: how many samples are bad for each reason, numbers in it being ``N``.
-        workers: processes that decoded.
-        seconds: how long it took.
-    """
-
-    samples: int
-    media: dict[str, int]
-    workers: int
-    bad: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def add(self, bad: BadSample) -> None:
-        """Count a bad sample."""
-        self.bad[re.sub(r"\d+(\.\d+)?", "N", bad.reason)] += 1
-
-    def __str__(self) -> str:
-        media = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in self.media.items())
-        lines = [
-            f"{self.samples} samples ({media or 'no media'}) in {self.seconds:.1f} s, workers: {self.workers}",
-            f"{sum(self.bad.values())} bad",
-        ]
-        return "\n".join([*lines, *(f"{count:>8}  {reason}" for reason, count in self.bad.most_common())])
-
-
-def check_data(check: MediaCheck, num_workers: int, rows: TextIO | None = None) -> Report:
-    """Decode everything, with a progress bar where somebody watches.
-
-    Args:
-        check: what to decode.
-        num_workers: processes that decode; 0 decodes here.
-        rows: where bad samples are written as they are found, as JSON, and at the end the report; without
-            it they are printed.
-    """
-    media = Counter(media.kind for record in check.records for media in record.media)
-    report = Report(len(check), dict(sorted(media.items())), num_workers)
-    start = time.perf_counter()
-    for bad in find_bad(check, num_workers):
-        report.add(bad)
-        if rows is None:
-            print(bad)
-        else:
-            print(json.dumps(bad.to_row(), ensure_ascii=False), file=rows, flush=True)
-    report.seconds = round(time.perf_counter() - start, 3)
-    if rows is not None:
-        print(json.dumps({"summary": vars(report)}, ensure_ascii=False), file=rows)
-    return report
-
-
 def find_bad(check: MediaCheck, num_workers: int, indices: Sequence[int] | None = None) -> Iterator[BadSample]:
-    """The bad samples, as they are found.
+    """The bad samples, as they are found, with a progress bar where somebody watches.
 
     Args:
         check: what to decode.
@@ -150,12 +96,10 @@ def find_bad(check: MediaCheck, num_workers: int, indices: Sequence[int] | None 
     """
     from tqdm import tqdm
 
+    chosen = range(len(check)) if indices is None else indices
     # Out of order: a file that hangs holds up nobody but its worker.
-    rows: Sequence[int] = range(len(check)) if indices is None else indices
-    loader: Any = DataLoader(check, batch_size=None, sampler=rows, num_workers=num_workers, in_order=False)
-    for bad in tqdm(loader, total=len(rows), unit="sample", disable=None):
-        if bad is not None:
-            yield bad
+    loader = DataLoader(check, batch_size=None, sampler=chosen, num_workers=num_workers, in_order=False)
+    yield from filter(None, tqdm(loader, total=len(chosen), unit="sample", disable=None))
 
 
 def find_missing(records: Sequence[Record]) -> list[str]:
@@ -188,6 +132,58 @@ def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:
         except MediaError as error:
             found.append((index, str(error)))
     return found
+
+
+@dataclass
+class Report:
+    """What a check has found.
+
+    Attributes:
+        samples: how many were checked.
+        media: how many files of each kind they name.
+        workers: processes that decoded.
+        bad: how many samples are bad for each reason, numbers in it being ``N``.
+        seconds: how long it took.
+    """
+
+    samples: int
+    media: dict[str, int]
+    workers: int
+    bad: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        media = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in self.media.items())
+        lines = [
+            f"{self.samples} samples ({media or 'no media'}) in {self.seconds:.1f} s, workers: {self.workers}",
+            f"{sum(self.bad.values())} bad",
+        ]
+        return "\n".join([*lines, *(f"{count:>8}  {reason}" for reason, count in self.bad.most_common())])
+
+
+def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) -> Report:
+    """Decode everything.
+
+    Args:
+        check: what to decode.
+        num_workers: processes that decode; 0 decodes here.
+        file: where bad samples are written as they are found, as lines of JSON, and at the end the report; without
+            it they are printed.
+    """
+    images, videos = count_media(check.records).sum(axis=1).tolist()
+    media = {kind: count for kind, count in (("image", images), ("video", videos)) if count}
+    report = Report(len(check), media, num_workers)
+    start = time.perf_counter()
+    for bad in find_bad(check, num_workers):
+        report.bad[re.sub(r"\d+(\.\d+)?", "N", bad.reason)] += 1
+        if file is None:
+            print(bad)
+        else:
+            print(json.dumps(bad.to_row(), ensure_ascii=False), file=file, flush=True)
+    report.seconds = round(time.perf_counter() - start, 3)
+    if file is not None:
+        print(json.dumps({"summary": vars(report)}, ensure_ascii=False), file=file)
+    return report
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -246,14 +242,14 @@ def check_files(args: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
     check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
-    with ExitStack() as files:
-        rows = None
-        if args.report:
-            try:
-                rows = files.enter_context(open(args.report, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: PTH123
-            except OSError as error:
-                raise ValueError(f"--report {args.report}: cannot be written: {error.strerror}") from error
-        report = check_data(check, args.workers, rows)
+    file = None
+    if args.report:
+        try:
+            file = open(args.report, "w", encoding="utf-8", errors="backslashreplace")  # noqa: PTH123, SIM115
+        except OSError as error:
+            raise ValueError(f"--report {args.report}: cannot be written: {error.strerror}") from error
+    with file or nullcontext():
+        report = check_data(check, args.workers, file)
     print(report)
     return 1 if report.bad else 0
 
