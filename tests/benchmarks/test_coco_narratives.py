@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from llava.data.localized_narratives.__main__ import main
+from llava.data.localized_narratives.boxes import BoxSettings, ground_utterances
 from llava.data.localized_narratives.rows import parse_narrative, read_rows
-from llava.data.localized_narratives.samples import BoxSettings, ground_utterances
 
 ROOT = Path(__file__).parents[2]
 OBJECTS = [

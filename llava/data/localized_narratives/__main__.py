@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from llava.data.localized_narratives.boxes import BoxSettings
 from llava.data.localized_narratives.prepare import ImageFinder, Settings, prepare
-from llava.data.localized_narratives.preview import Preview, PreviewChoice
-from llava.data.localized_narratives.samples import BoxSettings
+from llava.data.localized_narratives.preview import PreviewChoice, write_previews
 from llava.messages import run_command
 from llava.parser import CommandParser, check_at_least, check_output_folder
 
@@ -92,7 +92,7 @@ def write_files(args: argparse.Namespace) -> None:
     summary = prepare(args.rows, finder, out, args.name, settings, choice)
     print(summary)
     if choice.samples:
-        written, failed = Preview(Path(args.images), out / "preview").write(choice.samples)
+        written, failed = write_previews(choice.samples, Path(args.images), out / "preview")
         print(f"{len(written)} pictures in {out / 'preview'}", *(f"not drawn: {e}" for e in failed), sep="\n")
 
 

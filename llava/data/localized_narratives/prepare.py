@@ -1,4 +1,4 @@
-"""The files of images, found by their ids."""
+"""All rows, one by one -> the three data files and the list of what was left out."""
 
 from __future__ import annotations
 
@@ -6,99 +6,30 @@ import json
 import stat
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from llava.data.localized_narratives.preview import PreviewChoice
-from llava.data.localized_narratives.rows import Finding, Narrative, RowError, parse_narrative, read_rows
-from llava.data.localized_narratives.samples import (
+from llava.data.localized_narratives.boxes import (
     GROUNDED,
     IMAGE,
     TEXT,
     BoxSettings,
-    GroundedUtterance,
     NarrativeSample,
     find_ungrounded,
     ground_utterances,
 )
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
-COCO_DIGITS = 12
-_FIELDS = ("image_id", "dataset_id")
-
-
-@dataclass(frozen=True)
-class ImageFinder:
-    """Finds the images of narratives in a folder.
-
-    Attributes:
-        folder: that of the images.
-        patterns: names below the folder, such as ``train2017/{image_id:0>12}.jpg``, in the order in which they
-            are looked for; without any, the image id as COCO writes it, and then as it is, with a common suffix.
-    """
-
-    folder: str
-    patterns: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not Path(self.folder).is_dir():
-            problem = "not a folder" if Path(self.folder).exists() else "no such folder"
-            raise ValueError(f"--images {self.folder}: {problem}")
-        for pattern in self.patterns:
-            _check_pattern(pattern)
-
-    def find(self, narrative: Narrative) -> str:
-        """The name, below the folder, of a narrative's image.
-
-        Raises:
-            RowError: there is none, it has no bytes, or its name would lead out of the folder.
-        """
-        names = self.names_of(narrative)
-        for name in names:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise RowError("the name of the image leads out of --images", name)
-            if (size := _find_size(Path(self.folder, name))) is not None:
-                if not size:
-                    raise RowError("the image is an empty file", name)
-                return name
-        raise RowError("no image of that name", names[0])
-
-    def names_of(self, narrative: Narrative) -> list[str]:
-        """The names that a narrative's image may have, the likeliest first."""
-        image_id = narrative.image_id
-        if self.patterns:
-            return [pattern.format(image_id=image_id, dataset_id=narrative.dataset_id) for pattern in self.patterns]
-        stems = dict.fromkeys([image_id.zfill(COCO_DIGITS), image_id] if image_id.isdecimal() else [image_id])
-        return [stem + suffix for stem in stems for suffix in SUFFIXES]
-
-
-def _find_size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none, or the name can be none of a file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _check_pattern(pattern: str) -> None:
-    expected = "write it as '{image_id:0>12}.jpg' or '{dataset_id}/{image_id}.jpg'"
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
-        if "image_id" not in fields or not fields <= set(_FIELDS):
-            raise ValueError(f"it names {', '.join(sorted(fields)) or 'no field'}")
-        pattern.format(image_id="1", dataset_id="d")
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"--image_name {pattern}: {error}; {expected}") from error
-
-
-# From all rows, one by one, to the three data files and the list of what was left out.
+from llava.data.localized_narratives.preview import PreviewChoice
+from llava.data.localized_narratives.rows import Finding, Narrative, RowError, parse_narrative, read_rows
+from llava.io import write_beside
 
 LEFT_OUT = "left_out.jsonl"
 REPEATED = "an earlier row has the same dataset, image and annotator: the id got a number"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
+COCO_DIGITS = 12
+_PATTERN_FIELDS = {"image_id", "dataset_id"}
 
 
 @dataclass(frozen=True)
@@ -138,18 +69,6 @@ class Summary:
     left_out: Counter[str] = field(default_factory=Counter)
     reduced: Counter[str] = field(default_factory=Counter)
 
-    def add(self, sample: NarrativeSample) -> None:
-        """Count a sample."""
-        self.samples += 1
-        self.images += sample.image is not None
-        self.utterances += len(sample.utterances)
-        self.boxes += sum(utterance.box is not None for utterance in sample.utterances)
-
-    @property
-    def most_frequent(self) -> str:
-        """The reason that left out most rows."""
-        return _ordered(self.left_out)[0][0] if self.left_out else "they are empty"
-
     def __str__(self) -> str:
         lines = [
             f"{self.rows} rows: {self.samples} samples, {self.images} with an image; "
@@ -158,12 +77,11 @@ class Summary:
         for title, reasons in (("rows left out", self.left_out), ("rows kept with less", self.reduced)):
             if reasons:
                 lines.append(f"{title}:")
-                lines += [f"{count:>8}  {reason}" for reason, count in _ordered(reasons)]
+                lines += [f"{count:>8}  {reason}" for reason, count in _most_frequent_first(reasons)]
         return "\n".join(lines)
 
 
-def _ordered(reasons: Counter[str]) -> list[tuple[str, int]]:
-    """The most frequent first."""
+def _most_frequent_first(reasons: Counter[str]) -> list[tuple[str, int]]:
     return sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
 
 
@@ -182,7 +100,7 @@ def prepare(
     with ExitStack() as files:
         left_out = files.enter_context((out / LEFT_OUT).open("w", encoding="utf-8", errors="backslashreplace"))
         samples = {
-            kind: files.enter_context(_write_beside(out / f"{name}_{kind}.jsonl")) for kind in (TEXT, IMAGE, GROUNDED)
+            kind: files.enter_context(_open_beside(out / f"{name}_{kind}.jsonl")) for kind in (TEXT, IMAGE, GROUNDED)
         }
         preparation = Preparation(finder, settings, left_out)
         for row, where in read_rows(rows):
@@ -190,12 +108,14 @@ def prepare(
                 for kind, built in sample.build().items():
                     _write_line(samples[kind], built)
                 preview.offer(sample)
-        if not preparation.summary.samples:
+        summary = preparation.summary
+        if not summary.samples:
+            reason = _most_frequent_first(summary.left_out)[0][0] if summary.left_out else "they are empty"
             raise ValueError(
-                f"no sample is left of the {preparation.summary.rows} rows in {' '.join(rows)}; most often: "
-                f"{preparation.summary.most_frequent}; {out / LEFT_OUT} lists all"
+                f"no sample is left of the {summary.rows} rows in {' '.join(rows)}; most often: {reason}; "
+                f"{out / LEFT_OUT} lists all"
             )
-    return preparation.summary
+    return summary
 
 
 class Preparation:
@@ -217,7 +137,7 @@ class Preparation:
         self._left_out = left_out
         self._ids: set[str] = set()
 
-    def prepare_row(self, row: Any, where: str) -> NarrativeSample | None:
+    def prepare_row(self, row: object, where: str) -> NarrativeSample | None:
         """The sample of a row, None for one that is left out; what is wrong with either is written down."""
         self.summary.rows += 1
         findings: list[Finding] = []
@@ -227,11 +147,18 @@ class Preparation:
         except RowError as error:
             self._report(row, where, error.finding, kept=False)
             return None
-        utterances = self._ground(narrative, findings) if image is not None else []
+        utterances = []
+        if image is not None:
+            utterances = ground_utterances(narrative, self._settings.boxes, self._settings.words_per_box)
+            # Without a trace no utterance has points: that is said once.
+            findings += narrative.findings or find_ungrounded(utterances)
         sample = NarrativeSample(self._choose_id(narrative, findings), narrative, image, utterances)
         for finding in findings:
             self._report(row, where, finding, kept=True)
-        self.summary.add(sample)
+        self.summary.samples += 1
+        self.summary.images += image is not None
+        self.summary.utterances += len(utterances)
+        self.summary.boxes += sum(utterance.box is not None for utterance in utterances)
         return sample
 
     def _find_image(self, narrative: Narrative, findings: list[Finding]) -> str | None:
@@ -242,12 +169,6 @@ class Preparation:
                 raise
             findings.append(error.finding)
             return None
-
-    def _ground(self, narrative: Narrative, findings: list[Finding]) -> list[GroundedUtterance]:
-        utterances = ground_utterances(narrative, self._settings.boxes, self._settings.words_per_box)
-        # Without a trace no utterance has points: that is said once.
-        findings += narrative.findings or find_ungrounded(utterances)
-        return utterances
 
     def _choose_id(self, narrative: Narrative, findings: list[Finding]) -> str:
         """An id that no sample before has: several annotators may describe one image, and one may do so twice."""
@@ -262,7 +183,7 @@ class Preparation:
         self._ids.add(identity)
         return identity
 
-    def _report(self, row: Any, where: str, finding: Finding, kept: bool) -> None:
+    def _report(self, row: object, where: str, finding: Finding, kept: bool) -> None:
         (self.summary.reduced if kept else self.summary.left_out)[finding.reason] += 1
         ids = {key: row.get(key) if isinstance(row, dict) else None for key in ("image_id", "annotator_id")}
         _write_line(
@@ -272,16 +193,68 @@ class Preparation:
 
 
 @contextmanager
-def _write_beside(path: Path) -> Iterator[TextIO]:
+def _open_beside(path: Path) -> Iterator[TextIO]:
     """A file that gets its name when all of it is written, and is gone if that fails."""
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with write_beside(path, durable=False) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
-def _write_line(file: TextIO, value: dict[str, Any]) -> None:
+def _write_line(file: TextIO, value: Mapping[str, object]) -> None:
     file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class ImageFinder:
+    """Finds the images of narratives in a folder.
+
+    Attributes:
+        folder: that of the images.
+        patterns: names below the folder, such as ``train2017/{image_id:0>12}.jpg``, in the order in which they
+            are looked for; without any, the image id as COCO writes it, and then as it is, with a common suffix.
+    """
+
+    folder: str
+    patterns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not Path(self.folder).is_dir():
+            problem = "not a folder" if Path(self.folder).exists() else "no such folder"
+            raise ValueError(f"--images {self.folder}: {problem}")
+        for pattern in self.patterns:
+            _check_pattern(pattern)
+
+    def find(self, narrative: Narrative) -> str:
+        """The name, below the folder, of a narrative's image.
+
+        Raises:
+            RowError: there is none, it has no bytes, or its name would lead out of the folder.
+        """
+        image_id = narrative.image_id
+        if self.patterns:
+            names = [pattern.format(image_id=image_id, dataset_id=narrative.dataset_id) for pattern in self.patterns]
+        else:
+            stems = dict.fromkeys([image_id.zfill(COCO_DIGITS), image_id] if image_id.isdecimal() else [image_id])
+            names = [stem + suffix for stem in stems for suffix in SUFFIXES]
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RowError("the name of the image leads out of --images", name)
+            try:
+                status = Path(self.folder, name).stat()
+            except (OSError, ValueError):  # No such file, or no name that a file can have.
+                continue
+            if stat.S_ISREG(status.st_mode):
+                if not status.st_size:
+                    raise RowError("the image is an empty file", name)
+                return name
+        raise RowError("no image of that name", names[0])
+
+
+def _check_pattern(pattern: str) -> None:
+    expected = "write it as '{image_id:0>12}.jpg' or '{dataset_id}/{image_id}.jpg'"
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+        if "image_id" not in fields or not fields <= _PATTERN_FIELDS:
+            raise ValueError(f"it names {', '.join(sorted(fields)) or 'no field'}")
+        pattern.format(image_id="1", dataset_id="d")
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"--image_name {pattern}: {error}; {expected}") from error

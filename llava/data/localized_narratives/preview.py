@@ -6,13 +6,12 @@ import hashlib
 import heapq
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava import draw
-from llava.data.localized_narratives.samples import NarrativeSample
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
+from llava.data.localized_narratives.boxes import NarrativeSample
+from llava.data.media_files import MediaError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,65 +52,58 @@ class PreviewChoice:
         return [sample for *_, sample in sorted(self._kept, key=lambda entry: entry[:2], reverse=True)]
 
 
-@dataclass(frozen=True)
-class Preview:
-    """Draws samples.
+def write_previews(
+    samples: Sequence[NarrativeSample], images: Path, folder: Path
+) -> tuple[list[Path], list[MediaError]]:
+    """Draw samples, each as a PNG named after its id.
 
-    Attributes:
+    Args:
+        samples: with images.
         images: the folder of the images.
         folder: where the PNGs go.
-        limits: how large an image may be.
+
+    Returns:
+        The files, and what is wrong with the images that could not be read.
     """
+    written: list[Path] = []
+    failed: list[MediaError] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for sample in samples:
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', sample.identity)[:_LONGEST_NAME]}.png"
+        try:
+            draw_sample(sample, images).save(path)
+        except MediaError as error:
+            failed.append(error)
+        else:
+            written.append(path)
+    return written, failed
 
-    images: Path
-    folder: Path
-    limits: MediaLimits = DEFAULT_LIMITS
 
-    def write(self, samples: Sequence[NarrativeSample]) -> tuple[list[Path], list[MediaError]]:
-        """Draw samples, each as a PNG named after its id.
+def draw_sample(sample: NarrativeSample, images: Path) -> Image.Image:
+    """The picture of a sample with an image: image, traces and boxes on the left, what was said on the right.
 
-        Returns:
-            The files, and what is wrong with the images that could not be read.
-        """
-        written: list[Path] = []
-        failed: list[MediaError] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for sample in samples:
-            path = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', sample.identity)[:_LONGEST_NAME]}.png"
-            try:
-                self.draw(sample).save(path)
-            except MediaError as error:
-                failed.append(error)
-            else:
-                written.append(path)
-        return written, failed
+    The whole trace is grey, the part of each utterance with a box has a colour of its own, and so has its box.
 
-    def draw(self, sample: NarrativeSample) -> Image.Image:
-        """The picture of a sample with an image: image, traces and boxes on the left, what was said on the right.
+    Raises:
+        MediaError: the image cannot be decoded.
+    """
+    from PIL import Image
 
-        The whole trace is grey, the part of each utterance with a box has a colour of its own, and so has its box.
+    from llava.data.media import load_image
 
-        Raises:
-            MediaError: the image cannot be decoded.
-        """
-        from PIL import Image
-
-        from llava.data.media import load_image
-
-        assert sample.image is not None
-        photograph = Image.fromarray(load_image(str(self.images / sample.image), self.limits).numpy())
-        photograph = draw.fit(photograph, _PICTURE_SIDE, _PICTURE_SIDE)
-        utterances = sample.utterances
-        colours = [draw.choose_colour(i) if utterance.box else None for i, utterance in enumerate(utterances)]
-        draw.draw_trace(photograph, [point[:2] for point in sample.narrative.points], draw.FAINT, 1)
-        for utterance, colour in zip(utterances, colours, strict=True):
-            draw.draw_trace(photograph, [point[:2] for point in utterance.points], colour or draw.FAINT, 2)
-        for number, (utterance, colour) in enumerate(zip(utterances, colours, strict=True), start=1):
-            if utterance.box is not None and colour is not None:
-                draw.draw_box(photograph, utterance.box, colour, 3, label=str(number))
-        entries = [
-            (f"{number}  {utterance.text}{'' if utterance.box else ' (no box)'}", colour)
-            for number, (utterance, colour) in enumerate(zip(utterances, colours, strict=True), start=1)
-        ]
-        legend = draw.draw_legend(sample.identity, entries, _LEGEND_WIDTH)
-        return draw.side_by_side([photograph, legend], _MARGIN, _MARGIN)
+    assert sample.image is not None
+    photograph = Image.fromarray(load_image(str(images / sample.image)).numpy())
+    photograph = draw.fit(photograph, _PICTURE_SIDE, _PICTURE_SIDE)
+    coloured = [
+        (number, utterance, draw.choose_colour(number - 1) if utterance.box else None)
+        for number, utterance in enumerate(sample.utterances, start=1)
+    ]
+    draw.draw_trace(photograph, [point[:2] for point in sample.narrative.points], draw.FAINT, 1)
+    for _, utterance, colour in coloured:
+        draw.draw_trace(photograph, [point[:2] for point in utterance.points], colour or draw.FAINT, 2)
+    for number, utterance, colour in coloured:  # Boxes lie on top of all traces.
+        if utterance.box is not None and colour is not None:
+            draw.draw_box(photograph, utterance.box, colour, 3, label=str(number))
+    entries = [(f"{n}  {utterance.text}{'' if colour else ' (no box)'}", colour) for n, utterance, colour in coloured]
+    legend = draw.draw_legend(sample.identity, entries, _LEGEND_WIDTH)
+    return draw.side_by_side([photograph, legend], _MARGIN, _MARGIN)

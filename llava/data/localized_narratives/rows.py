@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, cast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
 from llava.data.files import parse_line, read_lines
@@ -110,7 +110,7 @@ def _read_lines(path: str, file: BinaryIO) -> Iterator[bytes]:
         raise ValueError(f"{path}: not a whole gzip file: {error}") from error
 
 
-def parse_narrative(row: Any) -> Narrative:
+def parse_narrative(row: object) -> Narrative:
     """Validate a row.
 
     A row without traces or times is a narrative nevertheless, whose findings say what is missing.
@@ -137,7 +137,7 @@ def parse_narrative(row: Any) -> Narrative:
     )
 
 
-def _parse_name(row: dict[str, Any], key: str) -> str:
+def _parse_name(row: Mapping[str, object], key: str) -> str:
     name = row.get(key)
     if name is None:
         return ""
@@ -148,7 +148,7 @@ def _parse_name(row: dict[str, Any], key: str) -> str:
     return str(name)
 
 
-def _parse_caption(caption: Any) -> str:
+def _parse_caption(caption: object) -> str:
     if not isinstance(caption, str) or not caption.strip():
         raise RowError("no caption")
     if not _is_unicode(caption):
@@ -160,51 +160,43 @@ def _parse_caption(caption: Any) -> str:
     return " ".join(caption.split())
 
 
-def _parse_utterances(value: Any, findings: list[Finding]) -> tuple[Utterance, ...]:
+def _parse_utterances(value: object, findings: list[Finding]) -> tuple[Utterance, ...]:
     if value is None or value == []:
         findings.append(Finding("no timed_caption"))
         return ()
-    entries = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("utterance"), str) for entry in entries):
-        findings.append(Finding("timed_caption is not a list of utterances"))
-        return ()
-    return tuple(
-        Utterance(
-            # An utterance is only shown and compared: half a character does no harm once it is none.
-            text=" ".join(entry["utterance"].encode(errors="replace").decode().split()),
-            interval=_parse_interval(entry.get("start_time"), entry.get("end_time")),
-        )
-        for entry in entries
-    )
+    utterances = []
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, dict) or not isinstance(words := entry.get("utterance"), str):
+            findings.append(Finding("timed_caption is not a list of utterances"))
+            return ()
+        start, end = entry.get("start_time"), entry.get("end_time")
+        interval = (float(start), float(end)) if _is_number(start) and _is_number(end) and start <= end else None
+        # An utterance is only shown and compared: half a character does no harm once it is none.
+        utterances.append(Utterance(" ".join(words.encode(errors="replace").decode().split()), interval))
+    return tuple(utterances)
 
 
-def _parse_interval(start: Any, end: Any) -> tuple[float, float] | None:
-    return (float(start), float(end)) if _is_number(start) and _is_number(end) and start <= end else None
-
-
-def _parse_traces(value: Any, findings: list[Finding]) -> tuple[Point, ...]:
-    if value is None or value == []:
-        findings.append(Finding("no trace"))
-        return ()
-    segments = value if isinstance(value, list) else [value]
-    if not all(isinstance(segment, list) and all(map(_is_point, segment)) for segment in segments):
-        findings.append(Finding("traces is not a list of lists of points with x, y and t"))
-        return ()
-    points = [Point(float(point["x"]), float(point["y"]), float(point["t"])) for part in segments for point in part]
+def _parse_traces(value: object, findings: list[Finding]) -> tuple[Point, ...]:
+    points = []
+    for segment in [] if value is None else value if isinstance(value, list) else [value]:
+        if not isinstance(segment, list) or not all(map(_is_point, segment)):
+            findings.append(Finding("traces is not a list of lists of points with x, y and t"))
+            return ()
+        points += [Point(float(point["x"]), float(point["y"]), float(point["t"])) for point in segment]
     if not points:
         findings.append(Finding("no trace"))
     return tuple(sorted(points, key=lambda point: point.t))
 
 
-def _is_point(value: Any) -> bool:
+def _is_point(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     # Written out: a row has hundreds of points, and most of the time goes here.
     return _is_number(value.get("x")) and _is_number(value.get("y")) and _is_number(value.get("t"))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
 def _is_unicode(text: str) -> bool:

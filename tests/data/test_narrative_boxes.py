@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from llava.data.localized_narratives.preview import PreviewChoice
-from llava.data.localized_narratives.rows import Narrative, Point, Utterance
-from llava.data.localized_narratives.samples import (
+from llava.data.localized_narratives.boxes import (
     BoxSettings,
     GroundedUtterance,
     NarrativeSample,
@@ -20,6 +18,8 @@ from llava.data.localized_narratives.samples import (
     form_box,
     group_utterances,
 )
+from llava.data.localized_narratives.preview import PreviewChoice
+from llava.data.localized_narratives.rows import Narrative, Point, Utterance
 from llava.draw import wrap_text
 from llava.geometry import Box
 
