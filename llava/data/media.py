@@ -1,4 +1,8 @@
-"""Opens images and samples videos, as squares for the tower."""
+"""The media of a record as the tower sees them: an image opened or a video sampled, then brought to its square.
+
+What the decoder process imports (``decoding``, ``images``, ``video``) takes no torch; this module turns its arrays into
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,11 @@ from llava.types import Media, VisualInput
 class SampledVideo:
     """Frames sampled from a clip.
 
-    ``frames`` is uint8 (frames, height, width, 3); ``indices`` are positions in the clip and
-    ``times`` seconds from its first frame; ``duration`` is the seconds that all of the clip lasts.
+    Attributes:
+        frames: uint8 (frames, height, width, 3).
+        indices: their positions in the clip.
+        times: their seconds from the first frame of the clip.
+        duration: seconds that all of the clip lasts.
     """
 
     frames: Tensor
@@ -140,7 +147,7 @@ def sample_video(
     return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times, frames.duration)
 
 
-# Geometry of images and frames, on uint8 pixels.
+# Images and frames brought to the tower's square, on uint8 pixels; where they lie in it is for ``geometry`` to say.
 
 _MOST_RESIZED = 8
 """Squares' worth of pixels that a picture is resized to as a whole. A longer one would take memory for what is cut off:
@@ -159,16 +166,14 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     Returns:
         uint8 (frames, 3, side, side).
     """
-    pixels = frames.permute(0, 3, 1, 2)
-    height, width = pixels.shape[-2:]
-    letterbox = vision.letterbox((height, width))
-    side, top, left = letterbox.side, letterbox.top, letterbox.left
-    if min(top, left) < 0 and letterbox.height * letterbox.width > _MOST_RESIZED * side**2:
-        return torch.stack([_resize_centre(frame, letterbox) for frame in frames])
-    fitted = resize(pixels, letterbox.height, letterbox.width)
-    if min(top, left) < 0:
-        return fitted[..., -top : side - top, -left : side - left].contiguous()
-    return fitted if fitted.shape[-2:] == (side, side) else _pad_around(fitted, side, side, vision)
+    box = vision.letterbox((frames.shape[1], frames.shape[2]))
+    is_cut = min(box.top, box.left) < 0
+    if is_cut and box.height * box.width > _MOST_RESIZED * box.side**2:
+        return torch.stack([_resize_centre(frame, box) for frame in frames])
+    fitted = resize(frames.permute(0, 3, 1, 2), box.height, box.width)  # (frames, 3, box.height, box.width)
+    if is_cut:
+        return fitted[..., -box.top : box.side - box.top, -box.left : box.side - box.left].contiguous()
+    return fitted if fitted.shape[-2:] == (box.side, box.side) else _pad_around(fitted, box.side, box.side, vision)
 
 
 def _resize_centre(picture: Tensor, letterbox: Letterbox) -> Tensor:
@@ -183,9 +188,9 @@ def _resize_centre(picture: Tensor, letterbox: Letterbox) -> Tensor:
     """
     from PIL import Image
 
-    height, width = picture.shape[:2]
+    # The square in pixels of the picture as it is stored.
+    rows, columns = picture.shape[0] / letterbox.height, picture.shape[1] / letterbox.width
     top, left = -letterbox.top, -letterbox.left
-    rows, columns = height / letterbox.height, width / letterbox.width
     box = (left * columns, top * rows, (left + letterbox.side) * columns, (top + letterbox.side) * rows)
     image = Image.fromarray(picture.numpy())
     square = image.resize((letterbox.side, letterbox.side), Image.Resampling.BICUBIC, box=box)
@@ -193,7 +198,7 @@ def _resize_centre(picture: Tensor, letterbox: Letterbox) -> Tensor:
 
 
 def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:
-    """Cut an image into the views of anyres, see ``tiles.AnyRes``.
+    """Cut an image into the views of anyres, see ``geometry.AnyRes``.
 
     Args:
         picture: uint8 (height, width, 3).
@@ -205,11 +210,10 @@ def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:
     """
     assert vision.anyres is not None
     side = vision.image_size
-    pixels = picture.permute(2, 0, 1).unsqueeze(0)
-    height, width = pixels.shape[-2:]
-    grid, fitted = vision.anyres.place((height, width))
+    pixels = picture.permute(2, 0, 1)[None]  # (1, 3, height, width)
+    grid, fitted = vision.anyres.place((picture.shape[0], picture.shape[1]))
     canvas = _pad_around(resize(pixels, *fitted), grid.height * side, grid.width * side, vision)
-    tiles = canvas.view(3, grid.height, side, grid.width, side).permute(1, 3, 0, 2, 4)
+    tiles = canvas.view(3, grid.height, side, grid.width, side).permute(1, 3, 0, 2, 4)  # (rows, columns, 3, side, side)
     return torch.cat([resize(pixels, side, side), tiles.flatten(0, 1)])
 
 
@@ -221,6 +225,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _pad_around(pixels: Tensor, height: int, width: int, vision: VisionConfig) -> Tensor:
+    """Pixels (frames, 3, rows, columns) in the middle of (frames, 3, height, width) of the mean colour."""
     mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
     padded = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
     top, left = (height - pixels.shape[-2]) // 2, (width - pixels.shape[-1]) // 2

@@ -48,12 +48,7 @@ def local_path(path: str) -> str:
         )
     if len(path) > _LONGEST_PATH:
         raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
-    return expand_home(path)
-
-
-def expand_home(path: str) -> str:
-    """A path with ``~`` at its beginning replaced by the home folder."""
-    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 def is_picture_name(path: str) -> bool:
@@ -105,7 +100,7 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
         path = local_path(path)
     except MediaError as error:
         raise ValueError(f"{where}: its {kind} {error}") from error
-    root = os.path.abspath(expand_home(root))
+    root = os.path.abspath(os.path.expanduser(root))  # noqa: PTH111
     found = os.path.normpath(os.path.join(root, path))
     if anywhere:
         return Media(kind, found)
@@ -125,7 +120,11 @@ PILLOW_LIMIT = 178_956_970
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """The most that a file may ask for; each field is a flag. Its checks raise ValueError without the path."""
+    """The most that a file may ask for; each field is a flag.
+
+    A damaged or malicious header of a few bytes can declare a picture of many gigabytes. So each check comes before
+    anything is decoded. They raise ValueErrors without the path, which whoever opened the file adds.
+    """
 
     max_image_pixels: int = 100_000_000
     """Most pixels of an image, or of one frame of a video (default 100 million)."""

@@ -7,6 +7,7 @@ import resource
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,11 +205,8 @@ def test_black_parts_without_compression_do_no_harm(tmp_path: Path) -> None:
 def test_a_line_takes_no_more_memory_than_its_square(tmp_path: Path, tiny_vision, size: tuple[int, int]) -> None:
     path = save(tmp_path / "line.png", Image.new("L", size, 77))
     assert path.stat().st_size < 1000
-    for vision in (
-        SimpleNamespace(image_size=224, image_aspect_ratio="square", image_resize_size=256, image_mean=(0.5,) * 3),
-        SimpleNamespace(image_size=224, image_aspect_ratio="pad", image_resize_size=None, image_mean=(0.5,) * 3),
-        SimpleNamespace(image_size=224, image_aspect_ratio="square", image_resize_size=None, image_mean=(0.5,) * 3),
-    ):
+    for aspect_ratio, resize_size in (("square", 256), ("pad", None), ("square", None)):
+        vision = replace(tiny_vision, image_size=224, image_aspect_ratio=aspect_ratio, image_resize_size=resize_size)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         square = fit_frames(load_image(str(path)).unsqueeze(0), vision)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes"
@@ -218,8 +216,8 @@ def test_a_line_takes_no_more_memory_than_its_square(tmp_path: Path, tiny_vision
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 300), (300, 5), (40, 700), (31, 1000)])
-def test_cutting_before_resizing_gives_what_cutting_behind_it_gives(height: int, width: int) -> None:
-    vision = SimpleNamespace(image_size=64, image_aspect_ratio="square", image_resize_size=80, image_mean=(0.5,) * 3)
+def test_cutting_before_resizing_gives_what_cutting_behind_it_gives(tiny_vision, height: int, width: int) -> None:
+    vision = replace(tiny_vision, image_size=64, image_resize_size=80)
     y, x = np.mgrid[:height, :width]
     picture = np.stack([(np.sin(x / 5) * np.cos(y / 3) + 1) * 100, x % 250, (x + y) * 3 % 250], -1).astype(np.uint8)
     letterbox = vision.letterbox((height, width))
