@@ -150,7 +150,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """A ValueError for a bad record; where these are skipped, also for one that nothing can be learned from."""
         if record.fault is not None:
             raise ValueError(record.fault)
-        if self.on_bad_sample == SKIP and not self.text_format.has_target(record.turns):
+        if self.on_bad_sample == SKIP and not self.has_target(record):
             raise ValueError(f"{record}: has no text to learn from: an answer is empty, or there is none")
 
     def load_media(self, record: Record) -> list[VisualInput]:
@@ -266,15 +266,21 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Tokens of each record; their texts are tokenised in one call."""
+        conversations = []
         for record in records:
-            self.check_turns(record)
-        counts = self.text_format.count_tokens([self.write_turns(record) for record in records])
+            try:
+                turns = self.write_turns(record)
+                self.text_format.check(turns)
+            except ValueError as error:
+                raise ValueError(f"{record}: {error}") from error
+            conversations.append(turns)
+        counts = self.text_format.count_tokens(conversations)
         return [count + self.visual_tokens(record) for count, record in zip(counts, records, strict=True)]
 
-    def check_turns(self, record: Record) -> None:
-        """A ValueError that names the record if the format cannot write turns like its own."""
+    def has_target(self, record: Record) -> bool:
+        """Whether a record has anything to learn; a ValueError that names it if the format cannot write its turns."""
         try:
-            self.text_format.check(self.write_turns(record))
+            return self.text_format.has_target(self.write_turns(record))
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
 

@@ -35,7 +35,7 @@ class TokenizedRecords(Protocol):
     text_format: Format
     on_bad_sample: str
 
-    def check_turns(self, record: Record) -> None: ...
+    def has_target(self, record: Record) -> bool: ...
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]: ...
 
@@ -82,9 +82,7 @@ def find_targets(dataset: TokenizedRecords) -> NDArray[np.bool_]:
     """
 
     def have_targets(records: Sequence[Record]) -> list[bool]:
-        for record in records:
-            dataset.check_turns(record)
-        return [dataset.text_format.has_target(record.turns) for record in records]
+        return list(map(dataset.has_target, records))
 
     # 2: since an empty answer counts as none.
     key = [2, dataset.text_format.fingerprint, dataset.on_bad_sample]

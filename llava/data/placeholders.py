@@ -115,7 +115,7 @@ def _expand(
             spans = vision.layout.spans("image", image_size=next(sizes))
         else:
             spans = vision.layout.spans("video", next(frames))
-        return "".join(span.text for span in spans)
+        return "".join(span.start + span.patch * (span.length - 2) + span.end for span in spans)
 
     return [PLACEHOLDER.sub(expand, text) for text in texts]
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from llava.constants import (
-    DEFAULT_IMAGE_TOKEN,
-    DEFAULT_VIDEO_TOKEN,
-    ESCAPED_PLACEHOLDER,
-    IGNORE_INDEX,
-    PLACEHOLDER,
-    VISUAL_TOKENS,
-)
+from llava.constants import IGNORE_INDEX
 from llava.registry import Registry
 from llava.types import Turn
 
@@ -65,11 +57,8 @@ class Format(ABC):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.prefix_ids = prefix_ids(tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        """Another one for a format that writes conversations otherwise; the tokenizer aside."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        # Another one for a format that writes conversations otherwise; the tokenizer aside.
+        self.fingerprint = f"{type(self).__module__}.{type(self).__qualname__}"
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -82,7 +71,11 @@ class Format(ABC):
 
     @abstractmethod
     def has_target(self, turns: Sequence[Turn]) -> bool:
-        """Whether there is anything in a conversation that this format supervises, but for its end, in every answer."""
+        """Whether there is anything in a conversation that this format supervises, but for its end, in every answer.
+
+        Raises:
+            ValueError: as ``check``.
+        """
 
     @abstractmethod
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
@@ -167,38 +160,7 @@ def _text_to_first_target(segments: Sequence[Segment]) -> tuple[int, int]:
     return 0, 0
 
 
-# From stretches of text to ids, when a sample is tokenised piece by piece.
-
-VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
-_VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{PLACEHOLDER.pattern})+)")
-
-
-def split_at_spans(text: str) -> list[tuple[str, bool]]:
-    """The pieces of a text that are not empty, as they read, each with whether it is visual (spans or placeholders)."""
-    pieces = enumerate(_VISUAL_RUN.split(text))
-    return [(ESCAPED_PLACEHOLDER.sub(r"\1", piece), i % 2 == 1) for i, piece in pieces if piece]
-
-
-def visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a run of visual tokens.
-
-    Raises:
-        ValueError: a placeholder is among them, or the tokenizer does not know them.
-    """
-    if DEFAULT_IMAGE_TOKEN in run or DEFAULT_VIDEO_TOKEN in run:
-        raise ValueError(
-            f"{DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} stands in the text unexpanded; "
-            "call preprocess_multimodal first"
-        )
-    tokens = VISUAL_TOKEN.findall(run)
-    vocabulary: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in set(tokens)}
-    unknown = [token for token, i in vocabulary.items() if i is None or i == tokenizer.unk_token_id]
-    if unknown:
-        raise ValueError(f"the tokenizer does not know {', '.join(unknown)}; load it with llava.model.load_model")
-    return [vocabulary[token] for token in tokens]
-
-
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer begins every text with: its beginning of text, or nothing."""
-    begins: Any = tokenizer("")["input_ids"][:1]
+    begins: list[int] = tokenizer("").input_ids[:1]
     return begins if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else []

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava.constants import VISUAL_TOKENS
-from llava.data.formats.base import CHAT, FORMATS, Format, Segment, split_at_spans, visual_ids
+from llava.data.formats.base import CHAT, FORMATS, Format, Segment
+from llava.data.formats.plain import split_at_spans, visual_ids
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class ConversationFormat(Format):
         self._frame(roles)
 
     def has_target(self, turns: Sequence[Turn]) -> bool:
+        self.check(turns)
         answers = [split_at_spans(turn.text) for turn in turns if turn.role == "assistant"]
         return bool(answers) and all(any(piece.strip() for piece, visual in answer if not visual) for answer in answers)
 
@@ -293,10 +295,7 @@ class ChatFormat(ConversationFormat):
                 f"give --version one of: {named}"
             )
         super().__init__(tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self.tokenizer.chat_template}"
+        self.fingerprint += f" {tokenizer.chat_template}"
 
     def markup(self, roles: Sequence[Role]) -> list[str]:
         import jinja2

@@ -1,24 +1,33 @@
-"""Plain language modelling: no chat template, every text token supervised, no visual one."""
+"""Plain language modelling: no chat template, every text token supervised, no visual one.
+
+A conversation "<span> una", "stella" becomes::
+
+    piece      <span>    una stella    end of text
+    ids        7 8 9     5 6           0
+    labels     -100 ...  5 6           0
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llava.data.formats.base import (
-    FORMATS,
-    PLAIN_LM,
-    VISUAL_TOKEN,
-    Format,
-    Segment,
-    label_segments,
-    split_at_spans,
-    visual_ids,
+from llava.constants import (
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
+    ESCAPED_PLACEHOLDER,
+    PLACEHOLDER,
+    VISUAL_TOKENS,
 )
+from llava.data.formats.base import FORMATS, PLAIN_LM, Format, Segment, label_segments
 from llava.types import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
+_VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{PLACEHOLDER.pattern})+)")
 
 
 @FORMATS.register(PLAIN_LM)
@@ -63,7 +72,7 @@ class PlainFormat(Format):
         return counts
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
 
 
 def _join(turns: Sequence[Turn]) -> str:
@@ -97,3 +106,31 @@ def preprocess_plain_lm(
         encoded["input_ids"].append(ids)
         encoded["labels"].append(labels)
     return encoded
+
+
+# Pieces of a text, which every format tokenises apart from the spans between them.
+
+
+def split_at_spans(text: str) -> list[tuple[str, bool]]:
+    """The pieces of a text that are not empty, as they read, each with whether it is visual (spans or placeholders)."""
+    pieces = enumerate(_VISUAL_RUN.split(text))
+    return [(ESCAPED_PLACEHOLDER.sub(r"\1", piece), i % 2 == 1) for i, piece in pieces if piece]
+
+
+def visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a run of visual tokens.
+
+    Raises:
+        ValueError: a placeholder is among them, or the tokenizer does not know them.
+    """
+    if DEFAULT_IMAGE_TOKEN in run or DEFAULT_VIDEO_TOKEN in run:
+        raise ValueError(
+            f"{DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} stands in the text unexpanded; "
+            "call preprocess_multimodal first"
+        )
+    tokens = VISUAL_TOKEN.findall(run)
+    vocabulary: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)}
+    unknown = [token for token, i in vocabulary.items() if i is None or i == tokenizer.unk_token_id]
+    if unknown:
+        raise ValueError(f"the tokenizer does not know {', '.join(unknown)}; load it with llava.model.load_model")
+    return [vocabulary[token] for token in tokens]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llava.data.formats.base import FORMATS, prefix_ids, split_at_spans
+from llava.data.formats.base import FORMATS, prefix_ids
 from llava.data.formats.chat import ConversationFormat
+from llava.data.formats.plain import split_at_spans
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:
@@ -67,10 +68,7 @@ class TemplateFormat(ConversationFormat):
             "{bos}": str(tokenizer.bos_token) if prefix_ids(tokenizer) else "",
         }
         super().__init__(tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self.template}"
+        self.fingerprint += f" {template}"
 
     def content(self, turn: Turn) -> str:
         if self.template.media_only and turn.role == "user":
