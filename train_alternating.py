@@ -20,7 +20,7 @@ from llava.model import VARIANTS, split_type
 from llava.model.pretrained import read_config
 from llava.model.transfer import TransferReport
 from llava.parser import CommandParser
-from llava.train import stop_signals
+from llava.train import preemption
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
@@ -163,5 +163,5 @@ def run(words: Sequence[str], loading: dict[str, Any], throughput_log_steps: int
 
 
 if __name__ == "__main__":
-    stop_signals.listen()
+    preemption.listen()
     sys.exit(cli(partial(main, sys.argv[1:])))

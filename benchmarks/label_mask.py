@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
+from llava.data.collator import model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.demo.common import TOWER_FOLDER, train, write_base_model
@@ -100,7 +101,7 @@ def caption_loss(trainer: LlavaTrainer, data: DemoData, batch_size: int = 32) ->
     for begin in range(0, len(dataset), batch_size):
         batch = trainer.data_collator([dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))])
         count = int((batch["labels"][:, 1:] != -100).sum())
-        total += float(model(**trainer._prepare_inputs(batch)).loss) * count
+        total += float(model(**trainer._prepare_inputs(model_inputs(batch))).loss) * count
         predicted += count
     return total / predicted
 

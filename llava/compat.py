@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache as memoize
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -234,3 +237,80 @@ def hush_imports() -> None:
 
     for name in _UNASKED:
         logging.getLogger(name).addFilter(is_asked_for)
+
+
+# transformers' trainer and DeepSpeed's engine: parts of a checkpoint, and numbers of the loop, have no public names.
+
+
+def names_left_out(model: Any) -> set[str]:
+    """Names of the weights that ``save_pretrained`` leaves out, ``_keys_to_ignore_on_save`` of transformers."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager[Any]) -> None:
+    """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
+
+    Its ``_save_checkpoint`` writes these among other files, and stops at the first that cannot be written, on which
+    the other ranks would wait for ever.
+
+    Args:
+        trainer: on every rank.
+        folder: of the checkpoint.
+        guard: keeps an error of this rank.
+    """
+    with guard, _guarded_engine(trainer, guard):
+        trainer._save_optimizer_and_scheduler(folder)
+    with guard:
+        trainer._save_scaler(folder)
+        trainer._save_rng_state(folder)
+
+
+@contextmanager
+def _guarded_engine(trainer: Any, guard: AbstractContextManager[Any]) -> Iterator[None]:
+    """Let ``guard`` keep the errors of DeepSpeed's files, which its engine writes between meetings of its own."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    writer = trainer.model_wrapped.checkpoint_engine
+    save = writer.save
+
+    def save_guarded(state: Any, path: str) -> None:
+        with guard:
+            save(state, path)
+            return
+        Path(path).unlink(missing_ok=True)  # Room for the small files that follow.
+
+    writer.save = save_guarded
+    try:
+        yield
+    finally:
+        del writer.save
+
+
+def push_checkpoint(trainer: Any, folder: str) -> None:
+    """Send a checkpoint, once it has its name, to the hub as ``--push_to_hub`` asks: ``_push_from_checkpoint``."""
+    trainer._push_from_checkpoint(folder)
+
+
+def load_random_states(trainer: Any, checkpoint: str) -> None:
+    """Go back to a checkpoint's random states: ``_load_rng_state``, which the loop itself calls later on."""
+    trainer._load_rng_state(checkpoint)
+
+
+def get_loss_since_log(trainer: Any) -> tuple[float, int]:
+    """The sum of losses that no line of the log has yet, and the step of the last line; for exact resume."""
+    return trainer._tr_loss.item(), trainer._globalstep_last_logged
+
+
+def set_loss_since_log(trainer: Any, loss: float, last_step: int, total: float) -> None:
+    """Go on with such a sum; ``total`` is of the losses logged."""
+    trainer._tr_loss.fill_(loss)
+    trainer._globalstep_last_logged = last_step
+    trainer._total_loss_scalar = total
+
+
+def evaluate_as_due(trainer: Any) -> None:
+    """Evaluate as after a step that an evaluation was due, with all that follows: the best metric, and its save."""
+    trainer.control.should_evaluate = True
+    epoch = trainer.state.epoch or 0
+    trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from llava.train.preemption import EvaluationStopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,14 @@ class ThroughputCallback(TrainerCallback):
         self._since: tuple[int, float] | None = None
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self._since is None:
             self._since = (state.global_step, time.perf_counter())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._since is None or state.global_step % self.log_steps:
             return
         (first, start), now = self._since, time.perf_counter()
@@ -49,9 +52,47 @@ class ThroughputCallback(TrainerCallback):
 class FirstStepsCallback(TrainerCallback):
     """Logs every one of the first steps, whose losses show at once whether a run learns; then as the flags ask."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step <= FIRST_STEPS and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
+
+
+class StopCallback(TrainerCallback):
+    """Asks the ranks, after every step and within evaluations, whether to stop.
+
+    A run that stops saves a checkpoint and leaves out the evaluation that was due.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # After its last step a run ends anyway, in less time than it takes to start again.
+        if state.global_step < state.max_steps and self.request.agree(args.device):
+            control.should_save = control.should_training_stop = True
+            self._leave_out_evaluation(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # The step above was the last of its epoch, after which an evaluation may be due as well.
+        if self.request.agreed and control.should_evaluate:
+            control.should_save = True
+            self._leave_out_evaluation(control)
+
+    def _leave_out_evaluation(self, control: TrainerControl) -> None:
+        self.request.evaluation_due |= control.should_evaluate
+        control.should_evaluate = False
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step < state.max_steps and self.request.agree(args.device):
+            raise EvaluationStopped
 
 
 def describe_memory() -> str:

@@ -6,9 +6,6 @@ A folder ``checkpoint-N`` is complete from the moment it has that name. Until th
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,13 +15,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from llava.io import hash_file, sync, write_json
 from llava.model.pretrained import UNSAFE_WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -37,7 +32,6 @@ RUN_IDENTITY = "run_identity.json"
 
 _STAGING = "tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_BLOCK = 1 << 20
 _READERS = 8
 
 
@@ -49,24 +43,35 @@ def staging_of(folder: Path) -> Path:
 # --- writing ----------------------------------------------------------------------------------------
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write ``checksums.json``, and let every file of the folder reach the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     with ThreadPoolExecutor(_READERS) as readers:  # Reading, hashing and waiting for the disk free the interpreter.
         entries = list(readers.map(_sync_and_hash, files))
     listed = {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, entries, strict=True)}
-    write_durably(folder / CHECKSUMS, json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    write_json(folder / CHECKSUMS, listed, sort_keys=True)
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync_folder(inner)
+        sync(inner)
 
 
-def publish(staged: Path, folder: Path) -> None:
-    """Give a sealed folder its name; what had that name before is gone afterwards."""
+def _sync_and_hash(path: Path) -> dict[str, str | int]:
+    """A file's entry in ``checksums.json``; the file is on the disk when this returns."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def finalize(staged: Path, folder: Path) -> None:
+    """Give a staged folder its checksums and then its name; what had that name before is gone afterwards."""
+    write_checksums(staged)
+    _rename(staged, folder)
+
+
+def _rename(staged: Path, folder: Path) -> None:
     replaced = staging_of(folder.with_name(f"{folder.name}-replaced"))
     if folder.exists():
         folder.rename(replaced)
     staged.rename(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -80,7 +85,7 @@ def replace_files(staged: Path, folder: Path) -> None:
     files.sort(key=lambda path: path.suffix == ".safetensors")
     for path in files:
         if path.is_file():
-            _sync_and_hash(path)
+            sync(path)
     (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
     for path in files:
         if path.is_dir():
@@ -94,46 +99,7 @@ def replace_files(staged: Path, folder: Path) -> None:
     if index.exists():
         index.replace(folder / index.name)
     staged.rmdir()
-    _sync_folder(folder)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it has its old content or the new one, whatever happens."""
-    beside = path.with_name(_STAGING + path.name)
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def _sync_and_hash(path: Path) -> dict[str, Any]:
-    """A file's entry in ``checksums.json``; the file is on the disk when this returns."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders.
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network disks cannot, and need not.
-            raise
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 # --- finding ----------------------------------------------------------------------------------------
@@ -245,11 +211,6 @@ def _has_optimizer(folder: Path) -> bool:
     return whole and (folder / "scheduler.pt").is_file()
 
 
-def measure(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _step(folder: Path) -> int:
     found = _NAME.fullmatch(folder.name)
     assert found is not None
@@ -294,7 +255,7 @@ def clear_leftovers(output_dir: str | Path) -> None:
         folder = left.with_name(staged.name)
         if (staged / CHECKSUMS).is_file() and not folder.exists() and find_damage(staged) is None:
             logger.info("%s was complete when the run before this was ended: kept as %s", left, folder)
-            publish(staged, folder)
+            _rename(staged, folder)
         else:
             logger.info("removing %s, which a run that was ended left incomplete", left)
         shutil.rmtree(left, ignore_errors=True)
@@ -306,7 +267,8 @@ def remove_leftovers(output_dir: str | Path) -> None:
     for name in ("checkpoint-*", "model", "trial"):
         for left in Path(output_dir).glob(_STAGING + name):
             shutil.rmtree(left, ignore_errors=True)
-    staging_of(Path(output_dir, TRAINER_STATE_NAME)).unlink(missing_ok=True)
+    for name in (TRAINER_STATE_NAME, RUN_IDENTITY):
+        Path(output_dir, f"{name}.part").unlink(missing_ok=True)
 
 
 def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> None:
@@ -316,7 +278,7 @@ def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> 
     oldest. The newest is complete and stays, so there is always one to go on from.
 
     Args:
-        newest: the checkpoint that has just been published.
+        newest: the checkpoint that was written last.
         limit: None or 0 for no limit.
         keep: more checkpoints that must stay, such as the best one; they count.
     """
@@ -334,86 +296,6 @@ def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> 
             logger.warning("--save_total_limit: %s cannot be removed: %s", path, error)
             continue
         shutil.rmtree(gone, ignore_errors=True)
-
-
-# Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps.
-
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_HINTS = {
-    errno.EIO: "the disk fails to write (I/O error): look at it, or give another folder",
-    errno.EROFS: "the disk is mounted read-only: mount it for writing, or give another folder",
-    errno.EACCES: "writing there is not allowed: check the permissions of the folder, or give another one",
-    errno.EPERM: "writing there is not allowed: check the permissions of the folder, or give another one",
-    errno.ENOENT: "something that was just written, or the folder itself, is gone: see that no other run and no "
-    "cleaning job uses this folder",
-    errno.ENOTDIR: "something on the way to it is a file, not a folder",
-    errno.EMFILE: "this process has too many files open: raise the limit (ulimit -n)",
-    errno.ENFILE: "the system has too many files open",
-    errno.ENAMETOOLONG: "its name is too long: give a shorter --output_dir",
-    errno.ETIMEDOUT: "the network disk did not answer: look at it, or give another folder",
-}
-if hasattr(errno, "ESTALE"):
-    _HINTS[errno.ESTALE] = "the network disk has lost the folder: mount it anew"
-_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
-
-
-class WriteFailure(contextlib.AbstractContextManager):
-    """Keeps the first error of writing, instead of letting it out: the other ranks wait at the next meeting.
-
-    Attributes:
-        message: of the error, None while there was none.
-    """
-
-    def __init__(self) -> None:
-        self.message: str | None = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None or not is_write_error(error):
-            return False
-        self.message = self.message or str(error).partition("\n")[0]
-        return True
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether a file could not be written: each library that writes a checkpoint says it in its own way."""
-    if isinstance(error, OSError | SafetensorError):
-        return True
-    text = str(error)
-    if isinstance(error, RuntimeError):  # torch.save
-        return "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
-    return type(error) is Exception and "(os error" in text  # tokenizers
-
-
-def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, about_to_go: int = 0) -> str:
-    """The one error that a save which failed ends the run with.
-
-    Args:
-        folder: what could not be written.
-        failures: of the ranks.
-        needed: bytes that it takes.
-        kept: what there still is to go on from.
-        about_to_go: bytes on that disk that the run gives back when it ends.
-    """
-    numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
-    free = free_bytes(folder) + about_to_go
-    said = f"{folder} could not be written: {'; '.join(failures)}"
-    # Who does not say what went wrong (torch.save) has in most cases found no room.
-    if numbers & _FULL or not numbers:
-        return (
-            f"{said}. About {needed:,} bytes are needed, {free:,} are free on that disk (a quota may allow less); "
-            f"{kept}. Make room, or save less with --save_total_limit, and go on with --resume_from_checkpoint auto"
-        )
-    hints = "; ".join(dict.fromkeys(_HINTS[number] for number in sorted(numbers) if number in _HINTS))
-    hints = hints[:1].upper() + hints[1:] if hints else "Mend that"
-    return f"{said}. {hints}; {kept}. Then go on with --resume_from_checkpoint auto"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder, which need not exist yet."""
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
-    return shutil.disk_usage(existing).free
 
 
 # What a resumed run unpickles: plain tensors, and DeepSpeed's files, which must be this user's own.

@@ -1,24 +1,29 @@
-"""A trainer that knows where in its data it is: every sample once an epoch on any number of ranks, and exact resume."""
+"""The training data of a run: every sample once an epoch on any number of ranks, and where the run stands in them.
+
+A run that is resumed goes on at the very sample that it would have come to, without looking at what it skips.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from llava.data.samplers import BY_LENGTH, BY_MODALITY, GROUPED, SEQUENTIAL, DataOrder, RankBatchSampler
+from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, RankBatchSampler
 from llava.train.evaluation import EvaluationLoader
-from llava.train.saving import DATA_STATE
 
 logger = logging.getLogger(__name__)
+
+DATA_STATE = "data_state.json"
+"""File of a checkpoint: the place in the data, and what their order was made from."""
 
 # What makes an order, in the words of an error: what it is, and the flag that changes it.
 _MADE_FROM = {
@@ -42,109 +47,113 @@ class DataPosition(NamedTuple):
     step: int
 
 
-class OrderedDataTrainer(Trainer):
-    """transformers' trainer, over data whose order and whose dealing to ranks are ``llava.data.samplers``'.
+class TrainingData(TrainerCallback):
+    """The order of the training data, this rank's batches of them, and the position in them.
 
-    The position counts steps that were trained, not batches that were fetched ahead. Whoever writes checkpoints
-    puts ``data_state`` in them and hands it to ``load_data_state``; the run then goes on without looking at
-    what it skips.
+    The position counts steps that were trained, not batches that were fetched ahead.
+
+    Args:
+        dataset: trained on.
+        args: of the run.
     """
 
-    args: Any
-    train_dataset: Any
-    _train_batches: RankBatchSampler | None = None
-    _position = DataPosition(0, 0)
-    _position_at: int = 0  # the global step at which the run stood there
-    _resumed_from: DataPosition | None = None
-    _starts_epoch = False  # of other data than the checkpoint's
+    def __init__(self, dataset: Any, args: TrainingArguments) -> None:
+        self.dataset, self.args = dataset, args
+        self.batches: RankBatchSampler | None = None
+        self._place, self._place_at = DataPosition(0, 0), 0  # a position, and the global step at it
+        self._in_epoch = False
+        self._resumed: DataPosition | None = None
+        self._restarts_epoch = False  # because the data are others than the checkpoint's
 
-    def get_train_dataloader(self) -> DataLoader:
+    def build_loader(self, collate: Callable[..., Any]) -> DataLoader:
         """This rank's batches; accelerate neither shards nor pads them."""
         args = self.args
-        self._train_batches = RankBatchSampler(
+        self.batches = RankBatchSampler(
             self._make_order(),
-            self._train_batch_size,
+            args.train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
             args.process_index,
         )
         start_worker = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-        return self._load_batches(
-            self.train_dataset,
-            self._train_batches,
+        return DataLoader(
+            self.dataset,
             worker_init_fn=start_worker,
             persistent_workers=args.dataloader_persistent_workers,
+            **loading_options(args, self.batches, collate),
         )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """This rank's batches of the evaluation data, every sample once over all ranks.
-
-        With ``compute_metrics`` they come in the order of the data, which is that of its predictions.
-        """
-        named: Any = self.eval_dataset
-        dataset: Any = named if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = named[dataset]
-        if dataset is None:
-            raise ValueError("there are no data to evaluate on; give --eval_data_path")
-        strategy = self.args.train_sampling_strategy
-        return self._evaluation_loader(
-            dataset, strategy if strategy in GROUPED and self.compute_metrics is None else SEQUENTIAL
-        )
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """This rank's batches of data to predict, in their order."""
-        return self._evaluation_loader(test_dataset, SEQUENTIAL)
-
-    def _evaluation_loader(self, dataset: Any, strategy: str) -> DataLoader:
-        args = self.args
-        order = DataOrder(
-            len(dataset), args.eval_batch_size * args.world_size, strategy, lengths=read_lengths(dataset, strategy)
-        )
-        batches = RankBatchSampler(order, args.eval_batch_size, 1, args.world_size, args.process_index)
-        return EvaluationLoader(dataset, **self._loading_options(batches))
-
-    def _load_batches(self, dataset: Any, batches: RankBatchSampler, **options: Any) -> DataLoader:
-        return DataLoader(dataset, **self._loading_options(batches), **options)
-
-    def _loading_options(self, batches: RankBatchSampler) -> dict[str, Any]:
-        args = self.args
-        return {
-            "batch_sampler": batches,
-            "collate_fn": self.data_collator,
-            "num_workers": args.dataloader_num_workers,
-            "pin_memory": args.dataloader_pin_memory,
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
-            "prefetch_factor": args.dataloader_prefetch_factor,
-        }
 
     def _make_order(self) -> DataOrder:
         args = self.args
         return DataOrder(
-            len(self.train_dataset),
-            self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            len(self.dataset),
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.train_sampling_strategy,
             args.seed if args.data_seed is None else args.data_seed,
-            read_lengths(self.train_dataset, args.train_sampling_strategy),
+            read_lengths(self.dataset, args.train_sampling_strategy),
             args.dataloader_drop_last,
         )
 
-    @property
-    def data_position(self) -> DataPosition:
+    def _order(self) -> DataOrder:
+        return self._make_order() if self.batches is None else self.batches.order
+
+    def describe_length(self) -> dict[str, Any]:
+        """How many steps the run has, the flags that say so, and what the order of its data is made from."""
+        args, order = self.args, self._order()
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.num_steps)
+        flags = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+        return {"steps": steps, **flags, "order": order.fingerprint(self._id_of)}
+
+    def _id_of(self, index: int) -> str:
+        # A program's own data set, whose samples have no ids, is told by its length.
+        records = getattr(self.dataset, "records", None)
+        return str(index if records is None else records[index].id)
+
+    # The position: while training, in a checkpoint, and taken up from one.
+
+    def begin(self, epoch: int, micro_batches: int, global_step: int) -> tuple[int, int]:
+        """Begin a training at the place where the checkpoint of ``load_state`` stood, else where transformers would.
+
+        Args:
+            epoch, micro_batches: where the number of steps trained leads to; right for data that never changed.
+            global_step: steps trained before.
+
+        Returns:
+            The epoch, and its micro-batches that are left out.
+        """
+        accumulation = self.args.gradient_accumulation_steps
+        if self._restarts_epoch:
+            micro_batches = 0
+        elif self._resumed is not None and not self.args.ignore_data_skip:
+            epoch, micro_batches = self._resumed.epoch, self._resumed.step * accumulation
+        self._resumed, self._restarts_epoch = None, False
+        self._place, self._place_at = DataPosition(epoch, micro_batches // accumulation), global_step
+        self._in_epoch = False
+        return epoch, micro_batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Lead the sampler to the epoch; in the first one, behind what a resumed run has trained of it."""
+        assert self.batches is not None
+        if self._in_epoch:
+            self._place, self._place_at = DataPosition(self._place.epoch + 1, 0), state.global_step
+        self._in_epoch = True
+        self.batches.seek(self._place.epoch, self._place.step * args.gradient_accumulation_steps)
+
+    def position(self, global_step: int) -> DataPosition:
         """The position behind the last step that was trained."""
-        epoch, step = self._position
-        step += self.state.global_step - self._position_at
-        if self._train_batches is not None and step >= self._train_batches.order.num_steps:
+        epoch, step = self._place.epoch, self._place.step + global_step - self._place_at
+        if self.batches is not None and step >= self.batches.order.num_steps:
             return DataPosition(epoch + 1, 0)
         return DataPosition(epoch, step)
 
-    def data_state(self) -> dict[str, Any]:
-        """What ``load_data_state`` needs to go on from here, as JSON can hold it."""
-        order = self._make_order() if self._train_batches is None else self._train_batches.order
-        return {**self.data_position._asdict(), "order": order.fingerprint(self._id_of)}
+    def state(self, global_step: int) -> dict[str, Any]:
+        """What ``load_state`` needs to go on from here, for ``data_state.json``."""
+        return {**self.position(global_step)._asdict(), "order": self._order().fingerprint(self._id_of)}
 
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        """Let the next ``train`` go on from another run's position.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Let the next training go on from another run's position.
 
         The number of ranks may have changed, as long as a step has as many samples as before.
 
@@ -152,12 +161,11 @@ class OrderedDataTrainer(Trainer):
             ValueError: the order of this run's data is another one, so that the position means nothing. With
                 ``--ignore_data_skip``, which starts the epoch anew, a warning.
         """
-        order = self._make_order() if self._train_batches is None else self._train_batches.order
-        changes = describe_changes(state["order"], order.fingerprint(self._id_of))
+        changes = describe_changes(state["order"], self._order().fingerprint(self._id_of))
         if not changes:
-            self._resumed_from = DataPosition(state["epoch"], state["step"])
+            self._resumed = DataPosition(state["epoch"], state["step"])
         elif self.args.ignore_data_skip or getattr(self.args, "resume_changed", False):
-            self._starts_epoch = True
+            self._restarts_epoch = True
             logger.warning("the checkpoint was trained on other data: %s", "; ".join(changes))
         else:
             raise ValueError(
@@ -166,51 +174,28 @@ class OrderedDataTrainer(Trainer):
                 "the data as they are now"
             )
 
-    def run_length(self) -> dict[str, Any]:
-        """How many steps the run has, the flags that say so, and what the order of its data is made from."""
-        args = self.args
-        order = self._make_order() if self._train_batches is None else self._train_batches.order
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.num_steps)
-        flags = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
-        return {"steps": steps, **flags, "order": order.fingerprint(self._id_of)}
 
-    def _id_of(self, index: int) -> str:
-        # A program's own data set, whose samples have no ids, is told by its length.
-        records = getattr(self.train_dataset, "records", None)
-        return str(index if records is None else records[index].id)
+def build_evaluation_loader(
+    dataset: Any, args: TrainingArguments, collate: Callable[..., Any], strategy: str = SEQUENTIAL
+) -> DataLoader:
+    """This rank's batches of data to evaluate on, every sample once over all ranks."""
+    order = DataOrder(
+        len(dataset), args.eval_batch_size * args.world_size, strategy, lengths=read_lengths(dataset, strategy)
+    )
+    batches = RankBatchSampler(order, args.eval_batch_size, 1, args.world_size, args.process_index)
+    return EvaluationLoader(dataset, **loading_options(args, batches, collate))
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """The epoch and the micro-batch to start from."""
-        epoch, micro_batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is not None and not Path(resume_from_checkpoint, DATA_STATE).is_file():
-            logger.warning(
-                "%s has no %s: nothing tells whether the data are still its own", resume_from_checkpoint, DATA_STATE
-            )
-        resumed, self._resumed_from = self._resumed_from, None
-        if self._starts_epoch:
-            micro_batches, self._starts_epoch = 0, False
-        if resumed is None or self.args.ignore_data_skip:
-            return epoch, micro_batches
-        return resumed.epoch, resumed.step * self.args.gradient_accumulation_steps
 
-    def _run_epoch(self, *args: Any, **epoch: Any) -> None:
-        """Train one epoch, or what is left of it."""
-        assert self._train_batches is not None
-        resumes = epoch["resume_from_checkpoint"] is not None and epoch["epoch"] == epoch["epochs_trained"]
-        skipped = epoch["steps_trained_in_current_epoch"] if resumes else 0
-        self._train_batches.seek(epoch["epoch"], skipped)
-        self._position = DataPosition(epoch["epoch"], skipped // self.args.gradient_accumulation_steps)
-        self._position_at = self.state.global_step
-        super()._run_epoch(*args, **epoch)
+def loading_options(args: TrainingArguments, batches: RankBatchSampler, collate: Callable[..., Any]) -> dict[str, Any]:
+    """What every ``DataLoader`` of a run is given."""
+    return {
+        "batch_sampler": batches,
+        "collate_fn": collate,
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
 
 
 def read_lengths(dataset: Any, strategy: str) -> NDArray[np.int32] | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import deepspeed as integration
 
 from llava.model.coordinates import COORDINATES
@@ -47,22 +47,32 @@ def broadcast_from_rank0(decide: Callable[[], Choice]) -> Choice:
     return decision[0]
 
 
+def gather_from_ranks(value: Choice) -> list[Choice]:
+    """Each rank's value, rank by rank, on all of them; each must come here. It is pickled on the way."""
+    if not is_distributed():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_failures(failure: str | None) -> list[str]:
     """The failures of all ranks, on all of them; each must come here, with None where nothing failed."""
     if not is_distributed():
         return [failure] if failure is not None else []
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
+    return [f"rank {rank}: {said}" for rank, said in enumerate(gather_from_ranks(failure)) if said is not None]
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The largest of each value over the ranks, which must all come here; in place."""
+    if is_distributed():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
 
 
 def is_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank; each must ask, with the device that its process group talks from."""
-    if not is_distributed():
-        return flag
-    votes = torch.tensor(int(flag), device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
+    return bool(max_over_ranks(torch.tensor(int(flag), device=device))) if is_distributed() else flag
 
 
 def leave_process_group() -> None:

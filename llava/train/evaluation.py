@@ -20,6 +20,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
+from llava.model.grad_sync import is_distributed
 from llava.types import BadSample
 
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -54,7 +55,7 @@ class CutCounter:
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.samples = self.tokens = 0
+        self.counts: dict[str, int] = {}  # what the log says of them; nothing where nothing was cut
         documents = dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
         self._may_cut = isinstance(documents, SupervisedDataset) and _may_cut(documents)
 
@@ -65,12 +66,11 @@ class CutCounter:
         cut = [number for batch in batches for number in batch.get("num_cut", ()) if number]
         counts = torch.tensor([len(cut), sum(cut)], device=PartialState().device)
         samples, tokens = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
-        self.samples += samples
-        self.tokens += tokens
-
-    def counts(self) -> dict[str, int]:
-        """What the log says of them; nothing where nothing was cut."""
-        return {"cut_samples": self.samples, "cut_tokens": self.tokens} if self.samples else {}
+        if samples or self.counts:
+            self.counts = {
+                "cut_samples": self.counts.get("cut_samples", 0) + samples,
+                "cut_tokens": self.counts.get("cut_tokens", 0) + tokens,
+            }
 
 
 def _may_cut(dataset: SupervisedDataset) -> bool:
@@ -113,7 +113,7 @@ class EvaluationMeter:
     def mean_loss(self) -> float:
         """The mean over the tokens of all ranks, which call this together; nan where there are none."""
         loss, num_tokens = self.loss, self.num_tokens
-        if PartialState().num_processes > 1:
+        if is_distributed():
             sums = torch.tensor([loss, num_tokens], dtype=torch.float64, device=PartialState().device)
             loss, num_tokens = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return loss / num_tokens if num_tokens else math.nan
@@ -129,8 +129,7 @@ class EvaluationMeter:
 
     def _gather(self, rows: Tensor) -> Tensor:
         rows = rows[: self.num_rows]
-        num_ranks = PartialState().num_processes
-        if num_ranks == 1:
+        if not is_distributed():
             return rows
         counts: Any = gather(torch.tensor([len(rows)], device=rows.device))
         longest = int(counts.max())

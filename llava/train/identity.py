@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -18,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.files import DataEntry, find_entries
+from llava.io import hash_file, write_json
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.checkpoint import RUN_IDENTITY, hash_file, write_durably
+from llava.train.checkpoint import RUN_IDENTITY
+from llava.train.data_order import DATA_STATE, TrainingData
+from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank
 from llava.train.parts import part_of
+
+logger = logging.getLogger(__name__)
 
 _FREE_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "push_", "ddp_", "fsdp", "torch_compile", "deepspeed", "include_",
@@ -107,7 +113,7 @@ class RunIdentity:
 
     def write(self, folder: Path) -> None:
         """Write ``run_identity.json``."""
-        write_durably(folder / RUN_IDENTITY, json.dumps(vars(self), indent=1, sort_keys=True) + "\n")
+        write_json(folder / RUN_IDENTITY, vars(self), sort_keys=True)
 
     @staticmethod
     def read(folder: Path) -> RunIdentity | None:
@@ -159,6 +165,51 @@ class RunIdentity:
                 wrong.append(phrase)
                 names.add("steps")
         return Differences(wrong, allowed, frozenset(names), old["steps"] != new["steps"])
+
+
+def check_resumed(
+    identity: RunIdentity | None, checkpoint: Path, args: TrainingArguments, data: TrainingData, uses_deepspeed: bool
+) -> Differences:
+    """See that a checkpoint is this run's, and stand in the data where it stood.
+
+    What differs is an error, or with ``--resume_changed`` a warning.
+
+    Args:
+        identity: of this run; None where nobody says.
+        checkpoint: to go on from.
+        args: of this run.
+        data: are told their place.
+        uses_deepspeed: whether this run does.
+
+    Raises:
+        AgreedError: it is another run's, or another engine's.
+    """
+    if any(checkpoint.glob("global_step*")) != uses_deepspeed:
+        it = "was written with DeepSpeed" if not uses_deepspeed else "was written without DeepSpeed"
+        raise AgreedError(
+            f"--resume_from_checkpoint {checkpoint} {it}, whose optimizer this run cannot read; give --deepspeed "
+            "as it was then"
+        )
+    found = Differences([], [], frozenset())
+    if identity is not None:
+        found = broadcast_from_rank0(lambda: compare_runs(identity, checkpoint, args.ignore_data_skip))
+    wrong = [] if args.resume_changed else found.wrong
+    if found.wrong and not wrong and is_first_rank():
+        logger.warning("going on from %s as another run (--resume_changed): %s", checkpoint, "; ".join(found.wrong))
+    try:
+        if (path := checkpoint / DATA_STATE).is_file():
+            data.load_state(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            logger.warning("%s has no %s: nothing tells whether the data are still its own", checkpoint, DATA_STATE)
+    except ValueError as error:
+        if not wrong:
+            raise
+        wrong = [*wrong, str(error)]
+    if wrong:
+        raise AgreedError(explain_other_run(checkpoint, wrong))
+    if found.allowed and is_first_rank():
+        logger.info("going on from %s with changes: %s", checkpoint, "; ".join(found.allowed))
+    return found
 
 
 def compare_runs(mine: RunIdentity, checkpoint: Path, data_may_change: bool = False) -> Differences:

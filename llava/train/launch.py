@@ -16,7 +16,7 @@ from types import FrameType
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from llava.train.stop_signals import PREEMPTED
+from llava.train.preemption import PREEMPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,18 +6,18 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Trainer
 
 from llava.io import apply_umask
-from llava.train.distributed import AgreedError
+from llava.train.distributed import AgreedError, gather_from_ranks, max_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class BadNumbersError(ValueError):
     """The loss or the gradient of a step is NaN or infinite; the message names step and samples."""
 
 
+@dataclass
 class NanCheck:
     """Looks at every loss of a step, and at the norm of its gradient before the optimizer uses it.
 
@@ -39,42 +40,34 @@ class NanCheck:
     fp16 with a loss scale overflows on purpose while it looks for its scale. There a gradient that is not
     finite is counted (its step is skipped anyway), and only ``MOST_OVERFLOWS`` in a row stop the run.
 
-    Args:
+    Attributes:
         output_dir: where the folder of a bad step goes.
         rank: of this process.
         device: of this rank.
         settings: what a replay must know.
         scales_loss: whether this is such a run in fp16.
         save_model: writes the model's weights to a folder; all ranks call it.
+        overflows: steps of fp16 that were skipped.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        rank: int,
-        device: torch.device,
-        settings: RunSettings,
-        scales_loss: bool,
-        save_model: Callable[[str], Any],
-    ) -> None:
-        self.output_dir, self.rank, self.device, self.settings = Path(output_dir), rank, device, settings
-        self.scales_loss, self.save_model = scales_loss, save_model
-        self.overflows = 0
-        self._overflows_in_a_row = 0
-        self._batches: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []
-        self._num_items: Any = None
-        self._random_states: dict[str, Tensor] = {}
+    output_dir: str
+    rank: int
+    device: torch.device
+    settings: RunSettings
+    scales_loss: bool
+    save_model: Callable[[str], object]
+    overflows: int = 0
+    _overflows_in_a_row: int = 0
+    _batches: list[dict[str, Any]] = field(default_factory=list)
+    _losses: list[Tensor] = field(default_factory=list)
+    _num_items: Tensor | float | None = None
+    _random_states: dict[str, Tensor] = field(default_factory=dict)
 
-    def begin_step(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:
-        """Remember what a step is made of; the batches are kept alive by the trainer until its end."""
-        self._batches = [dict(batch) for batch in micro_batches]
-        self._losses, self._num_items = [], num_items
-
-    def begin_micro_batch(self) -> None:
-        """Before each forward pass."""
-        if not self._losses:
-            self._random_states = random_states(self.device)
+    def begin(self, micro_batch: Mapping[str, Any], num_items: Tensor | float | None) -> None:
+        """Before each forward pass; the batches of a step are kept alive by the trainer until its end."""
+        if len(self._losses) == len(self._batches) == 0:
+            self._random_states, self._num_items = random_states(self.device), num_items
+        self._batches.append(dict(micro_batch))
 
     def add_loss(self, loss: Tensor) -> None:
         """After each backward pass; waits for nothing."""
@@ -90,23 +83,16 @@ class NanCheck:
         Raises:
             BadNumbersError: on every rank, if a loss of any rank or the gradient is not finite.
         """
-        bad_loss, bad_gradient = self._look(grad_norm)
+        losses = torch.stack(self._losses).float()  # (micro-batches,)
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=losses.device)
+        # DeepSpeed says -1 where a norm is not finite.
+        bad = torch.stack([~losses.isfinite().all(), ~(norm.isfinite() & (norm >= 0))]).float()
+        bad_loss, bad_gradient = (value > 0 for value in max_over_ranks(bad).tolist())
         if self.scales_loss:
             bad_gradient = self._count_overflow(bad_gradient, step)
         if bad_loss or bad_gradient:
             self._stop(grad_norm, step)
         self._batches, self._losses, self._random_states = [], [], {}
-
-    def _look(self, grad_norm: Tensor | float | None) -> tuple[bool, bool]:
-        """Whether any rank has a loss, and whether the gradient has a norm, that is no finite number."""
-        losses = torch.stack(self._losses).float()
-        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=losses.device)
-        # DeepSpeed says -1 where a norm is not finite.
-        bad = torch.stack([~losses.isfinite().all(), ~(norm.isfinite() & (norm >= 0))]).float()
-        if self.settings.world_size > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        bad_loss, bad_gradient = bad.tolist()
-        return bad_loss > 0, bad_gradient > 0
 
     def _count_overflow(self, overflow: bool, step: int) -> bool:
         """Count a step that the loss scale lets overflow; True once there were too many in a row."""
@@ -122,12 +108,8 @@ class NanCheck:
         num_items = None if self._num_items is None else float(self._num_items)
         losses = [float(loss) for loss in self._losses]
         batch = RankBatch(step, self.rank, self._batches, losses, norm, num_items, self._random_states)
-        folder = self.output_dir / f"bad_step-{step}"
-        remedy = self._leave(folder, batch)
-        ranks: list[Any] = [(losses, batch.sample_ids)]
-        if self.settings.world_size > 1:
-            ranks *= self.settings.world_size
-            dist.all_gather_object(ranks, (losses, batch.sample_ids))
+        remedy = self._leave(Path(self.output_dir, f"bad_step-{step}"), batch)
+        ranks = gather_from_ranks((losses, batch.sample_ids))
         shown = range(len(ranks)) if self.rank == 0 else [self.rank]
         samples = "; ".join(describe_samples(ranks[r][1], r) for r in shown)
         raise BadNumbersError(
@@ -141,8 +123,7 @@ class NanCheck:
         # A full disk must not keep a rank from the others, which wait for it to save a sharded model.
         trouble: Exception | None = None
         try:
-            micro_batches = [_without_bad_samples(micro_batch) for micro_batch in batch.micro_batches]
-            write_batch(folder, RankBatch(**{**vars(batch), "micro_batches": micro_batches}))
+            write_batch(folder, batch)
             if batch.rank == 0:
                 write_run(folder, self.settings)
         except (OSError, SafetensorError) as error:
@@ -156,9 +137,10 @@ class NanCheck:
         return f"The batch is in {folder}; replay it with: python -m llava.train.replay {folder}"
 
 
-def build_nan_check(trainer: Any) -> NanCheck:
-    """The guard of a trainer's run, once its model is on its device."""
-    args = trainer.args
+def build_nan_check(trainer: Trainer) -> NanCheck:
+    """The check of a trainer's run, once its model is on its device."""
+    args: Any = trainer.args
+    assert trainer.model is not None
     settings = RunSettings(
         world_size=args.world_size,
         loss_factor=args.world_size if args.average_tokens_across_devices else 1,
@@ -173,10 +155,6 @@ def build_nan_check(trainer: Any) -> NanCheck:
         label_smoothing=args.label_smoothing_factor,
     )
     return NanCheck(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
-
-
-def _without_bad_samples(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in micro_batch.items() if name != "bad_samples"}
 
 
 def describe_numbers(losses: Sequence[Sequence[float]], grad_norm: float | None) -> str:
@@ -343,9 +321,9 @@ def _take_apart(micro_batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     for name, value in micro_batch.items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif _is_list_of_tensors(value):
+        elif isinstance(value, Sequence) and value and all(isinstance(item, Tensor) for item in value):
             tensors |= {f"{name}.{k}": tensor for k, tensor in enumerate(value)}
-        else:
+        elif name != "bad_samples":  # They are no part of the step.
             plain[name] = value
     return tensors, plain
 
@@ -360,10 +338,6 @@ def _put_together(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
         else:
             micro_batch[name] = tensor
     return micro_batch | {name: [members[k] for k in sorted(members)] for name, members in lists.items()}
-
-
-def _is_list_of_tensors(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(item, Tensor) for item in value)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -1,25 +1,32 @@
-"""Being asked to stop: a signal ends the run after the step it is in, with a checkpoint to go on from."""
+"""A run that is asked to stop by a signal, from its program's first line to its last.
+
+SIGTERM or SIGUSR1 ends a run after the step that it is in, with a checkpoint to go on from and exit status 85. Before
+the first step nothing is lost by leaving at once, and after the last one there is nothing to go on with. Only the
+standard library is imported here, so that a program can listen before it imports torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import threading
-import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from llava.train import stop_signals
-from llava.train.distributed import is_any_rank
-from llava.train.saving import CheckpointTrainer
-from llava.train.stop_signals import PREEMPTED as PREEMPTED
-from llava.train.stop_signals import SIGNALS
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
+
+PREEMPTED = 85
+"""Exit status of a run that was asked to stop and can be resumed (ERESTART's number on Linux)."""
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""SIGTERM and, where the system has it, SIGUSR1."""
 
 
 class Preempted(Exception):  # noqa: N818 - it is no error
@@ -30,6 +37,63 @@ class EvaluationStopped(Exception):  # noqa: N818
     """An evaluation was given up, because the run was asked to stop."""
 
 
+class _Program:
+    """What a program that listens knows of signals outside of training."""
+
+    listening = False
+    received: int | None = None
+    leave: Callable[[], None] | None = None
+
+
+def listen() -> None:
+    """For a program, as the first thing: note a signal instead of dying of it."""
+    if threading.current_thread() is threading.main_thread():
+        _Program.listening = True
+        for number in SIGNALS:
+            signal.signal(number, _note)
+
+
+def may_leave(clean_up: Callable[[], None]) -> None:
+    """From here to the first step a signal ends the program at once, with the status of a run that can be resumed.
+
+    One that came before counts. Without ``listen`` nothing changes.
+
+    Args:
+        clean_up: is called before.
+    """
+    if _Program.listening:
+        _Program.leave = clean_up
+        if _Program.received is not None:
+            _leave(_Program.received)
+
+
+def forget() -> None:
+    """For a program, as the last thing: a signal changes nothing any more, to the end of the process."""
+    if _Program.listening and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _Program.received = number
+    if _Program.leave is not None:
+        _leave(number)
+
+
+def _leave(number: int) -> None:
+    assert _Program.leave is not None
+    name = signal.Signals(number).name
+    said = f"{name} received before the first step: nothing is lost; start again the same way\n"
+    try:
+        with contextlib.suppress(OSError):
+            _Program.leave()
+        # Not through sys.stderr, in the midst of which the signal may have come.
+        with contextlib.suppress(OSError):
+            os.write(2, said.encode())
+    finally:
+        os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.
+
+
 class StopRequest(AbstractContextManager):
     """Listens, while it is entered, for the signals that ask a run to stop.
 
@@ -37,117 +101,45 @@ class StopRequest(AbstractContextManager):
     changes nothing.
 
     Attributes:
-        agreed: all ranks know that one of them was asked.
+        agreed: whether all ranks know that one of them was asked.
+        evaluation_due: whether an evaluation was left out or given up for it; the checkpoint says so, and a resumed
+            run makes up for it.
     """
 
     def __init__(self) -> None:
-        self.agreed = False
+        self.agreed = self.evaluation_due = False
         self._received: int | None = None
         self._listening = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         self._listening = True
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other.
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            self._received = stop_signals.must_stay()
+            _Program.leave = None
+            self._received = _Program.received
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listening = False
-        if not self.agreed:  # A process that is about to end for a signal is in no need of another.
-            stop_signals.restore(self._before)
+        if self.agreed:  # A process that is about to end for a signal is in no need of another.
+            return
+        for number, handler in self._before.items():
+            # The handler of a program that listens has nothing left to do.
+            signal.signal(number, signal.SIG_IGN if handler is _note else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
     def agree(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; every rank must call it at the same place."""
+        from llava.train.distributed import is_any_rank
+
         if self._listening and not self.agreed and is_any_rank(self._received is not None, device):
             self.agreed = True
             if self._received is not None:
                 name = signal.Signals(self._received).name
                 logger.warning("%s received: saving a checkpoint, then stopping", name)
         return self.agreed
-
-
-class PreemptionCallback(TrainerCallback):
-    """Asks the ranks, after every step and within evaluations, whether to stop.
-
-    Attributes:
-        first_step: where this training began; above zero for a resumed one.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-        self.first_step = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.first_step = state.global_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # After its last step a run ends anyway, in less time than it takes to start again.
-        if state.global_step < state.max_steps and self.request.agree(args.device):
-            control.should_save = control.should_training_stop = True
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step < state.max_steps and self.request.agree(args.device):
-            raise EvaluationStopped
-
-
-class PreemptibleTrainer(CheckpointTrainer):
-    """A trainer that a signal ends after its step, and that makes up for an evaluation lost that way."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stop_request = StopRequest()
-        self.preemption = PreemptionCallback(self.stop_request)
-        self.add_callback(self.preemption)
-
-    @property
-    def preempted(self) -> bool:
-        return self.stop_request.agreed
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # Evaluating draws random numbers (a data loader's seed); training must not feel whether and when it was done.
-        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices=devices):
-                return {} if self.preempted else super()._evaluate(*args, **kwargs)
-        except EvaluationStopped:
-            self.control.should_save = self.control.should_training_stop = True
-            return {}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # transformers saves the best only, with --save_strategy best: but this save is to go on from.
-        return self.preempted or super()._determine_best_metric(metrics, trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        model_only = self.args.save_only_model
-        self.args.save_only_model = model_only and not self.preempted
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_only_model = model_only
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self._make_up_for_evaluation(kwargs["model"], kwargs["trial"], kwargs["ignore_keys_for_eval"])
-        super()._run_epoch(*args, **kwargs)
-
-    def _make_up_for_evaluation(self, model: Any, trial: Any, ignore_keys: list[str] | None) -> None:
-        """Evaluate first, where the checkpoint was saved in place of the evaluation that its step was due."""
-        callbacks: Any = self.state.stateful_callbacks or {}
-        saved = callbacks.get("TrainerControl", {})
-        if self.state.global_step != self.preemption.first_step or not saved.get("args", {}).get("should_evaluate"):
-            return
-        saved["args"]["should_evaluate"] = False
-        self.control.should_evaluate = True
-        self._maybe_log_save_evaluate(
-            self._tr_loss, None, model, trial, self.state.epoch or 0, ignore_keys, time.time()
-        )

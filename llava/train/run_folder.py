@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llava.train import stop_signals
+from llava.train import preemption
 from llava.train.arguments import TrainingArguments, scheduler_job
 from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_resume_asked, list_checkpoints, remove_leftovers
@@ -67,7 +67,7 @@ def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | No
         give_folder_back(training_args)
         raise
     if sources is not None and not (folder / RUN_IDENTITY).is_file():
-        stop_signals.may_leave(lambda: give_folder_back(training_args))
+        preemption.may_leave(lambda: give_folder_back(training_args))
 
 
 def give_folder_back(training_args: TrainingArguments) -> None:

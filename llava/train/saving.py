@@ -1,389 +1,199 @@
-"""The trainer's side of checkpoints: nothing half-written has a name, and what stops a save is said once."""
+"""The checkpoints of a run and its final model: nothing half-written has a name, and what stops a save is said once."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerState
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
+from llava.compat import (
+    evaluate_as_due,
+    get_loss_since_log,
+    load_random_states,
+    names_left_out,
+    push_checkpoint,
+    save_training_state,
+    set_loss_since_log,
+)
+from llava.io import write_beside
 from llava.model.lora import has_adapters
-from llava.model.pretrained import quiet_transformers
 from llava.model.quantization import count_weights
 from llava.train.checkpoint import (
     RUN_IDENTITY,
-    WriteFailure,
-    explain_failures,
+    finalize,
     find_best,
-    free_bytes,
-    is_write_error,
     list_checkpoints,
-    measure,
-    publish,
     replace_files,
     rotate,
-    seal,
     staging_of,
     store_best,
 )
+from llava.train.data_order import DATA_STATE, TrainingData
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures, is_first_rank
-from llava.train.identity import OPTIMIZER_SETTINGS, RunIdentity, compare_runs, explain_other_run
+from llava.train.identity import OPTIMIZER_SETTINGS, Differences, RunIdentity
 from llava.train.parts import put_in_force
+from llava.train.preemption import StopRequest
 from llava.train.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
 
-DATA_STATE = "data_state.json"
 LOSS_SINCE_LOG = "loss_since_log_{rank}.json"
-"""Each rank's sum of losses that no line of the log has yet, and the step of the last line."""
+"""File of a checkpoint: a rank's sum of losses that no line of the log has yet, and the step of the last line."""
 
 
-class CheckpointTrainer(Trainer):
-    """A trainer whose checkpoints are complete, checked and enough to go on from as if nothing had happened.
+class CheckpointWriter:
+    """Writes the checkpoints of a trainer, its final model and its state, and tries before the first step that it can.
 
-    transformers writes them; here they get a folder beside, checksums and then their name.
+    A checkpoint is written beside its place by all ranks. When they have met, the first one gives it checksums and
+    then its name.
+
+    Args:
+        trainer: whose model, optimizer and state are written.
+        data: trained on; a checkpoint has the place in them.
+        stop_request: a checkpoint that it asks for has everything to go on from.
+
+    Attributes:
+        identity: what this run is; None where nobody says.
     """
 
-    args: Any
-    identity: RunIdentity | None = None
-    """What this run is, for its checkpoints; None where nobody says."""
-    _changed: frozenset[str] = frozenset()  # settings that --resume_changed lets through
-    _rescheduled = False  # the run that is gone on with was to have another number of steps
-    _staging: Path | None = None
-    _failure: WriteFailure | None = None
+    def __init__(self, trainer: Trainer, data: TrainingData, stop_request: StopRequest) -> None:
+        self.trainer: Any = trainer  # transformers' types know of no model's config
+        self.data, self.stop_request = data, stop_request
+        self.identity: RunIdentity | None = None
 
-    def data_state(self) -> dict[str, Any] | None:
-        """Where in the data the run stands, for ``data_state.json``; None if the step says it all."""
-        return None
-
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        """Go on in the data from what ``data_state`` returned."""
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
-            self._check_resumed(Path(resume_from_checkpoint))
-        self.try_saving()
-        if self.args.should_save:
-            Path(self.args.output_dir, RUN_IDENTITY).unlink(missing_ok=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _check_resumed(self, checkpoint: Path) -> None:
-        """See that a checkpoint is this run's; what differs is an error, or with ``--resume_changed`` a warning."""
-        wrong: list[str] = []
-        allowed: list[str] = []
-        args, self._changed, self._rescheduled = self.args, frozenset(), False
-        if any(checkpoint.glob("global_step*")) != self.is_deepspeed_enabled:
-            it = "was written with DeepSpeed" if not self.is_deepspeed_enabled else "was written without DeepSpeed"
-            raise AgreedError(
-                f"--resume_from_checkpoint {checkpoint} {it}, whose optimizer this run cannot read; give --deepspeed "
-                "as it was then"
-            )
-        if self.identity is not None:
-            mine = replace(self.identity, length=self.run_length())
-            found = broadcast_from_rank0(lambda: compare_runs(mine, checkpoint, args.ignore_data_skip))
-            wrong, self._changed, self._rescheduled = found.wrong, found.names, found.rescheduled
-            allowed = found.allowed
-        if wrong and args.resume_changed and is_first_rank():
-            logger.warning("going on from %s as another run (--resume_changed): %s", checkpoint, "; ".join(wrong))
-        wrong = [] if args.resume_changed else wrong
-        try:
-            if (path := checkpoint / DATA_STATE).is_file():
-                self.load_data_state(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            if not wrong:
-                raise
-            wrong.append(str(error))
-        if wrong:
-            raise AgreedError(explain_other_run(checkpoint, wrong))
-        if allowed and is_first_rank():
-            logger.info("going on from %s with changes: %s", checkpoint, "; ".join(allowed))
-
-    def run_length(self) -> dict[str, Any]:
-        """How many steps the run has, and the flags that say so."""
-        raise NotImplementedError
-
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """As in transformers; the best checkpoint is looked for where it lies now, and steps are as flags say now."""
-        quiet = contextlib.nullcontext() if resume_from_checkpoint is None else quiet_transformers()
-        with quiet:  # It looks where the best one was, and warns of changes that are none of its business.
-            place = super()._init_training_state(
-                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-            )
-        if self.identity is not None:
-            self.identity = replace(self.identity, length=self.run_length())
-        if resume_from_checkpoint is None:
-            return place
-        # transformers goes on logging, saving and evaluating as often as the checkpoint's run did.
-        self.state.compute_steps(self.args, max_steps)
-        self._find_best(resume_from_checkpoint)
-        if self.state.global_step >= max_steps:
-            self._say_finished()
-        return place
-
-    def _say_finished(self) -> None:
-        if is_first_rank():
-            print(
-                f"the run in {self.args.output_dir} is finished: all of its {self.state.max_steps} steps were trained "
-                "before, and nothing is left to train",
-                flush=True,
-            )
-
-    def take_final_model(self, folder: Path) -> None:
-        """Be as after the last step of a run whose final model lies in a folder."""
-        if not self.is_deepspeed_enabled:
-            self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._say_finished()
-
-    def _find_best(self, checkpoint: str) -> None:
-        path = Path(checkpoint, TRAINER_STATE_NAME)
-        stored = json.loads(path.read_text(encoding="utf-8")).get("best_model_checkpoint")
-        self.state.best_model_checkpoint = find_best(stored, checkpoint)
-        if stored is not None and self.state.best_model_checkpoint is None:
-            logger.warning(
-                "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", stored
-            )
-            self.state.best_metric = self.state.best_global_step = None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in transformers; where flags have changed, what they say is put in force."""
-        changed = bool(self._changed) or self._rescheduled
-        if checkpoint is None or not changed:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if self.is_deepspeed_enabled and self._changed:
-            raise AgreedError(
-                "--resume_changed cannot be had with --deepspeed, which keeps the optimizer settings of its "
-                "checkpoint; start a new run from the weights: --model_name_or_path " + checkpoint
-            )
-        optimizer, scheduler = self.optimizer, self.lr_scheduler
-        assert optimizer is not None
-        assert scheduler is not None
-        wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        if self._changed & OPTIMIZER_SETTINGS:
-            logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
-            schedule = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
-            scheduler.load_state_dict(schedule)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        put_in_force(optimizer, scheduler, wanted)
-        if is_first_rank():
-            rates = dict.fromkeys(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
-            logger.info("learning rates that the run goes on with: %s", ", ".join(rates))
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A finished run that is resumed has nothing left; transformers would take one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    # --- checkpoints ---
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(super()._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+    def write_checkpoint(self) -> None:
+        """Write ``checkpoint-N`` of the last step, and remove those that ``--save_total_limit`` has no room for."""
+        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        trainer.store_flos()
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         staging = staging_of(folder)
         staged = staging / folder.name
+        with self._writing(folder) as failure:
+            with failure:
+                trainer.save_model(str(staged), _internal_call=True)
+            # The evaluation of an earlier step may have been the best without leaving a checkpoint.
+            if state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(folder)
+            # What a run that was asked to stop leaves is to go on from, also with --save_only_model.
+            if self.stop_request.agreed or not args.save_only_model:
+                save_training_state(trainer, str(staged), failure)
+                with failure:
+                    self._write_loss_since_log(staged)
+            if args.should_save:
+                self._write_state(staged)
         with self._writing(folder):
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._finish_files(staged, folder)
-        with self._writing(folder):
-            if self.args.should_save:
-                seal(staged)
-                publish(staged, folder)
+            if args.should_save:
+                finalize(staged, folder)
                 staging.rmdir()
-        if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
+        if args.push_to_hub:
+            push_checkpoint(trainer, str(folder))
 
-    def _finish_files(self, staged: Path, folder: Path) -> None:
-        """Write the place in the data, and the name that the best checkpoint is about to get."""
-        data_state = self.data_state()
-        if self.args.should_save and data_state is not None:
-            (staged / DATA_STATE).write_text(json.dumps(data_state), encoding="utf-8")
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(folder)
-        if self.args.should_save:
-            self._write_state(staged / TRAINER_STATE_NAME)
-            if self.identity is not None:
-                self.identity.write(staged)
+    def _write_loss_since_log(self, staged: Path) -> None:
+        loss, step = get_loss_since_log(self.trainer)
+        path = staged / LOSS_SINCE_LOG.format(rank=self.trainer.args.process_index)
+        path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")
 
-    def _write_state(self, path: Path) -> None:
+    def _write_state(self, staged: Path) -> None:
+        """The first rank's small files: counters and log, the place in the data, and what the run is."""
+        trainer, state = self.trainer, self.trainer.state
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                name, exported = type(callback).__name__, callback.state()
+                if isinstance(several := state.stateful_callbacks.get(name), list):
+                    several.append(exported)
+                else:
+                    state.stateful_callbacks[name] = exported
+        state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"] |= self.stop_request.evaluation_due
+        self._write_trainer_state(staged / TRAINER_STATE_NAME)
+        data_state = self.data.state(state.global_step)
+        (staged / DATA_STATE).write_text(json.dumps(data_state), encoding="utf-8")
+        if self.identity is not None:
+            self.identity.write(staged)
+
+    def _write_trainer_state(self, path: Path) -> None:
         """Write the trainer's state, in which the best checkpoint is named within the run's folder."""
-        best = self.state.best_model_checkpoint
-        self.state.best_model_checkpoint = store_best(best, self.args.output_dir)
+        state = self.trainer.state
+        best = state.best_model_checkpoint
+        state.best_model_checkpoint = store_best(best, self.trainer.args.output_dir)
         try:
-            self.state.save_to_json(str(path))
+            state.save_to_json(str(path))
         finally:
-            self.state.best_model_checkpoint = best
+            state.best_model_checkpoint = best
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers would remove the newest checkpoint beside the best one at last, and with it the end of the run.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
+    def write_state(self) -> None:
+        """Write ``trainer_state.json`` in the output folder, whole or not at all."""
+        args = self.trainer.args
+        with self._writing(Path(args.output_dir)):
+            if args.should_save:
+                with write_beside(Path(args.output_dir, TRAINER_STATE_NAME)) as beside:
+                    self._write_trainer_state(beside)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: the folder is about to be renamed."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._keeping_failure():
-            super()._save_rng_state(output_dir)
-            state = {"sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-            path = Path(output_dir, LOSS_SINCE_LOG.format(rank=self.args.process_index))
-            path.write_text(json.dumps(state), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, LOSS_SINCE_LOG.format(rank=self.args.process_index))
-        if path.is_file():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            self._tr_loss.fill_(state["sum"])
-            self._globalstep_last_logged = state["last_logged_step"]
-            # The next line of the log is the mean of these and new steps; train_loss is that of new ones alone.
-            others = Path(checkpoint).glob(LOSS_SINCE_LOG.format(rank="*"))
-            sums = [json.loads(other.read_text(encoding="utf-8"))["sum"] for other in others]
-            self._total_loss_scalar = -sum(sums) / len(sums)
-        else:
-            logger.warning(
-                "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "
-                "and the run will not go on exactly as it would have",
-                checkpoint, self.args.process_index,
-            )  # fmt: skip
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._keeping_failure(), self._patient_deepspeed():
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    # --- the final model ---
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model in a folder, where an older one stays whole until this one is."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        folder = Path(output_dir or self.args.output_dir)
+    def write_model(self, folder: Path) -> None:
+        """Write the model to a folder, where an older one stays whole until this one is."""
+        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         staged = staging_of(folder / "model")
         with self._writing(folder):
-            super().save_model(str(staged), _internal_call=True)
+            trainer.save_model(str(staged), _internal_call=True)
         with self._writing(folder):
-            if self.args.should_save:
+            if args.should_save:
                 replace_files(staged, folder)
-                if self.identity is not None and self._is_finished(folder):
+                finished = 0 < state.max_steps <= state.global_step
+                if self.identity is not None and finished and folder.samefile(args.output_dir):
                     self.identity.write(folder)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def save_state(self) -> None:
-        """Write ``trainer_state.json`` in the output folder, whole or not at all."""
-        with self._writing(Path(self.args.output_dir)):
-            if self.args.should_save:
-                path = Path(self.args.output_dir, TRAINER_STATE_NAME)
-                beside = staging_of(path)
-                try:
-                    self._write_state(beside)
-                    beside.replace(path)
-                finally:
-                    beside.unlink(missing_ok=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with self._keeping_failure():
-            super()._save(output_dir, state_dict)
-
-    # --- failures ---
 
     @contextlib.contextmanager
-    def _writing(self, folder: Path) -> Iterator[None]:
+    def _writing(self, folder: Path) -> Iterator[WriteFailure]:
         """Something that all ranks write together; they meet at its end.
+
+        Yields:
+            What keeps a failure of this rank: it must not take the rank past a meeting with the others.
 
         Raises:
             AgreedError: one of them could not write; what was written is removed.
         """
-        self._failure = failure = WriteFailure()
-        try:
-            with failure:
-                yield
-        finally:
-            self._failure = None
+        failure = WriteFailure()
+        with failure:
+            yield failure
         if failures := gather_failures(failure.message):
-            if self.args.should_save:
+            if self.trainer.args.should_save:
                 for left in (staging_of(folder), staging_of(folder / "model")):
                     shutil.rmtree(left, ignore_errors=True)
             raise AgreedError(self._explain(folder, failures))
 
-    @contextlib.contextmanager
-    def _keeping_failure(self) -> Iterator[None]:
-        """One rank's part of ``_writing``: its failure must not take the rank past a meeting with the others."""
-        with self._failure or contextlib.nullcontext():
-            yield
-
-    @contextlib.contextmanager
-    def _patient_deepspeed(self) -> Iterator[None]:
-        """The same for the files that DeepSpeed writes, between meetings of its own."""
-        if not self.is_deepspeed_enabled or self._failure is None:
-            yield
-            return
-        engine: Any = self.model_wrapped.checkpoint_engine
-        save: Callable[..., Any] = engine.save
-        failure = self._failure
-
-        def save_patiently(state_dict: Any, path: str) -> None:
-            with failure:
-                save(state_dict, path)
-                return
-            Path(path).unlink(missing_ok=True)  # Room for the small files that follow.
-
-        engine.save = save_patiently
-        try:
-            yield
-        finally:
-            del engine.save
-
     def _explain(self, folder: Path, failures: list[str]) -> str:
         """The one error that a save which failed ends the run with."""
-        last = next(reversed(list_checkpoints(self.args.output_dir)), None)
-        needed = measure(last) if last is not None else self._estimate_size()
+        output_dir = Path(self.trainer.args.output_dir)
+        last = next(reversed(list_checkpoints(output_dir)), None)
+        if last is not None:
+            needed = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+        else:
+            needed = self._estimate_size()
         kept = f"{last} is unharmed" if last is not None else "there is no earlier checkpoint"
-        lock = Path(self.args.output_dir, LOCK)
+        lock = output_dir / LOCK  # It goes when the run ends, and gives its block back.
         blocks = getattr(lock.stat(), "st_blocks", 0) if lock.is_file() else 0
         return explain_failures(folder, failures, needed, kept, about_to_go=blocks * 512)
 
     def _estimate_size(self, with_optimizer: bool = True) -> int:
         """Bytes of a checkpoint: the parameters that it holds and, with AdamW, two moments of each trained one."""
-        model: Any = self.model
-        left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        only_trained = has_adapters(model)
-        moments = 8 if with_optimizer and str(getattr(self.args.optim, "value", "")).startswith("adamw_torch") else 0
+        model, optim = self.trainer.model, self.trainer.args.optim
+        left_out, only_trained = names_left_out(model), has_adapters(model)
+        moments = 8 if with_optimizer and str(getattr(optim, "value", "")).startswith("adamw_torch") else 0
         size = 0
         for name, p in model.named_parameters():
             if name not in left_out and (p.requires_grad or not only_trained):
@@ -391,30 +201,33 @@ class CheckpointTrainer(Trainer):
             size += p.numel() * moments * p.requires_grad
         return size
 
-    # --- before the first step ---
+    # Before the first step.
 
-    def try_saving(self) -> None:
-        """Save once, at the start, what the end of the run saves beside the weights; and see that there is room.
+    def try_writing(self, num_steps: int) -> None:
+        """Write once, at the start, what the end of the run writes beside the weights; and see that there is room.
+
+        Args:
+            num_steps: of the whole run.
 
         Raises:
-            ValueError: it cannot be saved, or not even one checkpoint has room on the disk.
+            ValueError: it cannot be written, or not even one checkpoint has room on the disk.
         """
-        broadcast_from_rank0(self._save_trial)
-        length = self.run_length()["steps"]
-        broadcast_from_rank0(lambda: self._check_room(length))
+        broadcast_from_rank0(lambda: self._try_small_files())
+        broadcast_from_rank0(lambda: self._check_room(num_steps))
+        if self.trainer.args.should_save:  # The mark of a finished run, which this one is not yet.
+            Path(self.trainer.args.output_dir, RUN_IDENTITY).unlink(missing_ok=True)
 
-    def _save_trial(self) -> None:
-        folder = Path(self.args.output_dir)
+    def _try_small_files(self) -> None:
+        trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
         staged = staging_of(folder / "trial")
-        model: Any = self.model
         try:
             staged.mkdir(parents=True, exist_ok=True)
-            model.config.save_pretrained(staged)
-            if model.can_generate():
-                model.generation_config.save_pretrained(staged)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(staged)
-            torch.save(self.args, staged / "training_args.bin")
+            trainer.model.config.save_pretrained(staged)
+            if trainer.model.can_generate():
+                trainer.model.generation_config.save_pretrained(staged)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(staged)
+            torch.save(trainer.args, staged / "training_args.bin")
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
             said = " ".join(str(error).split())
             raise ValueError(
@@ -431,8 +244,8 @@ class CheckpointTrainer(Trainer):
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _check_room(self, steps: int) -> None:
-        args, folder = self.args, Path(self.args.output_dir)
+    def _check_room(self, num_steps: int) -> None:
+        args, folder = self.trainer.args, Path(self.trainer.args.output_dir)
         saves = args.save_strategy != "no"
         checkpoint = self._estimate_size(with_optimizer=not args.save_only_model)
         model, free = self._estimate_size(with_optimizer=False), free_bytes(folder)
@@ -444,8 +257,8 @@ class CheckpointTrainer(Trainer):
             )
         if not saves:
             return
-        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
-        planned = math.ceil(steps / every) if args.save_strategy == "steps" else 1
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * num_steps)
+        planned = math.ceil(num_steps / every) if args.save_strategy == "steps" else 1
         limit = args.save_total_limit or planned
         kept = planned if planned <= limit else limit + 1  # The newest is written before the oldest goes.
         more = max(0, kept - len(list_checkpoints(folder)))
@@ -455,6 +268,164 @@ class CheckpointTrainer(Trainer):
                 "keep fewer with --save_total_limit", folder, f"{free:,}", more, f"{model + more * checkpoint:,}"
             )  # fmt: skip
 
-    def _is_finished(self, folder: Path) -> bool:
-        whole = 0 < self.state.max_steps <= self.state.global_step
-        return whole and os.path.realpath(folder) == os.path.realpath(self.args.output_dir)
+    # What a resumed run takes up of a checkpoint, beside the model and the place in the data.
+
+    def find_best(self, checkpoint: str) -> None:
+        """Let the state name the best checkpoint where it lies now: the run's folder may have been moved."""
+        state = self.trainer.state
+        stored = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        best = stored.get("best_model_checkpoint")
+        state.best_model_checkpoint = find_best(best, checkpoint)
+        if best is not None and state.best_model_checkpoint is None:
+            logger.warning(
+                "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", best
+            )
+            state.best_metric = state.best_global_step = None
+
+    def load_optimizer(self, checkpoint: str, changes: Differences, load: Callable[[str], None]) -> None:
+        """Read optimizer and schedule, and put in force what flags say now.
+
+        Args:
+            checkpoint: whose settings these are not.
+            changes: from the run that wrote it.
+            load: transformers' way of reading both.
+        """
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled and changes.names:
+            raise AgreedError(
+                "--resume_changed cannot be had with --deepspeed, which keeps the optimizer settings of its "
+                "checkpoint; start a new run from the weights: --model_name_or_path " + checkpoint
+            )
+        optimizer: Any = trainer.optimizer
+        scheduler: Any = trainer.lr_scheduler
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if changes.names & OPTIMIZER_SETTINGS:
+            logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
+            scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        else:
+            load(checkpoint)
+        put_in_force(optimizer, scheduler, wanted)
+        if is_first_rank():
+            rates = dict.fromkeys(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
+            logger.info("learning rates that the run goes on with: %s", ", ".join(rates))
+
+
+class ResumeCallback(TrainerCallback):
+    """Takes up, before the first step, what a checkpoint says of the moment when it was written.
+
+    Args:
+        trainer: that goes on.
+        checkpoint: from which.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: str) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+        states: Any = trainer.state.stateful_callbacks or {}
+        control = states.get("TrainerControl", {})
+        self._evaluation_is_due = bool(control.get("args", {}).get("should_evaluate"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Go back to the random states, and let the next line of the log be a mean of losses before and after."""
+        load_random_states(self.trainer, self.checkpoint)
+        own = Path(self.checkpoint, LOSS_SINCE_LOG.format(rank=args.process_index))
+        if not own.is_file():
+            logger.warning(
+                "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "
+                "and the run will not go on exactly as it would have", self.checkpoint, args.process_index
+            )  # fmt: skip
+            return
+        ranks = [json.loads(path.read_text("utf-8")) for path in own.parent.glob(LOSS_SINCE_LOG.format(rank="*"))]
+        stored = json.loads(own.read_text("utf-8"))
+        # train_loss, at the end, is the mean of new losses alone: those from before count against themselves.
+        total = -sum(rank["sum"] for rank in ranks) / len(ranks)
+        set_loss_since_log(self.trainer, stored["sum"], stored["last_logged_step"], total)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Evaluate first, where the checkpoint was saved in place of the evaluation that its step was due."""
+        if self._evaluation_is_due:
+            self._evaluation_is_due = False
+            evaluate_as_due(self.trainer)
+
+
+# Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps.
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_HINTS = {
+    errno.EIO: "the disk fails to write (I/O error): look at it, or give another folder",
+    errno.EROFS: "the disk is mounted read-only: mount it for writing, or give another folder",
+    errno.EACCES: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.EPERM: "writing there is not allowed: check the permissions of the folder, or give another one",
+    errno.ENOENT: "something that was just written, or the folder itself, is gone: see that no other run and no "
+    "cleaning job uses this folder",
+    errno.ENOTDIR: "something on the way to it is a file, not a folder",
+    errno.EMFILE: "this process has too many files open: raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many files open",
+    errno.ENAMETOOLONG: "its name is too long: give a shorter --output_dir",
+    errno.ETIMEDOUT: "the network disk did not answer: look at it, or give another folder",
+}
+if hasattr(errno, "ESTALE"):
+    _HINTS[errno.ESTALE] = "the network disk has lost the folder: mount it anew"
+_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+
+
+class WriteFailure(contextlib.AbstractContextManager):
+    """Keeps the first error of writing, instead of letting it out: the other ranks wait at the next meeting.
+
+    Attributes:
+        message: of the error, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.message: str | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or not is_write_error(error):
+            return False
+        self.message = self.message or str(error).partition("\n")[0]
+        return True
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a file could not be written: each library that writes a checkpoint says it in its own way."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    text = str(error)
+    if isinstance(error, RuntimeError):  # torch.save
+        return "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
+    return type(error) is Exception and "(os error" in text  # tokenizers
+
+
+def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, about_to_go: int = 0) -> str:
+    """The one error that a save which failed ends the run with.
+
+    Args:
+        folder: what could not be written.
+        failures: of the ranks.
+        needed: bytes that it takes.
+        kept: what there still is to go on from.
+        about_to_go: bytes on that disk that the run gives back when it ends.
+    """
+    numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
+    free = free_bytes(folder) + about_to_go
+    said = f"{folder} could not be written: {'; '.join(failures)}"
+    # Who does not say what went wrong (torch.save) has in most cases found no room.
+    if numbers & _FULL or not numbers:
+        return (
+            f"{said}. About {needed:,} bytes are needed, {free:,} are free on that disk (a quota may allow less); "
+            f"{kept}. Make room, or save less with --save_total_limit, and go on with --resume_from_checkpoint auto"
+        )
+    hints = "; ".join(dict.fromkeys(_HINTS[number] for number in sorted(numbers) if number in _HINTS))
+    hints = hints[:1].upper() + hints[1:] if hints else "Mend that"
+    return f"{said}. {hints}; {kept}. Then go on with --resume_from_checkpoint auto"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
+    return shutil.disk_usage(existing).free

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import sys
 
-from llava.train import stop_signals
+from llava.train import preemption
 from llava.train.command_line import answer_at_once
 
 if __name__ == "__main__":
-    stop_signals.listen()  # Before anything that takes its time to import.
+    preemption.listen()  # Before anything that takes its time to import.
     if (answered := answer_at_once(sys.argv[1:])) is not None:
         sys.exit(answered)
 
@@ -67,10 +67,9 @@ from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.parts import balance_experts, set_trainable_parts
-from llava.train.preemption import Preempted
+from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report
 from llava.train.run_folder import give_folder_back, take_folder
-from llava.train.stop_signals import PREEMPTED
 from llava.train.trainer import LlavaTrainer
 from llava.types import SKIP
 
@@ -132,7 +131,7 @@ def run(trainer: LlavaTrainer) -> None:
         check_pickles_are_ours(checkpoint)
     with trainer.stop_request, plain_tensors_only(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.preempted:
+        if trainer.stop_request.agreed:
             raise Preempted(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as a signal asked; go "
                 "on with --resume_from_checkpoint auto"
@@ -215,7 +214,7 @@ def build_in_folder(
         model=model, args=training_args, processing_class=tokenizer, bad_sample_log=bad_sample_log, **data, **options
     )
     if training_args.do_train:  # Files are read on one rank only.
-        trainer.identity = broadcast_from_rank0(
+        trainer.checkpoints.identity = broadcast_from_rank0(
             lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
         )
     return trainer
@@ -340,10 +339,10 @@ def take_finished(trainer: LlavaTrainer) -> bool:
     Raises:
         ValueError: the run that is finished is another one, or was shorter and left nothing to go on from.
     """
-    args, folder = trainer.args, Path(str(trainer.args.output_dir))
-    if args.resume_from_checkpoint not in ("auto", "true", "True") or trainer.identity is None:
+    args, folder, identity = trainer.args, Path(str(trainer.args.output_dir)), trainer.checkpoints.identity
+    if args.resume_from_checkpoint not in ("auto", "true", "True") or identity is None:
         return False
-    mine = replace(trainer.identity, length=trainer.run_length())
+    mine = replace(identity, length=trainer.data.describe_length())
 
     def is_finished() -> bool:
         before = RunIdentity.read(folder)
@@ -411,7 +410,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         )
         return INTERRUPTED
     finally:
-        stop_signals.forget()
+        preemption.forget()
     leave_process_group()
     return status if isinstance(status, int) else 0
 

@@ -1,33 +1,59 @@
-"""The trainer: transformers' own, with groups for the parts, an exact order of the data and losses by token."""
+"""The trainer: transformers' own, with an exact order of the data, losses by token and checkpoints that are complete.
+
+What a run owns beside transformers' trainer are plain objects, to which the trainer hands the events of the loop::
+
+    data           data_order.py    which samples come next, and where in them the run stands
+    checkpoints    saving.py        folders that are whole, or have no name
+    stop_request   preemption.py    a signal ends the run after its step
+    nan_check      nan_check.py     numbers that are none stop it before the step
+    bad_sample_log bad_samples.py   what was skipped
+
+Public methods are overridden where there are any. The eight private ones come last in the class, each with its reason.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from functools import cached_property
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
+from llava.compat import names_left_out
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
+from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.messages import list_names
 from llava.model.grad_sync import UnusedVisionModules
 from llava.model.lora import has_adapters, load_adapter_weights
+from llava.model.pretrained import quiet_transformers
+from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
-from llava.train.callbacks import FirstStepsCallback
-from llava.train.data_order import OrderedDataTrainer
-from llava.train.distributed import gather_added_together
+from llava.train.callbacks import FirstStepsCallback, StopCallback
+from llava.train.data_order import TrainingData, build_evaluation_loader
+from llava.train.distributed import gather_added_together, is_first_rank
 from llava.train.engines import check_engine
 from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationMeter, check_best_metric
+from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
-from llava.train.preemption import PreemptibleTrainer
+from llava.train.preemption import EvaluationStopped, StopRequest
+from llava.train.saving import CheckpointWriter, ResumeCallback
 
 logger = logging.getLogger(__name__)
 
 
-class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
+class LlavaTrainer(Trainer):
     """Trains a multimodal model.
 
     The loss is a mean over the predicted tokens of the global batch: over micro-batches of one step
@@ -41,25 +67,85 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
     Args:
         bad_sample_log: where bad samples are written down; None where they are errors.
         *args, **kwargs: as for transformers' ``Trainer``.
+
+    Attributes:
+        predicted_ids: of the newest predictions.
     """
 
-    model: Any
-    predicted_ids: list[str] = []  # noqa: RUF012 - of the newest predictions; replaced, never added to
-    _returns_logits = False
+    model: Any  # transformers' own type knows neither get_model nor target_ids
+    args: TrainingArguments
 
     def __init__(self, *args: Any, bad_sample_log: BadSampleLog | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator.state)
-        gather_added_together(self.model)
+        if self.is_deepspeed_enabled:
+            gather_added_together(self.model)
         # transformers' smoother takes the labels from the model: its loss knows neither that they are shifted, nor
         # coordinates, nor experts. compute_loss asks the model for a smoothed loss instead.
         self.label_smoother = None
-        self.add_callback(FirstStepsCallback())
+        self.predicted_ids: list[str] = []
+        self.data = TrainingData(self.train_dataset, self.args)
+        self.stop_request = StopRequest()
+        self.checkpoints = CheckpointWriter(self, self.data, self.stop_request)
         self.bad_sample_log = bad_sample_log
+        self.nan_check: NanCheck | None = None
         self.cut: CutCounter | None = None
-        self.tally: EvaluationMeter | None = None
-        if bad_sample_log is not None:
-            self.add_callback(bad_sample_log)
+        self.meter: EvaluationMeter | None = None  # of the evaluation that is under way
+        self._returns_logits = False
+        self._changes: Differences | None = None  # from the run that is gone on with
+        for callback in (self.data, StopCallback(self.stop_request), FirstStepsCallback(), bad_sample_log):
+            if callback is not None:
+                self.add_callback(callback)
+
+    # --- data ---
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's batches of the training data, in their exact order."""
+        return self.data.build_loader(self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This rank's batches of the evaluation data, every sample once over all ranks.
+
+        With ``compute_metrics`` they come in the order of the data, which is that of its predictions.
+        """
+        named: Any = self.eval_dataset
+        dataset = named if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = named[dataset]
+        if dataset is None:
+            raise ValueError("there are no data to evaluate on; give --eval_data_path")
+        strategy = self.args.train_sampling_strategy
+        grouped = strategy in GROUPED and self.compute_metrics is None
+        return build_evaluation_loader(dataset, self.args, self.data_collator, strategy if grouped else SEQUENTIAL)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """This rank's batches of data to predict, in their order."""
+        return build_evaluation_loader(test_dataset, self.args, self.data_collator)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The micro-batches of a step and how many tokens they predict, over all ranks.
+
+        Bad samples among them go into the log of bad samples, and those cut to the context are counted.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.bad_sample_log is not None:
+            num_good = sum(len(batch["sample_ids"]) for batch in batches)
+            self.bad_sample_log.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+        if self.cut is None:
+            self.cut = CutCounter(self.train_dataset)
+        self.cut.add(batches)
+        if not batches:
+            return batches, None
+        # The first label of a row is predicted by nothing. transformers knows that only for the model classes it
+        # knows, and older releases for none.
+        num_items = torch.stack([(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_items = self.accelerator.gather(num_items).sum()
+        return batches, num_items.float()
+
+    # --- a step ---
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over groups with a learning rate for each part."""
@@ -72,31 +158,69 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             self.add_callback(unused)
         return self.optimizer
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a best metric that no evaluation gives is found before the first step."""
-        check_best_metric(self)
-        return super().train(*args, **kwargs)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of a step and their predicted tokens; their bad samples go into the log of these."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.bad_sample_log is not None:
-            num_good = sum(len(batch["sample_ids"]) for batch in batches)
-            self.bad_sample_log.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
-        if self.cut is None:
-            self.cut = CutCounter(self.train_dataset)
-        self.cut.add(batches)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of a micro-batch, watched for numbers that are none."""
         if self.nan_check is not None:
-            self.nan_check.begin_step(batches, num_items)
-        return batches, num_items
+            self.nan_check.begin(inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.nan_check is not None:
+            self.nan_check.add_loss(loss)
+        if inputs.get("sample_ids") == []:
+            # A rank without a sample trains on a row of padding, which transformers is about to count as tokens seen.
+            inputs |= {name: inputs[name][:0] for name in ("input_ids", "attention_mask")}
+        return loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The model's loss, smoothed in training, with logits only where they are predictions."""
+        inputs = model_inputs(inputs)
         if self.compute_loss_func is None:  # One's own takes the labels away, and so gets logits.
-            inputs = {**inputs, "return_logits": self._returns_logits}
+            inputs["return_logits"] = self._returns_logits
             if self.args.label_smoothing_factor and model.training:
                 inputs["smoothing"] = self.args.label_smoothing_factor
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.meter is not None:
+            num_items_in_batch = None  # In an evaluation the loss of a batch is its own mean, on every rank.
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""
+        if self.bad_sample_log is not None:
+            logs["skipped_samples"] = len(self.bad_sample_log)
+        if self.cut is not None:
+            logs |= self.cut.counts
+        super().log(logs, start_time)
+
+    # --- evaluation ---
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; training does not feel whether and when it was done, which draws random numbers."""
+        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the loss by token; skipped samples are logged and do not count."""
+        self.meter = meter = EvaluationMeter()
+        self.gather_function = meter.gather_rows
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.meter = None
+        if output.predictions is not None:
+            self.predicted_ids = meter.gather_sample_ids()
+        if self.bad_sample_log is not None:
+            self.bad_sample_log.add(meter.bad)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if name in output.metrics:
+            output.metrics[name] = meter.mean_loss()
+        return output
 
     def prediction_step(
         self,
@@ -105,7 +229,7 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """One batch of an evaluation: its loss, logits and labels; the tally remembers what was good and what bad."""
+        """One batch of an evaluation: its loss, logits and labels; the meter remembers what was good and what bad."""
         ignored = list(NOT_PREDICTIONS) if ignore_keys is None else ignore_keys
         self._returns_logits = not prediction_loss_only
         try:
@@ -114,84 +238,104 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             self._returns_logits = False
         if labels is not None:
             labels = self.model.target_ids(inputs["input_ids"].to(labels.device), labels, inputs.get("variables"))
-        if self.tally is not None and loss is not None:
-            self.tally.add(inputs, loss)
+        if self.meter is not None and loss is not None:
+            self.meter.add(inputs, loss)
         return loss, logits, labels
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the loss by token; skipped samples are logged and do not count."""
-        self.tally = tally = EvaluationMeter()
-        self.gather_function = tally.gather_rows
+    # --- a run: from a checkpoint, to a checkpoint ---
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in transformers; what would fail at the end, or goes on with another run, fails before the first step.
+
+        Raises:
+            ValueError: the checkpoint is not this run's, nothing can be saved, or no evaluation gives the best metric.
+        """
+        check_best_metric(self)
+        length, writer = self.data.describe_length(), self.checkpoints
+        if writer.identity is not None:
+            writer.identity = replace(writer.identity, length=length)
+        self._changes = None
+        if isinstance(resume_from_checkpoint, str):
+            self._changes = check_resumed(
+                writer.identity, Path(resume_from_checkpoint), self.args, self.data, self.is_deepspeed_enabled
+            )
+        writer.try_writing(length["steps"])
+        if self.args.stop_on_bad_numbers:
+            self.nan_check = build_nan_check(self)
         try:
-            output: Any = super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.tally = None
-        if output.predictions is not None:
-            self.predicted_ids = tally.gather_sample_ids()
-        if self.bad_sample_log is not None:
-            self.bad_sample_log.add(tally.bad)
-        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if name in output.metrics:
-            output.metrics[name] = tally.mean_loss()
-        return output
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except EvaluationStopped:
+            return self._leave_evaluation()
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Name what a checkpoint lacks, or has too much; not the tower that lies elsewhere, nor a tied head."""
-        model: Any = self.model
-        meant = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
-        missing = sorted(set(load_result.missing_keys) - meant)
-        for what, names in (("lacks", missing), ("has too much", sorted(load_result.unexpected_keys))):
-            if names:
-                logger.warning("the checkpoint %s %d weights: %s", what, len(names), list_names(names))
+    def _leave_evaluation(self) -> TrainOutput:
+        """End the run in the midst of an evaluation, which the next start makes up for."""
+        self.stop_request.evaluation_due = True
+        if self.state.global_step:
+            self.checkpoints.write_checkpoint()
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, math.nan, {})
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""
-        if self.bad_sample_log is not None:
-            logs["skipped_samples"] = len(self.bad_sample_log)
-        if self.cut is not None:
-            logs |= self.cut.counts()
-        super().log(logs, *args, **kwargs)
+    def take_final_model(self, folder: Path) -> None:
+        """Be as after the last step of a run whose final model lies in a folder."""
+        if not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        self._say_finished()
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(model_inputs(inputs))
+    def _say_finished(self) -> None:
+        if is_first_rank():
+            print(
+                f"the run in {self.args.output_dir} is finished: all of its {self.state.max_steps} steps were trained "
+                "before, and nothing is left to train",
+                flush=True,
+            )
 
-    @cached_property
-    def nan_check(self) -> NanCheck | None:
-        """Stops the run where numbers go wrong; None with ``--stop_on_bad_numbers false``."""
-        return build_nan_check(self) if self.args.stop_on_bad_numbers else None
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model in a folder, where an older one stays whole until this one is."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self.checkpoints.write_model(Path(str(output_dir or self.args.output_dir)))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.nan_check is None:
-            return super().training_step(*args, **kwargs)
-        self.nan_check.begin_micro_batch()
-        loss = super().training_step(*args, **kwargs)
-        self.nan_check.add_loss(loss)
-        return loss
+    def save_state(self) -> None:
+        """Write ``trainer_state.json`` in the output folder, whole or not at all."""
+        self.checkpoints.write_state()
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The last thing before the optimizer's step.
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.nan_check is not None:
-            self.nan_check.check(grad_norm, self.state.global_step + 1)
-        return grad_norm
+    # --- private methods of transformers, where no callback and no public method is given what is needed ---
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if self.tally is not None:
-            return None  # In an evaluation the loss of a batch is its own mean, on every rank.
-        # The first label of a row is predicted by nothing. transformers knows that only for the
-        # model classes it knows, and older releases for none.
-        counted = []
-        for batch in batch_samples:
-            labels = batch["labels"].clone()
-            labels[:, 0] = IGNORE_INDEX
-            counted.append({"labels": labels})
-        return super()._get_num_items_in_batch(counted, device)
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # The row of padding that a rank without a sample trains on is no token of the data.
-        if inputs.get("sample_ids") == []:
-            inputs = {name: inputs[name][:0] for name in ("input_ids", "attention_mask")}
-        super()._track_num_input_tokens(inputs)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        # transformers takes the place in the data from the number of steps alone, which is wrong once they changed.
+        quiet = contextlib.nullcontext() if resume_from_checkpoint is None else quiet_transformers()
+        with quiet:  # It looks where the best one was, and warns of changes that are none of its business.
+            epoch, micro_batches = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+            )
+        self.pop_callback(ResumeCallback)
+        if resume_from_checkpoint is not None:
+            # transformers goes on logging, saving and evaluating as often as the checkpoint's run did.
+            self.state.compute_steps(self.args, max_steps)
+            self.checkpoints.find_best(resume_from_checkpoint)
+            if self.state.global_step >= max_steps:
+                self._say_finished()
+                return num_train_epochs, 0  # No epoch is left; transformers would take one step more.
+            self.add_callback(ResumeCallback(self, resume_from_checkpoint))
+        return self.data.begin(epoch, micro_batches, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # transformers reads back only adapters of peft's own model class, and nothing that trained beside them.
@@ -201,7 +345,43 @@ class LlavaTrainer(OrderedDataTrainer, PreemptibleTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        # The same, at the end of the run.
         if has_adapters(self.model) and not self.is_deepspeed_enabled:
             load_adapter_weights(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # transformers would warn of a tower that lies elsewhere, and of a tied head.
+        meant = {*names_left_out(self.model), *self.model.all_tied_weights_keys}
+        missing = sorted(set(load_result.missing_keys) - meant)
+        for what, names in (("lacks", missing), ("has too much", sorted(load_result.unexpected_keys))):
+            if names:
+                logger.warning("the checkpoint %s %d weights: %s", what, len(names), list_names(names))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Settings that flags have changed since then are to be in force, not the checkpoint's.
+        changes = self._changes
+        if checkpoint is not None and changes is not None and (changes.names or changes.rescheduled):
+            self.checkpoints.load_optimizer(checkpoint, changes, super()._load_optimizer_and_scheduler)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last thing before the optimizer's step, and the only one that is given the norm.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.nan_check is not None:
+            self.nan_check.check(grad_norm, self.state.global_step + 1)
+        return grad_norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # transformers writes in place, and ends in the midst of it where a disk is full.
+        self.checkpoints.write_checkpoint()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # transformers would remove the newest checkpoint beside the best one at last, and with it the end of the run.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit

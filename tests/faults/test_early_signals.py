@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.stop_signals import PREEMPTED
+from llava.train.preemption import PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os, signal, sys
-from llava.train import stop_signals
-stop_signals.listen()
+from llava.train import preemption
+preemption.listen()
 where, number = sys.argv[1], int(sys.argv[2])
 def hit():
     os.kill(os.getpid(), number)
@@ -113,15 +113,15 @@ def test_a_longer_run_goes_on_after_one_more_step(argv: list[str], finished: Pat
 def test_neither_a_failing_clean_up_nor_a_busy_stream_keeps_the_program() -> None:
     program = """
 import os, signal, sys
-from llava.train import stop_signals
-stop_signals.listen()
+from llava.train import preemption
+preemption.listen()
 class Busy:
     def write(self, text):
         raise RuntimeError("reentrant call")
 sys.stderr = Busy()
 def clean_up():
     raise OSError("the folder is gone")
-stop_signals.may_leave(clean_up)
+preemption.may_leave(clean_up)
 os.kill(os.getpid(), signal.SIGTERM)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)

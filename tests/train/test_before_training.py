@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from llava.train import saving
-from llava.train.checkpoint import explain_failures
+from llava.train.saving import explain_failures
 from llava.train.train import cli, main
 from llava.train.trainer import LlavaTrainer
 
@@ -67,10 +67,10 @@ def test_sampling_that_is_asked_for_stays(argv, base: Path, tmp_path: Path, capl
 def test_what_cannot_be_saved_at_the_end_stops_the_start(
     part: str, argv, tmp_path: Path, steps, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
-    trial = LlavaTrainer._save_trial
+    trial = saving.CheckpointWriter._try_small_files
 
     def with_a_fault(self) -> None:
-        owner = self if part == "processing_class" else self.model
+        owner = self.trainer if part == "processing_class" else self.trainer.model
 
         def refuse(*_: object, **__: object) -> None:
             raise ValueError("these settings\ncontradict each other")
@@ -78,7 +78,7 @@ def test_what_cannot_be_saved_at_the_end_stops_the_start(
         monkeypatch.setattr(getattr(owner, part), "save_pretrained", refuse)
         trial(self)
 
-    monkeypatch.setattr(LlavaTrainer, "_save_trial", with_a_fault)
+    monkeypatch.setattr(saving.CheckpointWriter, "_try_small_files", with_a_fault)
     assert cli(lambda: main(argv)) == 2
     assert "could not be saved at its end: these settings contradict each other" in capfd.readouterr().err
     assert steps == []

@@ -1,4 +1,4 @@
-"""Checkpoint folders: sealed, found, judged, rotated, and left alone by what fails beside them."""
+"""Checkpoint folders: finalized, found, judged, rotated, and left alone by what fails beside them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from llava.train.checkpoint import (
     CHECKSUMS,
     choose_checkpoint,
     clear_leftovers,
+    finalize,
     find_best,
     find_damage,
     list_checkpoints,
-    publish,
     replace_files,
     rotate,
-    seal,
     staging_of,
     store_best,
+    write_checksums,
 )
 
 
-def write_checkpoint(output: Path, step: int, sealed: bool = True) -> Path:
+def write_checkpoint(output: Path, step: int, finalized: bool = True) -> Path:
     """A checkpoint's files, with contents that stand for real ones."""
     folder = output / f"checkpoint-{step}"
     (folder / "global_step").mkdir(parents=True)
     for name in ("model.safetensors", "rng_state.pth", "global_step/shard.pt"):
         (folder / name).write_bytes(f"{name} {step}".encode() * 100)
     (folder / "trainer_state.json").write_text("{}")
-    if sealed:
-        seal(folder)
+    if finalized:
+        write_checksums(folder)
     return folder
 
 
@@ -59,7 +59,7 @@ DAMAGE = {
     "truncated": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors has 1999 bytes, expected 2000"),
     "flipped": (lambda folder: flip(folder / "global_step/shard.pt"), "shard.pt changed since it was written"),
     "missing": (lambda folder: (folder / "global_step/shard.pt").unlink(), "shard.pt is missing"),
-    "unsealed": (lambda folder: (folder / "trainer_state.json").unlink(), "incomplete"),
+    "unfinalized": (lambda folder: (folder / "trainer_state.json").unlink(), "incomplete"),
     "list cut": (lambda folder: cut(folder / CHECKSUMS) or cut(folder / CHECKSUMS), "checksums.json is damaged"),
     "list of nothing": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "checksums.json is damaged"),
     "model only": (lambda folder: (folder / "rng_state.pth").unlink(), "--save_only_model"),
@@ -100,7 +100,7 @@ def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.parametrize("asked", ["auto", "by name"])
 def test_without_checksums_a_checkpoint_is_taken_on_request_only(asked: str, tmp_path: Path, caplog) -> None:
-    folder = write_checkpoint(tmp_path, 2, sealed=False)
+    folder = write_checkpoint(tmp_path, 2, finalized=False)
     asked = asked if asked == "auto" else str(folder)
     with pytest.raises(ValueError, match=r"no checksums\.json, so nothing tells whether it is whole.*--resume_changed"):
         choose_checkpoint(asked, tmp_path)
@@ -113,14 +113,14 @@ def test_without_checksums_a_checkpoint_is_taken_on_request_only(asked: str, tmp
 
 @pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
 def test_without_its_optimizer_a_checkpoint_is_not_whole(lost: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, 2, sealed=False)
+    folder = write_checkpoint(tmp_path, 2, finalized=False)
     shutil.rmtree(folder / "global_step")
     for name in {"optimizer.pt", "scheduler.pt"} - {lost}:
         (folder / name).write_text("state")
-    seal(folder)
+    write_checksums(folder)
     assert "optimizer's state is missing" in str(find_damage(folder))
     (folder / lost).write_text("state")
-    seal(folder)
+    write_checksums(folder)
     assert find_damage(folder) is None
 
 
@@ -159,9 +159,9 @@ def test_rotation_knows_the_best_one_by_another_path(tmp_path: Path) -> None:
 def test_leftovers_go_and_what_lacked_only_its_name_gets_it(tmp_path: Path) -> None:
     kept = write_checkpoint(tmp_path, 2)
     (tmp_path / "tmp-trial").mkdir()
-    for step, sealed in ((4, False), (6, True)):
+    for step, finalized in ((4, False), (6, True)):
         staging = staging_of(tmp_path / f"checkpoint-{step}")
-        write_checkpoint(staging, step, sealed)
+        write_checkpoint(staging, step, finalized)
     (staging_of(tmp_path / "checkpoint-8") / "checkpoint-8").mkdir(parents=True)
     (tmp_path / "tmp-model").mkdir()
     assert choose_checkpoint("auto", tmp_path) == str(kept)
@@ -191,7 +191,7 @@ def test_a_leftover_does_not_replace_a_checkpoint_of_its_name(tmp_path: Path) ->
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     old, new = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path / "beside", 2)
     (old / "old").touch()
-    publish(new, old)
+    finalize(new, old)
     assert not (old / "old").exists()
     assert find_damage(old) is None
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp-")] == []

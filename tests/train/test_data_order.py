@@ -117,7 +117,7 @@ def test_resumed_run_sees_what_an_uninterrupted_one_sees(
     assert trained == expected[start:]
     assert log_of(resumed) == losses
     # Of the epoch that was left in the middle, the sampler looks nothing up that was trained.
-    assert dealt[0] == start % len(whole._train_batches)
+    assert dealt[0] == start % len(whole.data.batches)
     if not changes.get("dataloader_num_workers"):
         assert read == [name for batch in trained for name in batch]
     one, other = whole.model.state_dict(), resumed.model.state_dict()
@@ -139,7 +139,7 @@ def count_dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def first_micro_batch(step: int, trainer: LlavaTrainer) -> int:
     """How many micro-batches were trained in so many steps."""
-    batches, order = trainer._train_batches, trainer._train_batches.order
+    batches, order = trainer.data.batches, trainer.data.batches.order
     epochs, steps = divmod(step, order.num_steps)
     return epochs * len(batches) + steps * batches.accumulation
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_says_where_it_stands(gpt2_dir, texts, tmp_path: Path) -> N
     assert [(states[step]["epoch"], states[step]["step"]) for step in states] == [(0, 3), (1, 0), (1, 3)]
     assert states[3]["order"]["samples"] == 11
     assert states[3]["order"]["seed"] == 42
-    assert trainer.data_state()["step"] == 4
+    assert trainer.data.state(trainer.state.global_step)["step"] == 4
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_other_data_can_be_gone_on_with(gpt2_dir, texts, tmp_path, checkpoint: P
         trainer = main(argv)
     assert "trained on other data" in caplog.text
     assert trained[:2] == [["s01", "s00"], ["s02", "s03"]]
-    assert trainer.data_position == (0, 4)
+    assert trainer.data.position(trainer.state.global_step) == (0, 4)
 
 
 def test_without_a_data_state_the_step_tells_the_position(

@@ -132,7 +132,7 @@ def test_a_bad_gradient_stops_it_too_and_a_replay_is_exact(
     assert "all numbers are finite here: not reproduced" in printed
 
 
-def test_without_the_guard_the_weights_are_lost(overflowing_dir, tower_dir, two_kinds, tmp_path: Path) -> None:
+def test_without_the_check_the_weights_are_lost(overflowing_dir, tower_dir, two_kinds, tmp_path: Path) -> None:
     trainer = main(flags(overflowing_dir, tower_dir, two_kinds, tmp_path / "out", stop_on_bad_numbers="false"))
     assert trainer.model.get_output_embeddings().weight.isnan().any()
     assert not list((tmp_path / "out").glob("bad_step-*"))
@@ -171,11 +171,10 @@ def make_check(folder: Path, scales_loss: bool = False, save_model=lambda path: 
     return NanCheck(str(folder), 0, torch.device("cpu"), SETTINGS, scales_loss, save_model)
 
 
-def take_step(guard: NanCheck, step: int, loss: float = 1.0, grad_norm: float | None = 1.0) -> None:
-    guard.begin_step([{"input_ids": torch.tensor([[1]]), "sample_ids": ["a"]}], 3)
-    guard.begin_micro_batch()
-    guard.add_loss(torch.tensor(loss))
-    guard.check(grad_norm, step)
+def take_step(check: NanCheck, step: int, loss: float = 1.0, grad_norm: float | None = 1.0) -> None:
+    check.begin({"input_ids": torch.tensor([[1]]), "sample_ids": ["a"]}, 3)
+    check.add_loss(torch.tensor(loss))
+    check.check(grad_norm, step)
 
 
 @pytest.mark.parametrize(
@@ -190,41 +189,41 @@ def take_step(guard: NanCheck, step: int, loss: float = 1.0, grad_norm: float | 
     ],
 )
 def test_what_is_no_finite_number(tmp_path: Path, loss: float, grad_norm: float | None, message: str) -> None:
-    guard = make_check(tmp_path)
-    take_step(guard, 3)
-    take_step(guard, 3, grad_norm=None)
+    check = make_check(tmp_path)
+    take_step(check, 3)
+    take_step(check, 3, grad_norm=None)
     with pytest.raises(BadNumbersError, match=message):
-        take_step(guard, 4, loss, grad_norm)
+        take_step(check, 4, loss, grad_norm)
 
 
 def test_every_rank_stops_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reduce(bad: torch.Tensor, op) -> None:
-        bad[0] = 1
+    def reduce(bad: torch.Tensor) -> torch.Tensor:
+        return bad.index_fill(0, torch.tensor([0]), 1)
 
-    def gather(ranks: list, own: tuple) -> None:
-        ranks[:] = own, ([1.0, float("inf")], [["b"], ["c", "d"]])
+    def gather(own: tuple) -> list[tuple]:
+        return [own, ([1.0, float("inf")], [["b"], ["c", "d"]])]
 
-    monkeypatch.setattr("torch.distributed.all_reduce", reduce)
-    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    guard = make_check(tmp_path)
-    guard.settings = replace(SETTINGS, world_size=2)
+    monkeypatch.setattr("llava.train.nan_check.max_over_ranks", reduce)
+    monkeypatch.setattr("llava.train.nan_check.gather_from_ranks", gather)
+    check = make_check(tmp_path)
+    check.settings = replace(SETTINGS, world_size=2)
     # Of an infinite loss the gradient may well be finite: this rank sees nothing wrong in its own numbers.
     with pytest.raises(
         BadNumbersError, match=r"of rank 1, micro-batch 1 is inf\. .*: rank 0: 'a'; rank 1: 'b' \| 'c', 'd'\."
     ):
-        take_step(guard, 1)
+        take_step(check, 1)
 
 
 def test_a_loss_scale_may_overflow_but_not_for_ever(tmp_path: Path) -> None:
-    guard = make_check(tmp_path, scales_loss=True)
+    check = make_check(tmp_path, scales_loss=True)
     for step in range(1, MOST_OVERFLOWS + 1):
-        take_step(guard, step, grad_norm=float("inf"))
-    take_step(guard, 60)
-    assert guard.overflows == MOST_OVERFLOWS
+        take_step(check, step, grad_norm=float("inf"))
+    take_step(check, 60)
+    assert check.overflows == MOST_OVERFLOWS
     for step in range(61, 61 + MOST_OVERFLOWS):
-        take_step(guard, step, grad_norm=float("nan"))
+        take_step(check, step, grad_norm=float("nan"))
     with pytest.raises(BadNumbersError, match="the gradient norm is inf"):
-        take_step(guard, 200, grad_norm=float("inf"))
+        take_step(check, 200, grad_norm=float("inf"))
     with pytest.raises(BadNumbersError, match="micro-batch 0 is nan"):
         take_step(make_check(tmp_path, scales_loss=True), 1, loss=float("nan"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.train.checkpoint import check_pickles_are_ours, seal
+from llava.train.checkpoint import check_pickles_are_ours, write_checksums
 from llava.train.train import main
 
 
@@ -73,7 +73,7 @@ def test_a_state_that_is_more_than_tensors_is_not_unpickled(trained: list[str], 
     checkpoint = shutil.copytree(Path(trained[-1]) / "checkpoint-1", tmp_path / "checkpoint-1")
     torch.save({"state": Payload(tmp_path / "ran")}, checkpoint / name)
     (checkpoint / "checksums.json").unlink()
-    seal(checkpoint)  # Whoever writes such a file writes its checksum too.
+    write_checksums(checkpoint)  # Whoever writes such a file writes its checksum too.
     argv = [*trained[:-1], str(tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint), "--max_steps", "2"]
     with pytest.raises(ValueError, match=r"checkpoint-1: one of its files .* holds more than plain tensors"):
         main(argv)
@@ -86,6 +86,6 @@ def test_training_arguments_are_not_read(trained: list[str], tmp_path: Path) -> 
     checkpoint = shutil.copytree(Path(trained[-1]) / "checkpoint-1", tmp_path / "checkpoint-1")
     torch.save(Payload(tmp_path / "ran"), checkpoint / "training_args.bin")
     (checkpoint / "checksums.json").unlink()
-    seal(checkpoint)
+    write_checksums(checkpoint)
     main([*trained[:-1], str(tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint), "--max_steps", "2"])
     assert not (tmp_path / "ran").exists()

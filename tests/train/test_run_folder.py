@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.checkpoint import seal
+from llava.train.checkpoint import write_checksums
 from llava.train.run_folder import prepare_folder
 from llava.train.train import build_trainer, cli, main
 
@@ -21,7 +21,7 @@ def leave_run(folder: Path) -> Path:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text("{}")
-        seal(checkpoint)
+        write_checksums(checkpoint)
     (folder / "tmp-checkpoint-6" / "checkpoint-6").mkdir(parents=True)
     (folder / "bad_step-3").mkdir()
     (folder / "bad_step-3" / "run.json").write_text("{}")

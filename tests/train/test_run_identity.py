@@ -14,7 +14,7 @@ import torch
 from conftest import ITALIAN, make_tower, turns
 from safetensors.torch import load_file, save_file
 
-from llava.train.checkpoint import RUN_IDENTITY, seal
+from llava.train.checkpoint import RUN_IDENTITY, write_checksums
 from llava.train.train import cli, main
 
 STEPS = 4
@@ -265,13 +265,13 @@ def test_edited_data_begin_an_epoch_on_request(base: Path, texts: Path, output: 
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps(json.loads(texts.read_text())[:6]))
     trainer = main(line(base, fewer, output, max_steps=6, resume_from_checkpoint="auto", resume_changed="true"))
-    assert trainer.data_position == (1, 2)
+    assert trainer.data.position(trainer.state.global_step) == (1, 2)
 
 
 def test_a_checkpoint_that_does_not_say_whose_it_is(base: Path, texts: Path, output: Path, caplog) -> None:
     for step in (2, 4):
         (output / f"checkpoint-{step}" / RUN_IDENTITY).unlink()
-        seal(output / f"checkpoint-{step}")
+        write_checksums(output / f"checkpoint-{step}")
     (output / RUN_IDENTITY).unlink()
     with pytest.raises(ValueError, match=r"has no run_identity\.json \(an earlier version wrote it\)"):
         main(line(base, texts, output, resume_from_checkpoint="auto"))
