@@ -15,13 +15,18 @@ import torch
 
 from llava.data.media import load_media
 from llava.data.media_files import MediaError
-from llava.eval.store import EvalSample, Prediction, Row, write_rows
+from llava.eval.store import BadReason, EvalSample, Prediction, Row
 from llava.eval.tasks import TASKS
+from llava.io import append_json_lines
 from llava.model.loading import choose_device
+from llava.registry import import_plugins
 from llava.serve.generate import Answer, Captioner, PromptTooLongError, Request
 from llava.types import ERROR, BadSample, Coordinates, VisualInput
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.queues import Queue
+
     from llava.config import VisionConfig
 
 
@@ -71,7 +76,7 @@ class Asking:
     sub_bin: bool = False
     on_bad_sample: str = ERROR
     decode_timeout: float = 60.0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -107,36 +112,44 @@ def answer_batches(
         for batch in batches:
             if asking.options.get("do_sample"):
                 torch.manual_seed(asking.seed + batch.start)
-            answered = _answer([samples[index] for index in batch], answerer, asking)
-            write_rows(file, [{"index": index, **row} for index, row in zip(batch, answered, strict=True)])
+            rows = _answer_batch([samples[index] for index in batch], answerer, asking)
+            append_json_lines(file, [{"index": index, **row} for index, row in zip(batch, rows, strict=True)])
             on_batch(len(batch))
 
 
-def _answer(samples: Sequence[EvalSample], answerer: Answerer, asking: Asking) -> list[Row]:
+def _answer_batch(samples: Sequence[EvalSample], answerer: Answerer, asking: Asking) -> list[Row]:
     """The rows of a batch, in order."""
-    rows: list[Row] = [{} for _ in samples]
+    rows: list[Row] = []
     requests: dict[int, Request] = {}
+    outcomes: dict[int, Answer | ValueError] = {}
     for place, sample in enumerate(samples):
         question, coordinates = sample.expression, sample.coordinates
         if sample.fault is None:
             question, coordinates = TASKS.get(asking.task).ask(sample, asking.template)
-        rows[place] = {
-            "id": sample.id,
-            "source": sample.source,
-            "media": [media.path for media in sample.media],
-            "question": question,
-            "reference": sample.reference.to_json(),
-        }
+        rows.append(
+            {
+                "id": sample.id,
+                "source": sample.source,
+                "media": [media.path for media in sample.media],
+                "question": question,
+                "reference": sample.reference.to_row(),
+            }
+        )
         try:
-            requests[place] = _request(sample, question, coordinates, answerer, asking)
+            requests[place] = _build_request(sample, question, coordinates, answerer, asking)
         except ValueError as error:
-            rows[place] |= _bad(sample, error, asking)
-    for place, answer in _ask_model(list(requests.values()), list(requests), samples, answerer, asking):
-        rows[place] |= answer
+            outcomes[place] = _skip_or_raise(error, sample, asking)
+    outcomes |= _ask_model(requests, samples, answerer, asking)
+    for place, outcome in outcomes.items():
+        if isinstance(outcome, Answer):
+            rows[place] |= Prediction(outcome.text, tuple(outcome.boxes), tuple(outcome.spans)).to_row()
+        else:
+            rows[place] |= Prediction("").to_row()
+            rows[place]["bad"] = _reason(outcome)
     return rows
 
 
-def _request(
+def _build_request(
     sample: EvalSample, question: str, coordinates: Coordinates, answerer: Answerer, asking: Asking
 ) -> Request:
     """A sample with its media decoded; a ValueError if it cannot be used."""
@@ -153,46 +166,42 @@ def _request(
 
 
 def _ask_model(
-    requests: list[Request], places: list[int], samples: Sequence[EvalSample], answerer: Answerer, asking: Asking
-) -> list[tuple[int, Row]]:
-    """Answers with the places of their samples. A batch that fails is asked one by one, to tell whose fault it is."""
+    requests: dict[int, Request], samples: Sequence[EvalSample], answerer: Answerer, asking: Asking
+) -> dict[int, Answer | ValueError]:
+    """The answer to each request, by the place of its sample in the batch, or why there is none."""
     if not requests:
-        return []
-    answers: list[Answer | ValueError]
+        return {}
+    together = list(requests.values())
     try:
-        answers = [*answerer.answer(requests, len(requests), sub_bin=asking.sub_bin, **asking.options)]
+        answers = answerer.answer(together, len(together), sub_bin=asking.sub_bin, **asking.options)
     except PromptTooLongError as error:
         # Stops only itself, whatever bad samples do: the run fails when all others are answered.
-        answers = [found[0] if found else ValueError(error.reasons[index]) for index, found in enumerate(error.answers)]
+        return {
+            place: found[0] if found else ValueError(error.reasons[index])
+            for index, (place, found) in enumerate(zip(requests, error.answers, strict=True))
+        }
     except ValueError as error:
         if len(requests) == 1:
-            return [(places[0], _bad(samples[places[0]], error, asking))]
-        alone = zip(requests, places, strict=True)
-        return [row for request, place in alone for row in _ask_model([request], [place], samples, answerer, asking)]
-    return [
-        (place, _without_answer(answer) if isinstance(answer, ValueError) else _answered(answer))
-        for place, answer in zip(places, answers, strict=True)
-    ]
+            return {place: _skip_or_raise(error, samples[place], asking) for place in requests}
+        # One by one, to tell whose fault it is.
+        outcomes: dict[int, Answer | ValueError] = {}
+        for place, request in requests.items():
+            outcomes |= _ask_model({place: request}, samples, answerer, asking)
+        return outcomes
+    return dict(zip(requests, answers, strict=True))
 
 
-def _answered(answer: Answer) -> Row:
-    return Prediction(answer.text, tuple(answer.boxes), tuple(answer.spans)).to_json()
-
-
-def _without_answer(error: ValueError) -> Row:
-    """The row of a sample that cannot be used: an empty answer, the file whose fault it is if it is one's, and why."""
-    file = error.path if isinstance(error, MediaError) else ""
-    reason = " ".join(str(error).removeprefix(f"{file}: ").splitlines())
-    return {**Prediction("").to_json(), "bad": {"file": file, "reason": reason}}
-
-
-def _bad(sample: EvalSample, error: ValueError, asking: Asking) -> Row:
-    """The row of a sample that cannot be used, whose answer is empty; or the error, where it is one."""
-    row = _without_answer(error)
+def _skip_or_raise(error: ValueError, sample: EvalSample, asking: Asking) -> ValueError:
+    """Why a sample cannot be used, where such samples are skipped; otherwise it is raised with the sample's name."""
     if asking.on_bad_sample == ERROR:
-        bad = BadSample(sample.id, sample.source, **row["bad"])
+        bad = BadSample(sample.id, sample.source, **_reason(error))
         raise ValueError(f"{bad}; leave such samples out of the answers (they count 0) with --on_bad_sample skip")
-    return row
+    return error
+
+
+def _reason(error: ValueError) -> BadReason:
+    file = error.path if isinstance(error, MediaError) else ""
+    return {"file": file, "reason": " ".join(str(error).removeprefix(f"{file}: ").splitlines())}
 
 
 # Several processes that share the samples of an evaluation.
@@ -259,7 +268,7 @@ def run_shares(shares: Sequence[Share], on_batch: Callable[[int], None]) -> None
         shares[0].answer(on_batch)
         return
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
+    messages: Queue[int | str | None] = context.Queue()
     processes = [context.Process(target=_work, args=(share, messages, os.getpid()), daemon=True) for share in shares]
     try:
         for process in processes:
@@ -274,12 +283,14 @@ def run_shares(shares: Sequence[Share], on_batch: Callable[[int], None]) -> None
                 process.join()
 
 
-def _follow(processes: Sequence[Any], messages: Any, on_batch: Callable[[int], None]) -> None:
+def _follow(
+    processes: Sequence[BaseProcess], messages: Queue[int | str | None], on_batch: Callable[[int], None]
+) -> None:
     """Hand on what the processes say until all have ended."""
     finished = 0
     while finished < len(processes):
         # Who died is looked up before the queue is: what a process said before its end is read first.
-        dead = [process for process in processes if process.exitcode not in (None, 0)]
+        dead = [process.exitcode for process in processes if process.exitcode]
         try:
             message = messages.get(timeout=_PATIENCE)
         except queue.Empty:
@@ -292,17 +303,14 @@ def _follow(processes: Sequence[Any], messages: Any, on_batch: Callable[[int], N
         on_batch(message or 0)
 
 
-def _describe_end(process: Any) -> str:
-    code = process.exitcode
+def _describe_end(code: int) -> str:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}, see its traceback above"
     hint = " (for want of memory, it may be)" if -code == getattr(signal, "SIGKILL", None) else ""
     return f"a process of --num_processes ended with {how}{hint}; the same command goes on where it stopped"
 
 
-def _work(share: Share, messages: Any, parent: int) -> None:
+def _work(share: Share, messages: Queue[int | str | None], parent: int) -> None:
     """A process of its own: sends numbers of samples, at last None, or the text of an error."""
-    from llava.registry import import_plugins
-
     # Control-C goes to all processes of a terminal: the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if share.num_threads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import re
@@ -10,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from PIL import Image
 
@@ -19,32 +18,51 @@ from llava.config import VisionConfig
 from llava.data.media import load_image, sample_video
 from llava.data.media_files import MediaError
 from llava.draw import draw_case
-from llava.eval.store import EvalSample, Prediction, Row
+from llava.eval.store import EvalSample, Prediction, Row, Settings
 from llava.eval.tasks import Task
+from llava.io import write_json
+from llava.types import BadSample
 
 UNPARSABLE = "unparsable"
 """The score that every task has: the share of answers that do not hold what was asked for."""
 
 
+class Report(TypedDict):
+    """What ``scores.json`` holds (docs/evaluation.md)."""
+
+    task: str
+    model: str
+    data: list[str]
+    num_samples: int
+    unparsable: float
+    scores: dict[str, dict[str, float]]
+    bootstrap: dict[str, float]
+    bad_samples: list[dict[str, str]]
+    settings: Settings
+    versions: dict[str, str]
+
+
 def write_report(
-    path: Path, settings: dict[str, Any], report: dict[str, dict[str, float]], rows: Sequence[Row], **bootstrap: Any
-) -> dict[str, Any]:
+    path: Path, settings: Settings, report: dict[str, dict[str, float]], rows: Sequence[Row], **bootstrap: float
+) -> Report:
     """Write ``scores.json`` and return what it holds.
 
     Args:
         path: the file.
-        settings: of the evaluation, see ``PredictionStore``.
+        settings: of the evaluation.
         report: for each score its value and the ends of its interval.
         rows: of all samples; those of bad ones are listed with their reasons.
         **bootstrap: how the intervals were found.
     """
-    content = {
-        **{name: settings[name] for name in ("task", "model", "data")},
+    content: Report = {
+        "task": settings["task"],
+        "model": settings["model"],
+        "data": settings["data"],
         "num_samples": len(rows),
-        UNPARSABLE: report[UNPARSABLE]["value"],
+        "unparsable": report[UNPARSABLE]["value"],
         "scores": {name: score for name, score in report.items() if name != UNPARSABLE},
         "bootstrap": bootstrap,
-        "bad_samples": [{"id": row["id"], "source": row["source"], **row["bad"]} for row in rows if "bad" in row],
+        "bad_samples": [BadSample(row["id"], row["source"], **row["bad"]).to_row() for row in rows if "bad" in row],
         "settings": settings,
         "versions": {
             "llava": llava.__version__,
@@ -52,20 +70,17 @@ def write_report(
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
-    waiting = path.with_suffix(".json.new")
-    waiting.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    waiting.replace(path)
+    write_json(path, content)
     return content
 
 
-def format_report(content: dict[str, Any]) -> str:
+def format_report(content: Report) -> str:
     """The scores as lines of a table."""
-    scores = {**content["scores"]}
-    width = max(map(len, [*scores, UNPARSABLE]))
+    width = max(map(len, [*content["scores"], UNPARSABLE]))
     lines = [f"{content['task']}: {content['num_samples']} samples"]
-    for name, score in scores.items():
+    for name, score in content["scores"].items():
         lines.append(f"  {name:<{width}}  {score['value']:.4f}  [{score['low']:.4f}, {score['high']:.4f}]")
-    lines.append(f"  {UNPARSABLE:<{width}}  {content[UNPARSABLE]:.4f}")
+    lines.append(f"  {UNPARSABLE:<{width}}  {content['unparsable']:.4f}")
     if content["bad_samples"]:
         lines.append(f"  bad samples: {len(content['bad_samples'])} (unparsable, counted 0; listed in scores.json)")
     return "\n".join(lines)
@@ -133,7 +148,7 @@ def _file_name(identity: str) -> str:
 
 
 def _draw(sample: EvalSample, row: Row, task: Task, vision: VisionConfig | None) -> Image.Image:
-    prediction = Prediction.from_json(row)
+    prediction = Prediction.from_row(row)
     scores = {task.main_score: row["scores"][task.main_score], **row["scores"]}
     texts = {
         "sample": sample.id,
@@ -157,18 +172,15 @@ def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image
     medium = sample.media[-1]  # Of several it is the last that places speak of.
     if medium.kind == "image":
         return [Image.fromarray(load_image(medium.path).numpy())], None
-    frames: dict[str, Any] = {"frame_files": medium.frames, "frame_rate": medium.fps}
-    if vision is None:
-        video = sample_video(medium.path, _FRAMES_SHOWN, split=sample.split, **frames)
-    else:
-        video = sample_video(
-            medium.path,
-            vision.num_frames,
-            fps=vision.video_fps,
-            max_frames=vision.frames_upbound,
-            split=sample.split,
-            **frames,
-        )
+    video = sample_video(
+        medium.path,
+        vision.num_frames if vision is not None else _FRAMES_SHOWN,
+        fps=vision.video_fps if vision is not None else 0.0,
+        max_frames=vision.frames_upbound if vision is not None else 0,
+        split=sample.split,
+        frame_files=medium.frames,
+        frame_rate=medium.fps,
+    )
     chosen = list(range(len(video.frames)))
     if len(chosen) > _MOST_FRAMES:
         chosen = [round(i * (len(video.frames) - 1) / (_MOST_FRAMES - 1)) for i in range(_MOST_FRAMES)]

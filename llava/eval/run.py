@@ -3,18 +3,17 @@
 parse_arguments           this file
 read_annotations          annotations/     files -> samples
 PredictionStore           store.py         the folder: what is done, and with which settings
-run_shares                workers.py       one process or several, each with a device
+run_shares                engine.py        one process or several, each with a device
   answer_batches          engine.py        samples -> questions -> the model -> rows on disk
     task.ask              tasks.py
 score_all                 tasks.py         rows -> scores, with llava.eval.metrics
 write_report              report.py        scores.json
-write_pictures            pictures.py      the best and the worst answers, drawn
+write_pictures            report.py        the best and the worst answers, drawn
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -22,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
-from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row
+from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row, Settings
 from llava.eval.tasks import EXPRESSION, TASKS, Task
-from llava.io import num_cores
+from llava.io import hash_json, num_cores
 from llava.messages import INTERRUPTED, run_command
 from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
@@ -35,9 +34,12 @@ from llava.types import ERROR, ON_BAD_SAMPLE, BadSample
 
 if TYPE_CHECKING:
     from llava.config import VisionConfig
+    from llava.eval.engine import AnswererSource
+    from llava.eval.report import Report
 
 _NUM_RESAMPLES = 1000
 _MAX_NEW_TOKENS = 128
+_DIGITS = 16
 _LEAST = {"batch_size": 1, "num_processes": 1, "num_pictures": 0, "limit": 1, "decode_timeout": 0, "seed": 0}
 """Flags with a number, and the least it may be."""
 
@@ -92,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, source: AnswererSource | None = None) -> Report:
     """Answer what is not answered yet, score everything and write it down.
 
     Args:
@@ -115,10 +117,10 @@ def evaluate(args: argparse.Namespace, source: Any = None) -> dict[str, Any]:
     settings = describe(args, task, samples)
     store = PredictionStore(args.out, settings, args.overwrite)
     rows = answer_all(args, samples, store, source)
-    predictions = [Prediction.from_json(row) for row in rows]
+    predictions = [Prediction.from_row(row) for row in rows]
     scored = score_all(task, predictions, samples, _NUM_RESAMPLES, args.seed)
     rows = [
-        {**row, "reference": sample.reference.to_json(), "scores": scores}
+        {**row, "reference": sample.reference.to_row(), "scores": scores}
         for row, sample, scores in zip(rows, samples, scored.rows, strict=True)
     ]
     store.finish(rows)
@@ -143,7 +145,7 @@ def read_samples(args: argparse.Namespace, task: Task) -> list[EvalSample]:
     return samples
 
 
-def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]) -> dict[str, Any]:
+def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]) -> Settings:
     """What the answers depend on: a run with other settings does not go on with them.
 
     References may be corrected behind a run, which then scores again, where no question tells a part of them.
@@ -155,19 +157,24 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
         raise ValueError(f"--model_path {args.model_path!r} is no folder; give that of a checkpoint")
     weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
     aside = {"source": None, "fault": None} | ({"reference": None} if task.fields == (EXPRESSION,) else {})
-    asked = [asdict(sample) | aside for sample in samples]
     decoding = decoding_options(args, _MAX_NEW_TOKENS)
     return {
         "task": args.task,
         "model": os.path.abspath(model),
         # A checkpoint that was trained on, or another in its place, has files of another size or time.
-        "model_files": _digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]),
+        "model_files": hash_json(
+            [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights], _DIGITS
+        ),
         "model_base": args.model_base and os.path.abspath(args.model_base),
         "data": list(args.data),
-        **{name: getattr(args, name) for name in ("limit", "prompt", "bits", "sub_bin")},
-        **{name: decoding[name] for name in ("max_new_tokens", "num_beams")},
+        "limit": args.limit,
+        "prompt": args.prompt,
+        "bits": args.bits,
+        "sub_bin": args.sub_bin,
+        "max_new_tokens": decoding["max_new_tokens"],
+        "num_beams": decoding["num_beams"],
         "decoding": decoding | ({"seed": args.seed} if decoding["do_sample"] else {}),
-        "samples": _digest(asked),
+        "samples": hash_json([asdict(sample) | aside for sample in samples], _DIGITS),
     }
 
 
@@ -181,12 +188,8 @@ def read_vision(model_path: str) -> VisionConfig | None:
     return VisionConfig.from_model_config(SimpleNamespace(**json.loads(config.read_bytes())))
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def answer_all(
-    args: argparse.Namespace, samples: Sequence[EvalSample], store: PredictionStore, source: Any
+    args: argparse.Namespace, samples: Sequence[EvalSample], store: PredictionStore, source: AnswererSource | None
 ) -> list[Row]:
     """The rows of all samples: those of the store, and where there is none, or a bad one is an error, new ones."""
     rows = store.read()
@@ -210,7 +213,11 @@ def answer_all(
 
 
 def _answer_missing(
-    args: argparse.Namespace, samples: Sequence[EvalSample], done: set[int], store: PredictionStore, source: Any
+    args: argparse.Namespace,
+    samples: Sequence[EvalSample],
+    done: set[int],
+    store: PredictionStore,
+    source: AnswererSource | None,
 ) -> None:
     """Ask about the samples that are not done, with a progress bar where somebody watches."""
     from tqdm import tqdm
@@ -220,14 +227,14 @@ def _answer_missing(
     batches = find_batches(len(samples), args.batch_size, done)
     devices = choose_devices(args.device, args.num_processes)[: len(batches)]
     asking = Asking(
-        args.task,
-        args.prompt,
-        args.batch_size,
-        args.sub_bin,
-        args.on_bad_sample,
-        args.decode_timeout,
-        decoding_options(args, _MAX_NEW_TOKENS),
-        args.seed,
+        task=args.task,
+        template=args.prompt,
+        batch_size=args.batch_size,
+        sub_bin=args.sub_bin,
+        on_bad_sample=args.on_bad_sample,
+        decode_timeout=args.decode_timeout,
+        options=decoding_options(args, _MAX_NEW_TOKENS),
+        seed=args.seed,
     )
     source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
     threads = max(num_cores() // len(devices), 1) if len(devices) > 1 else 0

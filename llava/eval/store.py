@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 from llava.geometry import Box, TimeSpan
-from llava.io import lock_file
+from llava.io import append_json_lines, cut_unfinished_line, lock_file, read_json_lines, sync, write_beside
+from llava.messages import shorten_text
 from llava.types import NO_COORDINATES, Coordinates, Media
+
+Numbers = Sequence[float]
+
+
+class Settings(TypedDict):
+    """What answers depend on: a run with other settings does not go on with them. ``settings.json`` holds it."""
+
+    task: str
+    model: str
+    model_files: str
+    model_base: str | None
+    data: list[str]
+    limit: int | None
+    prompt: str | None
+    bits: int
+    sub_bin: bool
+    max_new_tokens: int
+    num_beams: int
+    decoding: dict[str, object]
+    samples: str
+
+
+class BadReason(TypedDict):
+    """Why a sample could not be used, and the file whose fault it is; "" where it is none's."""
+
+    file: str
+    reason: str
+
+
+class ReferenceRow(TypedDict):
+    """A ``Reference`` as plain values."""
+
+    boxes: list[Numbers]
+    span: Numbers | None
+    captions: list[str]
+
+
+class Row(TypedDict, total=False):
+    """A line of ``predictions.jsonl``: what was asked, what should come, and what came (docs/evaluation.md)."""
+
+    index: int
+    id: str
+    source: str
+    media: list[str]
+    question: str
+    reference: ReferenceRow
+    answer: str
+    boxes: list[Numbers]
+    spans: list[Numbers]
+    bad: BadReason
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -29,7 +80,7 @@ class Reference:
     span: TimeSpan | None = None
     captions: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_row(self) -> ReferenceRow:
         return {
             "boxes": [list(box) for box in self.boxes],
             "span": self.span and list(self.span),
@@ -78,18 +129,18 @@ class Prediction:
     spans: tuple[TimeSpan, ...] = ()
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Prediction:
+    def from_row(cls, row: Row) -> Prediction:
         return cls(
             row["answer"], tuple(Box(*box) for box in row["boxes"]), tuple(TimeSpan(*span) for span in row["spans"])
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         return {"answer": self.text, "boxes": _rounded(self.boxes), "spans": _rounded(self.spans)}
 
 
-def _rounded(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+def _rounded(places: Sequence[Numbers]) -> list[Numbers]:
     # A millionth of a picture is far below a pixel and above what the order of a sum changes.
-    return [[round(number, 6) for number in row] for row in rows]
+    return [[round(number, 6) for number in place] for place in places]
 
 
 # The folder of an evaluation: its settings, and answers that outlive the process that wrote them.
@@ -101,8 +152,6 @@ PICTURES = "pictures"
 _PART = "predictions-{:02d}.jsonl"
 _PARTS = "predictions-[0-9][0-9]*.jsonl"
 
-Row = dict[str, Any]
-
 
 class PredictionStore:
     """A folder that belongs to this process until it ends.
@@ -113,22 +162,22 @@ class PredictionStore:
         overwrite: whether what an evaluation with other settings left there is deleted.
 
     Raises:
-        ValueError: the folder has an evaluation with other settings, or another process works in it.
+        ValueError: another process has it, it has another evaluation, or it is no folder.
     """
 
-    def __init__(self, folder: str, settings: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(self, folder: str, settings: Mapping[str, object], overwrite: bool = False) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {folder}: not a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.predictions = self.folder / PREDICTIONS
         self._lock = self._take_lock()
         if overwrite:
-            self._clear()
-        self._check_settings(json.loads(json.dumps(settings)))
-
-    @property
-    def predictions(self) -> Path:
-        return self.folder / PREDICTIONS
+            (self.folder / SETTINGS).write_bytes(b"")
+            for path in (self.folder / SCORES, *self._files()):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / PICTURES, ignore_errors=True)
+        self._check_settings(settings)
 
     def _take_lock(self) -> BinaryIO:
         """The settings file, which one process at a time may hold; it is let go when the process ends."""
@@ -139,13 +188,7 @@ class PredictionStore:
             raise ValueError(f"--out {self.folder}: another evaluation is writing there; give it another") from error
         return file
 
-    def _clear(self) -> None:
-        (self.folder / SETTINGS).write_bytes(b"")
-        for path in (self.predictions, self.folder / SCORES, *self._parts()):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / PICTURES, ignore_errors=True)
-
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self, settings: Mapping[str, object]) -> None:
         path = self.folder / SETTINGS
         try:
             found = json.loads(path.read_text(encoding="utf-8") or "null")
@@ -153,20 +196,24 @@ class PredictionStore:
             raise ValueError(f"{path}: not JSON ({error}); begin anew with --overwrite") from error
         if found == settings:
             return
-        if not any(path.exists() and path.stat().st_size for path in (self.predictions, *self._parts())):
+        if not any(part.stat().st_size for part in self._files()):
             # Nothing was answered yet. In its place, not renamed to it: the file is the lock.
             with path.open("w", encoding="utf-8") as file:
                 file.write(json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            sync(path)
         elif found is None:
             raise ValueError(f"--out {self.folder}: has predictions without settings; begin anew with --overwrite")
         else:
             name = next(key for key in (*settings, *found) if found.get(key) != settings.get(key))
+            there, here = (shorten_text(json.dumps(of.get(name), ensure_ascii=False), 200) for of in (found, settings))
             raise ValueError(
-                f"--out {self.folder}: has an evaluation with {name} {_short(found.get(name))}, here it is "
-                f"{_short(settings.get(name))}; give another folder, or --overwrite to begin anew"
+                f"--out {self.folder}: has an evaluation with {name} {there}, here it is {here}; give another folder, "
+                "or --overwrite to begin anew"
             )
+
+    def _files(self) -> list[Path]:
+        """The files with predictions that are there."""
+        return [*([self.predictions] if self.predictions.exists() else []), *sorted(self.folder.glob(_PARTS))]
 
     def read(self) -> dict[int, Row]:
         """The rows that are there, by the number of their sample; a half-written last line is cut off its file.
@@ -175,10 +222,16 @@ class PredictionStore:
             ValueError: a line is no row; names file and line.
         """
         rows: dict[int, Row] = {}
-        for path in (self.predictions, *self._parts()):
-            if path.exists():
-                _cut_last_line(path)
-                rows |= {row["index"]: row for row in _read_rows(path)}
+        for path in self._files():
+            cut_unfinished_line(path)
+            try:
+                values = read_json_lines(path)
+                for number, row in enumerate(values, start=1):
+                    if not (isinstance(row, dict) and isinstance(row.get("index"), int)):
+                        raise ValueError(f"{path}, line {number}: it is no prediction")
+            except ValueError as error:
+                raise ValueError(f"{error}; delete the line, or begin anew with --overwrite") from error
+            rows |= {row["index"]: row for row in values}
         return rows
 
     def part(self, number: int) -> Path:
@@ -187,47 +240,7 @@ class PredictionStore:
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Put all rows in one file and delete the parts."""
-        waiting = self.predictions.with_suffix(".jsonl.new")
-        with waiting.open("wb") as file:
-            write_rows(file, rows)
-        waiting.replace(self.predictions)
-        for path in self._parts():
+        with write_beside(self.predictions) as beside, beside.open("wb") as file:
+            append_json_lines(file, rows)
+        for path in self.folder.glob(_PARTS):
             path.unlink()
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob(_PARTS))
-
-
-def write_rows(file: BinaryIO, rows: Iterable[Row]) -> None:
-    """Append rows to an open file; they are on disk when this returns."""
-    file.write(
-        b"".join(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for row in rows)
-    )
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _cut_last_line(path: Path) -> None:
-    """Drop what stands behind the last newline: a line whose writer was killed."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-
-
-def _read_rows(path: Path) -> Iterable[Row]:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("index"), int)):
-                raise ValueError("it is no prediction")
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: {error}; delete the line, or begin anew with --overwrite"
-            ) from error
-        yield row
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}..."
