@@ -9,9 +9,9 @@ import colorsys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from llava.geometry import Box, TimeSpan
+from llava.geometry import Box, TimeSpan, Tube
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,18 +35,7 @@ _LINE_HEIGHT = 22
 _GAP = 8
 
 
-class MovingBox(Protocol):
-    """A tube: a box that moves over a stretch of a clip."""
-
-    @property
-    def span(self) -> TimeSpan: ...
-
-    def box_at(self, time: float) -> Box | None:
-        """The box at a time of the clip; None outside of the span."""
-        ...
-
-
-Place = Box | TimeSpan | MovingBox
+Place = Box | TimeSpan | Tube
 
 
 # A case: where the reference and the answer say that something is.
@@ -104,7 +93,7 @@ def draw_case(
             (answer, ANSWER_COLOUR, _ANSWER_LINE),
         ):
             for place in places:
-                box = place if isinstance(place, Box | TimeSpan) else place.box_at(time)
+                box = place.box_at(time) if isinstance(place, Tube) else place
                 if isinstance(box, Box):
                     draw_box(frame, box, colour, line)
     spans = [(_spans_of(reference), REFERENCE_COLOUR), (_spans_of(answer), ANSWER_COLOUR)]
@@ -118,7 +107,7 @@ def draw_case(
 
 
 def _spans_of(places: Sequence[Place]) -> list[TimeSpan]:
-    spans = [place if isinstance(place, Box | TimeSpan) else place.span for place in places]
+    spans = [place.span if isinstance(place, Tube) else place for place in places]
     return [span for span in spans if isinstance(span, TimeSpan)]
 
 

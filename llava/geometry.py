@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,6 +69,44 @@ def span_iou(span: TimeSpan, other: TimeSpan) -> float:
     shared = max(min(span.end, other.end) - max(span.start, other.start), 0.0)
     union = max(span.end - span.start, 0.0) + max(other.end - other.start, 0.0) - shared
     return min(shared / union, 1.0) if union > 0 else 0.0
+
+
+SPAN_TOLERANCE = 1e-9
+"""A frame at the edge of a span is in it, however the two were rounded."""
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A box that moves over a stretch of a video.
+
+    Attributes:
+        span: in [0, 1] of the clip.
+        boxes: one or more, evenly spaced in time from the span's start to its end; between two of them the box is
+            interpolated linearly. A single one stays all the time.
+    """
+
+    span: TimeSpan
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        if not self.boxes:
+            raise ValueError(f"the tube over {tuple(self.span)} has no box; it needs one or more")
+
+    def box_at(self, time: float) -> Box | None:
+        """The box at a time in [0, 1] of the clip; None outside of the span."""
+        if not self.span.start - SPAN_TOLERANCE <= time <= self.span.end + SPAN_TOLERANCE:
+            return None
+        return Box(*self.boxes_at([time])[0].tolist())
+
+    def boxes_at(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+        """(len(times), 4): the boxes at times; before the span the first of them, after it the last."""
+        import numpy as np
+
+        corners = np.array(self.boxes)  # (boxes, 4)
+        if self.span.start >= self.span.end:  # No time passes, in which it could move.
+            return np.repeat(corners[:1], len(times), axis=0)
+        known = np.linspace(self.span.start, self.span.end, len(corners))
+        return np.stack([np.interp(times, known, column) for column in corners.T], axis=-1)
 
 
 # The square that the tower sees.

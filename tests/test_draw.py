@@ -11,10 +11,9 @@ from PIL import Image
 
 from llava.data.media import sample_video
 from llava.draw import ANSWER_COLOUR, REFERENCE_COLOUR, draw_case
-from llava.eval.metrics import Tube
 from llava.eval.report import _frames
 from llava.eval.store import EvalSample, Reference
-from llava.geometry import Box, TimeSpan
+from llava.geometry import Box, TimeSpan, Tube
 from llava.types import Media
 
 GREY = (90, 90, 90)

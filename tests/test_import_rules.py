@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "messages": set(),
     "parser": {"messages"},
     "io": {"messages"},
-    "draw": {"geometry", "grounding"},
+    "draw": {"geometry"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "recipes"},

@@ -11,7 +11,6 @@ from typing import ClassVar
 from llava.config import GroundingConfig
 from llava.eval.metrics import (
     CaptionScorer,
-    Tube,
     bootstrap,
     find_tube,
     score_caption,
@@ -23,7 +22,7 @@ from llava.eval.metrics import (
     split_words,
 )
 from llava.eval.store import EvalSample, Prediction, Reference
-from llava.geometry import Box, TimeSpan
+from llava.geometry import Box, TimeSpan, Tube
 from llava.grounding.syntax import BOX_AXES, LOCATIONS, box_text, parse_places, span_text
 from llava.registry import Registry
 from llava.types import Coordinates
@@ -155,10 +154,18 @@ class TubeTask(Task):
     layout = "tubes"
     needs: ClassVar[tuple[str, ...]] = ("span", "boxes")
     main_score = "vIoU"
+    gives_span: ClassVar[bool] = False
+    """Whether the question tells the time, so that all boxes of an answer count, and no span of it."""
 
     def answered_tube(self, prediction: Prediction, reference: Reference) -> Tube | None:
         """The tube that an answer tells, see ``find_tube``."""
-        return answered_tube(prediction)
+        # The text says in which order boxes and spans come, the prediction which numbers they have.
+        order = parse_places(prediction.text, GroundingConfig())
+        if len(order) != len(prediction.boxes) + len(prediction.spans):
+            return None  # The model has no coordinates: what looks like one is a word.
+        boxes, spans = iter(prediction.boxes), iter(prediction.spans)
+        places = [next(boxes) if isinstance(place, Box) else next(spans) for place in order]
+        return find_tube(places, reference.span if self.gives_span else None)
 
     def reference_places(self, reference: Reference) -> list[Place]:
         return [reference_tube(reference)]
@@ -182,9 +189,7 @@ class SpatialGrounding(TubeTask):
 
     template = "During {span}, where does this happen: {expression}"
     fields = (EXPRESSION, SPAN)
-
-    def answered_tube(self, prediction: Prediction, reference: Reference) -> Tube | None:
-        return answered_tube(prediction, reference.span)
+    gives_span = True
 
     def score(self, prediction: Prediction, reference: Reference) -> Scores:
         return score_svg(self.answered_tube(prediction, reference), reference_tube(reference))
@@ -199,9 +204,8 @@ class EventCaptioning(TubeTask):
     has_captions = True
 
     def score(self, prediction: Prediction, reference: Reference) -> Scores:
-        return score_elc(
-            self.answered_tube(prediction, reference), split_words(prediction.text), reference_tube(reference)
-        )
+        words = split_words(prediction.text)
+        return score_elc(self.answered_tube(prediction, reference), words, reference_tube(reference))
 
 
 class Captioning(Task):
@@ -230,16 +234,6 @@ for _name, _task in {
 def reference_tube(reference: Reference) -> Tube:
     assert reference.span is not None
     return Tube(reference.span, reference.boxes)
-
-
-def answered_tube(prediction: Prediction, span: TimeSpan | None = None) -> Tube | None:
-    """The tube that an answer tells, see ``find_tube``; ``span`` is given with SVG."""
-    # The text says in which order boxes and spans come, the prediction which numbers they have.
-    order = parse_places(prediction.text, GroundingConfig())
-    if len(order) != len(prediction.boxes) + len(prediction.spans):
-        return None  # The model has no coordinates: what looks like one is a word.
-    boxes, spans = iter(prediction.boxes), iter(prediction.spans)
-    return find_tube([next(boxes) if isinstance(place, Box) else next(spans) for place in order], span)
 
 
 _UNKNOWN = Reference((Box(0, 0, 1, 1),), TimeSpan(0, 1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llava.eval import metrics
 from llava.eval.metrics import CaptionScorer, bootstrap
-from llava.eval.metrics import bootstrap as module
 
 ROWS = [{"hit": float(i % 2), "score": i / 10} for i in range(400)]
 REFERENCES = ["una stella gialla si muove", "un cerchio blu resta fermo", "la luna sale", "una croce verde va via"]
@@ -39,7 +39,7 @@ def test_same_seed_same_interval() -> None:
 def test_resamples_are_the_same_in_parts(monkeypatch) -> None:
     whole = bootstrap(ROWS, num_resamples=50)
     for most_draws in (7 * len(ROWS), 1):
-        monkeypatch.setattr(module, "_MOST_DRAWS", most_draws)
+        monkeypatch.setattr(metrics, "_MOST_DRAWS", most_draws)
         in_parts = bootstrap(ROWS, num_resamples=50)
         for name, score in whole.items():
             assert in_parts[name] == pytest.approx(score, rel=1e-12)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava.eval.metrics import CaptionScorer, Tube, score_caption, score_elc, score_stvg, split_words
+from llava.eval.metrics import CaptionScorer, score_caption, score_elc, score_stvg, split_words
 from llava.eval.metrics.captions import count_common_subsequence, rouge_l
-from llava.geometry import Box, TimeSpan
+from llava.geometry import Box, TimeSpan, Tube
 
 GOLDEN = Path(__file__).parent / "golden" / "pycocoevalcap.json"
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")

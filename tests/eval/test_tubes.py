@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llava.config import GroundingConfig
-from llava.eval.metrics import Tube, parse_tube, score_stvg, score_svg
-from llava.geometry import Box, TimeSpan
+from llava.eval.metrics import parse_tube, score_stvg, score_svg
+from llava.geometry import Box, TimeSpan, Tube
 from llava.grounding.syntax import parse_places, strip_coordinates
 
 GROUNDING = GroundingConfig()

@@ -1,4 +1,10 @@
-"""Words of captions, and runs of them."""
+"""How well captions say what their references say: BLEU-1 to BLEU-4, ROUGE-L and CIDEr, as the COCO evaluation counts.
+
+They are computed here because no library gives what bootstrap needs of them, the sums of each sample, from which the
+score of any resample is one division: sacrebleu smooths and tokenises BLEU otherwise than COCO and keeps its statistics
+to itself, rouge-score has no recall-weighted ROUGE-L of several references, and pycocoevalcap, whose numbers the tests
+hold, needs Java and has no sums either.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.eval.metrics.grounding import Tube, score_stvg
+from llava.eval.metrics.grounding import score_stvg
+from llava.geometry import Tube
 from llava.grounding.syntax import strip_coordinates
 
 MAX_ORDER = 4
 """BLEU and CIDEr look at runs of one to four words."""
 
 Words = Sequence[str]
-NgramCounts = list[Counter[tuple[str, ...]]]
+Ngram = tuple[str, ...]
+NgramCounts = list[Counter[Ngram]]
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -64,7 +72,7 @@ def bleu_statistics(candidate: NgramCounts, references: Sequence[NgramCounts]) -
     closest = min(lengths[1:], key=lambda length: (abs(length - lengths[0]), length))
     matches = []
     for order, ngrams in enumerate(candidate):
-        most: Counter[tuple[str, ...]] = Counter()
+        most: Counter[Ngram] = Counter()
         for reference in references:
             most |= reference[order]
         matches.append((ngrams & most).total())
@@ -77,7 +85,7 @@ def bleu_scores(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     BLEU-n is the geometric mean of the shares of matching runs of 1 to n words; a corpus with fewer words than its
     references is scaled down by exp(1 - reference words / words).
     """
-    matches, totals = sums[..., :MAX_ORDER], sums[..., MAX_ORDER:-2]
+    matches, totals = sums[..., :MAX_ORDER], sums[..., MAX_ORDER:-2]  # (..., 4) each
     logarithms = np.log((matches + _ALMOST_NOTHING) / (totals + _LITTLE))
     means = np.exp(np.cumsum(logarithms, axis=-1) / np.arange(1, MAX_ORDER + 1))
     ratio = (sums[..., -2] + _ALMOST_NOTHING) / (sums[..., -1] + _LITTLE)
@@ -128,8 +136,6 @@ def count_common_subsequence(words: Words, others: Words) -> int:
 _SIGMA = 6.0
 _SCALE = 10.0
 
-Vector = dict[tuple[str, ...], float]
-
 
 def cider_scores(candidates: Sequence[NgramCounts], references: Sequence[Sequence[NgramCounts]]) -> list[float]:
     """The score of each candidate of a corpus, in [0, 10]; the corpus's score is their mean.
@@ -142,36 +148,29 @@ def cider_scores(candidates: Sequence[NgramCounts], references: Sequence[Sequenc
     In a corpus of one sample every weight is 0, and so is the score. A caption of less than four words has no run
     of four, and stays below 10 even against itself.
     """
-    weights = _Weights(references)
+    frequencies: Counter[Ngram] = Counter()
+    for of_sample in references:
+        frequencies.update({run for reference in of_sample for ngrams in reference for run in ngrams})
+
+    def weigh(caption: NgramCounts) -> list[dict[Ngram, float]]:
+        """One vector for each length of runs; a run that no reference has weighs as one that a single sample has."""
+        return [
+            {run: count * math.log(len(references) / max(frequencies[run], 1)) for run, count in ngrams.items()}
+            for ngrams in caption
+        ]
+
     scores = []
     for candidate, its_references in zip(candidates, references, strict=True):
-        vectors = weights.vectors(candidate)
+        vectors = weigh(candidate)
         similarities = [
-            _similarity(vectors, weights.vectors(reference)) * _length_penalty(candidate, reference)
+            _similarity(vectors, weigh(reference)) * _length_penalty(candidate, reference)
             for reference in its_references
         ]
         scores.append(_SCALE * sum(similarities) / len(similarities))
     return scores
 
 
-class _Weights:
-    """How much a run of words tells of a caption, by the samples whose references have it."""
-
-    def __init__(self, references: Sequence[Sequence[NgramCounts]]) -> None:
-        self._num_samples = len(references)
-        self._frequencies: Counter[tuple[str, ...]] = Counter()
-        for of_sample in references:
-            self._frequencies.update({run for reference in of_sample for ngrams in reference for run in ngrams})
-
-    def vectors(self, caption: NgramCounts) -> list[Vector]:
-        """One vector for each length of runs; a run that no reference has weighs as one that a single sample has."""
-        return [
-            {run: count * math.log(self._num_samples / max(self._frequencies[run], 1)) for run, count in ngrams.items()}
-            for ngrams in caption
-        ]
-
-
-def _similarity(candidate: Sequence[Vector], reference: Sequence[Vector]) -> float:
+def _similarity(candidate: Sequence[dict[Ngram, float]], reference: Sequence[dict[Ngram, float]]) -> float:
     """The mean of the clipped cosines; 0 for a length of which either has no run of any weight."""
     cosines = 0.0
     for vector, other in zip(candidate, reference, strict=True):
@@ -186,7 +185,7 @@ def _length_penalty(candidate: NgramCounts, reference: NgramCounts) -> float:
     return math.exp(-(difference**2) / (2 * _SIGMA**2))
 
 
-# How well captions say what their references say: BLEU-1 to BLEU-4, ROUGE-L and CIDEr.
+# All of them, of a corpus.
 
 _BLEU_NAMES = tuple(f"BLEU-{order}" for order in range(1, MAX_ORDER + 1))
 

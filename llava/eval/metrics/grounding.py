@@ -1,39 +1,22 @@
-"""How well boxes, stretches of time and moving things are found, and whether a score reaches a threshold."""
+"""How well boxes in pictures, stretches of time and moving boxes are found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llava.config import GroundingConfig
-from llava.geometry import Box, TimeSpan, box_iou, box_ious, span_iou
+from llava.geometry import SPAN_TOLERANCE, Box, TimeSpan, Tube, box_iou, box_ious, span_iou
 from llava.grounding.syntax import parse_places
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
-_DECIMALS = 9
-"""Scores are compared rounded: 0.1 / (0.3 - 0.1) is no half in floating point, yet it is one to whoever reads it."""
 
-
-def reaches(score: float, threshold: float) -> bool:
-    """Whether the score is at least the threshold."""
-    return round(score, _DECIMALS) >= threshold
-
-
-def exceeds(score: float, threshold: float) -> bool:
-    """Whether the score is more than the threshold."""
-    return round(score, _DECIMALS) > threshold
-
-
-def shares_reaching(name: str, score: float) -> dict[str, float]:
-    """Of a sample's score, 1 for each of 0.3, 0.5 and 0.7 that it reaches and else 0, under ``NAME>=0.3``."""
-    return {f"{name}>={threshold}": float(reaches(score, threshold)) for threshold in THRESHOLDS}
-
-
-# How well boxes in pictures are found (REC).
+def _compared(score: float) -> float:
+    """A score as thresholds see it: 0.1 / (0.3 - 0.1) is no half in floating point, yet it is one to its reader."""
+    return round(score, 9)
 
 
 def score_rec(boxes: Sequence[Box], reference: Box) -> dict[str, float]:
@@ -44,10 +27,7 @@ def score_rec(boxes: Sequence[Box], reference: Box) -> dict[str, float]:
         reference: in the unit of the boxes.
     """
     iou = box_iou(boxes[0], reference) if boxes else 0.0
-    return {"mIoU": iou, "IoU>=0.5": float(reaches(iou, 0.5)), "unparsable": float(not boxes)}
-
-
-# How well stretches of a video are found (TVG).
+    return {"mIoU": iou, "IoU>=0.5": float(_compared(iou) >= 0.5), "unparsable": float(not boxes)}
 
 
 def score_tvg(spans: Sequence[TimeSpan], reference: TimeSpan) -> dict[str, float]:
@@ -59,50 +39,16 @@ def score_tvg(spans: Sequence[TimeSpan], reference: TimeSpan) -> dict[str, float
         reference: in the unit of the spans.
     """
     iou = span_iou(spans[0], reference) if spans else 0.0
-    recalls = {f"R@1 IoU>{threshold}": float(exceeds(iou, threshold)) for threshold in THRESHOLDS}
+    recalls = {f"R@1 IoU>{threshold}": float(_compared(iou) > threshold) for threshold in THRESHOLDS}
     return {"mIoU": iou, **recalls, "unparsable": float(not spans)}
 
 
-# How well moving things are found in a video: boxes over a stretch of time (STVG, SVG).
+# Moving boxes (STVG, SVG): the answer and the reference are a tube each.
 
 NUM_FRAMES = 100
 
 _FRAME_TIMES = np.arange(NUM_FRAMES) / (NUM_FRAMES - 1)
 """The first frame lies at 0 and the last at 1: where the bins of time lie, when there are 100 of them too."""
-_TOLERANCE = 1e-9
-"""A frame at the edge of a span is in it, however the two were rounded."""
-
-
-@dataclass(frozen=True)
-class Tube:
-    """A box that moves over a stretch of a video.
-
-    Attributes:
-        span: in [0, 1] of the clip.
-        boxes: one or more, evenly spaced in time from the span's start to its end; between two of them the box is
-            interpolated linearly. A single one stays all the time.
-    """
-
-    span: TimeSpan
-    boxes: tuple[Box, ...]
-
-    def __post_init__(self) -> None:
-        if not self.boxes:
-            raise ValueError(f"the tube over {tuple(self.span)} has no box; it needs one or more")
-
-    def box_at(self, time: float) -> Box | None:
-        """The box at a time in [0, 1] of the clip; None outside of the span."""
-        if not self.span.start - _TOLERANCE <= time <= self.span.end + _TOLERANCE:
-            return None
-        return Box(*self.boxes_at(np.array([time]))[0].tolist())
-
-    def boxes_at(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(len(times), 4): the boxes at times; before the span the first of them, after it the last."""
-        corners = np.array(self.boxes)
-        known = np.linspace(self.span.start, self.span.end, len(corners))
-        if self.span.start >= self.span.end:  # No time passes, in which it could move.
-            return np.repeat(corners[:1], len(times), axis=0)
-        return np.stack([np.interp(times, known, column) for column in corners.T], axis=-1)
 
 
 def parse_tube(
@@ -143,7 +89,7 @@ def frames_in(span: TimeSpan) -> NDArray[np.bool_]:
     all. A reversed span has none, nor has one that lies wholly outside of [0, 1].
     """
     times = _FRAME_TIMES
-    inside = (times >= span.start - _TOLERANCE) & (times <= span.end + _TOLERANCE)
+    inside = (times >= span.start - SPAN_TOLERANCE) & (times <= span.end + SPAN_TOLERANCE)
     if not inside.any() and 0 <= span.start <= span.end <= 1:
         inside[np.abs(times - (span.start + span.end) / 2).argmin()] = True
     return inside
@@ -174,7 +120,7 @@ def score_stvg(tube: Tube | None, reference: Tube) -> dict[str, float]:
             temporal, spatial, volume = len(times) / either, overlap / len(times), overlap / either
     scores = {"tIoU": temporal, "sIoU": spatial, "vIoU": volume}
     for name, score in tuple(scores.items()):
-        scores |= shares_reaching(name, score)
+        scores |= {f"{name}>={threshold}": float(_compared(score) >= threshold) for threshold in THRESHOLDS}
     return {**scores, "unparsable": float(tube is None)}
 
 
