@@ -6,6 +6,7 @@ import io
 import resource
 import struct
 import sys
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, TiffImagePlugin, features
+from PIL import Image, ImageDraw, ImageFile, TiffImagePlugin, features
 
 from llava.data import images
 from llava.data.check import main as check
@@ -479,3 +480,107 @@ def test_limits_hold_for_what_is_read(tmp_path: Path) -> None:
     assert read_picture(str(path), MediaLimits(max_image_pixels=5000)).shape == (50, 100, 3)
     with pytest.raises(MediaError, match="it is 100 x 50 pixels, 5000, but --max_image_pixels is 4999"):
         read_picture(str(path), MediaLimits(max_image_pixels=4999))
+
+
+# What a header says, and pictures in general
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff", "a.webp", "a.gif", "a.bmp"])
+def test_headers_tell_the_upright_size(tmp_path: Path, monkeypatch, name: str, orientation: int | None) -> None:
+    path = str(tmp_path / name)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.new("RGB", (70, 30)).save(path, exif=exif)
+    expected = tuple(load_image(path).shape[:2])
+    sideways = orientation in (6, 8) and not name.endswith((".gif", ".bmp"))
+    assert expected == ((70, 30) if sideways else (30, 70))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert read_image_size(path) == expected
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_a_file_without_a_header_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=str(path)):
+        read_image_size(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_upright(tmp_path, orientation, suffix):
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[:8, :8] = 255  # the bright corner is at the top left of the stored picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    image = load_image(str(tmp_path / f"a.{suffix}")).numpy()
+    corner = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
+    row, column = 4 if corner[0] == "t" else -4, 4 if corner[1] == "l" else -4
+    assert image.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+    assert image[row, column].min() > 200
+    assert image.mean() < 40
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_image_of_any_mode_becomes_rgb(tmp_path, mode):
+    gray = np.full((10, 12), 200, np.uint8)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(gray.astype(np.uint16) * 257 if mode == "I;16" else gray.astype(np.int32) * 257)
+        assert image.mode == mode
+    else:
+        image = Image.fromarray(gray).convert("RGB").convert(mode)
+    path = tmp_path / {"CMYK": "a.jpg", "I": "a.tiff"}.get(mode, "a.png")
+    image.save(path)
+    pixels = load_image(str(path))
+    assert pixels.shape == (10, 12, 3)
+    assert str(pixels.dtype) == "torch.uint8"
+    assert (pixels.float().mean() - (255 if mode == "1" else 200)).abs() < (60 if mode == "1" else 3)
+
+
+def test_palette_with_transparency_is_laid_on_white_without_a_warning(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), mode="P")
+    image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200, 90, 90, 90])
+    image.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = load_image(str(tmp_path / "a.png"))
+    assert pixels.tolist() == [[[255, 255, 255], [132, 227, 132]], [[10, 10, 200], [90, 90, 90]]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+def test_truncated_image(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(MediaError, match="cannot be read as an image") as caught:
+        load_image(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_errors(tmp_path, monkeypatch):
+    for name, content, message in (
+        ("none.png", None, "no such file"),
+        ("empty.png", b"", "the file is empty"),
+        ("text.png", b"questa non e una fotografia", "cannot be read as an image"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match=message) as caught:
+            load_image(str(tmp_path / name))
+        assert str(caught.value).count(name) == 1
+    Image.new("RGB", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(MediaError, match=r"bomb\.png: .*decompression bomb"):
+        load_image(str(tmp_path / "bomb.png"))
+
+
+def test_real_photographs(shared_data):
+    for path in sorted((shared_data / "image/photos").iterdir()):
+        with Image.open(path) as image:
+            assert tuple(load_image(str(path)).shape) == (image.height, image.width, 3)

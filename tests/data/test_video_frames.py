@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from clips import copy_packets, decode_all, encode, number_of, read_one, read_singly, replace_box
 
-from llava.data.nal_units import PacketFacts
 from llava.data.video import Video, open_video
-from llava.data.video_index import packet_reader
 
 
 @pytest.fixture(params=["decord", "PyAV"], autouse=True)
@@ -237,26 +235,3 @@ def test_a_long_plain_clip_is_sought(tmp_path: Path, decoder: str, monkeypatch: 
     path = encode(tmp_path / "long.mp4", options=X264, numbers=(i % 256 for i in range(600)))
     assert read_one(path, 500) == 500 % 256
     assert len(decoded) == 0 if decoder == "decord" else len(decoded) < 30
-
-
-def test_what_packets_say_of_themselves() -> None:
-    vp8, vp9, av1 = (packet_reader(codec, b"") for codec in ("vp8", "vp9", "av1"))
-    assert vp8 is not None
-    assert vp9 is not None
-    assert av1 is not None
-    # A hidden picture, one that is shown, a key frame, and a hidden key frame, of which nobody knows when it shows.
-    facts = [vp8(bytes([first, 0, 0])) for first in (0x01, 0x11, 0x10, 0x00)]
-    assert [fact and (fact.shown, fact.starts) for fact in facts] == [(0, False), (1, False), (1, True), None]
-    # A hidden picture alone, and one in front of another in a packet with their sizes.
-    assert vp9(b"\x84\x00") == PacketFacts(shown=0)
-    key, hidden, shown = b"\x82\x00", b"\x84\x00", b"\x86\x00"
-    index = bytes([0xC1, 2, 2, 0xC1])
-    assert vp9(key + hidden + index) == PacketFacts(shown=1, starts=True, closed=True)
-    assert vp9(hidden + shown + index) == PacketFacts(shown=1)
-    assert vp9(shown + shown + index) == PacketFacts(shown=2)
-    # A header of the sequence and a key frame; the frame without the header, where decoding cannot begin.
-    assert av1(b"\x0a\x01\x00\x32\x01\x10") == PacketFacts(shown=1, starts=True, closed=True)
-    frame = av1(b"\x32\x01\x10")
-    assert frame is not None
-    assert not frame.starts
-    assert packet_reader("wmv2", b"") is None

@@ -1,15 +1,17 @@
-"""Parity of the geometry with PIL and with transformers' image processing."""
+"""From images and frames to the tower's square or tiles: parity with PIL and with transformers' image processing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llava.data.media import fit_frames, resize
+from llava.data.media import cut_views, fit_frames, load_media, resize
+from llava.types import Media
 
 SIZES = [(480, 640), (640, 480), (333, 500), (224, 224), (360, 640), (100, 57), (50, 50)]
 
@@ -108,3 +110,81 @@ def test_frames_are_fitted_as_they_would_be_one_by_one(italian_vision):
 def test_resizing_to_the_same_size_changes_nothing():
     pixels = torch.from_numpy(picture(30, 40)).permute(2, 0, 1)[None]
     assert torch.equal(resize(pixels, 30, 40), pixels)
+
+
+# Tiles of anyres
+
+COLOURS = [(200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200), (200, 10, 200)]
+MEAN = (123, 116, 103)
+
+
+@pytest.fixture
+def tiled(tiny_vision):
+    """Tiles of 56 pixels and 4 x 4 patches; a picture of 2 x 2 tiles takes 80 tokens."""
+    return replace(tiny_vision, image_aspect_ratio="anyres")
+
+
+def painted(rows: int, columns: int, side: int) -> torch.Tensor:
+    """A picture of flat squares, row by row in the order of ``COLOURS``."""
+    colours = np.array(COLOURS[: rows * columns], np.uint8).reshape(rows, columns, 3)
+    return torch.from_numpy(colours.repeat(side, 0).repeat(side, 1))
+
+
+def colour_of(frame: torch.Tensor) -> tuple[int, ...]:
+    """The colour of a (3, height, width) frame, which must have one."""
+    assert (frame == frame[:, :1, :1]).all()
+    return tuple(frame[:, 0, 0].tolist())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (1, 2), (2, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("side", [56, 112])
+def test_tiles_follow_the_whole_picture_row_by_row(tiled, rows: int, columns: int, side: int) -> None:
+    views = cut_views(painted(rows, columns, side), tiled)
+    assert views.dtype == torch.uint8
+    assert views.shape == (1 + rows * columns, 3, 56, 56)
+    # Where colours meet, resizing blends them.
+    middle = slice(4, -4) if side != 56 else slice(None)
+    assert [colour_of(tile[:, middle, middle]) for tile in views[1:]] == COLOURS[: rows * columns]
+    whole = Image.fromarray(painted(rows, columns, side).numpy()).resize((56, 56), Image.Resampling.BICUBIC)
+    assert (views[0].permute(1, 2, 0).int() - torch.from_numpy(np.array(whole)).int()).abs().max() <= 4
+
+
+def test_padding_is_the_mean_colour_on_both_sides(tiled) -> None:
+    vision = replace(tiled, image_grid_pinpoints="(2x2)")
+    picture = torch.full((50, 100, 3), 250, dtype=torch.uint8)
+    whole, *tiles = cut_views(picture, vision)
+    assert colour_of(whole) == (250, 250, 250)
+    upper, lower = slice(28), slice(28, 56)
+    for tile, padding, shown in zip(tiles, [upper, upper, lower, lower], [lower, lower, upper, upper], strict=True):
+        assert colour_of(tile[:, padding]) == MEAN
+        assert colour_of(tile[:, shown]) == (250, 250, 250)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1), (3, 2)])
+def test_thin_and_tiny_pictures(tiled, size: tuple[int, int]) -> None:
+    views = cut_views(torch.full((*size, 3), 250, dtype=torch.uint8), tiled)
+    assert len(views) == tiled.anyres.num_views(size)
+    assert colour_of(views[0]) == (250, 250, 250)
+    shown = (views[1:] == 250).all(1).sum()
+    assert shown == tiled.anyres.place(size)[1].area
+
+
+def test_frames_of_a_video_are_fitted_as_without_tiles(tiled, tiny_vision, media_dir: Path) -> None:
+    clip = Media("video", str(media_dir / "a.mp4"))
+    assert torch.equal(load_media(clip, tiled).frames, load_media(clip, tiny_vision).frames)
+    frames = torch.randint(0, 256, (2, 40, 70, 3), dtype=torch.uint8)
+    assert torch.equal(fit_frames(frames, tiled), fit_frames(frames, tiny_vision))
+
+
+def test_an_image_is_loaded_as_its_views(tiled, media_dir: Path) -> None:
+    image = load_media(Media("image", str(media_dir / "a.png")), tiled)
+    assert (image.kind, image.original_size, image.frames.shape) == ("image", (60, 90), (5, 3, 56, 56))
+
+
+def test_video_is_fitted_and_sampled_the_same_each_time(media_dir, tiny_vision):
+    first, second = (load_media(Media("video", str(media_dir / "a.mp4")), tiny_vision) for _ in range(2))
+    assert first.frames.shape == (3, 3, 56, 56)
+    assert str(first.frames.dtype) == "torch.uint8"
+    assert first.original_size == (48, 64)
+    assert (first.frames == second.frames).all()
+    assert first.times == second.times
