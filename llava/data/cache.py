@@ -6,11 +6,12 @@ this user's own.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CHECKSUM_BYTES = 4
+_MAGIC = b"LLAVARC2"
+_LENGTH_BYTES = 8
+_CHECKSUM_BYTES = 4
 _BYTES_AT_ONCE = 1 << 22
 
 
@@ -39,8 +42,8 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
 
     def read_array() -> NDArray[Any]:
         content = path.read_bytes()
-        checksum = int.from_bytes(content[-CHECKSUM_BYTES:], "little")
-        if zlib.crc32(memoryview(content)[:-CHECKSUM_BYTES]) != checksum:
+        checksum = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
+        if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES]) != checksum:
             raise DamagedFileError("it is damaged")
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -55,7 +58,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
             np.save(file, compute().astype(dtype, copy=False), allow_pickle=False)
         checksum = compute_checksum(part, part.stat().st_size)
         with part.open("ab") as file:
-            file.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+            file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
     return open_or_write(path, read_array, write_array)
 
@@ -90,6 +93,47 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
             f"{path}: the index cannot be written: {error}; give another folder with --data_cache_dir"
         ) from error
     return open_file()
+
+
+def append_footer(path: Path, content: Mapping[str, object]) -> None:
+    """Write behind a file what is known of it: JSON, its checksum, its length and a magic number, to be read backwards.
+
+    Args:
+        path: of the file.
+        content: has the ``size`` and ``checksum`` of the file before it, and a ``version``.
+    """
+    text = json.dumps(content).encode()
+    checksum = zlib.crc32(text).to_bytes(_CHECKSUM_BYTES, "little")
+    with path.open("ab") as file:
+        file.write(text + checksum + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC)
+
+
+def read_footer(path: Path, version: int) -> dict[str, Any]:
+    """What ``append_footer`` wrote; the file has been compared with it.
+
+    Raises:
+        DamagedFileError: there is none, it is another version's, or the file is not as it was.
+    """
+    tail = _CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - tail, 0))
+        checksum = int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
+        length, magic = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read()
+        if magic != _MAGIC or length + tail > size:
+            raise DamagedFileError("it is cut off")
+        file.seek(size - tail - length)
+        text = file.read(length)
+    if zlib.crc32(text) != checksum:
+        raise DamagedFileError("its end is damaged")
+    content: dict[str, Any] = json.loads(text)
+    if content["version"] != version:
+        raise DamagedFileError("another version of llava wrote it")
+    if content["size"] != size - tail - length:
+        raise DamagedFileError("its length is wrong")
+    if compute_checksum(path, content["size"]) != content["checksum"]:
+        raise DamagedFileError("its checksum is wrong")
+    return content
 
 
 def compute_checksum(path: Path, size: int) -> int:

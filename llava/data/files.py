@@ -13,11 +13,12 @@ import json
 import math
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,7 +26,6 @@ from llava.io import read_yaml
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
     from numpy.typing import NDArray
 
     Rows = range | NDArray[np.int64]
@@ -73,10 +73,6 @@ class DataEntry:
 def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEntry]:
     """The entries that the words behind a flag stand for.
 
-    Args:
-        paths: data files, folders of ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures.
-        flag: its name, for errors.
-
     Raises:
         ValueError: a file is missing or of an unknown kind, or a mixture is not as ``docs/data.md`` describes.
     """
@@ -97,19 +93,15 @@ def expand_braces(pattern: str, name: str) -> list[str]:
     """
     if not ("{" in pattern or "}" in pattern) or Path(pattern).exists():
         return [pattern]
-    pieces = _GROUP.split(pattern)
+    pieces = _GROUP.split(pattern)  # text, group, text, group, text
     if any("{" in piece or "}" in piece for piece in pieces):
         raise ValueError(f"{name}: braces that do not match, or stand within braces; write prefix{{a,b}}.json")
     groups = [[part.strip() for part in group.split(",")] for group in pieces[1::2]]
     for group, written in zip(groups, pieces[1::2], strict=True):
         if "" in group:
-            raise ValueError(
-                f"{name}: alternative {group.index('') + 1} of {{{written}}} is empty; write prefix{{a,b}}.json"
-            )
-    return [
-        "".join(text for pair in zip(pieces[::2], (*choice, ""), strict=True) for text in pair)
-        for choice in product(*groups)
-    ]
+            empty = f"alternative {group.index('') + 1} of {{{written}}}"
+            raise ValueError(f"{name}: {empty} is empty; write prefix{{a,b}}.json")
+    return ["{}".join(pieces[::2]).format(*choice) for choice in product(*groups)]
 
 
 def _find_files(pattern: str, name: str) -> list[str]:
@@ -224,18 +216,13 @@ def choose_rows(sampling: str, counts: Sequence[int], seed: str) -> list[Rows]:
         # NumPy keeps the stream of a bit generator forever, but not what its other functions make of it.
         generator = np.random.PCG64(int(hashlib.sha256(seed.encode()).hexdigest(), 16))
         rows = np.sort(np.argsort(generator.random_raw(available), kind="stable")[:count])
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [cut_rows(rows, end - of_file, end) for end, of_file in zip(ends, counts, strict=True)]
+    return [cut_rows(rows, end - of_file, end) for end, of_file in zip(accumulate(counts), counts, strict=True)]
 
 
 def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
     """Those of ascending rows from ``start`` to before ``stop``, counted from ``start``."""
-    if isinstance(rows, range):
-        return range(max(rows.start, start) - start, max(min(rows.stop, stop), start) - start)
-    import numpy as np
-
-    first, last = np.searchsorted(rows, [start, stop])
-    return rows[first:last] - start
+    cut = rows[bisect_left(rows, start) : bisect_left(rows, stop)]
+    return range(cut.start - start, cut.stop - start) if isinstance(cut, range) else cut - start
 
 
 # --- raw samples --------------------------------------------------------------------------------------
@@ -244,10 +231,8 @@ def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
 def _check_data_file(path: str, name: str) -> None:
     """A ValueError, beginning with ``name``, if a path is no data file that can be read."""
     file = Path(path)
-    if not file.exists():
-        raise ValueError(f"{name}: no such file")
     if not file.is_file():
-        raise ValueError(f"{name}: not a file")
+        raise ValueError(f"{name}: {'not a file' if file.exists() else 'no such file'}")
     if file.suffix not in KNOWN_SUFFIXES:
         raise ValueError(
             f"{name}: unknown kind of file {file.suffix!r}; known: {', '.join(KNOWN_SUFFIXES)}, and .yaml for a mixture"
@@ -256,20 +241,16 @@ def _check_data_file(path: str, name: str) -> None:
         raise ValueError(f"{name}: may not be read by this user")
 
 
-def read_samples(path: str) -> Iterator[tuple[Any, str]]:
+def read_samples(path: str, keep_errors: bool = False) -> Iterator[tuple[Any, str]]:
     """The raw samples of a file, each with the words that say where it stands.
+
+    Args:
+        path: of the file.
+        keep_errors: whether the ValueError about a line that is no JSON takes the place of its sample.
 
     Raises:
         ValueError: the file or a line of it is not what it should be; names it.
     """
-    for sample, source in read_values(path):
-        if isinstance(sample, ValueError):
-            raise sample
-        yield sample, source
-
-
-def read_values(path: str) -> Iterator[tuple[Any, str]]:
-    """``read_samples`` that goes on behind a line that is no JSON: the error stands in its place."""
     _check_data_file(path, path)
     file = Path(path)
     if file.suffix == ".jsonl":
@@ -278,7 +259,10 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
             for number, line in enumerate(read_lines(lines), start=1):
                 advance(len(line))
                 if line.strip():
-                    yield parse_line(line, f"{path}, line {number}"), f"{file.name}, line {number}"
+                    sample = parse_line(line, f"{path}, line {number}")
+                    if isinstance(sample, ValueError) and not keep_errors:
+                        raise sample
+                    yield sample, f"{file.name}, line {number}"
     elif file.suffix == ".json":
         for number, sample in enumerate(iterate_list(file), start=1):
             yield sample, f"{file.name}, sample {number}"
@@ -287,34 +271,30 @@ def read_values(path: str) -> Iterator[tuple[Any, str]]:
             yield sample, f"{file.name}, row {number}"
 
 
-def _read_table(path: Path) -> Iterator[Any]:
-    """The rows of a Parquet or Arrow file; pictures and clips are what is stored of them, bytes or paths."""
+def _read_table(path: Path) -> Iterator[object]:
+    """The rows of a Parquet or Arrow file; pictures and clips are what is stored of them, bytes or paths.
+
+    ``datasets`` would copy a Parquet file into its own cache first, and reads no Arrow file with an index.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        file = pa.memory_map(str(path))
         if path.suffix == ".parquet":
-            batches = pq.ParquetFile(path, memory_map=True).iter_batches(batch_size=_ROWS_AT_ONCE)
+            batches = pq.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE)
         else:
-            batches = _arrow_batches(pa.memory_map(str(path)))
+            try:
+                batches = pa.ipc.open_stream(file)  # What datasets writes.
+            except pa.ArrowInvalid:
+                file.seek(0)
+                indexed = pa.ipc.open_file(file)
+                batches = map(indexed.get_batch, range(indexed.num_record_batches))
         for batch in batches:
             for start in range(0, len(batch), _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
-
-
-def _arrow_batches(file: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow file, in the form that ``datasets`` writes (a stream) or the one with an index."""
-    import pyarrow as pa
-
-    try:
-        yield from pa.ipc.open_stream(file)
-    except pa.ArrowInvalid:
-        file.seek(0)
-        reader = pa.ipc.open_file(file)
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -384,8 +364,7 @@ class _Text:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._chunks = _decode_chunks(path)
-        self._buffer, self._position = "", 0
-        self._lines = 0
+        self._buffer, self._position, self._lines = "", 0, 0
         self._decoder = json.JSONDecoder()
 
     def skip_space(self) -> bool:
@@ -457,19 +436,15 @@ def _decode_chunks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     start = 0
     with _open(path) as (file, advance):
-        while chunk := file.read(_BYTES_AT_ONCE):
+        while True:
+            chunk = file.read(_BYTES_AT_ONCE)
             advance(len(chunk))
-            held_back = len(decoder.getstate()[0])
+            held_back = len(decoder.getstate()[0])  # Bytes of a character that the last chunk cut in two.
             try:
-                yield decoder.decode(chunk)
+                yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, start - held_back + error.start) from error
+                position = start - held_back + error.start
+                raise ValueError(f"{path}: not UTF-8 (byte {position}); save it as UTF-8") from error
+            if not chunk:
+                return
             start += len(chunk)
-        try:
-            yield decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, start - len(decoder.getstate()[0])) from error
-
-
-def _not_utf8(path: Path, position: int) -> ValueError:
-    return ValueError(f"{path}: not UTF-8 (byte {position}); save it as UTF-8")

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -26,7 +25,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
-from llava.data.cache import CHECKSUM_BYTES, DamagedFileError, compute_checksum, open_array, open_or_write
+from llava.data.cache import DamagedFileError, append_footer, compute_checksum, open_array, open_or_write, read_footer
 from llava.io import hash_json
 from llava.types import NO_COORDINATES, Coordinates, Media, MediaKind, Record, Turn
 
@@ -40,12 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of the stored form; a file of another version is not read but written anew."""
 NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
 """Columns beside the record itself, for questions about all records at once."""
 
-_MAGIC = b"LLAVARC2"
-_LENGTH_BYTES = 8
 _RECORDS_AT_ONCE = 4096
 _HASH_DIGITS = 32
 _BYTES_AT_ONCE = 1 << 22
@@ -61,6 +57,7 @@ class Footer:
         repeated: rows whose id an earlier row has already, each with that row.
         notes: what the reader of the data file counted.
         size, checksum: bytes of the stream and their CRC-32; 0 in memory.
+        version: of the stored form; a file of another version is not read but written anew.
     """
 
     origin: dict[str, str] = field(default_factory=dict)
@@ -70,40 +67,6 @@ class Footer:
     size: int = 0
     checksum: int = 0
     version: int = VERSION
-
-    def to_bytes(self) -> bytes:
-        """JSON, its checksum, its length and a magic number, so that it is read from the end of a file."""
-        text = json.dumps(asdict(self)).encode()
-        checksum = zlib.crc32(text).to_bytes(CHECKSUM_BYTES, "little")
-        return text + checksum + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC
-
-    @classmethod
-    def read(cls, path: Path) -> Footer:
-        """The footer of a stored file.
-
-        Raises:
-            DamagedFileError: there is none, or it is another version's.
-        """
-        tail = CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - tail, 0))
-            checksum = int.from_bytes(file.read(CHECKSUM_BYTES), "little")
-            length, magic = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read()
-            if magic != _MAGIC or length + tail > size:
-                raise DamagedFileError("it is cut off")
-            file.seek(size - tail - length)
-            text = file.read(length)
-        if zlib.crc32(text) != checksum:
-            raise DamagedFileError("its end is damaged")
-        entries = json.loads(text)
-        if entries["version"] != VERSION:
-            raise DamagedFileError("another version of llava wrote it")
-        if entries["size"] != size - tail - length:
-            raise DamagedFileError("its length is wrong")
-        for name in ("faults", "repeated"):  # JSON has no keys but strings.
-            entries[name] = {int(row): value for row, value in entries[name].items()}
-        return cls(**entries)
 
 
 class RecordSequence(Sequence[Record]):
@@ -153,10 +116,10 @@ class RecordStore(RecordSequence):
         Raises:
             DamagedFileError: it is not what was written, or another version wrote it.
         """
-        footer = Footer.read(path)
-        if compute_checksum(path, footer.size) != footer.checksum:
-            raise DamagedFileError("its checksum is wrong")
-        return cls(path, footer)
+        content = read_footer(path, VERSION)
+        for name in ("faults", "repeated"):  # JSON has no keys but strings.
+            content[name] = {int(row): value for row, value in content[name].items()}
+        return cls(path, Footer(**content))
 
     @classmethod
     def write(
@@ -184,8 +147,7 @@ class RecordStore(RecordSequence):
             del draft  # It has the file mapped.
             size = path.stat().st_size
             footer = replace(footer, size=size, checksum=compute_checksum(path, size))
-            with path.open("ab") as file:
-                file.write(footer.to_bytes())
+            append_footer(path, asdict(footer))
         return cls(data, footer)
 
     def __reduce__(self) -> tuple[type[RecordStore], tuple[Path | pa.Buffer, Footer]]:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
-from llava.data.files import choose_rows, find_entries, read_samples, read_values
+from llava.data.files import choose_rows, find_entries, read_samples
 from llava.data.index import Mixture, Part, RecordStore, open_store
 from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_medium
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.spellings import name_type, read_raw, suggest
 from llava.grounding.samples import parse_variables
 from llava.types import Media, MediaKind, Record, Role, Turn
-
-__all__ = ["describe_notes", "parse_record", "read_records", "read_samples"]
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -107,7 +105,7 @@ def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_s
     notes: Notes = {"unread": {}, "without_id": 0}
 
     def read() -> Iterator[Record]:
-        for sample, source in read_values(path):
+        for sample, source in read_samples(path, keep_errors=True):
             try:
                 if isinstance(sample, ValueError):
                     raise sample

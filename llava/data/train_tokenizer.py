@@ -97,7 +97,8 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
 def read_texts(path: str) -> Iterator[str]:
     """The texts of a file: its lines, or the turns of its samples without their placeholders."""
     if Path(path).suffix in (".json", ".jsonl"):
-        from llava.data.records import parse_record, read_samples
+        from llava.data.files import read_samples
+        from llava.data.records import parse_record
         from llava.grounding.syntax import strip_coordinates
 
         # Media are not opened, wherever they are said to lie.

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from llava.data import files as raw_samples
+from llava.data.files import read_samples
 from llava.data.index import RecordStore
-from llava.data.records import parse_record, read_records, read_samples
+from llava.data.records import parse_record, read_records
 from llava.types import Media, Record, Turn
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
