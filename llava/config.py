@@ -6,35 +6,17 @@ Each is validated once, as it is made, and written to and read from ``config.jso
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from llava.constants import AXES, VISUAL_TOKENS, Axis
-from llava.geometry import (
-    ANYRES,
-    DEFAULT_PINPOINTS,
-    FLAT,
-    PATCH_MERGE_TYPES,
-    SPATIAL_UNPAD,
-    AnyRes,
-    Letterbox,
-    parse_aspect_ratio,
-    parse_pinpoints,
-)
-from llava.registry import build_settings
-from llava.token_layout import (
-    PROJECTOR_SETTINGS,
-    RESAMPLER_SETTINGS,
-    ProjectorSettings,
-    ResamplerSettings,
-    TokenLayout,
-)
+from llava.geometry import DEFAULT_PINPOINTS, FLAT, AnyRes, Letterbox
+from llava.token_layout import ProjectorSettings, ResamplerSettings, TokenLayout, build_layout, own_settings
 from llava.types import MediaKind
 
-ASPECT_RATIOS = ("square", "pad")
-"""Ways to fit an image into a single square; anyres and anyres_max_N are those of ``llava.geometry``."""
 LAPE, PLACEHOLDER, NO_GROUNDING = "lape", "placeholder", "none"
 GROUNDING_MODES = (LAPE, PLACEHOLDER, NO_GROUNDING)
 DEFAULT_BINS = 100
@@ -139,6 +121,8 @@ class VisionConfig:
     """Side of a frame's grid of patches behind the projector."""
     anyres: AnyRes | None = field(init=False, repr=False, compare=False)
     """How images are cut into tiles; None where each is a single square."""
+    letterbox: Callable[[tuple[int, int]], Letterbox] = field(init=False, repr=False, compare=False)
+    """From the (height, width) of a picture, under anyres of a video's frame, to its place in the tower's square."""
     is_bounded: bool = field(init=False, repr=False, compare=False)
     """Whether a video cannot have more than ``max_frames``, however long it is."""
     max_frames: int = field(init=False, repr=False, compare=False)
@@ -152,85 +136,24 @@ class VisionConfig:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
         if self.frames_upbound < 0:
             raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
-        computed = self._build_parts()
-        layout: TokenLayout = computed["layout"]
-        anyres = self._build_anyres(layout)
-        computed |= {
-            "layout": replace(layout, anyres=anyres),
-            "anyres": anyres,
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        layout = build_layout(settings)
+        pad = self.image_aspect_ratio == "pad"
+        computed = {
+            "layout": layout,
+            "grid_side": layout.grid_side,
+            "anyres": layout.anyres,
+            "projector": layout.projector,
+            "resampler": layout.resampler,
+            # Whole, so that a plug-in may change its defaults and a checkpoint keeps its own.
+            "projector_args": own_settings(layout.projector, settings),
+            "resampler_args": {} if layout.resampler is None else own_settings(layout.resampler, settings),
+            "letterbox": partial(Letterbox.fit, side=self.image_size, pad=pad, resize=self.image_resize_size),
             "is_bounded": self.frames_upbound > 0 or not self.video_fps,
             "max_frames": (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames,
         }
         for name, value in computed.items():
             object.__setattr__(self, name, value)
-
-    def _build_parts(self) -> dict[str, Any]:
-        """Settings of projector and resampler, and the layout but for anyres."""
-        shared = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
-        kind = ProjectorSettings
-        if self.projector_type in PROJECTOR_SETTINGS:  # The names of MLPs are a pattern.
-            kind = PROJECTOR_SETTINGS.get(self.projector_type)
-        elif self.projector_args:
-            raise ValueError(
-                f"--mm_projector_args: the projector {self.projector_type!r} has no settings of its own; one of your "
-                "own is known once its file is imported"
-            )
-        projector, projector_args = build_settings(kind, shared, self.projector_args, "--mm_projector_args")
-        side = projector.pooled_side(self.patches_per_side)
-        resampler, resampler_args = None, dict[str, object]()
-        if self.resampler_type is not None:
-            if self.resampler_type not in RESAMPLER_SETTINGS:
-                raise ValueError(
-                    f"unknown --mm_resampler_type {self.resampler_type!r}; known: "
-                    f"{', '.join(RESAMPLER_SETTINGS.names())}, none; one of your own is known once its file is imported"
-                )
-            known = RESAMPLER_SETTINGS.get(self.resampler_type)
-            resampler, resampler_args = build_settings(known, shared, self.resampler_args, "--mm_resampler_args")
-            resampler.check(side)
-        elif self.resampler_args:
-            raise ValueError("--mm_resampler_args needs --mm_resampler_type")
-        return {
-            "projector": projector,
-            "projector_args": projector_args,
-            "resampler": resampler,
-            "resampler_args": resampler_args,
-            "grid_side": side,
-            "layout": TokenLayout(side, self.resampler_type, resampler, self.resample_images),
-        }
-
-    def _build_anyres(self, layout: TokenLayout) -> AnyRes | None:
-        tiled, max_tiles = parse_aspect_ratio(self.image_aspect_ratio)
-        if not tiled and self.image_aspect_ratio not in ASPECT_RATIOS:
-            known = ", ".join([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])
-            raise ValueError(f"--image_aspect_ratio is {self.image_aspect_ratio!r}; known: {known}")
-        if self.patch_merge_type not in PATCH_MERGE_TYPES:
-            known = ", ".join(PATCH_MERGE_TYPES)
-            raise ValueError(f"--mm_patch_merge_type is {self.patch_merge_type!r}; known: {known}")
-        grids = parse_pinpoints(self.image_grid_pinpoints, self.image_size) if tiled else ()
-        if max_tiles is not None and self.patch_merge_type == FLAT:
-            raise ValueError(
-                f"--image_aspect_ratio {self.image_aspect_ratio} shrinks the grid that --mm_patch_merge_type "
-                f"{SPATIAL_UNPAD} makes; set that, or limit {FLAT} by fewer --image_grid_pinpoints"
-            )
-        if self.patch_merge_type == SPATIAL_UNPAD and not tiled:
-            raise ValueError(f"--mm_patch_merge_type {SPATIAL_UNPAD} needs --image_aspect_ratio {ANYRES}")
-        if self.patch_merge_type == SPATIAL_UNPAD and layout.resamples("image"):
-            raise ValueError(
-                f"--mm_patch_merge_type {SPATIAL_UNPAD} needs images as grids of patches, and --mm_resample_images "
-                f"takes the grid away; switch it off, or use {FLAT}"
-            )
-        if not tiled:
-            return None
-        view_tokens = sum(layout.count_tokens("image"))
-        return AnyRes(self.image_size, layout.grid_side, view_tokens, grids, self.patch_merge_type, max_tiles)
-
-    def letterbox(self, size: tuple[int, int]) -> Letterbox:
-        """How a picture of a size (height, width) is fitted to the square.
-
-        ``pad`` keeps all of it in the middle; otherwise ``image_resize_size`` resizes the shorter side and cuts out
-        the centre, and without it the picture is stretched. Under ``anyres`` this holds for the frames of videos.
-        """
-        return Letterbox.fit(size, self.image_size, pad=self.image_aspect_ratio == "pad", resize=self.image_resize_size)
 
     def ways_to_shorten(self, kinds: Collection[MediaKind]) -> list[str]:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""

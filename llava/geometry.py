@@ -168,6 +168,8 @@ def _clamp(value: float) -> float:
 
 # Anyres: how a picture of any size is cut into tiles, and how the tiles' features are put together.
 
+ASPECT_RATIOS = ("square", "pad")
+"""Ways to fit an image into a single square."""
 ANYRES = "anyres"
 FLAT = "flat"
 SPATIAL_UNPAD = "spatial_unpad"

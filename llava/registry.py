@@ -62,10 +62,8 @@ class PartSettings:
     """
 
 
-def build_settings(
-    kind: type[S], shared: Mapping[str, object], own: Mapping[str, object], flag: str
-) -> tuple[S, dict[str, object]]:
-    """The settings of a part, and of these its own, as plain values.
+def build_settings(kind: type[S], shared: Mapping[str, object], own: Mapping[str, object], flag: str) -> S:
+    """The settings of a part.
 
     Args:
         kind: the class of the settings.
@@ -99,7 +97,7 @@ def build_settings(
             raise ValueError(f"{flag} has {name} {value!r}; expected a value such as {default!r}")
         values[name] = value
     of_model = {field.name: shared[field.name] for field in fields(kind) if field.name in shared}
-    return kind(**of_model, **values), values
+    return kind(**of_model, **values)
 
 
 # Modules of one's own, imported so that they register their backbones, towers, resamplers ...

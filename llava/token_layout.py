@@ -9,8 +9,9 @@ own where it is registered (docs/extending.md). Nothing here needs torch or a mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from llava.constants import (
     IMAGE_END,
@@ -22,8 +23,17 @@ from llava.constants import (
     VIDEO_PATCH,
     VIDEO_START,
 )
-from llava.geometry import AnyRes
-from llava.registry import PartSettings, Registry
+from llava.geometry import (
+    ANYRES,
+    ASPECT_RATIOS,
+    FLAT,
+    PATCH_MERGE_TYPES,
+    SPATIAL_UNPAD,
+    AnyRes,
+    parse_aspect_ratio,
+    parse_pinpoints,
+)
+from llava.registry import PartSettings, Registry, build_settings
 from llava.types import MediaKind
 
 POOL_MODES = ("average", "max", "bilinear")
@@ -81,22 +91,20 @@ class TokenLayout:
     """How many tokens each image or video takes, markers included.
 
     Attributes:
-        grid_side: of a frame's grid of patches, behind the projector.
+        projector: settings of the projector.
+        grid_side, grid_patches: of a frame's grid behind the projector, the patches a side and all of them.
         resampler_type, resampler: name and settings of the resampler; None without one.
         resample_images: whether images pass the resampler too; videos always do.
         anyres: how images are cut into tiles; None where each is a single square.
-        grid_patches: ``grid_side`` squared.
     """
 
+    projector: ProjectorSettings
     grid_side: int
+    grid_patches: int
     resampler_type: str | None = None
     resampler: ResamplerSettings | None = None
     resample_images: bool = False
     anyres: AnyRes | None = None
-    grid_patches: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "grid_patches", self.grid_side**2)
 
     def resamples(self, kind: MediaKind) -> bool:
         """Whether media of a kind pass the resampler; the others keep one token a patch."""
@@ -135,6 +143,10 @@ class TokenLayout:
             )
         return spans
 
+    def text(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> str:
+        """What stands in the text for one image or video; see ``spans``."""
+        return "".join(span.text for span in self.spans(kind, num_frames, image_size))
+
     def num_tokens(self, kind: MediaKind, num_frames: int = 1, image_size: tuple[int, int] | None = None) -> int:
         """Positions that the spans of one image or video take; see ``spans``."""
         return sum(span.length for span in self.spans(kind, num_frames, image_size))
@@ -143,6 +155,71 @@ class TokenLayout:
     def most_image_tokens(self) -> int:
         """Positions that no image takes more than."""
         return self.num_tokens("image") if self.anyres is None else self.anyres.most_tokens
+
+
+def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
+    """The layout of a model's visual settings, by the names that ``VisionConfig`` has for them.
+
+    Raises:
+        ValueError: settings of projector, resampler or tiles that cannot be, or that contradict one another.
+    """
+    projector_type, resampler_type = settings["projector_type"], settings["resampler_type"]
+    kind = ProjectorSettings
+    if projector_type in PROJECTOR_SETTINGS:  # The names of MLPs are a pattern.
+        kind = PROJECTOR_SETTINGS.get(projector_type)
+    elif settings["projector_args"]:
+        raise ValueError(
+            f"--mm_projector_args: the projector {projector_type!r} has no settings of its own; one of your own is "
+            "known once its file is imported"
+        )
+    projector = build_settings(kind, settings, settings["projector_args"], "--mm_projector_args")
+    side = projector.pooled_side(settings["patches_per_side"])
+    resampler = None
+    if resampler_type is not None:
+        if resampler_type not in RESAMPLER_SETTINGS:
+            raise ValueError(
+                f"unknown --mm_resampler_type {resampler_type!r}; known: {', '.join(RESAMPLER_SETTINGS.names())}, "
+                "none; one of your own is known once its file is imported"
+            )
+        own = settings["resampler_args"]
+        resampler = build_settings(RESAMPLER_SETTINGS.get(resampler_type), settings, own, "--mm_resampler_args")
+        resampler.check(side)
+    elif settings["resampler_args"]:
+        raise ValueError("--mm_resampler_args needs --mm_resampler_type")
+    layout = TokenLayout(projector, side, side**2, resampler_type, resampler, settings["resample_images"])
+    return replace(layout, anyres=_build_anyres(settings, layout))
+
+
+def _build_anyres(settings: Mapping[str, Any], layout: TokenLayout) -> AnyRes | None:
+    aspect_ratio, merge_type = settings["image_aspect_ratio"], settings["patch_merge_type"]
+    tiled, max_tiles = parse_aspect_ratio(aspect_ratio)
+    if not tiled and aspect_ratio not in ASPECT_RATIOS:
+        known = ", ".join([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])
+        raise ValueError(f"--image_aspect_ratio is {aspect_ratio!r}; known: {known}")
+    if merge_type not in PATCH_MERGE_TYPES:
+        raise ValueError(f"--mm_patch_merge_type is {merge_type!r}; known: {', '.join(PATCH_MERGE_TYPES)}")
+    grids = parse_pinpoints(settings["image_grid_pinpoints"], settings["image_size"]) if tiled else ()
+    if max_tiles is not None and merge_type == FLAT:
+        raise ValueError(
+            f"--image_aspect_ratio {aspect_ratio} shrinks the grid that --mm_patch_merge_type "
+            f"{SPATIAL_UNPAD} makes; set that, or limit {FLAT} by fewer --image_grid_pinpoints"
+        )
+    if merge_type == SPATIAL_UNPAD and not tiled:
+        raise ValueError(f"--mm_patch_merge_type {SPATIAL_UNPAD} needs --image_aspect_ratio {ANYRES}")
+    if merge_type == SPATIAL_UNPAD and layout.resamples("image"):
+        raise ValueError(
+            f"--mm_patch_merge_type {SPATIAL_UNPAD} needs images as grids of patches, and --mm_resample_images "
+            f"takes the grid away; switch it off, or use {FLAT}"
+        )
+    if not tiled:
+        return None
+    view_tokens = sum(layout.count_tokens("image"))
+    return AnyRes(settings["image_size"], layout.grid_side, view_tokens, grids, merge_type, max_tiles)
+
+
+def own_settings(part: PartSettings, settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that a part has beside those of the whole model."""
+    return {item.name: getattr(part, item.name) for item in fields(part) if item.name not in settings}
 
 
 # The library's own projectors and resamplers. Each of their fields is a field, and so a flag, of ``VisionConfig``.

@@ -112,10 +112,8 @@ def _expand(
 
     def expand(match: re.Match[str]) -> str:
         if PLACEHOLDERS[match.group()] == "image":
-            spans = vision.layout.spans("image", image_size=next(sizes))
-        else:
-            spans = vision.layout.spans("video", next(frames))
-        return "".join(span.start + span.patch * (span.length - 2) + span.end for span in spans)
+            return vision.layout.text("image", image_size=next(sizes))
+        return vision.layout.text("video", next(frames))
 
     return [PLACEHOLDER.sub(expand, text) for text in texts]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 
 from llava.config import VisionConfig
 from llava.constants import PLACEHOLDER
-from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS, find_placeholders
+from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS
 from llava.types import Coordinates, Turn
 
 _NAMES = [field.name for field in fields(Coordinates)]
@@ -52,12 +51,11 @@ def _parse_list(numbers: object, name: str, where: str) -> tuple[float, ...]:
 
 def check_coordinates(coordinates: Coordinates, text: str, where: str) -> None:
     """A ValueError unless each coordinate has its placeholder in the text, and each placeholder its own."""
-    wanted = Counter(find_placeholders(text))
     for placeholder, name in LOCATIONS.items():
-        given = len(getattr(coordinates, name))
-        if wanted[placeholder] != given:
+        found, given = text.count(placeholder), len(getattr(coordinates, name))
+        if found != given:
             raise ValueError(
-                f'{where}: its text has {wanted[placeholder]} {placeholder}, but "variables.{name}" has {given} '
+                f'{where}: its text has {found} {placeholder}, but "variables.{name}" has {given} '
                 f"number{'' if given == 1 else 's'}; there must be one for each"
             )
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llava.config import ASPECT_RATIOS, VisionConfig
+from llava.config import VisionConfig
 from llava.data.formats import FORMATS
-from llava.geometry import ANYRES, PATCH_MERGE_TYPES
+from llava.geometry import ANYRES, ASPECT_RATIOS, PATCH_MERGE_TYPES
 from llava.messages import run_command
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
 from llava.model.multimodal_encoder.base import TOWERS

@@ -57,6 +57,7 @@ _LEFT_OUT = {
     "lora_r", "lora_alpha", "lora_dropout", "model_max_length", "mm_projector_lr", "mm_vision_resampler_lr",
     "mm_vision_tower_lr", "mm_coordinates_lr", "learning_rate", "router_aux_loss_coef", "mm_tunable_parts",
     "num_temporal_tokens", "num_spatial_tokens", "grounding", "model_name_or_path", "vision_tower",
+    "mm_projector_args", "mm_resampler_args",
     "pretrain_mm_mlp_adapter", "lora_weight_path", "data_path", "plain_lm", "version",
 }  # fmt: skip
 _NOT_SETTINGS = {"mm_vision_tower", "mm_vision_tower_hash", "mm_vision_config", "mm_token_ids", "mm_save_vision_tower"}
