@@ -50,6 +50,10 @@ class Span:
     end: str
     length: int
 
+    @property
+    def text(self) -> str:
+        return self.start + self.patch * (self.length - 2) + self.end
+
 
 @dataclass(frozen=True)
 class ProjectorSettings(PartSettings):
