@@ -138,7 +138,7 @@ class _Reader:
             )
 
     def check_zeros(self, start: int, most: int = 64) -> None:
-        """A ValueError if all is zeros from a place on to the end, or to where nobody looks any more."""
+        """A ValueError if all is zeros from a place on, to the end or for 4096 bytes."""
         rest = self.read(start, _TAIL_BYTES)
         if len(rest) > most and not any(rest):
             raise ValueError(

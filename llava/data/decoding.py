@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class FrameRequest:
         split: first and last frame of the part to sample from; by default the whole clip.
         limits: how large the file and its frames may be.
         frame_files: the frames of a clip that is given as them; ``path`` is the first.
-        frame_rate: frames a second of such a clip, or of a folder of frames; 0 where nobody has said.
+        frame_rate: frames a second of such a clip, or of a folder of frames; 0 where it is not known.
     """
 
     path: str
@@ -168,7 +168,11 @@ _PIPE_BYTES = 1 << 20
 
 
 class DecoderProcess:
-    """A process that decodes, one file at a time. It ends with the one that made it."""
+    """A process that decodes, one file at a time, and ends with the process that made it.
+
+    A request is a line of JSON on its standard input. The reply is a line of JSON on its standard output, behind which
+    come the bytes of the frames.
+    """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -255,7 +259,7 @@ class DecoderProcess:
     def forget(self) -> None:
         """Close this process's ends of the pipes."""
         for pipe in (self._requests, self._replies):
-            with contextlib.suppress(BrokenPipeError):  # a request that nobody took
+            with contextlib.suppress(BrokenPipeError):  # a request that was never read
                 pipe.close()
 
 
@@ -308,7 +312,7 @@ def main() -> None:
     replies.write(READY)
     replies.flush()
     for line in sys.stdin.buffer:
-        request: dict[str, Any] = json.loads(line)
+        request = json.loads(line)
         _end_after(request.pop("limit"))
         try:
             _answer(FrameRequest(**request | {"limits": MediaLimits(**request["limits"])}), replies)

@@ -1,6 +1,7 @@
-"""Opens pictures: whole, within their limits, upright, on white, as 8-bit RGB.
+"""From picture files to 8-bit RGB: whole files only, within their limits, upright, transparent parts on white.
 
-Takes no torch: the decoder process imports it.
+Clips that are pictures (animations, folders and lists of frames) are here too. Takes no torch: the decoder process
+imports it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "MPO", "DIB", "TGA", "PCX",
            "SGI", "QOI")  # fmt: skip
-"""Pillow's names of what is read. Others hold programs, unpack without a bound, or are no pictures."""
+"""Pillow's names of the formats that are read. Others hold programs, unpack without a bound, or are no pictures."""
 
 # EXIF orientations whose picture lies on its side in the file.
 _SIDEWAYS = (5, 6, 7, 8)
@@ -199,7 +200,7 @@ def _scale_transparency(image: PILImage) -> None:
     transparent = image.info.get("transparency")
     if image.format != "PNG" or not image.tile:  # type: ignore[attr-defined]
         return
-    args: Any = image.tile[0][3]  # type: ignore[attr-defined]
+    args = image.tile[0][3]  # type: ignore[attr-defined]
     rawmode = args if isinstance(args, str) else args[0]
     if isinstance(transparent, int) and rawmode in ("L;2", "L;4"):
         image.info["transparency"] = transparent * (85 if rawmode == "L;2" else 17)
@@ -282,7 +283,7 @@ class FrameFiles:
     """A clip whose frames are files of their own.
 
     Attributes:
-        fps: frames a second; 1 where nobody has said.
+        fps: frames a second; 1 where it is not known.
         times: seconds of each frame from the first one.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PacketFacts:
-    """What a packet says of itself.
+    """Which pictures a packet shows, and whether decoding may begin at it, as its own bytes have it.
 
     Attributes:
         shown: pictures that it shows; other than one where pictures are hidden.
@@ -135,7 +135,7 @@ class H264Reader:
             self._fields = self._fields or not frames_only
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        """What a packet says; None if its units are none."""
+        """The facts of the next packet; None if it is not one whole picture. Kinds are of ITU-T H.264, table 7-1."""
         pictures, kinds, recovers, special = 0, set(), False, False
         for unit in split_units(data, self._length_size):
             kind = unit[0] & 31 if unit else 0
@@ -273,7 +273,7 @@ class HevcReader:
         self._fresh = True  # the next picture is the first of its sequence
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        """What a packet says; None if its units are none. Kinds of units are those of ITU-T H.265, table 7-1."""
+        """The facts of the next packet; None if it is not one picture. Kinds of units are of ITU-T H.265, table 7-1."""
         pictures, slices, special, ends = 0, set(), False, False
         for unit in split_units(data, self._length_size):
             if len(unit) < 2 or _layer(unit):

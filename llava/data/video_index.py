@@ -52,7 +52,7 @@ class VideoIndex:
 
 
 class _Packet(NamedTuple):
-    """What a packet says of itself, without its data."""
+    """What is kept of a packet: all but its data."""
 
     pts: int
     dts: int | None
@@ -119,12 +119,19 @@ def decode_start(packet: Packet[VideoStream]) -> list[VideoFrame]:
 
 
 def _build_index(packets: Sequence[_Packet], decoder_depth: int) -> VideoIndex | None:
+    """The index of a stream, or None where its packets leave open which frames are shown, and in which order.
+
+    Args:
+        packets: all of them, in the order of the file.
+        decoder_depth: how many frames the decoder holds back until it shows the first.
+    """
     if not packets[0].facts.starts:
         return None
     shown = _shown(packets)
     times = sorted(packet.pts for packet in shown)
     if not times or len(set(times)) < len(times) or not _is_in_order(packets, shown):
         return None
+    # A decoder that holds back fewer frames than the stream needs shows some too early, out of order.
     depth = _reorder_depth([packet.pts for packet in shown])
     promised = packets[-1].facts.num_reordered
     if depth > max(decoder_depth, promised or 0) and any(p.facts.reorders for p in packets):
@@ -186,7 +193,7 @@ def _reorder_depth(times: Sequence[int]) -> int:
     return depth
 
 
-# What a packet says of itself, by codec.
+# What a packet shows, and whether decoding may begin at it, by codec.
 
 PacketReader = Callable[[bytes], PacketFacts | None]
 """Reads one packet; None where it does not say clearly what it shows."""
