@@ -23,7 +23,7 @@ class Media:
 
     ``root`` is how many characters of the path name the folder that the file may not lie outside of,
     links followed; 0 lets it lie anywhere. A clip that is given as its frames has the path of each in ``frames``
-    (``path`` is the first) and their ``fps``, 0 where nobody has said.
+    (``path`` is the first) and their ``fps``, 0 if it is not given.
     """
 
     kind: MediaKind
@@ -148,9 +148,10 @@ class BadSample:
         reason = str(error).removeprefix(f"{record}: ").removeprefix(f"{record.source}: ").removeprefix(f"{file}: ")
         return cls(record.id, record.source, file, " ".join(reason.splitlines()), record.data_file)
 
-    def to_row(self) -> dict[str, str]:
-        """What a file of bad samples says of it, its data file aside."""
-        return {"id": self.id, "source": self.source, "file": self.file, "reason": self.reason}
+    def to_json(self, with_data_file: bool = False) -> dict[str, str]:
+        """What a file of bad samples says of it."""
+        entry = {"id": self.id, "source": self.source, "file": self.file, "reason": self.reason}
+        return entry | {"data_file": self.data_file} if with_data_file and self.data_file else entry
 
     def __str__(self) -> str:
         where = f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
@@ -173,7 +174,7 @@ class Batch(TypedDict, total=False):
 
     ``input_ids`` and ``labels`` are int64 (batch, length), ``attention_mask`` is int64 of the same
     shape with ones exactly over each sample's own length. ``images`` holds one uint8
-    (frames, 3, side, side) tensor a medium, over the whole batch in reading order, ``modalities``
+    (frames, 3, side, side) tensor for each image or video, over the whole batch in reading order, ``modalities``
     their kinds and ``image_sizes`` their original (height, width); the three are absent from a
     batch without media. ``variables`` has the coordinates of each row, in the tower's square; it is absent
     from a batch without any. ``sample_ids`` are the ids of the rows, none of an empty batch's one;

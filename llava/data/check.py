@@ -179,7 +179,7 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
         if file is None:
             print(bad)
         else:
-            print(json.dumps(bad.to_row(), ensure_ascii=False), file=file, flush=True)
+            print(json.dumps(bad.to_json(), ensure_ascii=False), file=file, flush=True)
     report.seconds = round(time.perf_counter() - start, 3)
     if file is not None:
         print(json.dumps({"summary": vars(report)}, ensure_ascii=False), file=file)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava.io import append_json_lines, cut_unfinished_line, read_json_lines
 from llava.types import BadSample
 
 logger = logging.getLogger(__name__)
@@ -26,9 +24,9 @@ FEWEST_SEEN = 20
 
 
 class BadSampleLog(TrainerCallback):
-    """A file with one row for each bad sample of a run, whichever rank, worker and epoch met it.
+    """A file with one line for each bad sample of a run, whichever rank, worker and epoch met it.
 
-    Rows are ``{"id", "source", "file", "reason", "data_file"}``, written by the first rank as they come in, each on
+    Lines are ``{"id", "source", "file", "reason", "data_file"}``, written by the first rank as they come in, each on
     disk before training goes on. ``data_file`` is a full path: others may have its name. A resumed run adds to the
     file, a fresh one begins it anew.
 
@@ -47,19 +45,19 @@ class BadSampleLog(TrainerCallback):
         return len(self._known)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.num_seen = self.num_bad = 0
         self._known = set()
         if state.global_step:
-            self._known = {_key(row) for row in read_bad_samples(self.path)}
+            self._known = {_key(entry) for entry in read_json_lines(self.path)}
         # Every rank has read before the first one writes.
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            _cut_unfinished_row(self.path) if state.global_step else self.path.unlink(missing_ok=True)
+            cut_unfinished_line(self.path) if state.global_step else self.path.unlink(missing_ok=True)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.num_bad > self.max_share * self.num_seen:
             raise self._too_many()
@@ -92,15 +90,12 @@ class BadSampleLog(TrainerCallback):
         self._known |= set(new)
         if not new or not PartialState().is_main_process:
             return
+        for sample in new.values():
+            # A name from a data file may hold halves of characters, which no terminal can be sent.
+            logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            for sample in new.values():
-                # A name from a data file may hold halves of characters, which no terminal can be sent.
-                logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
-                row = sample.to_row() | ({"data_file": sample.data_file} if sample.data_file else {})
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.path.open("ab") as file:
+            append_json_lines(file, (sample.to_json(with_data_file=True) for sample in new.values()))
 
     def _too_many(self) -> ValueError:
         return ValueError(
@@ -109,19 +104,6 @@ class BadSampleLog(TrainerCallback):
         )
 
 
-def _key(row: dict[str, str]) -> tuple[str, str, str]:
+def _key(entry: Mapping[str, str]) -> tuple[str, str, str]:
     """What tells a sample from all others: its data file, its place there, and its id."""
-    return row.get("data_file", ""), row["source"], row["id"]
-
-
-def read_bad_samples(path: Path) -> list[dict[str, str]]:
-    """The lines of a log; of a run that was killed while it wrote, without the last half."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
-def _cut_unfinished_row(path: Path) -> None:
-    if path.exists():
-        rows = path.read_bytes()
-        os.truncate(path, rows.rfind(b"\n") + 1)
+    return entry.get("data_file", ""), entry["source"], entry["id"]

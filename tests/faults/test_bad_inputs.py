@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from llava.data.dataset import SupervisedDataset
 from llava.data.media import sample_video
 from llava.data.records import read_records
-from llava.train.bad_samples import read_bad_samples
+from llava.io import read_json_lines
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 from llava.types import BadSample, BadSampleError
@@ -146,7 +146,7 @@ def run(model: Path, tower: Path, data: Path, output: Path) -> list[str]:
 def test_run_leaves_one_row_for_each(sweep, gpt2_dir, tower_dir, tmp_path) -> None:
     seen = run(gpt2_dir, tower_dir, sweep.data, tmp_path / "out")
     assert sorted(seen) == sorted(sweep.good)
-    assert sorted(row["id"] for row in read_bad_samples(tmp_path / "out" / "bad_samples.jsonl")) == sorted(sweep.bad)
+    assert sorted(row["id"] for row in read_json_lines(tmp_path / "out" / "bad_samples.jsonl")) == sorted(sweep.bad)
 
 
 def line(text: object = "ciao", role: str = "gpt", **fields: object) -> bytes:
@@ -206,7 +206,7 @@ def test_run_skips_bad_lines(gpt2_dir, tower_dir, tmp_path) -> None:
     data = write_lines(tmp_path / "data.jsonl", [line for line, _ in STRUCTURE.values()])
     seen = run(gpt2_dir, tower_dir, data, tmp_path / "out")
     assert sorted(seen) == sorted(f"good-{i}" for i in range(len(STRUCTURE) + 1))
-    rows = read_bad_samples(tmp_path / "out" / "bad_samples.jsonl")
+    rows = read_json_lines(tmp_path / "out" / "bad_samples.jsonl")
     assert [row["source"].removeprefix("data.jsonl, line ") for row in sorted_by_line(rows)] == [
         str(2 * i + 2) for i in range(len(STRUCTURE))
     ]

@@ -15,7 +15,8 @@ from conftest import ITALIAN, turns
 from transformers import TrainerControl, TrainerState
 
 from llava.data.records import read_records
-from llava.train.bad_samples import BadSampleLog, read_bad_samples
+from llava.io import read_json_lines
+from llava.train.bad_samples import BadSampleLog
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 from llava.types import BadSample
@@ -39,10 +40,10 @@ def test_each_bad_sample_has_one_row(tmp_path: Path) -> None:
     assert not path.exists()
     log.record(3, [bad("a"), bad("b")])
     log.record(3, [bad("b"), bad("b", "y.json, sample 7"), bad("a")])
-    assert [(row["id"], row["source"]) for row in read_bad_samples(path)] == [
+    assert [(row["id"], row["source"]) for row in read_json_lines(path)] == [
         ("a", "x.json, sample 1"), ("b", "x.json, sample 1"), ("b", "y.json, sample 7"),
     ]  # fmt: skip
-    assert read_bad_samples(path)[0] == {
+    assert read_json_lines(path)[0] == {
         "id": "a", "source": "x.json, sample 1", "file": "a.mp4", "reason": "no such file",
     }  # fmt: skip
     assert (len(log), log.num_seen, log.num_bad) == (3, 11, 5)
@@ -67,26 +68,26 @@ def test_samples_of_two_data_files_of_one_name_have_rows_of_their_own(tmp_path: 
     log = begin(tmp_path / "bad.jsonl", max_share=1)
     log.record(0, found)
     log.record(0, found)
-    rows = read_bad_samples(log.path)
+    rows = read_json_lines(log.path)
     assert [row["data_file"] for row in rows] == [paths[0], paths[0], paths[1], paths[1]]
     assert [row["source"] for row in rows] == [f"{path}, sample {n}" for path in paths for n in (1, 2)]
     resumed = begin(log.path, max_share=1, step=3)
     resumed.record(0, found)
-    assert read_bad_samples(log.path) == rows
+    assert read_json_lines(log.path) == rows
 
 
 def test_a_sample_of_the_evaluation_s_file_of_the_same_name_is_another(tmp_path: Path) -> None:
     log = begin(tmp_path / "bad.jsonl", max_share=1)
     for folder in ("train", "eval", "train"):
         log.record(0, [BadSample("1", "a.json, sample 1", "a.mp4", "no such file", f"/{folder}/a.json")])
-    assert [row["data_file"] for row in read_bad_samples(log.path)] == ["/train/a.json", "/eval/a.json"]
+    assert [row["data_file"] for row in read_json_lines(log.path)] == ["/train/a.json", "/eval/a.json"]
 
 
 def test_any_name_can_be_written(tmp_path: Path) -> None:
     log = begin(tmp_path / "a.jsonl")
     names = ["città\n", "half \ud83d", "\udcff", "\u2028"]
     log.record(9, [bad(name) for name in names])
-    assert [row["id"] for row in read_bad_samples(log.path)] == names
+    assert [row["id"] for row in read_json_lines(log.path)] == names
 
 
 def test_resumed_run_adds_and_a_fresh_one_begins_anew(tmp_path: Path) -> None:
@@ -96,10 +97,10 @@ def test_resumed_run_adds_and_a_fresh_one_begins_anew(tmp_path: Path) -> None:
         file.write('{"id": "c", "sour')  # the run was killed here
     resumed = begin(path, step=5)
     resumed.record(9, [bad("a"), bad("c")])
-    assert [row["id"] for row in read_bad_samples(path)] == ["a", "b", "c"]
+    assert [row["id"] for row in read_json_lines(path)] == ["a", "b", "c"]
     assert len(resumed) == 3
     begin(path).record(9, [bad("d")])
-    assert [row["id"] for row in read_bad_samples(path)] == ["d"]
+    assert [row["id"] for row in read_json_lines(path)] == ["d"]
     begin(path)
     assert not path.exists()
 
@@ -111,7 +112,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
         ValueError, match=r"20 of the 20 samples seen are bad, more than --max_bad_share 0\.05; .*jsonl"
     ):
         log.record(0, [bad("x")])
-    assert len(read_bad_samples(log.path)) == 20
+    assert len(read_json_lines(log.path)) == 20
 
 
 def test_a_few_early_bad_samples_are_no_proof(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_ranks_share_one_log_and_end_together(tmp_path: Path) -> None:
     assert [process.returncode for process in ranks] == [0, 0], ended
     assert ended[0][0] == ended[1][0]
     assert ended[0][0].startswith("105 of the 225 samples seen are bad")
-    names = [row["id"] for row in read_bad_samples(path)]
+    names = [row["id"] for row in read_json_lines(path)]
     assert sorted(names) == sorted(["rank 0", "rank 1", "both", *map(str, range(99))])
 
 
@@ -220,14 +221,14 @@ def test_run_trains_on_exactly_the_good_samples(
     trainer = main(command(gpt2_dir, tower_dir, partly_bad, output, dataloader_num_workers=workers, max_bad_share=0.25))
     good = sorted(["text-0", "text-1", "text-2", "text-3", "a.mp4", "b.mp4"])
     assert sorted(seen[:6]) == sorted(seen[6:]) == good
-    rows = read_bad_samples(output / "bad_samples.jsonl")
+    rows = read_json_lines(output / "bad_samples.jsonl")
     assert sorted(row["id"] for row in rows) == ["none.mp4", "text.mp4"]
     assert all(Path(row["file"]).name == row["id"] for row in rows)
     assert trainer.state.log_history[-1]["skipped_samples"] == 2
     main(command(gpt2_dir, tower_dir, partly_bad, output, num_train_epochs=3, resume_from_checkpoint="auto",
                  max_bad_share=0.25))  # fmt: skip
     assert len(seen) == 18
-    assert read_bad_samples(output / "bad_samples.jsonl") == rows
+    assert read_json_lines(output / "bad_samples.jsonl") == rows
 
 
 def test_evaluation_is_about_the_good_samples(gpt2_dir, tower_dir, partly_bad: Path, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_evaluation_is_about_the_good_samples(gpt2_dir, tower_dir, partly_bad: P
     ]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] > 1
-    rows = read_bad_samples(tmp_path / "bad_among" / "bad_samples.jsonl")
+    rows = read_json_lines(tmp_path / "bad_among" / "bad_samples.jsonl")
     assert sorted(row["id"] for row in rows) == ["none.mp4", "text.mp4"]
 
 
