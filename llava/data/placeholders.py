@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER
@@ -18,7 +18,7 @@ PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDE
 
 
 def placeholder_kinds(text: str) -> list[MediaKind]:
-    """The kinds of the media that a text has places for, in reading order."""
+    """The kinds of the images and videos that a text shows, in reading order."""
     return [PLACEHOLDERS[placeholder] for placeholder in PLACEHOLDER.findall(text)]
 
 
@@ -28,29 +28,8 @@ def literal_text(text: str) -> str:
 
 
 def remove_placeholders(text: str) -> str:
-    """What is left of a text where its media are taken out, as it reads."""
+    """A text without its placeholders, as it reads."""
     return literal_text(PLACEHOLDER.sub("", text))
-
-
-def expand_text(
-    text: str,
-    vision: VisionConfig,
-    frame_counts: Sequence[int] | None = None,
-    image_sizes: Sequence[tuple[int, int]] | None = None,
-) -> str:
-    """Replace each placeholder by the tokens of its span (two spans for a resampled video).
-
-    Args:
-        text: may hold any number of placeholders.
-        vision: gives the counts.
-        frame_counts: frames of each video of the text, in order; by default the most that are sampled.
-        image_sizes: original (height, width) of each image of the text, in order; needed for anyres alone.
-
-    Raises:
-        ValueError: there are more or fewer frame counts than videos or sizes than images, or an anyres
-            image comes without its size.
-    """
-    return _expand([text], vision, frame_counts, image_sizes)[0]
 
 
 def expand_placeholders(
@@ -59,33 +38,56 @@ def expand_placeholders(
     frame_counts: Sequence[int] | None = None,
     image_sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Turn]:
-    """``expand_text`` for the turns of a conversation.
+    """Replace each placeholder by the tokens of its span, or of its two for a video with a fast and a slow one.
 
     Args:
-        turns: in reading order.
-        vision: None for a model without vision, which a placeholder is an error for.
-        frame_counts: frames of each video of the conversation, in reading order.
-        image_sizes: original (height, width) of each image of the conversation, in reading order.
+        turns: of a conversation, in reading order, with any number of placeholders.
+        vision: says how many tokens; None for a model without vision, for which a placeholder is an error.
+        frame_counts: frames of each video, in reading order; by default the most that are sampled.
+        image_sizes: original (height, width) of each image, in reading order; needed for anyres alone.
+
+    Raises:
+        ValueError: there are more or fewer frame counts than videos or sizes than images, or an anyres
+            image comes without its size.
     """
-    texts = [turn.text for turn in turns]
+    shown = [kind for turn in turns for kind in placeholder_kinds(turn.text)]
     if vision is None:
-        if any(map(placeholder_kinds, texts)):
+        if shown:
             raise ValueError("the text speaks of an image or a video, but the model has no vision; give --vision_tower")
         return list(turns)
-    expanded = _expand(texts, vision, frame_counts, image_sizes)
-    return [Turn(turn.role, text) for turn, text in zip(turns, expanded, strict=True)]
+    layout = vision.layout
+    frames = _one_for_each(DEFAULT_VIDEO_TOKEN, shown, frame_counts, vision.max_frames)
+    sizes = _one_for_each(DEFAULT_IMAGE_TOKEN, shown, image_sizes, None)
+
+    def write_spans(match: re.Match[str]) -> str:
+        if match.group() == DEFAULT_IMAGE_TOKEN:
+            return layout.text("image", image_size=next(sizes))
+        return layout.text("video", next(frames))
+
+    return [Turn(turn.role, PLACEHOLDER.sub(write_spans, turn.text)) for turn in turns]
+
+
+def _one_for_each(placeholder: str, shown: Sequence[MediaKind], given: Sequence[T] | None, default: T) -> Iterator[T]:
+    """What was given for the placeholders of one kind, in order; a ValueError if it is more or less than one each."""
+    kind = PLACEHOLDERS[placeholder]
+    found = shown.count(kind)
+    if given is None:
+        return repeat(default, found)
+    if len(given) != found:
+        raise ValueError(f"the text has {found} {placeholder}, but {len(given)} {kind}s were given")
+    return iter(given)
 
 
 def preprocess_multimodal(
-    sources: list[list[dict[str, Any]]],
+    sources: Sequence[Sequence[Mapping[str, str]]],
     vision: VisionConfig,
     image_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
-) -> list[list[dict[str, Any]]]:
+) -> list[list[dict[str, str]]]:
     """Expand the placeholders of raw conversations, for ``preprocess_plain_lm``.
 
     Args:
         sources: conversations of ``{"from", "value"}`` or ``{"role", "content"}`` turns; not changed.
-        vision: gives the counts.
+        vision: says how many tokens.
         image_sizes: for each conversation the original (height, width) of its images, in reading order;
             needed for anyres alone.
     """
@@ -95,39 +97,10 @@ def preprocess_multimodal(
     expanded = []
     for source, of_source in zip(sources, sizes, strict=True):
         keys = ["value" if "value" in turn else "content" for turn in source]
-        texts = _expand([turn[key] for turn, key in zip(source, keys, strict=True)], vision, None, of_source)
-        expanded.append([{**turn, key: text} for turn, key, text in zip(source, keys, texts, strict=True)])
+        turns = [Turn("user", turn[key]) for turn, key in zip(source, keys, strict=True)]
+        written = expand_placeholders(turns, vision, image_sizes=of_source)
+        expanded.append([{**raw, key: turn.text} for raw, key, turn in zip(source, keys, written, strict=True)])
     return expanded
-
-
-def _expand(
-    texts: Sequence[str],
-    vision: VisionConfig,
-    frame_counts: Sequence[int] | None,
-    image_sizes: Sequence[tuple[int, int]] | None,
-) -> list[str]:
-    """``expand_text`` for texts that follow one another."""
-    frames = _one_for_each(DEFAULT_VIDEO_TOKEN, texts, frame_counts, vision.max_frames)
-    sizes = _one_for_each(DEFAULT_IMAGE_TOKEN, texts, image_sizes, None)
-
-    def expand(match: re.Match[str]) -> str:
-        if PLACEHOLDERS[match.group()] == "image":
-            return vision.layout.text("image", image_size=next(sizes))
-        return vision.layout.text("video", next(frames))
-
-    return [PLACEHOLDER.sub(expand, text) for text in texts]
-
-
-def _one_for_each(placeholder: str, texts: Sequence[str], given: Sequence[T] | None, default: T) -> Iterator[T]:
-    """What was given for the placeholders of one kind, in order; a ValueError if it is more or less than one each."""
-    found = sum(placeholder_kinds(text).count(PLACEHOLDERS[placeholder]) for text in texts)
-    if given is None:
-        return repeat(default, found)
-    if len(given) != found:
-        raise ValueError(
-            f"the text has {found} {placeholder}, but {len(given)} {PLACEHOLDERS[placeholder]}s were given"
-        )
-    return iter(given)
 
 
 # --add_time_instruction: the user's turn says how long its videos are and when their frames were taken.

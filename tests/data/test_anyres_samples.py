@@ -13,9 +13,13 @@ from llava.data import dataset as dataset_module
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset import SupervisedDataset
 from llava.data.media import MediaError
-from llava.data.placeholders import expand_placeholders, expand_text, preprocess_multimodal
+from llava.data.placeholders import expand_placeholders, preprocess_multimodal
 from llava.train.report import supervision_table
 from llava.types import BadSampleError, Media, Record, Turn
+
+
+def expand_text(text: str, *args, **kwargs) -> str:
+    return expand_placeholders([Turn("user", text)], *args, **kwargs)[0].text
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 from llava.constants import PLACEHOLDER, VISUAL_TOKENS
 from llava.data.placeholders import (
     expand_placeholders,
-    expand_text,
     placeholder_kinds,
     preprocess_multimodal,
 )
@@ -19,6 +18,10 @@ IMAGE = "<im_start>" + 254 * "<im_patch>" + "<im_end>"
 VIDEO = (
     "<vid_start>" + 34 * "<vid_patch>" + "<vid_end>" + "<slow_vid_start>" + 322 * "<vid_patch>" + "<slow_vid_end>"
 )  # fmt: skip
+
+
+def expand_text(text: str, *args, **kwargs) -> str:
+    return expand_placeholders([Turn("user", text)], *args, **kwargs)[0].text
 
 
 def test_video_of_italian_recipe(italian_vision, visual_tokenizer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from llava.train.parts import PARTS, parameter_groups, part_of, parts_table, set_trainable_parts
-from llava.train.report import budget_table, supervision_table
 
 RATES = {"mm_vision_tower": 1e-6, "mm_mlp_adapter": 1e-3, "mm_vision_resampler": 2e-3, "mm_language_model": 3e-4}
 
@@ -88,17 +87,3 @@ def test_table_says_what_trains(load_tiny) -> None:
     assert rows["mm_mlp_adapter"] == ["2,112", "2,112", "0.001"]
     assert rows["mm_language_model"][1:] == ["0", "frozen"]
     assert rows["all"][0] == f"{sum(p.numel() for p in model.parameters()):,}"
-
-
-def test_reports_say_what_fits_and_what_is_supervised(load_tiny, mixed_data) -> None:
-    from llava.data.dataset import SupervisedDataset
-    from llava.data.records import read_records
-
-    loaded = load_tiny()
-    budget = budget_table(loaded.vision, 300, 512)
-    assert "video of 3 frames: 39 tokens (10 patches and 2 markers + 25 patches and 2 markers), leaves 261" in budget
-    dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 300)
-    supervised = supervision_table(dataset, 1)
-    caption = loaded.tokenizer(" Un uomo con una maglia nera muove le mani davanti al petto.")["input_ids"]
-    assert f"video-a: {len(caption) + 1} of {len(caption) + 40} tokens" in supervised
-    assert "<vid_patch>" not in supervised

@@ -15,7 +15,15 @@ from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
-from llava.train.report import check_media, check_media_files, check_text_is_known, cut_table, media_table
+from llava.train.report import (
+    budget_table,
+    check_media,
+    check_media_files,
+    check_text_is_known,
+    cut_table,
+    media_table,
+    supervision_table,
+)
 from llava.types import BadSample
 
 
@@ -168,6 +176,17 @@ def test_each_file_is_looked_at_once_and_no_record_is_made(tmp_path, monkeypatch
     assert find_missing(records) == []
     # To make a record of each takes many times as long as to look at its file.
     assert (len(looked), set(looked), made) == (3000, {str(tmp_path / "a.png")}, [])
+
+
+def test_reports_say_what_fits_and_what_is_supervised(load_tiny, mixed_data) -> None:
+    loaded = load_tiny()
+    budget = budget_table(loaded.vision, 300, 512)
+    assert "video of 3 frames: 39 tokens (10 patches and 2 markers + 25 patches and 2 markers), leaves 261" in budget
+    dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 300)
+    supervised = supervision_table(dataset, 1)
+    caption = loaded.tokenizer(" Un uomo con una maglia nera muove le mani davanti al petto.")["input_ids"]
+    assert f"video-a: {len(caption) + 1} of {len(caption) + 40} tokens" in supervised
+    assert "<vid_patch>" not in supervised
 
 
 class TestTokenizers:

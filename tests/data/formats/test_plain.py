@@ -65,9 +65,10 @@ def test_text_before_between_and_behind_spans(visual_tokenizer):
 
 
 def test_every_visual_position_and_no_other_is_ignored(visual_tokenizer, italian_vision):
-    from llava.data.placeholders import expand_text
+    from llava.data.placeholders import expand_placeholders
 
-    ids, labels = encode(visual_tokenizer, expand_text("<video>", italian_vision), CAPTION)
+    (video,) = expand_placeholders([Turn("user", "<video>")], italian_vision)
+    ids, labels = encode(visual_tokenizer, video.text, CAPTION)
     assert len(ids) == 360 + 4
     assert labels == [*360 * [IGNORE_INDEX], 295, 380, 363, EOS]
 
