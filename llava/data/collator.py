@@ -49,6 +49,7 @@ class SupervisedCollator:
     def __call__(self, samples: Sequence[Example | BadSample]) -> Batch:
         bad_samples = [sample for sample in samples if isinstance(sample, BadSample)]
         examples = [sample for sample in samples if isinstance(sample, Example)]
+        # Ranks step together: one without examples computes an exact zero instead of waiting.
         batch = self._pad(examples or [Example("", [self.pad_token_id], [IGNORE_INDEX])])
         batch["sample_ids"] = [example.id for example in examples]
         media = [medium for example in examples for medium in example.media]
@@ -56,6 +57,7 @@ class SupervisedCollator:
             batch["images"] = [medium.frames for medium in media]
             batch["modalities"] = [medium.kind for medium in media]
             batch["image_sizes"] = [medium.original_size for medium in media]
+        # Keys are there only if a row has something for them: forward's defaults stand for the others.
         if any(example.coordinates != NO_COORDINATES for example in examples):
             batch["variables"] = [example.coordinates.to_variables() for example in examples]
         if any(example.num_cut for example in examples):
@@ -68,7 +70,7 @@ class SupervisedCollator:
         """The tensors of a batch, each int64 (examples, longest)."""
         ids = [torch.tensor(example.input_ids) for example in examples]
         labels = [torch.tensor(example.labels) for example in examples]
-        ones = [torch.ones_like(row) for row in ids]
+        ones = [torch.ones_like(row) for row in ids]  # From lengths: a padding id may be a real end of text.
         return Batch(
             input_ids=pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),

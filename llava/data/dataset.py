@@ -106,6 +106,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.decode_timeout = decode_timeout
         self.limits = limits
         self.grounding = grounding
+        # Input coordinates are data that the model is given, so they are masked in the labels.
         tables = {} if grounding is None or not grounding.has_tables else grounding.token_ids
         self._input_coordinate_ids = {i for token, i in tables.items() if token.endswith("-INPUT>")}
 
@@ -121,7 +122,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             ValueError: the model has no vision or no coordinates, for which no sample is to blame.
         """
         record = self.records[index]
-        self.check_model(record)
+        self.check_model(record)  # Outside of the try: a model without vision is no sample's fault.
         try:
             return self.load_example(record)
         except ValueError as error:
@@ -135,6 +136,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.check_usable(record)
         media = self.load_media(record)
         segments = self._encode(record, media)
+        # Counted of the decoded media: with video_fps, their numbers of frames show only now.
         num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
         ids, labels = self._label(record, segments)
         return Example(record.id, ids, labels, media, self._place(record, media), num_cut)
@@ -222,7 +224,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         return ids, self.mask_input_coordinates(labels)
 
     def mask_input_coordinates(self, labels: list[int]) -> list[int]:
-        """Labels without coordinates that are given, not asked for, which tables do not learn to write."""
+        """Labels that are -100 at coordinates of the input, which are given and not to be written."""
         given = self._input_coordinate_ids
         return [IGNORE_INDEX if label in given else label for label in labels] if given else labels
 
@@ -232,7 +234,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             return None
         sizes = []
         for media in record.media:
-            try:
+            try:  # Only the header is read: lengths of a whole data set are counted so.
                 if media.kind == "image":
                     sizes.append(read_image_size(media.path))
             except MediaError as error:
@@ -244,7 +246,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if self.vision is None:
             return 0
         kinds = [media.kind for media in record.media]
-        try:
+        try:  # Without anyres all images take the same number of tokens, whatever their size.
             sizes: Sequence[tuple[int, int] | None] = self.image_sizes(record) or [None] * kinds.count("image")
         except MediaError:
             if self.on_bad_sample == SKIP:
@@ -274,6 +276,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             except ValueError as error:
                 raise ValueError(f"{record}: {error}") from error
             conversations.append(turns)
+        # One call for all: a fast tokenizer shares them among its threads.
         counts = self.text_format.count_tokens(conversations)
         return [count + self.visual_tokens(record) for count, record in zip(counts, records, strict=True)]
 
@@ -333,7 +336,7 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
     """
     vision = dataset.vision
     open_ended = vision is not None and (vision.video_fps > 0 or vision.add_time_instruction)
-    for i in np.flatnonzero(among).tolist():
+    for i in np.flatnonzero(among).tolist():  # Long samples are few: the others are not tokenised.
         record = dataset.records[i]
         if not (open_ended and any(m.kind == "video" for m in record.media)):
             dataset.tokenize(record)
@@ -400,6 +403,7 @@ def make_supervised_data_module(
             grounding=grounding,
         )
         check_samples(dataset)
+        # Checked before it is chunked: an error names the sample of the file.
         return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
     return {

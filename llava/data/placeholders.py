@@ -139,7 +139,7 @@ def add_time_instruction(turns: Sequence[Turn], clips: Sequence[Clip]) -> list[T
     Raises:
         ValueError: the assistant shows a video, or the times of one are not known.
     """
-    waiting = iter(clips)
+    waiting = iter(clips)  # Turns take the clips that they show, in reading order.
     written = []
     for turn in turns:
         shown = [next(waiting) for _ in range(placeholder_kinds(turn.text).count("video"))]

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ class DataOrder:
     def order(self, epoch: int) -> np.ndarray:
         """int32 or int64: the indices of an epoch's samples, step after step. The newest is kept."""
         if self._newest is None or self._newest[0] != epoch:
+            # A generator of its own: nothing else that draws numbers can change the order.
             self._newest = (epoch, self._make_order(torch.Generator().manual_seed(self.seed + epoch)))
         return self._newest[1]
 
@@ -114,9 +115,9 @@ class DataOrder:
 
     def _similar_lengths(self, generator: torch.Generator) -> np.ndarray:
         """An epoch in steps of similar length, the largest first."""
-        lengths = np.abs(self.lengths)
+        lengths = np.abs(self.lengths)  # (num_samples,); the sign tells samples without media.
         parts = [cut_by_length(group, lengths, self.step_size, generator) for group in self._groups]
-        steps = np.concatenate([complete for complete, _ in parts])
+        steps = np.concatenate([complete for complete, _ in parts])  # (complete steps, step_size)
         if len(steps):
             largest = int(lengths[steps[:, 0]].argmax())  # The first sample of a step is its longest.
             others = np.delete(np.arange(len(steps)), largest)
@@ -126,6 +127,7 @@ class DataOrder:
     @cached_property
     def _groups(self) -> list[np.ndarray]:
         """Indices of the samples that may meet in a step; first the group of the longest sample."""
+        # int32 halves the memory that an order of some hundred million samples takes.
         everything = np.arange(self.num_samples, dtype=np.int32 if self.num_samples < 2**31 else np.int64)
         if self.strategy != BY_MODALITY:
             return [everything]
@@ -143,7 +145,7 @@ class DataOrder:
         leading = len(rests) > 1 and len(self._groups[0]) < self.step_size
         return [*rests[:leading], *complete, *rests[leading:]]
 
-    def fingerprint(self, id_of: Callable[[int], str]) -> dict[str, Any]:
+    def fingerprint(self, id_of: Callable[[int], str]) -> dict[str, str | int | None]:
         """What the order was made from: a position means the same wherever this is the same.
 
         Args:
@@ -183,9 +185,11 @@ def cut_by_length(
         samples too few for a step, longest first. The longest of all is in a complete step, if there is one.
     """
     group = group[shuffled(len(group), generator)]
+    # The longest sample first, so that it falls into a complete step whatever is left over.
     longest = int(lengths[group].argmax())
     group[[0, longest]] = group[[longest, 0]]
     end = len(group) - len(group) % step_size
+    # Sorted within blocks of steps, not as a whole: else the same samples would meet in every epoch.
     sorted_together = np.arange(end) // (step_size * _STEPS_SORTED_TOGETHER)
     complete = group[:end][np.lexsort((-lengths[group[:end]], sorted_together))]
     rest = group[end:]
@@ -230,7 +234,7 @@ class RankBatchSampler(Sampler[list[int]]):
     def seek(self, epoch: int, start: int = 0) -> None:
         """Let iteration be over that epoch; its first ``start`` micro-batches are then empty lists.
 
-        Whoever resumes leaves those out uncounted: no index of theirs is looked up.
+        The resuming trainer skips as many batches; no sample of them is read.
         """
         self.epoch, self.start = epoch, start
 
@@ -250,7 +254,7 @@ class RankBatchSampler(Sampler[list[int]]):
         count = min(end - begin, together)
         if count <= 0:
             return []
-        if self.order.strategy in GROUPED:
+        if self.order.strategy in GROUPED:  # Sorted by length: taking turns evens out the ranks' sums of tokens.
             return order[begin + self.rank : begin + count : self.num_ranks].tolist()
         first, behind = (begin + count * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
         return order[first:behind].tolist()

@@ -148,7 +148,7 @@ def check_media(dataset: SupervisedDataset) -> None:
          else f"the largest image, of {vision.anyres.most_views} views, takes", vision.layout.most_image_tokens),
     ]  # fmt: skip
     for kind, is_there, subject, tokens in kinds:
-        if is_there and tokens + 1 >= limit:
+        if is_there and tokens + 1 >= limit:  # One token of text and the end of text must find room.
             ways = ["raise --model_max_length (within the model's context)", *vision.ways_to_shorten({kind})]
             raise ValueError(f"{subject} {tokens} tokens, but a sample may have {limit}; {' or '.join(ways)}")
 
@@ -228,6 +228,7 @@ def check_text_is_known(dataset: SupervisedDataset) -> None:
         logger.warning("%s does not know %.0f%% of the text of the data (%.60r); %s", name, 100 * lost, example, remedy)
     if len(ids) < _TOKENS_NEEDED:
         return
+    # One id for nearly everything, though the words differ: an unknown token that is not declared as such.
     most, count = Counter(ids).most_common(1)[0]
     words = Counter(word for text in texts for word in text.split())
     if count > len(ids) / 2 and max(words.values()) < sum(words.values()) / 4:

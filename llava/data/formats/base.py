@@ -116,6 +116,7 @@ def label_segments(segments: list[Segment], max_length: int | None = None) -> tu
     if max_length is not None:
         segments = truncate_segments(segments, max_length)
     ids = [i for segment in segments for i in segment.ids]
+    # Where a label becomes -100: prompts and visual spans. The model shifts labels, so each stands at its own id.
     labels = [i if segment.learned else IGNORE_INDEX for segment in segments for i in segment.ids]
     return ids, labels
 
@@ -130,6 +131,7 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
     total = sum(len(segment.ids) for segment in segments)
     if total <= max_length:
         return segments
+    # Every sample ends with the end of text, one that is cut too.
     end = replace(segments[-1], ids=segments[-1].ids[-1:])
     rest = [*segments[:-1], replace(segments[-1], ids=segments[-1].ids[:-1])]
     visual = sum(len(segment.ids) for segment in rest if segment.visual)
@@ -142,7 +144,7 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
         )
     excess = total - max_length
     kept: list[Segment] = []
-    for segment in reversed(rest):
+    for segment in reversed(rest):  # From the end: what a cut text begins with is still its beginning.
         cut = 0 if segment.visual else min(excess, len(segment.ids))
         excess -= cut
         if len(segment.ids) > cut:
@@ -162,5 +164,6 @@ def _text_to_first_target(segments: Sequence[Segment]) -> tuple[int, int]:
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer begins every text with: its beginning of text, or nothing."""
+    # Some tokenizers have a token for the beginning of text and never write it (GPT-2's).
     begins: list[int] = tokenizer("").input_ids[:1]
     return begins if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else []

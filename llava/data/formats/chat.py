@@ -72,9 +72,10 @@ class ConversationFormat(Format):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
-        markup = self.markup(_PROBE)
+        markup = self.markup(_PROBE)  # Two rounds show all markup that there is between turns.
         self._encoder = PieceEncoder(tokenizer, self.prefix_ids, "".join(markup))
         self._control = control_tokens(tokenizer)
+        # What ends an answer: the text behind the last one, up to its first control token.
         self._turn_end = self._through_control(markup[-1]) or markup[-1]
         self._frames: dict[tuple[Role, ...], Frame] = {}
 
@@ -165,6 +166,7 @@ class ConversationFormat(Format):
 
     def _build_frame(self, roles: tuple[Role, ...]) -> Frame:
         *texts, closing = self.markup(roles)
+        # A space before a turn goes to its text: " salve" is one token, " " and "salve" would be two.
         spaces = [" " if text.endswith(" ") else "" for text in texts]
         texts = [text.removesuffix(" ") for text in texts]
         before = [[Segment(self._encoder.encode_start(texts[0]), supervised=False)]]
@@ -179,6 +181,7 @@ class ConversationFormat(Format):
         """Markup behind an assistant's turn: what ends the turn is learned, the rest is not."""
         end = self._turn_end if text.startswith(self._turn_end) else self._through_control(text)
         ids, end_ids = self._encoder.encode_markup(text), self._encoder.encode_markup(end)
+        # A tokenizer may merge the end with what follows; then the two are tokenised apart.
         if ids[: len(end_ids)] == end_ids:
             return [Segment(end_ids), Segment(ids[len(end_ids) :], supervised=False)]
         return [Segment(end_ids), self._given(text[len(end) :])]
@@ -238,6 +241,7 @@ class PieceEncoder:
             texts: any number, tokenised in one call.
             inside: for each whether text stands before it.
         """
+        # split_special_tokens spares tokens that are added but not special: break those that people typed.
         pieces = [self._breaks.split(text) if self._breaks else [text] for text in texts]
         flags = [within or i > 0 for of_text, within in zip(pieces, inside, strict=True) for i in range(len(of_text))]
         encoded = iter(self._encode([piece for of_text in pieces for piece in of_text], flags, typed=True))
@@ -250,6 +254,7 @@ class PieceEncoder:
         begin = self._newline_ids
         if not begin:
             return self.tokenizer(list(texts), **options)["input_ids"]
+        # Behind a newline SentencePiece adds no space; the newline's ids are cut off again.
         shielded = [_NEWLINE + text if within else text for text, within in zip(texts, inside, strict=True)]
         encoded: list[list[int]] = self.tokenizer(shielded, **options)["input_ids"]
         return [
