@@ -62,7 +62,7 @@ def write_report(
         "unparsable": report[UNPARSABLE]["value"],
         "scores": {name: score for name, score in report.items() if name != UNPARSABLE},
         "bootstrap": bootstrap,
-        "bad_samples": [BadSample(row["id"], row["source"], **row["bad"]).to_row() for row in rows if "bad" in row],
+        "bad_samples": [BadSample(row["id"], row["source"], **row["bad"]).to_json() for row in rows if "bad" in row],
         "settings": settings,
         "versions": {
             "llava": llava.__version__,
