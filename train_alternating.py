@@ -138,10 +138,10 @@ def inspect_data(paths: Sequence[str]) -> None:
         print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2)}")
 
 
-def inspect_weights(values: dict[str, Any], loading: dict[str, Any]) -> None:
+def inspect_weights(values: dict[str, Any], loading: dict[str, str | None]) -> None:
     """Print and write what the backbone gives to the model."""
     arguments = build_group(ModelArguments, values), build_group(DataArguments, values)
-    report = load_from_arguments(*arguments, **loading).transfer
+    report = load_from_arguments(*arguments, None, **loading).transfer
     assert report is not None
     print(report)
     write_manifest(report, values["output_dir"] or ".")
@@ -154,7 +154,7 @@ def write_manifest(report: TransferReport, folder: str) -> None:
     print(f"every tensor: {path}")
 
 
-def run(words: Sequence[str], loading: dict[str, Any], throughput_log_steps: int | None) -> None:
+def run(words: Sequence[str], loading: dict[str, str | None], throughput_log_steps: int | None) -> None:
     """Train."""
     trainer = build_trainer(words, **loading)
     if throughput_log_steps is not None:

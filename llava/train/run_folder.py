@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -64,15 +64,24 @@ def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | No
     try:
         broadcast_from_rank0(take)
     except ValueError:
-        give_folder_back(training_args)
+        release_lock(folder)
         raise
     if sources is not None and not (folder / RUN_IDENTITY).is_file():
-        preemption.may_leave(lambda: give_folder_back(training_args))
+        preemption.may_leave(lambda: release_lock(folder))
 
 
-def give_folder_back(training_args: TrainingArguments) -> None:
-    """Let other runs have the folder."""
-    release_lock(Path(str(training_args.output_dir)))
+@contextlib.contextmanager
+def taking_folder(training_args: TrainingArguments, sources: Mapping[str, str | None]) -> Iterator[None]:
+    """Take the folder for a run that trains, and give it back if what is done in it fails; see ``take_folder``."""
+    if not training_args.do_train:  # The folder becomes no run's.
+        yield
+        return
+    take_folder(training_args, sources)
+    try:
+        yield
+    except BaseException:
+        release_lock(str(training_args.output_dir))
+        raise
 
 
 def prepare_folder(
@@ -283,8 +292,9 @@ def take_lock(folder: Path, job: str = "", restart: int = 0) -> None:
     _held[key] = here
 
 
-def release_lock(folder: Path) -> None:
+def release_lock(folder: str | Path) -> None:
     """Give back this process's lock of a folder; without one, nothing happens."""
+    folder = Path(folder)
     mine = _held.pop(folder.resolve(), None)
     if mine is None or mine.pid != os.getpid():  # A forked worker has a copy of what is not its own.
         return

@@ -35,18 +35,19 @@ if __name__ == "__main__":
 import atexit
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from llava.data.dataset import make_supervised_data_module
 from llava.data.formats import Format, build_format
 from llava.data.formats.plain import preprocess_plain_lm
 from llava.data.placeholders import preprocess_multimodal
 from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel, load_model
 from llava.model.lora import is_adapter_folder, set_up_adapters
 from llava.model.pretrained import locate_model, read_config
@@ -69,7 +70,7 @@ from llava.train.identity import RunIdentity, build_identity, explain_other_run
 from llava.train.parts import balance_experts, set_trainable_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report
-from llava.train.run_folder import give_folder_back, take_folder
+from llava.train.run_folder import release_lock, take_folder, taking_folder
 from llava.train.trainer import LlavaTrainer
 from llava.types import SKIP
 
@@ -119,7 +120,7 @@ def train(trainer: LlavaTrainer) -> None:
         if not take_finished(trainer):
             run(trainer)
     finally:
-        give_folder_back(trainer.args)
+        release_lock(str(trainer.args.output_dir))
     # Also where a program of one's own calls this: see leave_process_group.
     atexit.register(leave_process_group)
 
@@ -147,18 +148,19 @@ def run(trainer: LlavaTrainer) -> None:
 def build_trainer(
     argv: Sequence[str] | None = None,
     *,
+    variant: str | None = None,
+    weights_from: str | None = None,
     compute_metrics: Callable[..., dict[str, Any]] | None = None,
     preprocess_logits_for_metrics: Callable[..., Any] | None = None,
     callbacks: list[Any] | None = None,
-    **loading: Any,
 ) -> LlavaTrainer:
     """All of ``main`` before the first step: model, data and reports, in a trainer that is ready to go.
 
     Args:
         argv: words of a command line; by default this process's.
+        variant, weights_from: as for ``load_model``.
         compute_metrics, preprocess_logits_for_metrics, callbacks: as for transformers' ``Trainer``; what predictions
             are, ``LlavaTrainer`` says.
-        **loading: what ``load_model`` takes and no flag says, such as ``variant``.
     """
     model_args, data_args, training_args = parse_arguments(argv)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
@@ -167,56 +169,40 @@ def build_trainer(
         "model_name_or_path": model_args.model_name_or_path,
         "lora_weight_path": training_args.lora_weight_path,
         "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
-        "backbone_model": loading.get("weights_from"),
+        "backbone_model": weights_from,
     }
-    options = {
-        "compute_metrics": compute_metrics,
-        "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-        "callbacks": callbacks,
-    }
-    if not training_args.do_train:  # No training data are read, and the folder becomes no run's.
-        data_args.data_path = []
-        return build_in_folder(model_args, data_args, training_args, sources, options, **loading)
-    take_folder(training_args, sources)
-    try:
-        return build_in_folder(model_args, data_args, training_args, sources, options, **loading)
-    except BaseException:
-        give_folder_back(training_args)
-        raise
+    with taking_folder(training_args, sources):
+        set_seed(training_args.seed)
+        loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings, training_args.half_precision)
+        balance_experts(model, training_args.router_aux_loss_coef)
 
-
-def build_in_folder(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    sources: Mapping[str, str | None],
-    options: Mapping[str, Any],
-    **loading: Any,
-) -> LlavaTrainer:
-    """As ``build_trainer``, once the folder is this run's; ``sources`` are what weights come from, by flag."""
-    set_seed(training_args.seed)
-    with loading_whole(training_args):
-        loaded = load_from_arguments(model_args, data_args, training_args, **loading)
-    model, tokenizer, vision = loaded.model, loaded.tokenizer, loaded.vision
-    set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings, training_args.half_precision)
-    balance_experts(model, training_args.router_aux_loss_coef)
-
-    max_length = choose_max_length(training_args.model_max_length, model)
-    text_format = choose_format(data_args.format_name, tokenizer, model.config)
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    data = make_supervised_data_module(tokenizer, data_args, vision, max_length, text_format, seed, model.grounding)
-    check_and_report(loaded, data, max_length, model_args, data_args, training_args)
-
-    bad_sample_log = None
-    if data_args.on_bad_sample == SKIP:
-        bad_sample_log = BadSampleLog(Path(str(training_args.output_dir)) / BAD_SAMPLES_FILE, data_args.max_bad_share)
-    trainer = LlavaTrainer(
-        model=model, args=training_args, processing_class=tokenizer, bad_sample_log=bad_sample_log, **data, **options
-    )
-    if training_args.do_train:  # Files are read on one rank only.
-        trainer.checkpoints.identity = broadcast_from_rank0(
-            lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
+        max_length = choose_max_length(training_args.model_max_length, model)
+        data = make_supervised_data_module(
+            tokenizer,
+            data_args,
+            loaded.vision,
+            max_length,
+            choose_format(data_args.format_name, tokenizer, model.config),
+            training_args.seed if training_args.data_seed is None else training_args.data_seed,
+            model.grounding,
         )
+        check_and_report(loaded, data, max_length, model_args, data_args, training_args)
+        trainer = LlavaTrainer(
+            model=model,
+            args=training_args,
+            processing_class=tokenizer,
+            bad_sample_log=build_bad_sample_log(data_args, training_args),
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=callbacks,
+            **data,
+        )
+        if training_args.do_train:  # Files are read on one rank only.
+            trainer.checkpoints.identity = broadcast_from_rank0(
+                lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
+            )
     return trainer
 
 
@@ -227,6 +213,8 @@ def check_places(model_args: ModelArguments, data_args: DataArguments, training_
     model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
     if model_args.vision_tower is not None:
         model_args.vision_tower = locate_model(model_args.vision_tower, "--vision_tower")
+    if not training_args.do_train:  # No training data are read.
+        data_args.data_path = []
 
 
 def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
@@ -239,47 +227,51 @@ def check_media_folders(image_folder: str | None, video_folder: str | None) -> N
 def load_from_arguments(
     model_args: ModelArguments,
     data_args: DataArguments,
-    training_args: TrainingArguments | None = None,
-    **loading: Any,
+    training_args: TrainingArguments | None,
+    variant: str | None = None,
+    weights_from: str | None = None,
 ) -> LoadedModel:
     """The model that the arguments describe, with the adapters that it is to have.
 
     Args:
         training_args: None looks at the model alone, without adapters.
-        **loading: as for ``build_trainer``.
+        variant, weights_from: as for ``load_model``.
 
     Raises:
         ValueError: the flags do not fit the checkpoint, or adapters lie where this run, which trains none, would read
             or write a whole model.
     """
-    path = model_args.model_name_or_path
+    path, base = model_args.model_name_or_path, None
+    of_training: dict[str, Any] = {}
     if training_args is not None:
-        path = _place_of_adapters(path, training_args)
-        loading |= {
-            "model_base": model_args.model_name_or_path if training_args.lora_weight_path else None,
-            "quantization": training_args.quantization(),
-            "attn_implementation": training_args.attn_implementation,
-        }
-    loaded = load_model(
-        path,
-        grounding=model_args.choose_grounding(read_config(path).get("grounding")),
-        num_temporal_tokens=model_args.num_temporal_tokens,
-        num_spatial_tokens=model_args.num_spatial_tokens,
-        vision_tower=model_args.vision_tower,
-        save_vision_tower=model_args.save_vision_tower,
-        **model_args.vision_settings(),
-        **data_args.vision_settings(),
-        **loading,
-    )
-    if training_args is not None and model_args.pretrain_mm_mlp_adapter:
-        load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
-    if training_args is not None and training_args.lora_enable:
-        _adapt(loaded, path, model_args.tunable_parts, training_args)
+        if adapters := find_adapters(path, training_args):
+            path, base = adapters, path
+        of_training["attn_implementation"] = training_args.attn_implementation
+        of_training["quantization"] = training_args.quantization()
+    with loading_whole(training_args):
+        loaded = load_model(
+            path,
+            model_base=base,
+            variant=variant,
+            weights_from=weights_from,
+            grounding=model_args.choose_grounding(read_config(path).get("grounding")),
+            num_temporal_tokens=model_args.num_temporal_tokens,
+            num_spatial_tokens=model_args.num_spatial_tokens,
+            vision_tower=model_args.vision_tower,
+            save_vision_tower=model_args.save_vision_tower,
+            **model_args.vision_settings(),
+            **data_args.vision_settings(),
+            **of_training,
+        )
+        if training_args is not None and model_args.pretrain_mm_mlp_adapter:
+            load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
+        if training_args is not None and training_args.lora_enable:
+            adapt(loaded, path, model_args.tunable_parts, training_args)
     return loaded
 
 
-def _place_of_adapters(path: str, args: TrainingArguments) -> str:
-    """What to load: ``--lora_weight_path`` where it is given, whose base is then ``path``."""
+def find_adapters(path: str, args: TrainingArguments) -> str | None:
+    """The adapters of ``--lora_weight_path``, whose base is ``path``; None where it is not given."""
     if args.lora_weight_path:
         if not is_adapter_folder(args.lora_weight_path):
             raise ValueError(f"--lora_weight_path {args.lora_weight_path!r} holds no adapters (no adapter_config.json)")
@@ -294,10 +286,10 @@ def _place_of_adapters(path: str, args: TrainingArguments) -> str:
             f"--output_dir {args.output_dir!r} holds the LoRA adapters of another run, and this one trains none; "
             "give another folder"
         )
-    return path
+    return None
 
 
-def _adapt(loaded: LoadedModel, path: str, parts: Sequence[str], args: TrainingArguments) -> None:
+def adapt(loaded: LoadedModel, path: str, parts: Sequence[str], args: TrainingArguments) -> None:
     """Give a model fresh adapters, or check those that it was loaded with against the flags."""
     if "mm_language_model" not in parts:
         raise ValueError(
@@ -312,7 +304,14 @@ def _adapt(loaded: LoadedModel, path: str, parts: Sequence[str], args: TrainingA
     set_up_adapters(loaded.model, path, {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout})
 
 
-def choose_max_length(asked: int | None, model: Any) -> int:
+def build_bad_sample_log(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLog | None:
+    """The log of a run that skips bad samples; None for one that stops at the first."""
+    if data_args.on_bad_sample != SKIP:
+        return None
+    return BadSampleLog(Path(str(training_args.output_dir)) / BAD_SAMPLES_FILE, data_args.max_bad_share)
+
+
+def choose_max_length(asked: int | None, model: LlavaMetaForCausalLM) -> int:
     """Most tokens of a sample: what was asked for, or the model's context.
 
     Raises:
@@ -324,7 +323,7 @@ def choose_max_length(asked: int | None, model: Any) -> int:
     return asked or context
 
 
-def choose_format(name: str, tokenizer: Any, config: Any) -> Format:
+def choose_format(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Format:
     """The preprocessing format of that name, which the checkpoints of this run will say they were trained with."""
     before = getattr(config, "llava_format", name)
     if before != name:
