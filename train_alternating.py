@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava.command import CommandParser
 from llava.data.files import count_samples, find_entries, read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.pretrained import read_config
 from llava.model.transfer import TransferReport
-from llava.parser import CommandParser
 from llava.train import preemption
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback

@@ -1,15 +1,10 @@
-"""How errors read: values shortened, one line each; and what a command does with those that a user can cause."""
+"""How errors read: values shortened, one line each."""
 
 from __future__ import annotations
 
-import os
 import reprlib
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-FAILED = 2
-INTERRUPTED = 130
 _LONGEST_VALUE = 80
 _LONGEST_LINE = 1000
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -63,38 +58,6 @@ def explain_error(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine, had no memory left; torch says so with a RuntimeError."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def network_errors() -> Any:
-    """What the loaded HTTP libraries raise where a server does not answer (a tuple), and that is no OSError."""
-    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
-
-
-def run_command(run: Callable[[], int | None]) -> int:
-    """Run a command for a shell: a mistake of the user is one line on standard error, not a traceback.
-
-    Args:
-        run: what to do; an int that it returns is the exit status.
-
-    Returns:
-        The exit status: that of ``run`` or 0, 2 after an error of a flag, a file or the system, 130 after ^C. Other
-        errors are faults of the program, and go on.
-    """
-    try:
-        return run() or 0
-    except BrokenPipeError:  # Whoever read the output, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, *network_errors()) as error:
-        print(f"error: {explain_error(error)}", file=sys.stderr)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: {explain_error(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return FAILED
 
 
 def list_names(names: Sequence[str], limit: int = 5) -> str:

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.messages import run_command
-from llava.parser import CommandParser, check_output_folder
+from llava.command import CommandParser, check_output_folder, run_command
 
 ID, CAPTION, FOLDER, URL = "videoid", "name_it", "page_dir", "contentUrl"
 REQUIRED = (ID, CAPTION)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.parser import CommandParser
+from llava.command import CommandParser
 
 # What a broken wrapper raises: a failed check is a line here, never the end of the run.
 FAILURES = (

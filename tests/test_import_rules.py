@@ -22,7 +22,7 @@ FOUNDATION = {
     "grounding",
     "compat",
     "messages",
-    "parser",
+    "command",
     "io",
     "draw",
 }
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "config": {"constants", "geometry", "registry", "token_layout", "types"},
     "grounding": {"constants", "types", "config", "geometry", "grounding"},
     "messages": set(),
-    "parser": {"messages"},
+    "command": {"messages"},
     "io": {"messages"},
     "draw": {"geometry"},
     "data": {*FOUNDATION, "data"},

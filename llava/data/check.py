@@ -18,14 +18,13 @@ from typing import TextIO
 
 from torch.utils.data import DataLoader, Dataset
 
+from llava.command import CommandParser, check_at_least, run_command
 from llava.data.dataset_stats import count_media
 from llava.data.index import Mixture
 from llava.data.media import check_links, load_image, sample_video
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
-from llava.messages import run_command
-from llava.parser import CommandParser, check_at_least
 from llava.types import SKIP, BadSample, Media, Record
 
 _THREADS = 16

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from llava.command import CommandParser, check_output_folder, run_command
 from llava.data.placeholders import remove_placeholders
-from llava.messages import run_command
-from llava.parser import CommandParser, check_output_folder
 from llava.types import Record
 
 END_OF_TEXT = "<|endoftext|>"

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from llava.command import CommandParser, run_command
 from llava.demo import common
 from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
 from llava.io import write_json
-from llava.messages import run_command
-from llava.parser import CommandParser
 
 _QUICK_AMOUNTS = {"num_train_clips": 64, "num_held_out_clips": 12}
 _ROWS_OF_TABLE = 12

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from llava.command import CommandParser, check_at_least, check_output_folder
 from llava.io import write_json
-from llava.parser import CommandParser, check_at_least, check_output_folder
 
 TOWER_FOLDER = Path(__file__).parent / "tower"
 """The frozen vision tower of both demos, which ``llava.demo.pretrain_tower`` has trained."""

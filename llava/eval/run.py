@@ -23,12 +23,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llava.command import INTERRUPTED, CommandParser, check_at_least, run_command
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row, Settings
 from llava.eval.tasks import EXPRESSION, TASKS, Task
 from llava.io import hash_json, num_cores
-from llava.messages import INTERRUPTED, run_command
-from llava.parser import CommandParser, check_at_least
 from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
 from llava.types import ERROR, ON_BAD_SAMPLE, BadSample
 

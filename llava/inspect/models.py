@@ -10,15 +10,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llava.command import CommandParser, run_command
 from llava.config import VisionConfig
 from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, ASPECT_RATIOS, PATCH_MERGE_TYPES
-from llava.messages import run_command
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
 from llava.model.multimodal_encoder.base import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
 from llava.model.multimodal_resampler import RESAMPLERS
-from llava.parser import CommandParser
 from llava.registry import import_plugins
 
 HEAD = """\

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llava.messages import run_command
-from llava.parser import CommandParser, check_output_folder
+from llava.command import CommandParser, check_output_folder, run_command
 from llava.registry import import_plugins
 
 

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.messages import run_command
-from llava.parser import CommandParser, check_output_folder
+from llava.command import CommandParser, check_output_folder, run_command
 
 
 def build_parser() -> CommandParser:

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.messages import run_command
-from llava.parser import CommandParser, check_at_least
+from llava.command import CommandParser, check_at_least, run_command
 from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_options, describe_decoding
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from llava.command import read_json_object
 from llava.config import GROUNDING_MODES, LAPE, NO_GROUNDING, GroundingConfig, VisionConfig
 from llava.data.chunking import NONE, TEXT_CHUNKING
 from llava.data.formats import CHAT, FORMATS, PLAIN_LM
@@ -25,7 +26,6 @@ from llava.data.media_files import MediaLimits
 from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
-from llava.parser import read_json_object
 from llava.train.engines import check_machine, check_optimization
 from llava.train.parts import COORDINATES_PART, PARTS
 from llava.train.transformers_flags import check_flags, check_spelling

@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llava.command import FAILED, CommandParser
 from llava.io import read_yaml
-from llava.messages import FAILED, shorten
-from llava.parser import CommandParser
+from llava.messages import shorten
 from llava.registry import import_plugins
 from llava.train.transformers_flags import TOPICS
 

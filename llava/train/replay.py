@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.command import CommandParser, run_command
 from llava.data.collator import model_inputs
-from llava.messages import run_command
 from llava.model.loading import choose_device, load_model
 from llava.model.quantization import Quantization
-from llava.parser import CommandParser
 from llava.train.nan_check import (
     MODEL_FOLDER,
     RankBatch,

@@ -42,17 +42,17 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from llava.command import FAILED, INTERRUPTED, check_output_folder, errors_of_users
 from llava.data.dataset import make_supervised_data_module
 from llava.data.formats import Format, build_format
 from llava.data.formats.plain import preprocess_plain_lm
 from llava.data.placeholders import preprocess_multimodal
-from llava.messages import FAILED, INTERRUPTED, explain_error, is_out_of_memory, network_errors, shorten_text
+from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel, load_model
 from llava.model.lora import is_adapter_folder, set_up_adapters
 from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
-from llava.parser import check_output_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import (
@@ -393,7 +393,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         status = PREEMPTED
         if is_first_rank():
             print(stopped, file=sys.stderr)
-    except (ValueError, OSError, RuntimeError, *network_errors()) as error:
+    except errors_of_users() as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         status = FAILED

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.parser import read_json_object
+from llava.command import read_json_object
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

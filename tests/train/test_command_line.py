@@ -11,10 +11,10 @@ import pytest
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as TransformersArguments
 
+from llava.command import CommandParser
 from llava.config import VisionConfig
 from llava.data.formats import BUILT_IN
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
-from llava.parser import CommandParser
 from llava.token_layout import POOL_MODES
 from llava.train import arguments, command_line
 from llava.train.command_line import build_parser, parse_arguments, read_flags

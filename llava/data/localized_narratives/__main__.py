@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from llava.command import CommandParser, check_at_least, check_output_folder, run_command
 from llava.data.localized_narratives.boxes import BoxSettings
 from llava.data.localized_narratives.prepare import ImageFinder, Settings, prepare
 from llava.data.localized_narratives.preview import PreviewChoice, write_previews
-from llava.messages import run_command
-from llava.parser import CommandParser, check_at_least, check_output_folder
 
 _ABOUT_BOXES = {
     "padding": "seconds before and after an utterance in which points of the trace still count",

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.command import CommandParser, run_command
 from llava.demo import common
 from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
 from llava.io import write_json
-from llava.messages import run_command
-from llava.parser import CommandParser
 
 if TYPE_CHECKING:
     from llava.demo.grounding.dataset import GroundingData

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.command import CommandLineError, CommandParser, check_output_folder
 from llava.io import read_yaml
-from llava.parser import CommandLineError, CommandParser, check_output_folder
 
 
 @pytest.fixture

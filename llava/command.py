@@ -1,4 +1,7 @@
-"""Command lines: a parser whose errors are one line with flag, value and what was expected."""
+"""What all commands share: a parser, checks of values, and how a command ends.
+
+What a user can cause is one line on standard error that names the flag, its value and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from llava.messages import shorten, shorten_text
+from llava.messages import explain_error, is_out_of_memory, shorten, shorten_text
 
 logger = logging.getLogger(__name__)
 
+FAILED = 2
+INTERRUPTED = 130
+"""Exit statuses."""
 _TRUE = ("true", "yes", "on", "t", "y", "1")
 _FALSE = ("false", "no", "off", "f", "n", "0")
 _LARGEST = 2**63
@@ -34,23 +41,29 @@ class CommandParser(argparse.ArgumentParser):
     empty is an error, as it comes of a variable that is not set; a flag that is given twice is named in a warning.
 
     Args:
-        *args, **kwargs: as for ``argparse.ArgumentParser``; ``allow_abbrev`` is False.
         may_be_empty: names of flags whose values may be empty.
+        **kwargs: as for ``argparse.ArgumentParser``; ``allow_abbrev`` is False.
     """
 
-    def __init__(self, *args: Any, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
         self.may_be_empty = frozenset(may_be_empty)
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(**{"allow_abbrev": False, **kwargs})
         # argparse takes -1 for a value, but -1e-4 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan|infinity)$", re.I)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> Namespace:
         """As argparse's; a word that no flag takes is a ``CommandLineError``."""
         return self.parse_words(list(sys.argv[1:] if args is None else args), namespace=namespace)
 
     def parse_words(
-        self, words: Sequence[str], others: Sequence[str] = (), before: Sequence[str] = (), namespace: Any = None
-    ) -> Any:
+        self,
+        words: Sequence[str],
+        others: Sequence[str] = (),
+        before: Sequence[str] = (),
+        namespace: Namespace | None = None,
+    ) -> Namespace:
         """As ``parse_args``.
 
         Args:
@@ -66,13 +79,15 @@ class CommandParser(argparse.ArgumentParser):
         self._require(missing)
         return known
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
         """As argparse's: the values, and the words that no flag takes."""
         missing, known, unknown = self._parse(list(sys.argv[1:] if args is None else args), namespace)
         self._require(missing)
         return known, unknown
 
-    def _parse(self, words: list[str], namespace: Any) -> tuple[list[str], Any, list[str]]:
+    def _parse(self, words: list[str], namespace: Namespace | None) -> tuple[list[str], Namespace, list[str]]:
         """Names of required flags that are not there, values, and unknown words: a flag may be missing by a typo."""
         required = [action for action in self._actions if action.required]
         for action in required:
@@ -122,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
                 several = "; several values go behind one flag" if action.nargs in ("+", "*") else ""
                 logger.warning("%s is given more than once: only the last one counts%s", name, several)
 
-    def error(self, message: str) -> Any:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """Raises what argparse found wrong; the names of a flag are told once."""
         message = re.sub(r"^argument (--?[\w-]+)(/--?[\w-]+)*: ", r"\1: ", message)
         flag, _, reason = message.partition(": ")
@@ -132,10 +147,10 @@ class CommandParser(argparse.ArgumentParser):
             raise CommandLineError(f"{flag} takes no value, but {shorten(match[1].strip(chr(39)))} was given")
         raise CommandLineError(message)
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         if arg_string == "" and action.dest not in self.may_be_empty and action.type in (None, str):
             raise CommandLineError(f"{_name(action)} is empty; give a value, or leave the flag out")
-        kind: Any = action.type
+        kind = action.type
         if kind is int:
             return read_int(arg_string, _name(action))
         if kind is float:
@@ -147,7 +162,7 @@ class CommandParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             raise CommandLineError(f"{_name(action)} is {shorten(arg_string)}: {error.message}") from error
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             raise CommandLineError(
                 f"{_name(action)} is {shorten(value)}; known: {', '.join(str(choice) for choice in action.choices)}"
@@ -200,7 +215,7 @@ def read_json_object(text: str, name: str) -> dict[str, object]:
     return value
 
 
-def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+def check_at_least(args: Namespace, least: Mapping[str, float]) -> None:
     """A ``CommandLineError`` for a number that is below what it must be at least; None is left be.
 
     Args:
@@ -232,3 +247,40 @@ def check_output_folder(path: str, flag: str, empty: bool = False) -> None:
         raise CommandLineError(
             f"{flag} {shorten_text(path)}: exists and is not an empty folder; choose another or remove it"
         )
+
+
+# How a command ends.
+
+
+def errors_of_users() -> tuple[type[Exception], ...]:
+    """What a mistake of the user, or a disk, server or device that fails, raises.
+
+    A RuntimeError is one only if ``is_out_of_memory``. The HTTP libraries' errors, where loaded, are no OSError.
+    """
+    servers = (sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
+    return ValueError, OSError, RuntimeError, *servers
+
+
+def run_command(run: Callable[[], int | None]) -> int:
+    """Run a command for a shell: a mistake of the user is one line on standard error, not a traceback.
+
+    Args:
+        run: what to do; an int that it returns is the exit status.
+
+    Returns:
+        The exit status: that of ``run`` or 0, 2 after an error of a flag, a file or the system, 130 after ^C. Other
+        errors are faults of the program, and go on.
+    """
+    try:
+        return run() or 0
+    except BrokenPipeError:  # Whoever read the output, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except errors_of_users() as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        print(f"error: {explain_error(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return FAILED
