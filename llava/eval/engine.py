@@ -121,7 +121,7 @@ def _answer_batch(samples: Sequence[EvalSample], answerer: Answerer, asking: Ask
     """The rows of a batch, in order."""
     rows: list[Row] = []
     requests: dict[int, Request] = {}
-    outcomes: dict[int, Answer | ValueError] = {}
+    outcomes: dict[int, Answer | BadReason] = {}
     for place, sample in enumerate(samples):
         question, coordinates = sample.expression, sample.coordinates
         if sample.fault is None:
@@ -138,14 +138,14 @@ def _answer_batch(samples: Sequence[EvalSample], answerer: Answerer, asking: Ask
         try:
             requests[place] = _build_request(sample, question, coordinates, answerer, asking)
         except ValueError as error:
-            outcomes[place] = _skip_or_raise(error, sample, asking)
+            outcomes[place] = _tell_reason(error, sample, asking)
     outcomes |= _ask_model(requests, samples, answerer, asking)
     for place, outcome in outcomes.items():
         if isinstance(outcome, Answer):
             rows[place] |= Prediction(outcome.text, tuple(outcome.boxes), tuple(outcome.spans)).to_row()
         else:
             rows[place] |= Prediction("").to_row()
-            rows[place]["bad"] = _reason(outcome)
+            rows[place]["bad"] = outcome
     return rows
 
 
@@ -167,7 +167,7 @@ def _build_request(
 
 def _ask_model(
     requests: dict[int, Request], samples: Sequence[EvalSample], answerer: Answerer, asking: Asking
-) -> dict[int, Answer | ValueError]:
+) -> dict[int, Answer | BadReason]:
     """The answer to each request, by the place of its sample in the batch, or why there is none."""
     if not requests:
         return {}
@@ -177,31 +177,28 @@ def _ask_model(
     except PromptTooLongError as error:
         # Stops only itself, whatever bad samples do: the run fails when all others are answered.
         return {
-            place: found[0] if found else ValueError(error.reasons[index])
+            place: found[0] if found else BadReason(file="", reason=error.reasons[index])
             for index, (place, found) in enumerate(zip(requests, error.answers, strict=True))
         }
     except ValueError as error:
         if len(requests) == 1:
-            return {place: _skip_or_raise(error, samples[place], asking) for place in requests}
+            return {place: _tell_reason(error, samples[place], asking) for place in requests}
         # One by one, to tell whose fault it is.
-        outcomes: dict[int, Answer | ValueError] = {}
+        outcomes: dict[int, Answer | BadReason] = {}
         for place, request in requests.items():
             outcomes |= _ask_model({place: request}, samples, answerer, asking)
         return outcomes
     return dict(zip(requests, answers, strict=True))
 
 
-def _skip_or_raise(error: ValueError, sample: EvalSample, asking: Asking) -> ValueError:
-    """Why a sample cannot be used, where such samples are skipped; otherwise it is raised with the sample's name."""
-    if asking.on_bad_sample == ERROR:
-        bad = BadSample(sample.id, sample.source, **_reason(error))
-        raise ValueError(f"{bad}; leave such samples out of the answers (they count 0) with --on_bad_sample skip")
-    return error
-
-
-def _reason(error: ValueError) -> BadReason:
+def _tell_reason(error: ValueError, sample: EvalSample, asking: Asking) -> BadReason:
+    """Why a sample cannot be used; where bad samples are an error, it is raised with the sample's name."""
     file = error.path if isinstance(error, MediaError) else ""
-    return {"file": file, "reason": " ".join(str(error).removeprefix(f"{file}: ").splitlines())}
+    reason = BadReason(file=file, reason=" ".join(str(error).removeprefix(f"{file}: ").splitlines()))
+    if asking.on_bad_sample == ERROR:
+        bad = BadSample(sample.id, sample.source, **reason)
+        raise ValueError(f"{bad}; leave such samples out of the answers (they count 0) with --on_bad_sample skip")
+    return reason
 
 
 # Several processes that share the samples of an evaluation.

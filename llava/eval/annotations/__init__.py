@@ -8,12 +8,10 @@ from pathlib import Path
 
 from llava.data.files import MIXTURE_SUFFIXES, expand_braces
 from llava.data.files import read_samples as read_raw_samples
-from llava.eval.annotations.captions import read_captions
-from llava.eval.annotations.conversations import read_conversations
+from llava.eval.annotations.captions import read_captions, read_conversations
 from llava.eval.annotations.entries import MediaFolders, read_entries
 from llava.eval.annotations.expressions import AUTO, BOX_FORMATS, read_expressions
-from llava.eval.annotations.moments import read_moments
-from llava.eval.annotations.tubes import is_st_align, read_tubes
+from llava.eval.annotations.videos import is_st_align, read_moments, read_tubes
 from llava.eval.store import EvalSample
 
 __all__ = ["BOX_FORMATS", "MediaFolders", "read_annotations"]

@@ -1,10 +1,19 @@
-"""Images and videos with captions: rows, and COCO's object of ``images`` and ``annotations``."""
+"""Captions of images and videos, and the library's own data files, which serve any task.
+
+Captions come as rows, and as COCO's object of ``images`` and ``annotations``. Of a data file the user's turn is the
+question, and the assistant's has the reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
+from llava.config import GroundingConfig
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.placeholders import literal_text, placeholder_kinds
+from llava.data.records import read_records
 from llava.eval.annotations.entries import (
     IMAGE_KEYS,
     SENTENCE_KEYS,
@@ -15,8 +24,17 @@ from llava.eval.annotations.entries import (
     read_entries,
     read_object,
 )
-from llava.eval.annotations.moments import find_video
+from llava.eval.annotations.videos import find_video
 from llava.eval.store import EvalSample, Reference
+from llava.geometry import Box, TimeSpan
+from llava.grounding.syntax import LOCATIONS, bin_token, find_placeholders, parse_places, strip_coordinates
+from llava.types import Coordinates, Media, Record
+
+if TYPE_CHECKING:
+    from llava.constants import Axis
+
+_LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")
+_PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(?:INPUT|OUTPUT)>")
 
 
 def read_captions(files: Sequence[str], folders: MediaFolders) -> list[EvalSample]:
@@ -32,8 +50,8 @@ def read_captions(files: Sequence[str], folders: MediaFolders) -> list[EvalSampl
     return samples
 
 
-def _read_coco(content: dict[str, Any], file: str, folders: MediaFolders) -> Iterator[EvalSample]:
-    captions: dict[Any, list[str]] = {}
+def _read_coco(content: Mapping[str, object], file: str, folders: MediaFolders) -> Iterator[EvalSample]:
+    captions: dict[object, list[str]] = {}
     for entry in list_entries(content, "annotations", file):
         captions.setdefault(entry.first("image_id"), []).append(entry.text("caption"))
     for image in list_entries(content, "images", file):
@@ -60,3 +78,87 @@ def _read_rows(rows: Sequence[Entry], folders: MediaFolders) -> Iterator[EvalSam
             expression=question or "",
             question=question,
         )
+
+
+# The library's own data files.
+
+
+def read_conversations(paths: Sequence[str], folders: MediaFolders) -> list[EvalSample]:
+    """Read data files as training does (``docs/data.md``), mixtures too.
+
+    Raises:
+        ValueError: a file or a sample is not as described there, or is no question with one answer.
+    """
+    records = read_records(
+        list(paths),
+        folders.images,
+        folders.videos,
+        allow_duplicate_ids=True,
+        allow_outside_paths=folders.allow_outside_paths,
+        flag="--data",
+    )
+    return [_sample(record) for record in records]
+
+
+def _sample(record: Record) -> EvalSample:
+    system = record.turns[0].text if record.turns[0].role == "system" else ""
+    turns = record.turns[1:] if system else record.turns
+    if [turn.role for turn in turns] != ["user", "assistant"]:
+        roles = ", ".join(turn.role for turn in turns)
+        raise ValueError(
+            f"{record}: has turns of {roles}; an evaluation asks one question: a user's turn and an answer"
+        )
+    question = turns[0].text.strip()
+    waiting = {placeholder: list(getattr(record.coordinates, name)) for placeholder, name in LOCATIONS.items()}
+    asked = _take(question, waiting)
+    answered = _take(turns[1].text, waiting)
+    places = _places(turns[1].text, answered)
+    spans = [place for place in places if isinstance(place, TimeSpan)]
+    # Where the time is given (SVG), it stands in the question.
+    spans = spans or [place for place in _places(question, asked) if isinstance(place, TimeSpan)]
+    caption = strip_coordinates(_with_bins(literal_text(turns[1].text)))
+    return EvalSample(
+        record.id,
+        record.source,
+        _in_reading_order(record, question),
+        Reference(
+            tuple(place for place in places if isinstance(place, Box)),
+            spans[0] if spans else None,
+            (caption,) if caption else (),
+        ),
+        expression=_LEADING_MEDIA.sub("", question, count=1),
+        question=question,
+        coordinates=_coordinates(asked),
+        system=system,
+        split=record.split,
+    )
+
+
+def _in_reading_order(record: Record, text: str) -> tuple[Media, ...]:
+    """The media in the order of their placeholders."""
+    waiting = {kind: iter([m for m in record.media if m.kind == kind]) for kind in ("image", "video")}
+    return tuple(next(waiting[kind]) for kind in placeholder_kinds(text))
+
+
+def _take(text: str, waiting: dict[str, list[float]]) -> list[tuple[str, float]]:
+    """The placeholders of a text with their numbers, which are taken from the front of the lists."""
+    return [(placeholder, waiting[placeholder].pop(0)) for placeholder in find_placeholders(text)]
+
+
+def _places(text: str, taken: Sequence[tuple[str, float]]) -> list[Box | TimeSpan]:
+    """The boxes and spans of a text whose placeholders stand for numbers."""
+    return parse_places(_with_bins(text), GroundingConfig(), [number for _, number in taken])
+
+
+def _with_bins(text: str) -> str:
+    """A text with some bin in the place of each placeholder."""
+    return _PLACEHOLDER.sub(lambda match: bin_token(cast("Axis", match[1]), 0), text)
+
+
+def _coordinates(taken: Sequence[tuple[str, float]]) -> Coordinates:
+    return Coordinates.from_variables(
+        {
+            name: [number for placeholder, number in taken if placeholder == its_placeholder]
+            for its_placeholder, name in LOCATIONS.items()
+        }
+    )

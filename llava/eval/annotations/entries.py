@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from llava.data.files import read_samples
 from llava.data.media_files import find_media
@@ -47,7 +47,7 @@ class Entry:
         source: where it stands ("testA.json, entry 3").
     """
 
-    values: dict[str, Any]
+    values: Mapping[str, object]
     file: str
     source: str
 
@@ -57,7 +57,7 @@ class Entry:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def first(self, *names: str) -> Any:
+    def first(self, *names: str) -> object:
         """The value of the first of several keys that is there; None without any."""
         return next((self.values[name] for name in names if name in self), None)
 
@@ -84,19 +84,20 @@ class Entry:
         """As many finite numbers under the first of several keys that is there."""
         return self.check_numbers(self.first(*names), count, _listed(names))
 
-    def check_numbers(self, value: Any, count: int, name: str) -> tuple[float, ...]:
+    def check_numbers(self, value: object, count: int, name: str) -> tuple[float, ...]:
         """As many finite numbers; a ValueError that names what was expected otherwise."""
-        right = isinstance(value, list | tuple) and len(value) == count and all(map(is_number, value))
-        if not right:
+        if not (isinstance(value, list | tuple) and len(value) == count and all(map(is_number, value))):
             raise self.error(f"needs {name}, {count} numbers, found {value!r:.80}")
         return tuple(map(float, value))
 
     def positive(self, *names: str) -> float | None:
         """A number above zero under the first of several keys that is there; None without any."""
         value = self.first(*names)
-        if value is not None and not (is_number(value) and value > 0):
+        if value is None:
+            return None
+        if not is_number(value) or value <= 0:
             raise self.error(f"{_listed(names)} must be a number above 0, found {value!r:.80}")
-        return None if value is None else float(value)
+        return float(value)
 
 
 def read_entries(path: str) -> list[Entry]:
@@ -108,13 +109,13 @@ def read_entries(path: str) -> list[Entry]:
     return [as_entry(value, path, source) for value, source in read_samples(path)]
 
 
-def as_entry(value: Any, file: str, source: str) -> Entry:
+def as_entry(value: object, file: str, source: str) -> Entry:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected an object, found {type(value).__name__}")
     return Entry(value, file, source)
 
 
-def list_entries(content: dict[str, Any], name: str, file: str) -> list[Entry]:
+def list_entries(content: Mapping[str, object], name: str, file: str) -> list[Entry]:
     """The entries of a list inside an annotation file that holds an object."""
     values = content.get(name)
     if not isinstance(values, list):
@@ -124,7 +125,7 @@ def list_entries(content: dict[str, Any], name: str, file: str) -> list[Entry]:
     ]
 
 
-def read_object(path: str) -> dict[str, Any] | None:
+def read_object(path: str) -> dict[str, object] | None:
     """What a ``.json`` file holds if that is an object; None for a file of another kind or with a list."""
     if Path(path).suffix != ".json":
         return None
@@ -167,11 +168,12 @@ def check_span(start: float, end: float, entry: Entry) -> TimeSpan:
     return TimeSpan(min(max(start, 0.0), 1.0), min(max(end, 0.0), 1.0))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

@@ -6,10 +6,9 @@ whose ``annotations`` have its box; and flat rows with an image, a sentence and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.data.images import read_image_size
 from llava.data.media_files import MediaError
@@ -86,15 +85,15 @@ def _read(files: Sequence[str]) -> Iterator[_Expression]:
         )
 
 
-def _has_captions(content: dict[str, Any]) -> bool:
+def _has_captions(content: Mapping[str, object]) -> bool:
     images = content.get("images")
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "caption" in images[0]
 
 
-def _read_refs(refs: Sequence[Entry], instances: dict[str, dict[str, Any]]) -> Iterator[_Expression]:
+def _read_refs(refs: Sequence[Entry], instances: Mapping[str, Mapping[str, object]]) -> Iterator[_Expression]:
     """``refs`` name an annotation and an image of ``instances.json``, and have several sentences each."""
-    images: dict[Any, Entry] = {}
-    boxes: dict[Any, Entry] = {}
+    images: dict[object, Entry] = {}
+    boxes: dict[object, Entry] = {}
     for file, content in instances.items():
         images |= {entry.values.get("id"): entry for entry in list_entries(content, "images", file)}
         boxes |= {entry.values.get("id"): entry for entry in list_entries(content, "annotations", file)}
@@ -115,7 +114,7 @@ def _read_refs(refs: Sequence[Entry], instances: dict[str, dict[str, Any]]) -> I
             )
 
 
-def _read_captioned(file: str, images: Sequence[Entry], content: dict[str, Any]) -> Iterator[_Expression]:
+def _read_captioned(file: str, images: Sequence[Entry], content: Mapping[str, object]) -> Iterator[_Expression]:
     """Each image has the words of one box, whose annotation has the image's id."""
     boxes = {
         entry.first("image_id", "id"): entry.numbers(4, "bbox") for entry in list_entries(content, "annotations", file)

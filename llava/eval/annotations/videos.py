@@ -1,16 +1,21 @@
-"""Things that move through videos: their boxes over a stretch of time, and what is said of them.
+"""Moments of videos, and things that move through them over a stretch of time, with what is said of them.
 
-Two layouts: ST-Align's, whose boxes stand by the number of their frame and whose texts hold names (``<s>``,
-``<bboxes>``) for times and boxes; and plain rows with shares of the picture and of the clip.
+Moments, as Charades-STA and ActivityNet Captions have them, come in three layouts: text lines
+``VIDEO START END##sentence``; an object of videos with ``timestamps`` and ``sentences``; and rows with a video, a
+sentence and its time. Tubes come in two: ST-Align's, whose boxes stand by the number of their frame and whose texts
+hold names (``<s>``, ``<bboxes>``) for times and boxes; and rows with boxes in shares of the picture. Times in seconds
+become shares of the video's length, which stands in the entry, in a file of lengths (``.csv`` or ``.json``), or is
+read from the video itself.
 """
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
@@ -27,12 +32,175 @@ from llava.eval.annotations.entries import (
     check_box,
     check_span,
     is_number,
+    read_entries,
+    read_lines,
+    read_object,
 )
-from llava.eval.annotations.moments import SECONDS_KEYS, find_video, read_length
 from llava.eval.store import EvalSample, Reference
 from llava.geometry import Box, TimeSpan
 from llava.grounding.syntax import box_text
-from llava.types import Coordinates
+from llava.types import Coordinates, Media
+
+_SECONDS_KEYS = ("timestamp", "timestamps", "time", "seconds")
+_LENGTH_KEYS = ("duration", "length", "video_duration")
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_LINE = re.compile(r"(?P<video>\S+)\s+(?P<start>\S+)\s+(?P<end>\S+?)\s*##(?P<sentence>.+)")
+
+Lengths = dict[str, float | str]
+"""By the name of a video the seconds that it lasts, or why they cannot be read."""
+
+
+def find_video(name: str, folders: MediaFolders, entry: Entry) -> Media:
+    """The video that an entry names, with or without the end of its file's name."""
+    media = folders.find(name, "video", entry)
+    if Path(name).suffix in _VIDEO_SUFFIXES or Path(media.path).is_file():
+        return media
+    others = [folders.find(f"{name}{suffix}", "video", entry) for suffix in _VIDEO_SUFFIXES]
+    return next((other for other in others if Path(other.path).is_file()), others[0])
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of a video, in seconds or, where ``in_shares``, as shares of the clip."""
+
+    start: float
+    end: float
+    in_shares: bool = False
+
+    @classmethod
+    def read(cls, row: Entry) -> _Stretch:
+        in_shares = "span" in row
+        start, end = row.numbers(2, *(("span",) if in_shares else _SECONDS_KEYS))
+        return cls(start, end, in_shares)
+
+    def locate(self, entry: Entry, video: str, media: Media, lengths: Lengths) -> tuple[TimeSpan | None, str | None]:
+        """The span in shares, or why the video's length is not known; one that had to be read joins ``lengths``."""
+        length = 1.0 if self.in_shares else entry.positive(*_LENGTH_KEYS) or lengths.get(video)
+        if length is None:
+            try:
+                length = read_times(media.path)[1]
+            except MediaError as error:
+                length = str(error)
+            lengths[video] = length
+        if isinstance(length, str):
+            return None, length
+        return check_span(self.start / length, self.end / length, entry), None
+
+
+# Moments.
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A sentence and its time."""
+
+    entry: Entry
+    id: str
+    video: str
+    sentence: str
+    stretch: _Stretch
+
+
+def read_moments(files: Sequence[str], folders: MediaFolders) -> list[EvalSample]:
+    """Read files of one of the three layouts of moments, and files of lengths among them.
+
+    Raises:
+        ValueError: names the file and the entry that is not as ``docs/evaluation.md`` describes.
+    """
+    lengths: Lengths = {}
+    moments: list[_Moment] = []
+    for file in files:
+        content = read_object(file)
+        if Path(file).suffix == ".csv":
+            lengths |= _read_length_table(file)
+        elif content is not None:
+            first = next(iter(content.values()), None)
+            if isinstance(first, dict) and "sentences" in first:
+                moments += _read_videos(content, file)
+            else:
+                lengths |= _read_length_object(content, file)
+        else:
+            moments += _read_text(file) if Path(file).suffix == ".txt" else _read_moment_rows(read_entries(file))
+    samples = []
+    for moment in moments:
+        media = find_video(moment.video, folders, moment.entry)
+        span, fault = moment.stretch.locate(moment.entry, moment.video, media, lengths)
+        reference = Reference(span=span)
+        samples.append(
+            EvalSample(moment.id, moment.entry.source, (media,), reference, expression=moment.sentence, fault=fault)
+        )
+    return samples
+
+
+def _read_text(file: str) -> Iterator[_Moment]:
+    for number, (line, source) in enumerate(read_lines(file), start=1):
+        entry = Entry({}, file, source)
+        match = _LINE.fullmatch(line)
+        start, end = (_parse(match[name]) if match else None for name in ("start", "end"))
+        if match is None or start is None or end is None:
+            raise entry.error(f"expected VIDEO START END##sentence, with times in seconds, found {line!r:.80}")
+        yield _Moment(entry, str(number), match["video"], match["sentence"].strip(), _Stretch(start, end))
+
+
+def _parse(word: str) -> float | None:
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if is_number(number) else None
+
+
+def _read_videos(content: Mapping[str, object], file: str) -> Iterator[_Moment]:
+    """``{video: {"duration": seconds, "timestamps": [[start, end], ...], "sentences": [...]}}``."""
+    for video, value in content.items():
+        entry = as_entry(value, file, f"{Path(file).name}, {video}")
+        sentences, times = entry.texts("sentences"), entry.first("timestamps")
+        if not isinstance(times, list) or len(times) != len(sentences):
+            raise entry.error(f'needs "timestamps" for its {len(sentences)} sentences, found {times!r:.80}')
+        for number, (sentence, time) in enumerate(zip(sentences, times, strict=True), start=1):
+            start, end = entry.check_numbers(time, 2, '"timestamps" of [start, end]')
+            yield _Moment(entry, f"{video}-{number}", video, sentence, _Stretch(start, end))
+
+
+def _read_moment_rows(rows: Sequence[Entry]) -> Iterator[_Moment]:
+    for number, row in enumerate(rows, start=1):
+        stretch, sentence = _Stretch.read(row), row.text(*SENTENCE_KEYS)
+        yield _Moment(row, row.identity(number), row.text(*VIDEO_KEYS), sentence, stretch)
+
+
+def _read_length_table(file: str) -> dict[str, float]:
+    """A table with a column of names and one of lengths, such as ``Charades_v1_test.csv``."""
+    with Path(file).open(encoding="utf-8-sig", newline="") as lines:
+        table = csv.DictReader(lines)
+        columns = table.fieldnames or []
+        name = next((c for c in ("id", *VIDEO_KEYS) if c in columns), None)
+        length = next((c for c in _LENGTH_KEYS if c in columns), None)
+        if name is None or length is None:
+            raise ValueError(
+                f"{file}: needs a column id or video and a column {' or '.join(_LENGTH_KEYS)}, found {columns!r:.80}"
+            )
+        found = {}
+        for number, row in enumerate(table, start=2):
+            seconds = _parse(row[length] or "")
+            if seconds is None or seconds <= 0:
+                raise ValueError(f"{Path(file).name}, line {number}: {length} must be seconds, found {row[length]!r}")
+            found[row[name]] = seconds
+    return found
+
+
+def _read_length_object(content: Mapping[str, object], file: str) -> dict[str, float]:
+    """``{video: seconds}`` or ``{video: {"duration": seconds}}``."""
+    found = {}
+    for video, value in content.items():
+        entry = Entry(value if isinstance(value, dict) else {"duration": value}, file, f"{Path(file).name}, {video}")
+        seconds = entry.positive(*_LENGTH_KEYS)
+        if seconds is None:
+            raise entry.error("needs the seconds that the video lasts, a number or an object with duration")
+        found[video] = seconds
+    return found
+
+
+# Tubes.
 
 _START, _END, _BOXES = "<s>", "<e>", "<bboxes>"
 _FROM_TO = re.compile(rf"from {_START} to {_END}", re.IGNORECASE)
@@ -49,33 +217,30 @@ def read_tubes(rows: Sequence[Entry], folders: MediaFolders) -> list[EvalSample]
     Raises:
         ValueError: names the file and the entry that is not as ``docs/evaluation.md`` describes.
     """
+    lengths: Lengths = {}
     return [
-        _read_st_align(row, folders, number) if is_st_align(row.values) else _read_row(row, folders, number)
+        _read_st_align(row, folders, number)
+        if is_st_align(row.values)
+        else _read_tube_row(row, folders, number, lengths)
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def is_st_align(values: Mapping[str, Any]) -> bool:
+def is_st_align(values: Mapping[str, object]) -> bool:
+    """Whether an entry is one of ST-Align's."""
     meta = values.get("meta")
     return isinstance(meta, dict) and ("time_token" in meta or "spatial_token" in meta)
 
 
-def _read_row(row: Entry, folders: MediaFolders, number: int) -> EvalSample:
+def _read_tube_row(row: Entry, folders: MediaFolders, number: int, lengths: Lengths) -> EvalSample:
     """A plain row: ``boxes`` are evenly spaced over the ``span``, or over ``timestamps`` in seconds."""
-    media, fault, length = find_video(row.text(*VIDEO_KEYS), folders, row), None, 1.0
-    if "span" in row:
-        start, end = row.numbers(2, "span")
-    else:
-        start, end = row.numbers(2, *SECONDS_KEYS)
-        try:
-            length = row.positive("duration", "length") or read_length(media.path)
-        except MediaError as error:
-            fault = str(error)
+    name = row.text(*VIDEO_KEYS)
+    media = find_video(name, folders, row)
+    span, fault = _Stretch.read(row).locate(row, name, media, lengths)
     values = row.first("boxes", "bboxes")
     if not isinstance(values, list) or not values:
         raise row.error(f'needs "boxes", a list of [x1, y1, x2, y2], found {values!r:.80}')
     boxes = tuple(check_box(row.check_numbers(value, 4, '"boxes" of [x1, y1, x2, y2]'), row) for value in values)
-    span = None if fault else check_span(start / length, end / length, row)
     words = row.text("question", *SENTENCE_KEYS)
     captions = (row.text(*SENTENCE_KEYS),) if any(key in row for key in SENTENCE_KEYS) else ()
     return EvalSample(
@@ -98,12 +263,12 @@ class _Clip:
     last: int
     width: float
     height: float
-    times: dict[str, Any]
-    places: dict[str, Any]
+    times: dict[str, object]
+    places: dict[str, object]
     seconds: Sequence[float] = ()
     """Of each frame of the file, where its frame rate varies."""
 
-    def time(self, frame: Any) -> float:
+    def time(self, frame: object) -> float:
         """A frame's time as a share of the clip: by its time stamp where the frame rate varies."""
         if not is_number(frame):
             raise self.entry.error(f"a time must be the number of a frame, found {frame!r:.80}")
@@ -113,7 +278,7 @@ class _Clip:
             return float((shown - start) / (end - start))
         return (frame - self.first) / (self.last - self.first)
 
-    def box(self, numbers: Any) -> Box:
+    def box(self, numbers: object) -> Box:
         """A box of x y width height, in pixels."""
         x, y, width, height = self.entry.check_numbers(numbers, 4, "boxes of [x, y, width, height]")
         return check_box(
@@ -209,7 +374,7 @@ def _write_names(text: str, clip: _Clip) -> tuple[str, Coordinates]:
     )
 
 
-def _space_evenly(clip: _Clip, by_frame: dict[str, Any], span: TimeSpan) -> tuple[Box, ...]:
+def _space_evenly(clip: _Clip, by_frame: dict[str, object], span: TimeSpan) -> tuple[Box, ...]:
     """The boxes of a tube, evenly spaced over its span: as they are, or interpolated where their frames are not."""
     numbered = []
     for name, numbers in by_frame.items():
