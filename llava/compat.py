@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache as memoize
@@ -41,17 +41,6 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def cache_of(outputs: Any) -> Any:
     """The cache of a decoder's output, None without one."""
     return getattr(outputs, cache_name())
-
-
-def choose_cache(cache: Any, past_key_values: Any) -> Any:
-    """The one that a caller gave, by either name.
-
-    Raises:
-        ValueError: both were given, and are two.
-    """
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one argument, and two caches were given; give one")
-    return past_key_values if cache is None else cache
 
 
 def has_adapters(model: Any) -> bool:
@@ -116,20 +105,19 @@ class OwnAttention:
         return self.attention_prefix + plain
 
 
-class WeightsFromElsewhere:
-    """Mixin for a model that fills some of its parameters itself, right after ``from_pretrained``; put it first.
+class ModulesFilledLater:
+    """Mixin for a model that fills some of its modules itself, right after ``from_pretrained``; put it first.
 
     transformers gives random values to whatever a checkpoint lacks, unless ``_is_hf_initialized`` is set on it. It has
     to be set at this very place: earlier the parameters are replaced once more, later they are filled.
     """
 
-    def parameters_from_elsewhere(self) -> Iterable[Any]:
-        """The parameters that need no random values."""
-        raise NotImplementedError
-
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
-        for parameter in self.parameters_from_elsewhere():
-            parameter._is_hf_initialized = True
+        model: Any = self
+        for module in model.modules():
+            if getattr(module, "filled_later", False):
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = True
         super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
 
 

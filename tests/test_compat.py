@@ -7,7 +7,8 @@ import importlib.metadata
 import pytest
 import torch
 
-from llava.compat import cache_argument, cache_name, cache_of, choose_cache
+from llava.compat import cache_argument, cache_name, cache_of
+from llava.model.llava_arch import choose_cache
 
 
 def test_a_cache_is_taken_by_either_name(load_tiny) -> None:

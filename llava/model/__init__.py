@@ -26,10 +26,7 @@ def __getattr__(name: str) -> Any:
         from llava.model.loading import load_model
 
         return load_model
-    try:
-        return find_class(name)
-    except AttributeError as error:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+    return find_class(name)
 
 
 def __dir__() -> list[str]:

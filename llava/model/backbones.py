@@ -121,7 +121,7 @@ def register_backbone(backbone: LanguageModel) -> LanguageModel:
         raise ValueError(
             f"the model type {model_type!r} is taken by {AVAILABLE_MODELS[model_type][2]}; give {names[2]} another"
         )
-    if model_type not in BACKBONES:
+    if model_type not in BACKBONES:  # A plug-in's.
         BACKBONES[model_type] = Backbone(names[2].removesuffix("ForCausalLM"), plain_type, backbone.__module__)
         _list_classes(model_type, names)
     _LANGUAGE_MODELS[model_type] = backbone
@@ -149,29 +149,19 @@ class FamilyDefaults(OwnGenerationDefaults):
 def find_class(name: str) -> type[Any]:
     """A class of a model type by its name; loads the family's file.
 
-    Variants and classifiers are named as attributes of ``llava.model``, by which pickle finds them in any process.
+    It is also the ``__getattr__`` of each family's file and of ``llava.model``, by which pickle finds variants and
+    classifiers in any process.
 
     Raises:
         AttributeError: no model type has such a class.
     """
     if name not in _MODEL_TYPES:
-        raise AttributeError(f"no model type has a class {name!r}")
+        raise AttributeError(f"llava.model has no attribute {name!r}, and no model type such a class")
     family, _ = split_type(_MODEL_TYPES[name])
-    import_module(BACKBONES[family].module)
+    import_module(BACKBONES[family].module)  # Registers its language model, the first time.
     backbone = _LANGUAGE_MODELS[family]
     written = {own.__name__: own for own in (backbone.config_class, backbone.decoder_class, backbone)}
     return written[name] if name in written else _derive_classes(family)[name]
-
-
-def derived_classes(module: str) -> Callable[[str], type[Any]]:
-    """The ``__getattr__`` of a family's file: its variants with alternating attention and its text classifiers."""
-
-    def find(name: str) -> type[Any]:
-        if name in _MODEL_TYPES and BACKBONES[split_type(_MODEL_TYPES[name])[0]].module == module:
-            return find_class(name)
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return find
 
 
 @cache

@@ -114,6 +114,7 @@ class CoordinateTables(nn.Module):
     def __init__(self, grounding: GroundingConfig, width: int) -> None:
         super().__init__()
         self.grounding = grounding
+        # The names are those of checkpoints.
         for name, axis in zip(("temporal", "height", "width"), AXES, strict=True):
             for direction in ("input", "output"):
                 table = nn.Parameter(torch.empty(grounding.num_bins(axis), width))
@@ -213,8 +214,8 @@ def two_hot_targets(labels: Tensor, grounding: GroundingConfig, tokens: Coordina
         tokens: of the batch's ids.
     """
     assert grounding.first_bin is not None
-    flat = labels.flatten()
-    learned = flat[tokens.positions] != IGNORE_INDEX
+    flat = labels.flatten()  # (batch * length,)
+    learned = flat[tokens.positions] != IGNORE_INDEX  # coordinates of a prompt are not
     positions = tokens.positions[learned]
     lower = flat.index_copy(0, positions, tokens.at.lower[learned] + grounding.first_bin)
     upper = flat.index_copy(0, positions, tokens.at.upper[learned] + grounding.first_bin)
@@ -232,6 +233,7 @@ def two_hot_cross_entropy(logits: Tensor, lower: Tensor, upper: Tensor, fraction
         fraction: (tokens,).
     """
     chosen = logits.gather(1, torch.stack([lower, upper], dim=1))  # (tokens, 2)
+    # The cross entropy is linear in the targets: log sum exp(z) - ((1 - r) z_lower + r z_upper).
     return (logits.logsumexp(1) - torch.lerp(chosen[:, 0], chosen[:, 1], fraction)).sum()
 
 
@@ -278,6 +280,7 @@ def expected_positions(
         of_axis = scores[..., start - first_bin : start - first_bin + num_bins]
         bins = tokens - start
         on_axis = (bins >= 0) & (bins < num_bins)
+        # (texts, steps): of the steps on another axis the bin is a stand-in, and its position is not taken.
         result = torch.where(on_axis, _expectation(bins.clamp(0, num_bins - 1), of_axis), result)
     return result
 

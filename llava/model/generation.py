@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,28 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from llava.config import GroundingConfig
+from llava.config import GroundingConfig, VisionConfig
 from llava.constants import AXES, Axis
 from llava.grounding.syntax import BOX_AXES, SPAN_AXES
 from llava.model.coordinates import CoordinateTokens, Variables, embed_tokens
 from llava.types import MediaKind
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    class _LanguageModel(PreTrainedModel):
-        """What the mixin is mixed into; at run time each backbone brings its own."""
-
+if TYPE_CHECKING:  # What the mixin is mixed into; at run time each backbone brings its own.
+    from transformers import PreTrainedModel as _LanguageModel
 else:
     _LanguageModel = object
 
 
 class MultimodalGeneration(_LanguageModel):
-    """The part of ``LlavaMetaForCausalLM`` that generates."""
+    """The part of ``LlavaMetaForCausalLM`` that generates, from what a decoder holds beside transformers' own."""
 
-    get_model: Callable[[], Any]
     find_coordinates: Callable[..., CoordinateTokens | None]
     embed_multimodal: Callable[..., Tensor | None]
+
+    def get_model(self) -> Any:
+        """The decoder, with the vision modules."""
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        return self.get_model().vision
+
+    @property
+    def grounding(self) -> GroundingConfig | None:
+        return self.get_model().grounding
 
     @torch.no_grad()
     def generate(
@@ -53,8 +59,7 @@ class MultimodalGeneration(_LanguageModel):
         Args:
             inputs: int64 (batch, length) prompt, left-padded where lengths differ; also ``input_ids``.
             images, modalities, image_sizes, pixel_values, variables: as for ``forward``.
-            **kwargs: as for transformers' ``generate``; with ``inputs_embeds`` media and coordinates are in them
-                already, and an ``assistant_model`` or ``prompt_lookup_num_tokens`` are for prompts of text alone.
+            **kwargs: as for transformers' ``generate``; ``inputs_embeds`` have media and coordinates in them already.
 
         Returns:
             int64 (batch, length + new tokens), or what ``return_dict_in_generate`` asks for; with
@@ -68,7 +73,7 @@ class MultimodalGeneration(_LanguageModel):
         if images is not None or any(variables or ()):
             self._check_media_go_with(kwargs)
         tokens = None if input_ids is None else self.find_coordinates(input_ids, variables)
-        vision, grounding = self.get_model().vision, self.get_model().grounding
+        vision, grounding = self.vision, self.grounding
         if vision is not None and vision.token_ids:
             visual = vision.visual_token_ids
             if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
@@ -80,24 +85,15 @@ class MultimodalGeneration(_LanguageModel):
         if kwargs.get("inputs_embeds") is None and (images is not None or tokens is not None):
             tables = self.get_model().coordinate_embeddings()
             kwargs["prompt_embeds"] = self.embed_multimodal(input_ids, images, modalities, image_sizes, tables, tokens)
-        with self._bins_counted():
-            return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-
-    @contextmanager
-    def _bins_counted(self) -> Iterator[None]:
-        """Within it the configuration counts bins of coordinates as words.
-
-        They are scored like words, but have tables of their own behind the embeddings, which ``vocab_size`` counts;
-        beam search of some releases of transformers (5.17) takes the number of scores from there.
-        """
-        config, grounding = self.config, self.get_model().grounding
-        num_embeddings = config.vocab_size
+        # Bins are scored like words, but ``vocab_size`` counts the embeddings, which they lie behind; beam search of
+        # some releases of transformers (5.17) takes the number of scores from there.
+        num_embeddings = self.config.vocab_size
         if grounding is not None and grounding.has_tables:
-            config.vocab_size = grounding.first_bin + grounding.total_bins
+            self.config.vocab_size = _size(grounding)
         try:
-            yield
+            return super().generate(input_ids, **kwargs)  # type: ignore[misc]
         finally:
-            config.vocab_size = num_embeddings
+            self.config.vocab_size = num_embeddings
 
     def _check_media_go_with(self, options: dict[str, Any]) -> None:
         """A ValueError where ``generate`` is given media or coordinates and what cannot take them."""
@@ -126,9 +122,11 @@ class MultimodalGeneration(_LanguageModel):
         gets the prompt's embeddings followed by those of the tokens generated since.
         """
         # transformers takes inputs_embeds only for classes whose signature has them.
-        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
-        model_inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         step_ids = model_inputs.get("input_ids")
+        # With a cache, steps behind the first hold the newest token alone, and need no prompt.
         if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
             generated = self._embed_generated(input_ids[:, prompt_embeds.shape[1] :])
             model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
@@ -157,14 +155,14 @@ _BYTES = {f"<0x{ord(bracket):02X}>" for bracket in _BRACKETS}
 
 
 class CoordinateSyntax(LogitsProcessor):
-    """Lets a bin be generated only where a box or a span of time wants one, and there nothing but bins of its kind.
+    """Lets a bin be generated only within a box or a span of time, and there nothing but bins of the axis that is due.
 
     Behind a token whose text ends with ``[`` come bins of width, height, width, height and a token whose text
-    begins with ``]``; behind one that ends with ``{`` come two bins of time and one that begins with ``}``. No bin
-    comes anywhere else. Where the vocabulary has no closing bracket, whatever is no bin may close.
+    begins with ``]``; behind one that ends with ``{`` come two bins of time and one that begins with ``}``. Where the
+    vocabulary has no closing bracket, any token but a bin may close.
 
-    What may come is told from the last five tokens of a row and nothing else. So rows may be beams that change
-    places, prompts may be padded on the left, and one may end inside a box.
+    It goes by the last five tokens of a text and nothing else: texts may be beams that change places, prompts may be
+    padded on the left, and one may end inside a box.
 
     Args:
         tokenizer: of the model; its special tokens are no brackets, whatever their names.
@@ -176,6 +174,7 @@ class CoordinateSyntax(LogitsProcessor):
         self, tokenizer: PreTrainedTokenizerBase, grounding: GroundingConfig, device: torch.device | str = "cpu"
     ) -> None:
         brackets = _find_brackets(tokenizer, grounding)
+        # Each way in which a box or a span can have begun, and what comes next: 5 + 3 endings of a text.
         begun = [(parts[:n], parts[n]) for parts in _LOCATED for n in range(1, len(parts))]
         endings = [[_ANY] * (_LONGEST - len(parts)) + [_KINDS[part] for part in parts] for parts, _ in begun]
         forbidden = [_is_bin(grounding), *(~_may_be(part, brackets, grounding) for _, part in begun)]
@@ -185,10 +184,10 @@ class CoordinateSyntax(LogitsProcessor):
         self._lengths = [0, *(len(parts) for parts, _ in begun)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """The scores (rows, vocabulary) of the next token, minus infinity for what the syntax forbids.
+        """The scores (texts, vocabulary) of the next token, minus infinity for what the syntax forbids.
 
         Args:
-            input_ids: int64 (rows, length), the prompts and what was generated since.
+            input_ids: int64 (texts, length), the prompts and what was generated since.
             scores: logits, or their logarithms of probability.
         """
         if scores.shape[1] != self._forbidden.shape[1]:
@@ -200,14 +199,14 @@ class CoordinateSyntax(LogitsProcessor):
 
     def count_open(self, ids: Sequence[int]) -> int:
         """How many tokens at the end of ``ids`` belong to a box or a span that is not closed yet."""
-        rows = torch.tensor(ids, dtype=torch.long, device=self._kinds.device).unsqueeze(0)
-        return self._lengths[int(self._states(rows))]
+        texts = torch.tensor(ids, dtype=torch.long, device=self._kinds.device).unsqueeze(0)
+        return self._lengths[int(self._states(texts))]
 
     def _states(self, input_ids: Tensor) -> Tensor:
-        """For each row the number of the ending that it has, from 1 on, or 0 if it is in no box and no span."""
+        """For each text the number of the ending that it has, from 1 on, or 0 if it is in no box and no span."""
         recent = self._kinds[input_ids[:, -_LONGEST:]]
-        recent = F.pad(recent, (_LONGEST - recent.shape[1], 0), value=_OTHER)
-        fits = (recent.unsqueeze(1) == self._endings) | (self._endings == _ANY)
+        recent = F.pad(recent, (_LONGEST - recent.shape[1], 0), value=_OTHER)  # (texts, 5)
+        fits = (recent.unsqueeze(1) == self._endings) | (self._endings == _ANY)  # (texts, endings, 5)
         # At most one fits: an opening bracket is the first part of an ending, and of no other part's kind.
         numbers = torch.arange(1, len(self._endings) + 1, device=fits.device)
         return (fits.all(-1) * numbers).sum(-1)

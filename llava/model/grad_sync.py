@@ -46,12 +46,13 @@ class _AllTrained(torch.autograd.Function):
 class _Encoder(nn.Module):
     """``encode_media`` of a decoder as a module, which can be called with other tensors for its parameters."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, *media: Any) -> list[Tensor]:
-        return self.decoder.encode_media(*media)
+        encode: Any = self.decoder.encode_media
+        return encode(*media)
 
 
 def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:

@@ -12,22 +12,21 @@ the model with its head one ``forward``, the same for every backbone. With media
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from llava.compat import (
-    WeightsFromElsewhere,
+    ModulesFilledLater,
     cache_name,
-    choose_cache,
     keep_out_of_checkpoints,
     mark_unfilled,
 )
@@ -54,14 +53,19 @@ from llava.model.multimodal_resampler import build_resampler
 from llava.model.visual import ViewMerger, encode_visual, splice
 from llava.types import MediaKind
 
-# What the mixin for a decoder is mixed into; at run time each backbone brings its own.
-if TYPE_CHECKING:
-
-    class _Decoder(PreTrainedModel): ...
-
+if TYPE_CHECKING:  # What the mixin for a decoder is mixed into; at run time each backbone brings its own.
+    from transformers import PreTrainedModel as _Decoder
 else:
     _Decoder = object
+
 _CACHE = cache_name()
+
+
+def choose_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that a caller gave, by the new name or the old one; two of them are a ValueError."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument, and two caches were given; give one")
+    return past_key_values if cache is None else cache
 
 
 class LlavaMetaModel(_Decoder):
@@ -82,8 +86,9 @@ class LlavaMetaModel(_Decoder):
         if self.vision is not None:
             self.vision_tower = build_tower(self.vision)
             self.vision_tower.requires_grad_(False)
+            self.vision_tower.filled_later = not self.vision.save_vision_tower
             # OPT's embeddings may be narrower than its layers, and features stand among embeddings.
-            width: Any = self.get_input_embeddings().embedding_dim
+            width = cast(nn.Embedding, self.get_input_embeddings()).embedding_dim
             self.mm_projector = build_projector(self.vision, width)
             self.vision_resampler = build_resampler(self.vision, width)
             self.image_newline = None
@@ -106,7 +111,7 @@ class LlavaMetaModel(_Decoder):
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers' documented hook: fills every new module, be it built here or missing from a checkpoint.
+        # The documented hook of transformers: fills every module that is new or missing from a checkpoint.
         super()._init_weights(module)
         newline = getattr(module, "image_newline", None)
         if newline is not None:
@@ -148,7 +153,7 @@ class LlavaMetaModel(_Decoder):
         return encode_visual(*modules, media, kinds, image_sizes, merger, positions)
 
 
-class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
+class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
     """Mixin for a language model with head: images and videos in, text out.
 
     Put it before the language model's class and name, in the subclass, the decoder's class. The decoder lies where
@@ -166,10 +171,6 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         self.post_init()
         self.keep_tower_weights_out(self.vision is not None and not self.vision.save_vision_tower)
 
-    def get_model(self) -> Any:
-        """The decoder, with the vision modules."""
-        return getattr(self, self.base_model_prefix)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.get_model().get_input_embeddings()
 
@@ -180,20 +181,12 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
     def get_vision_tower(self) -> VisionTower | None:
         return getattr(self.get_model(), "vision_tower", None)
 
-    @property
-    def vision(self) -> VisionConfig | None:
-        return self.get_model().vision
-
-    @property
-    def grounding(self) -> GroundingConfig | None:
-        return self.get_model().grounding
-
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -208,7 +201,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         smoothing: float = 0.0,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One step of the language model over text, images and videos.
@@ -243,12 +236,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
             ``aux_loss`` and ``router_logits`` too.
         """
         images = pixel_values if images is None else images
+        # Tables are propagated once a step, here: text, pictures and the head share the result and its gradient.
         tables, tokens = self.get_model().coordinate_embeddings(), None
         if input_ids is not None:
             tokens = self.find_coordinates(input_ids, variables)
         if inputs_embeds is None:
             inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes, tables, tokens)
-            if inputs_embeds is not None:
+            if inputs_embeds is not None:  # (batch, length, width); plain text goes on as ids
                 kwargs = self.decoder_inputs(input_ids) | kwargs
                 input_ids = None
         elif images is not None:
@@ -283,7 +277,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         self, labels: Tensor | None, tables: CoordinateEmbeddings | None, tokens: CoordinateTokens | None
     ) -> tuple[Callable[[Tensor], Tensor], Tensor | TwoHot | None]:
         """The head, with the bins of a model that has tables of coordinates, and what it is to predict."""
-        head: Any = self.get_output_embeddings()
+        head = cast(nn.Linear, self.get_output_embeddings())
         if tables is None:
             return head, labels
         targets = labels if labels is None or tokens is None else two_hot_targets(labels, tables.grounding, tokens)
@@ -302,7 +296,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         tokens = self.find_coordinates(input_ids, variables)
         if tokens is None or self.grounding is None:
             return labels
-        targets = two_hot_targets(labels, self.grounding, tokens)
+        targets = two_hot_targets(labels, self.grounding, tokens)  # (batch, length) each
         return torch.where(targets.fraction > 0.5, targets.upper, targets.lower)
 
     def find_coordinates(self, input_ids: Tensor, variables: Variables | None) -> CoordinateTokens | None:
@@ -343,7 +337,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         media = (images, modalities, image_sizes, tables) if images is not None and len(images) else None
         if media is None and tables is None and (vision is None or not self._is_rank()):
             return None
-        # The media first: their gradients then come last, behind the language model's, on every rank.
+        # The media before the text: their gradients then come last, behind the language model's, on every rank.
         if self._is_rank() and self.training and torch.is_grad_enabled():
             features = encode_in_step(model, media)
         else:
@@ -351,9 +345,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         assert vision is not None
         embed = self.get_input_embeddings()
         if tables is not None and tokens is not None:
-            embeddings = embed_tokens(input_ids, embed, tables, tokens)
+            embeddings = embed_tokens(input_ids, embed, tables, tokens)  # (batch, length, width)
         else:
-            embeddings = embed(input_ids)  # (batch, length, width)
+            embeddings = embed(input_ids)
         return splice(input_ids, embeddings, features, vision.visual_token_ids)
 
     def decoder_inputs(self, input_ids: Tensor | None) -> dict[str, Tensor]:
@@ -383,12 +377,6 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
                 model.load_vision_tower(vision_tower)
         return loaded
 
-    def parameters_from_elsewhere(self) -> Iterable[nn.Parameter]:
-        """Those of a tower that ``load_vision_tower`` is about to fill: hundreds of millions of random numbers."""
-        decoder = self.get_model()
-        from_elsewhere = decoder.vision is not None and not decoder.vision.save_vision_tower
-        return decoder.vision_tower.parameters() if from_elsewhere else ()
-
     def load_vision_tower(self, source: str | None = None) -> None:
         """Fill the tower with its weights.
 
@@ -412,7 +400,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, WeightsFromElsewhere):
         """As in transformers; a model with adapters leaves these and its vision modules, not its base."""
         if state_dict is not None:
             # DeepSpeed copies what is tied, and a file would hold the embeddings twice.
-            tied: Any = self.all_tied_weights_keys
+            tied = self.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         if not has_adapters(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)

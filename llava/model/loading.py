@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import GroundingConfig, VisionConfig, choose_grounding
@@ -26,7 +27,6 @@ from llava.model.pretrained import (
     UNSAFE_WEIGHTS,
     describe_damage,
     foreign_code_note,
-    has_weights,
     locate_model,
     quiet_transformers,
     read_config,
@@ -116,26 +116,27 @@ def load_model(
     trained = GroundingConfig.from_model_config(stored)
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), path, trained, config_dict)
 
+    # What was asked for: refused where it contradicts what was trained.
     vision = _build_vision(stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens)
     if coordinates is not None and vision is None:
         raise ValueError("--grounding needs a model that sees; give --vision_tower")
     if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
+    # Tokens are added before the model is built: bins have to be the last, and their first id is a setting.
     source = find_weights(path, model_base)
     known = set(tokenizer.get_vocab()) if source == path else fit_to_base(config_dict, tokenizer, source, path)
     if vision is not None:
         vision, coordinates = add_tokens(tokenizer, vision, coordinates)
         config_dict |= vision.to_model_config() | ({} if coordinates is None else coordinates.to_model_config())
 
+    # The weights: the model's own or, under adapters, their base's; then another model's, new tokens, adapters.
     options: dict[str, Any] = {"config": build_config(config_class, config_dict, name), "dtype": dtype}
     options |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantization is not None:
         options |= quantization_options(quantization, model_class, options["config"])
-    if weights_from is not None and not has_weights(source):
-        model, new = build_model(options, vision_tower), list[str]()
-    else:
-        model, new = _read_model(model_class, source, options, vision_tower, flag)
+    begins_empty = weights_from is not None and not has_weights(source)
+    model, new = (_build_model if begins_empty else _read_model)(model_class, source, options, vision_tower, flag)
     transfer = None if weights_from is None else copy_parameters(model, weights_from)
     if vision is not None:
         new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
@@ -143,11 +144,10 @@ def load_model(
         model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
     if source != path:
         load_adapters(model, path, source)
-        new = []
     if not allow_bad_weights:
         check_weights(model, name)
     _prepare_generation(model, tokenizer, path)
-    return LoadedModel(model, tokenizer, model.vision, new, transfer)
+    return LoadedModel(model, tokenizer, model.vision, new if source == path else [], transfer)
 
 
 def choose_classes(
@@ -164,6 +164,13 @@ def choose_classes(
         name = variant_type(split_type(name)[0], variant)
     config_name, _, model_name = AVAILABLE_MODELS[name]
     return find_class(config_name), find_class(model_name)
+
+
+def has_weights(name_or_path: str) -> bool:
+    """Whether a folder has a model's weights; a hub name is taken to have them."""
+    if not os.path.isdir(name_or_path):
+        return True
+    return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
 
 
 def find_weights(name_or_path: str, model_base: str | None = None) -> str:
@@ -228,7 +235,7 @@ def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any],
         raise ValueError(f"{path}: its config.json does not fit {config_class.__name__}: {error}") from error
 
 
-def check_weights(model: Any, path: str) -> None:
+def check_weights(model: nn.Module, path: str) -> None:
     """A ValueError, beginning with ``path``, that names the weights of a model that are NaN or infinite."""
     bad = [
         name
@@ -265,17 +272,14 @@ def choose_device(name: str | None, flag: str = "--device") -> torch.device:
     return device
 
 
-def build_model(options: dict[str, Any], vision_tower: str | None) -> Any:
-    """A model with random weights; only its tower's are read.
-
-    Args:
-        options: ``config`` and what else ``from_config`` of transformers' Auto classes takes.
-        vision_tower: where its tower lies now; by default where the configuration says.
-    """
-    model: Any = AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
+def _build_model(
+    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None, flag: str
+) -> tuple[Any, list[str]]:
+    """A model with random weights, none of which count as new; only its tower's are read."""
+    model = AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
     if model.vision is not None:
         model.load_vision_tower(vision_tower)
-    return model
+    return model, []
 
 
 def _read_model(
@@ -362,7 +366,7 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     return missing
 
 
-def _prepare_generation(model: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def _prepare_generation(model: LlavaMetaForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Let the configurations speak of the tokenizer's special tokens, and of nothing that cannot be saved again."""
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id

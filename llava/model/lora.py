@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters, kept_out_of_checkpoints
+from llava.model.generation import MultimodalGeneration
 from llava.model.quantization import find_linear_layers, quantized_bits
 from llava.model.visual import is_added
 
@@ -59,18 +60,12 @@ def is_adapter_parameter(name: str) -> bool:
     return any(component.startswith("lora_") for component in name.split("."))
 
 
-def add_adapters(model: Any, base: str, rank: int, alpha: int, dropout: float) -> None:
+def add_adapters(model: MultimodalGeneration, base: str, rank: int, alpha: int, dropout: float) -> None:
     """Put fresh adapters on the language model's linear layers, in place; all else is frozen.
 
-    A layer then computes x W + (alpha / rank) dropout(x) A B. B starts at zero: nothing changes
-    before the first step. See Hu et al., "LoRA", arXiv 2106.09685.
-
-    Args:
-        model: a language model with head, without adapters.
-        base: folder or hub name of the model's weights, for ``adapter_config.json``.
-        rank: inner width of an adapter.
-        alpha: see above.
-        dropout: share of an adapter's inputs that is dropped while training.
+    A layer then computes x W + (alpha / rank) dropout(x) A B, with A (width, rank) and B (rank, width). B starts at
+    zero: nothing changes before the first step. See Hu et al., "LoRA", arXiv 2106.09685. ``base``, a folder or hub
+    name, goes into ``adapter_config.json``.
     """
     check_peft()
     from peft import LoraConfig
@@ -82,12 +77,10 @@ def add_adapters(model: Any, base: str, rank: int, alpha: int, dropout: float) -
     _inject(model, config, os.path.abspath(base) if os.path.isdir(base) else base)
 
 
-def set_up_adapters(model: Any, base: str, asked: Mapping[str, Any]) -> None:
-    """Give a model fresh adapters, or check those that it was loaded with.
+def set_up_adapters(model: MultimodalGeneration, base: str, asked: Mapping[str, Any]) -> None:
+    """Give a model, loaded from ``base``, fresh adapters, or check those that it was loaded with.
 
     Args:
-        model: a language model with head.
-        base: what it was loaded from.
         asked: fields of ``LoraSettings``; None where a flag was not given.
 
     Raises:
@@ -104,17 +97,23 @@ def set_up_adapters(model: Any, base: str, asked: Mapping[str, Any]) -> None:
             raise ValueError(f"--lora_{name} is {value}, but the adapters in {base!r} have {has}; leave the flag out")
 
 
-def adapter_settings(model: Any) -> dict[str, int | float]:
+def _adapter_config(model: nn.Module) -> Any:
+    """peft's ``LoraConfig`` of a model's adapters."""
+    configs: Any = model.peft_config
+    return configs[_ADAPTER]
+
+
+def adapter_settings(model: nn.Module) -> dict[str, int | float]:
     """Rank, alpha and dropout of a model's adapters, by the names of their flags."""
-    config = model.peft_config[_ADAPTER]
+    config = _adapter_config(model)
     return {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
 
 
-def describe_adapters(model: Any) -> str:
+def describe_adapters(model: nn.Module) -> str:
     """What the adapters are, what they leave frozen, and in how many bits."""
     from peft.tuners.lora import LoraLayer
 
-    config = model.peft_config[_ADAPTER]
+    config = _adapter_config(model)
     layers = sum(isinstance(module, LoraLayer) for module in model.modules())
     bits = quantized_bits(model)
     held = f" and held in {bits} bits" if bits else ""
@@ -140,24 +139,19 @@ def read_base(folder: str) -> str:
     return base
 
 
-def save_adapters(model: Any, folder: str, state: Mapping[str, Tensor] | None = None) -> None:
+def save_adapters(model: MultimodalGeneration, folder: str, state: Mapping[str, Tensor] | None = None) -> None:
     """Write a checkpoint of a model with adapters: these, the vision modules and the configurations.
 
-    Args:
-        model: has adapters.
-        folder: made where it is missing.
-        state: the model's state dict, where it must be gathered from several ranks first.
+    ``state`` is the model's state dict, where it must be gathered from several ranks first.
     """
     state = model.state_dict() if state is None else state
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for file, weights in (
-        (ADAPTER_WEIGHTS, _adapter_weights(model, state)),
-        (OTHER_WEIGHTS, _other_weights(model, state)),
-    ):
+    files = {ADAPTER_WEIGHTS: _adapter_weights(model, state), OTHER_WEIGHTS: _other_weights(model, state)}
+    for file, weights in files.items():
         stored = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(stored, Path(folder, file), metadata={"format": "pt"})
 
-    adapter_config = copy.copy(model.peft_config[_ADAPTER])
+    adapter_config = copy.copy(_adapter_config(model))
     adapter_config.inference_mode = True
     if not isinstance(adapter_config.target_modules, str):
         adapter_config.target_modules = sorted(adapter_config.target_modules)
@@ -170,14 +164,8 @@ def save_adapters(model: Any, folder: str, state: Mapping[str, Tensor] | None = 
     model.generation_config.save_pretrained(folder)
 
 
-def load_adapters(model: Any, folder: str, base: str) -> None:
-    """Put the adapters of a folder on their base model, with the vision modules that were trained along.
-
-    Args:
-        model: the base model, without adapters.
-        folder: what ``save_adapters`` wrote.
-        base: where the base model was read from.
-    """
+def load_adapters(model: MultimodalGeneration, folder: str, base: str) -> None:
+    """Put the adapters of a folder on their base model, read from ``base``, with the vision modules trained along."""
     check_peft()
     from peft import LoraConfig
 
@@ -186,7 +174,7 @@ def load_adapters(model: Any, folder: str, base: str) -> None:
 
 
 @torch.no_grad()
-def load_adapter_weights(model: Any, folder: str) -> None:
+def load_adapter_weights(model: MultimodalGeneration, folder: str) -> None:
     """Read the weights of a checkpoint into a model that has such adapters already.
 
     Raises:
@@ -196,6 +184,7 @@ def load_adapter_weights(model: Any, folder: str) -> None:
     adapters = _adapter_weights(model, state)
     for name, tensor in _read_like(adapters, folder, ADAPTER_WEIGHTS).items():
         adapters[name].copy_(tensor)
+    # Embeddings of new tokens are stored alone: the tables they belong to are the base model's.
     tables = _token_tables(model)
     for name, tensor in _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS).items():
         if name in tables:
@@ -204,10 +193,8 @@ def load_adapter_weights(model: Any, folder: str) -> None:
             state[name].copy_(tensor)
 
 
-def merge_adapters(model: Any) -> None:
-    """Add each adapter's product to its layer's weight and take the adapters away, in place.
-
-    The outputs stay as they were, up to rounding.
+def merge_adapters(model: MultimodalGeneration) -> None:
+    """Add each adapter's product to its layer's weight and take the adapters away; outputs stay, up to rounding.
 
     Raises:
         ValueError: the model has no adapters, or its weights are quantised and cannot take a sum.
@@ -225,7 +212,7 @@ def merge_adapters(model: Any) -> None:
     forget_adapters(model)
 
 
-def _inject(model: Any, config: Any, base: str) -> None:
+def _inject(model: MultimodalGeneration, config: Any, base: str) -> None:
     layers = [model.get_submodule(name) for name in find_linear_layers(model)]
     # GPT-2's layers hold their weights transposed, except in k bits.
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers)
@@ -234,7 +221,7 @@ def _inject(model: Any, config: Any, base: str) -> None:
     config.base_model_name_or_path = base
 
 
-def _adapter_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _adapter_weights(model: MultimodalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters' tensors of a state dict, under the names that peft's files give them."""
     from peft import get_peft_model_state_dict
 
@@ -242,7 +229,7 @@ def _adapter_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tenso
     return {_PREFIX + name: tensor for name, tensor in weights.items()}
 
 
-def _other_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _other_weights(model: MultimodalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a base model may lack beside the adapters: vision modules, coordinates and the rows of new tokens."""
     if model.vision is None:
         return {}
@@ -252,12 +239,13 @@ def _other_weights(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return weights | rows
 
 
-def _new_token_ids(model: Any) -> list[int]:
+def _new_token_ids(model: MultimodalGeneration) -> list[int]:
     """Tokens that this library has added to the vocabulary."""
+    assert model.vision is not None
     return [*model.vision.visual_token_ids, *(model.grounding.token_ids.values() if model.grounding else ())]
 
 
-def _token_tables(model: Any) -> dict[str, str]:
+def _token_tables(model: MultimodalGeneration) -> dict[str, str]:
     """Parameters with a row for each token, by what their rows of visual tokens are called in a file."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tables = {

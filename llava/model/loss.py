@@ -41,7 +41,8 @@ def supervised_loss(
         The fp32 loss; zero, with a graph, for a batch that predicts nothing.
     """
     ids = labels.lower if isinstance(labels, TwoHot) else labels
-    predicted = ids[:, 1:] != IGNORE_INDEX
+    predicted = ids[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
+    # The head in the model's own precision, the loss in fp32: (predicted, width) -> (predicted, vocabulary).
     logits = head(hidden[:, :-1][predicted]).float()
     if isinstance(labels, TwoHot):
         total = two_hot_cross_entropy(logits, *(target[:, 1:][predicted] for target in labels))
@@ -52,6 +53,7 @@ def supervised_loss(
         total = (1 - label_smoothing) * total + label_smoothing * uniform
     if num_items_in_batch is None:
         return total / max(len(logits), 1)
+    # The sum of a micro-batch over the count of the global batch: however it is split, the parts add up to one mean.
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
@@ -102,10 +104,5 @@ def load_balancing_loss(
         config: of the model; gives the experts and how many of them a token takes.
         attention_mask: (batch, length), one where a token is real; None counts every position.
     """
-    loss: Any = load_balancing_loss_func(
-        router_logits,  # type: ignore[arg-type]
-        config.num_experts,
-        config.num_experts_per_tok,
-        attention_mask,
-    )
-    return loss
+    experts = (config.num_experts, config.num_experts_per_tok)
+    return load_balancing_loss_func(router_logits, *experts, attention_mask)  # type: ignore[arg-type, return-value]

@@ -78,6 +78,7 @@ def _find_near(folder: str, name: str) -> str | None:
     return os.path.normpath(os.path.join(folder, near[0])) if near else None
 
 
+# Once a run and with a short timeout: on a cluster's nodes without a network, transformers' own retries take minutes.
 @cache
 def _ask_hub(name: str, flag: str) -> None:
     """A ValueError if the hub, or what was downloaded before, has no such model; one question, no second try."""
@@ -98,7 +99,7 @@ def _ask_hub(name: str, flag: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{what}, and was not downloaded before (HF_HUB_OFFLINE is set); give a folder")
     # The base of what its library for HTTP raises, which is not always an OSError.
-    unreachable: Any = (*HfHubHTTPError.__bases__, OSError)
+    unreachable: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_TIMEOUT)
     except GatedRepoError as error:
@@ -139,13 +140,6 @@ def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[s
         logger.warning("config.json of %r has no model_type; taking it for gpt2 by its name", name_or_path)
         settings["model_type"] = "gpt2"
     return drop_remote_kernels(settings, name_or_path)
-
-
-def has_weights(name_or_path: str) -> bool:
-    """Whether a folder has a model's weights; a hub name is taken to have them."""
-    if not os.path.isdir(name_or_path):
-        return True
-    return any(file.endswith((".safetensors", ".bin")) for file in os.listdir(name_or_path))
 
 
 def describe_damage(folder: str, error: BaseException) -> str:
@@ -217,7 +211,7 @@ def drop_remote_kernels(settings: Mapping[str, Any], path: str) -> dict[str, Any
     return kept
 
 
-def _is_local(value: Any) -> bool:
+def _is_local(value: object) -> bool:
     names = value.values() if isinstance(value, Mapping) else [value]
     return all(name is None or name in _LOCAL_IMPLEMENTATIONS for name in names)
 

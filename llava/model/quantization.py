@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from llava.model.generation import MultimodalGeneration
 from llava.model.visual import vision_module_of
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -56,15 +57,12 @@ def check_bitsandbytes(device: torch.device) -> None:
         )
 
 
-def quantization_options(quantization: Quantization, model_class: Any, config: PretrainedConfig) -> dict[str, Any]:
+def quantization_options(
+    quantization: Quantization, model_class: type[MultimodalGeneration], config: PretrainedConfig
+) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` that load the decoder's linear layers in k bits, and no others.
 
     Vision modules, head, embeddings and norms stay as they are: they train, or are too small to matter.
-
-    Args:
-        quantization: how.
-        model_class: a backbone's language model with head.
-        config: its configuration.
     """
     from transformers import BitsAndBytesConfig
 
@@ -85,7 +83,7 @@ def quantization_options(quantization: Quantization, model_class: Any, config: P
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
-def quantized_bits(model: Any) -> int | None:
+def quantized_bits(model: nn.Module) -> int | None:
     """The bits that a model's linear layers are held in; None for a model as it came."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
@@ -99,8 +97,8 @@ def count_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def _other_linear_layers(model_class: Any, config: PretrainedConfig) -> list[str]:
-    # Only the names are wanted: no memory, no random numbers.
+def _other_linear_layers(model_class: type[MultimodalGeneration], config: PretrainedConfig) -> list[str]:
+    # For the names of its layers alone: no memory, no random numbers.
     with torch.device("meta"), no_init_weights():
         skeleton = model_class(config)
     quantized = set(find_linear_layers(skeleton))
@@ -111,14 +109,11 @@ def _other_linear_layers(model_class: Any, config: PretrainedConfig) -> list[str
 # The linear layers of a language model, found by structure: what carries adapters and may be held in k bits.
 
 
-def find_linear_layers(model: Any) -> list[str]:
+def find_linear_layers(model: MultimodalGeneration) -> list[str]:
     """Names of the linear layers of a model's decoder: ``nn.Linear``, its kin in k bits, GPT-2's ``Conv1D``.
 
     Vision modules, embeddings and head are not among them; nor are the routers and experts of a
     mixture, which transformers holds as bare parameters and not as layers.
-
-    Args:
-        model: a language model with head, of any backbone.
     """
     return [
         f"{model.base_model_prefix}.{name}"

@@ -94,6 +94,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
 
+    # Seeded right before the model is built: nothing else may draw in between.
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)

@@ -6,14 +6,15 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llava.model.generation import MultimodalGeneration
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
     UNSAFE_WEIGHTS,
@@ -73,7 +74,7 @@ class TransferReport:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def copy_parameters(model: Any, backbone: str) -> TransferReport:
+def copy_parameters(model: PreTrainedModel, backbone: str) -> TransferReport:
     """Copy the language model of another checkpoint, parameter by parameter.
 
     Vision modules are never copied: they belong to the model that they were trained with.
@@ -152,13 +153,12 @@ _RENAMED = (
 )
 
 
-def load_adapter(model: Any, path: str) -> list[str]:
+def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
     """Copy the weights of projector, image newline and resampler of a checkpoint into a model.
 
     What the checkpoint lacks of them stays as it is: a newline may be new to a projector that is not.
 
     Args:
-        model: a language model with vision modules.
         path: a checkpoint folder, or a ``.safetensors`` or ``.bin`` file (the latter is read without
             unpickling anything but tensors). Names may have any prefix before ``mm_projector``,
             ``image_newline`` or ``vision_resampler``; those of LLaVA-ST's resampler are translated.
@@ -179,13 +179,8 @@ def load_adapter(model: Any, path: str) -> list[str]:
     ]
     unknown = sorted(set(weights) - set(own))
     if not weights or wrong or unknown:
-        what = (
-            f"other shapes: {wrong[:3]}"
-            if wrong
-            else f"weights unknown here: {unknown[:3]}"
-            if unknown
-            else "no projector"
-        )
+        what = f"weights unknown here: {unknown[:3]}" if unknown else "no projector"
+        what = f"other shapes: {wrong[:3]}" if wrong else what
         raise ValueError(f"--pretrain_mm_mlp_adapter {path!r} has {what}; it must come from the same kind of model")
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -221,6 +216,7 @@ def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for theirs, ours in _RENAMED:
             name = name.replace(theirs, ours)
         if ".attn.in_proj_" in name:
+            # torch's attention keeps queries, keys and values in one tensor (3 * width, ...).
             prefix, _, kind = name.partition(".attn.in_proj_")
             translated |= {f"{prefix}.{p}_proj.{kind}": t for p, t in zip("qkv", tensor.chunk(3), strict=True)}
         else:

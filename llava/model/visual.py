@@ -1,4 +1,9 @@
-"""Tower, projector and resampler: from frames to token features."""
+"""From images and videos to embeddings among those of a text.
+
+media (frames, 3, side, side) -> tower (frames, patches, tower width) -> projector (frames, patches, width)
+-> positions, for models with tables of coordinates -> resampler (tokens, width) -> merged views, for anyres images
+-> spliced into the token embeddings (batch, length, width).
+"""
 
 from __future__ import annotations
 
@@ -42,7 +47,7 @@ def encode_visual(
 
     Args:
         tower: frames to (frames, patches, tower width).
-        projector: tower width to the language model's width.
+        projector: tower width to the language model's width; may pool the patches' grid.
         resampler: see ``Resampler.forward``; None keeps every patch.
         media: one (frames, 3, side, side) tensor a medium, the frames of an anyres image being its views.
         modalities: the kind of each medium.
@@ -58,27 +63,26 @@ def encode_visual(
         raise ValueError(f"{len(media)} images or videos came with {len(modalities)} modalities; pass one for each")
     if merger is not None:
         merger.check(media, modalities, image_sizes)
-    features = projector(tower(torch.cat(media))).split([len(frames) for frames in media])
+    features = projector(tower(torch.cat(media)))  # (all frames, patches, width)
+    by_medium = features.split([len(frames) for frames in media])  # (frames, patches, width) each
     if positions is not None:
-        features = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in features)
+        by_medium = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in by_medium)
+    # The resampler takes media of one shape together. Each view of an image is resampled on its own, and so all images
+    # are one group; the frames of a video are together.
     groups: dict[tuple[MediaKind, int], list[int]] = {}
     for i, (kind, frames) in enumerate(zip(modalities, media, strict=True)):
-        # Each view of an image is resampled on its own; the frames of a video are together.
         groups.setdefault((kind, 1 if kind == "image" else len(frames)), []).append(i)
     encoded: dict[int, Tensor] = {}
     for (kind, length), members in groups.items():
-        group = torch.cat([features[i] for i in members]).unflatten(0, (-1, length))
-        tokens = group.flatten(1, 2) if resampler is None else resampler(group, kind)
+        group = torch.cat([by_medium[i] for i in members]).unflatten(0, (-1, length))  # (media, frames, patches, width)
+        tokens = group.flatten(1, 2) if resampler is None else resampler(group, kind)  # (media, tokens, width)
         for i, parts in zip(members, tokens.split([len(media[i]) // length for i in members]), strict=True):
             if kind == "image" and merger is not None:
                 assert image_sizes is not None
-                encoded[i] = merger(parts, image_sizes[i])
+                encoded[i] = merger(parts, image_sizes[i])  # (views, tokens, width) -> (tokens, width)
             else:
                 encoded[i] = parts.flatten(0, 1)
     return [encoded[i] for i in range(len(media))]
-
-
-# Puts visual features into the token embeddings.
 
 
 def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual_token_ids: list[int]) -> Tensor:
@@ -99,8 +103,8 @@ def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual
     Raises:
         ValueError: there are more or fewer features than visual positions.
     """
-    is_visual = torch.isin(input_ids, torch.tensor(visual_token_ids, device=input_ids.device))
-    positions = is_visual.flatten().nonzero().squeeze(1)
+    is_visual = torch.isin(input_ids, torch.tensor(visual_token_ids, device=input_ids.device))  # (batch, length)
+    positions = is_visual.flatten().nonzero().squeeze(1)  # (visual positions,), in the flattened batch
     num_features = sum(len(feature) for feature in features)
     if num_features != len(positions):
         by_sample = is_visual.sum(1).tolist()
@@ -111,16 +115,13 @@ def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual
         )
     if not features:
         return embeddings
-    flat = embeddings.flatten(0, 1)
+    flat = embeddings.flatten(0, 1)  # (batch * length, width)
     return flat.index_copy(0, positions, torch.cat(features).to(flat.dtype)).view_as(embeddings)
-
-
-# Puts the features of an anyres image's views together.
 
 
 @dataclass(frozen=True)
 class ViewMerger:
-    """Merges views in the manner of ``anyres.merge_type``.
+    """Puts the features of an anyres image's views together, in the manner of ``anyres.merge_type``.
 
     Attributes:
         anyres: the geometry that the views were cut by.
@@ -143,15 +144,16 @@ class ViewMerger:
         if self.anyres.merge_type == FLAT:
             return views.flatten(0, 1)
         assert self.newline is not None
-        grid = self._without_padding(views[1:], image_size)
-        ends = self.newline.to(grid.dtype).expand(len(grid), 1, -1)
+        grid = self._without_padding(views[1:], image_size)  # (rows, columns, width)
+        ends = self.newline.to(grid.dtype).expand(len(grid), 1, -1)  # (rows, 1, width)
         return torch.cat([views[0], torch.cat([grid, ends], dim=1).flatten(0, 1)])
 
     def _without_padding(self, tiles: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The tiles as one grid (rows, columns, width), cut to what shows the picture and shrunk if need be."""
         rows, columns = self.anyres.choose_grid(image_size)
         side = self.anyres.patches_per_side
-        whole = tiles.view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+        grid = tiles.view(rows, columns, side, side, -1).transpose(1, 2)  # (tile row, row, tile column, column, width)
+        whole = grid.reshape(rows * side, columns * side, -1)
         top, left, size = self.anyres.patches_without_padding(image_size)
         shown = whole[top : top + size.height, left : left + size.width]
         wanted = self.anyres.without_excess(size)

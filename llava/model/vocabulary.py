@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from llava.config import GroundingConfig, VisionConfig
@@ -129,6 +130,7 @@ def add_coordinate_tokens(tokenizer: PreTrainedTokenizerBase, grounding: Groundi
     token_ids = _add_tokens(tokenizer, COORDINATE_PLACEHOLDERS, special=False)
     if not grounding.has_tables:
         return replace(grounding, token_ids=token_ids, first_bin=None)
+    # The last tokens, in order: a bin's id is the first one's plus its number, and its logit stands there.
     ids = list(_add_tokens(tokenizer, bin_tokens(grounding), special=False).values())
     if ids != list(range(len(tokenizer) - len(ids), len(tokenizer))):
         raise ValueError(
@@ -147,24 +149,20 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], speci
     return {token: vocabulary[token] for token in tokens}
 
 
-def grow_vocabulary(model: Any, new_ids: Sequence[int]) -> None:
-    """Give new tokens rows in the embeddings and the head.
+def grow_vocabulary(model: PreTrainedModel, new_ids: Sequence[int]) -> None:
+    """Give new tokens, whose ids are all above the old ones, embeddings and logits.
 
-    A new row is the mean of the old ones, so that it starts as an unremarkable token; logits of old
-    tokens stay as they were, and tied heads stay tied. Where a model came with spare rows behind its
+    A new embedding is the mean of the old ones, so that it starts as an unremarkable token; logits of old
+    tokens stay as they were, and tied heads stay tied. Where a model came with spare embeddings behind its
     tokenizer, the new tokens take those.
-
-    Args:
-        model: a language model with head.
-        new_ids: ids that the tokenizer has just gained, all above its old ones.
     """
     if not new_ids:
         return
-    old_size = model.get_input_embeddings().weight.shape[0]
+    old_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if max(new_ids) >= old_size:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    modules = (cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings()))
     with torch.no_grad():
-        for weight in tables.values():
-            old_rows = weight[: min(*new_ids, old_size)]
-            weight[list(new_ids)] = old_rows.mean(0, dtype=torch.float32).to(weight.dtype)
+        for weight in {id(module.weight): module.weight for module in modules}.values():  # Once where they are tied.
+            old = weight[: min(*new_ids, old_size)]  # (old tokens, width)
+            weight[list(new_ids)] = old.mean(0, dtype=torch.float32).to(weight.dtype)

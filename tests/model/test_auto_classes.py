@@ -162,10 +162,8 @@ def test_derived_classes_are_found_by_name_in_any_process() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for module in (models, llava_llama):
         for name in ("LlavaGPT3AlternatingConfig", "LlavaGPT2AlternatingModul"):
-            with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute '{name}'"):
+            with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
                 getattr(module, name)
-    with pytest.raises(AttributeError, match="llava_llama"):
-        _ = llava_llama.LlavaGPT2AlternatingConfig
 
 
 @pytest.mark.parametrize("model_type", sorted(AVAILABLE_MODELS))

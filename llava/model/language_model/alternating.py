@@ -16,19 +16,26 @@ serves all backbones whose attention goes through ``AttentionInterface``. For th
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-from llava.compat import OwnAttention, cache_argument, cache_of, choose_cache
+from llava.compat import OwnAttention, cache_argument, cache_of
 from llava.model.backbones import VARIANTS, variant_type
-from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM, choose_cache
 from llava.model.visual import VISION_MODULES
+
+if TYPE_CHECKING:  # What the mixins are mixed into; at run time each backbone brings its own.
+    from llava.model.llava_arch import LlavaMetaForCausalLM as _LanguageModel
+    from llava.model.llava_arch import LlavaMetaModel as _Decoder
+else:
+    _Decoder = _LanguageModel = object
 
 _PREFIX = "alternating_"
 
@@ -51,13 +58,14 @@ def forbidden_keys(variant: str, modality_ids: Tensor, num_queries: int) -> Tens
     """
     num_keys = modality_ids.shape[1]
     queries = modality_ids[:, num_keys - num_queries :]
-    same = queries[:, :, None] == modality_ids[:, None, :]
+    same = queries[:, :, None] == modality_ids[:, None, :]  # (batch, queries, keys)
     if variant == "alternating":
         return ~same[:, None]
     positions = torch.arange(num_keys, device=modality_ids.device)
-    other_place = positions[num_keys - num_queries :, None] != positions
-    seen = modality_ids.cumsum(1)[:, num_keys - num_queries :] > 0
-    return (same & other_place & seen[:, :, None])[:, None]
+    is_other = positions[num_keys - num_queries :, None] != positions  # (queries, keys): false for a query's own
+    # Up to the first image or video there is nothing else to look at: nothing is hidden there.
+    has_seen = modality_ids.cumsum(1)[:, num_keys - num_queries :] > 0  # (batch, queries)
+    return (same & is_other & has_seen[:, :, None])[:, None]
 
 
 class AlternatingAttention(OwnAttention):
@@ -73,7 +81,7 @@ class AlternatingAttention(OwnAttention):
             )
 
 
-class AlternatingModel(AlternatingAttention):
+class AlternatingModel(AlternatingAttention, _Decoder):
     """Mixin for a decoder; put it first.
 
     ``forward`` takes one more argument, ``modality_ids`` (see ``forbidden_keys``); what it was given for
@@ -82,14 +90,13 @@ class AlternatingModel(AlternatingAttention):
     """
 
     variant: ClassVar[str]
-    has_attention_interface: ClassVar[bool]
-    config: Any
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
         if not self.has_attention_interface:
+            # Such a decoder hands its layers a mask and nothing else: it is given two in one, see _pack_masks.
             take_mask = partial(_take_mask, num_layers=config.num_hidden_layers)
-            for name, module in self.named_modules():  # type: ignore[attr-defined]
+            for name, module in self.named_modules():
                 if hasattr(module, "layer_idx") and not name.startswith(VISION_MODULES):
                     module.register_forward_pre_hook(take_mask, with_kwargs=True)
 
@@ -97,36 +104,39 @@ class AlternatingModel(AlternatingAttention):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         modality_ids: Tensor | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         cache = choose_cache(cache, past_key_values)
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         num_queries = inputs_embeds.shape[1]
-        modality_ids = _complete(modality_ids, cache, num_queries)
+        modality_ids = _complete(modality_ids, cache, num_queries)  # (batch, past + queries)
         if modality_ids is not None:
-            forbidden = forbidden_keys(self.variant, modality_ids, num_queries)
+            forbidden = forbidden_keys(self.variant, modality_ids, num_queries)  # (batch, 1, queries, keys)
             if self.has_attention_interface:
                 kwargs["forbidden"] = forbidden
             else:
                 attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, cache, forbidden)
-        outputs = super().forward(  # type: ignore[misc]
+        outputs = super().forward(
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, **cache_argument(cache), **kwargs
         )
         if (filled := cache_of(outputs)) is not None:
+            # The next step's tokens have to know which of those before them were visual.
             filled.modality_ids = modality_ids
         return outputs
 
 
-class AlternatingForCausalLM(AlternatingAttention):
+class AlternatingForCausalLM(AlternatingAttention, _LanguageModel):
     """Mixin for a language model with head whose decoder is an ``AlternatingModel``; put it first."""
 
-    def decoder_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        visual = torch.tensor(self.vision.visual_token_ids, device=input_ids.device)  # type: ignore[attr-defined]
+    def decoder_inputs(self, input_ids: Tensor | None) -> dict[str, Tensor]:
+        assert self.vision is not None
+        assert input_ids is not None
+        visual = torch.tensor(self.vision.visual_token_ids, device=input_ids.device)
         return {"modality_ids": torch.isin(input_ids, visual)}
 
     def prepare_inputs_for_generation(
@@ -141,10 +151,8 @@ class AlternatingForCausalLM(AlternatingAttention):
                 "inputs_embeds do not tell which positions are visual, which alternating attention has to know; pass "
                 "input_ids, with images where there are any"
             )
-        prepared = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, prompt_embeds=prompt_embeds, **kwargs
-        )
-        # Of all tokens so far, in the order in which a search may have put the rows since.
+        prepared = super().prepare_inputs_for_generation(input_ids, prompt_embeds=prompt_embeds, **kwargs)
+        # Of all tokens so far, in the order in which a beam search may have put the texts since.
         return prepared if prompt_embeds is None else {**prepared, **self.decoder_inputs(input_ids)}
 
 
@@ -170,7 +178,7 @@ def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> type[Any
     return derive("ForCausalLM", AlternatingForCausalLM, backbone, config_class=config_class, decoder_class=decoder)
 
 
-def _complete(modality_ids: Tensor | None, cache: Any, num_queries: int) -> Tensor | None:
+def _complete(modality_ids: Tensor | None, cache: Cache | None, num_queries: int) -> Tensor | None:
     """``modality_ids`` over the cache and the input; by default the cache's, and text behind them."""
     past = 0 if cache is None else cache.get_seq_length()
     known = getattr(cache, "modality_ids", None) if past else None
@@ -187,7 +195,7 @@ def _complete(modality_ids: Tensor | None, cache: Any, num_queries: int) -> Tens
 
 
 def _attend(
-    attention_function: Any,
+    attention_function: Callable[..., tuple[Tensor, Tensor | None]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -212,7 +220,7 @@ def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -
     """Hide keys in a mask of transformers: bool (true is seen), added to scores, or None (causal)."""
     num_queries = forbidden.shape[2]
     # A cache with a sliding window holds the last keys only, one of fixed size has room behind them.
-    forbidden = forbidden[..., -num_keys:]
+    forbidden = forbidden[..., -num_keys:]  # (batch, 1, queries, keys)
     forbidden = torch.nn.functional.pad(forbidden, (0, num_keys - forbidden.shape[-1]))
     if attention_mask is None:
         seen = ~forbidden
@@ -223,13 +231,17 @@ def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -
 
 
 def _pack_masks(
-    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any, forbidden: Tensor
+    config: PretrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    forbidden: Tensor,
 ) -> Tensor:
     """Both masks as one bool (batch, 2, queries, keys), true where a key is hidden: causal, and restricted."""
     added: Any = create_causal_mask(
         config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache_argument(cache)
     )
-    causal = added.to(torch.bool)
+    causal = added.to(torch.bool)  # (batch, 1, queries, keys)
     return torch.cat([causal, causal | forbidden], dim=1)
 
 

@@ -26,10 +26,10 @@ from llava.model.visual import VISION_MODULES
 class TokenClassification(GenericForTokenClassification):
     """transformers' general classifier of tokens, on states that may be narrower than the layers, as OPT's are."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        model: Any = self
-        self.score = nn.Linear(model.get_input_embeddings().embedding_dim, config.num_labels)
+        embeddings: nn.Embedding = self.get_input_embeddings()  # type: ignore[attr-defined]
+        self.score = nn.Linear(embeddings.embedding_dim, self.num_labels)
 
 
 _GENERIC = {SEQUENCE_CLASSIFICATION: GenericForSequenceClassification, TOKEN_CLASSIFICATION: TokenClassification}

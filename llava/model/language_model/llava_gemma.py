@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaModel
 
-from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.backbones import FamilyDefaults, register_backbone
+from llava.model.backbones import find_class as __getattr__  # noqa: F401  (variants and classifiers by name)
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -22,6 +23,3 @@ class LlavaGemmaModel(LlavaMetaModel, GemmaModel):
 class LlavaGemmaForCausalLM(LlavaMetaForCausalLM, GemmaForCausalLM):
     config_class = LlavaGemmaConfig
     decoder_class = LlavaGemmaModel
-
-
-__getattr__ = derived_classes(__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.backbones import FamilyDefaults, register_backbone
+from llava.model.backbones import find_class as __getattr__  # noqa: F401  (variants and classifiers by name)
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -35,6 +36,3 @@ class LlavaGPT2ForCausalLM(LlavaMetaForCausalLM, GPT2LMHeadModel):
     @property
     def model(self) -> LlavaGPT2Model:
         return self.transformer
-
-
-__getattr__ = derived_classes(__name__)

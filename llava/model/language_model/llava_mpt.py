@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from transformers import MptConfig, MptForCausalLM, MptModel
 
-from llava.model.backbones import FamilyDefaults, derived_classes, register_backbone
+from llava.model.backbones import FamilyDefaults, register_backbone
+from llava.model.backbones import find_class as __getattr__  # noqa: F401  (variants and classifiers by name)
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -26,6 +27,3 @@ class LlavaMptModel(LlavaMetaModel, MptModel):
 class LlavaMptForCausalLM(LlavaMetaForCausalLM, MptForCausalLM):
     config_class = LlavaMptConfig
     decoder_class = LlavaMptModel
-
-
-__getattr__ = derived_classes(__name__)

@@ -42,6 +42,9 @@ class VisionTower(nn.Module, ABC):
         vision: side, statistics and layer that the tower is used with.
     """
 
+    filled_later: bool = False
+    """Whether its weights come from their own source, right after those of the model around it."""
+
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         self.vision = vision
@@ -92,11 +95,13 @@ class VisionTower(nn.Module, ABC):
             (frames, patches, width), patches row by row, without class or register tokens.
         """
         pixels = self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
+        # A frozen tower records nothing, though the projector behind it trains.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             return self.encode(pixels)
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 (frames, 3, side, side) to the tower's dtype, by its mean and standard deviation."""
+        # (x / 255 - mean) / std, as one subtraction and one division of the bytes.
         scale = frames.new_tensor(self.vision.image_std, dtype=torch.float32).view(3, 1, 1) * 255
         shift = frames.new_tensor(self.vision.image_mean, dtype=torch.float32).view(3, 1, 1) * 255
         return ((frames.float() - shift) / scale).to(self.dtype)

@@ -103,6 +103,7 @@ class HuggingFaceTower(VisionTower):
 
     def encode(self, pixels: Tensor) -> Tensor:
         options = {"interpolate_pos_encoding": True} if self.asks_to_interpolate else {}
+        # (frames, prefix + patches, width); the last state, as layers behind the selected one are not there.
         hidden = self.vision_tower(pixel_values=pixels, **options).last_hidden_state
         return hidden[:, self.num_prefix_tokens :]
 
@@ -296,7 +297,7 @@ def _shorter_side(size: int | Mapping[str, int] | None) -> int | None:
     return size.get("shortest_edge") if isinstance(size, Mapping) else size
 
 
-# The vision half of CLIP.
+# The families: each says where it differs.
 
 
 @TOWERS.register("clip_vision_model")
@@ -308,9 +309,6 @@ class ClipTower(HuggingFaceTower):
     asks_to_interpolate = True
     image_mean = tuple(OPENAI_CLIP_MEAN)
     image_std = tuple(OPENAI_CLIP_STD)
-
-
-# The DINO family: DINOv2 with and without registers, and the vision transformers of DINOv3.
 
 
 @TOWERS.register("dinov2")
@@ -328,9 +326,6 @@ class DinoV3Tower(DinoV2Tower):
     """DINOv3's vision transformers. Training scales their rotary positions at random, as the configuration says."""
 
     final_norm = "norm"
-
-
-# The vision halves of SigLIP and of SigLIP2's models of variable grids (NaFlex).
 
 
 @TOWERS.register("siglip_vision_model")
@@ -368,5 +363,5 @@ class Siglip2Tower(SiglipTower):
 
 def cut_patches(pixels: Tensor, side: int) -> Tensor:
     """Flatten (frames, 3, height, width) to (frames, side * side, patch * patch * 3), row by row, channels last."""
-    patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))
+    patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (frames, 3, row, y, column, x)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, require_timm
@@ -61,7 +61,7 @@ class TimmTower(HuggingFaceTower):
         model: Any = self.vision_tower.timm_model
         # Maps (frames, width, rows, columns) are the one form that every architecture gives.
         features = model.forward_intermediates(pixels, indices=1, output_fmt="NCHW", intermediates_only=True)[-1]
-        return features.flatten(2).transpose(1, 2)
+        return features.flatten(2).transpose(1, 2)  # (frames, patches, width)
 
 
 def _build_on_meta(source: str, config: PretrainedConfig) -> Any:
@@ -102,5 +102,5 @@ def _resolve_images(config: PretrainedConfig, model: Any) -> dict[str, Any]:
     return resolve_data_config(pretrained_cfg={**model.pretrained_cfg, **own_format, **own})
 
 
-def _patch_embed(model: Any) -> Any:
+def _patch_embed(model: nn.Module) -> Any:
     return getattr(model, "patch_embed", None)
