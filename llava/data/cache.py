@@ -56,7 +56,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
     def write_array(part: Path) -> None:
         with part.open("wb") as file:
             np.save(file, compute().astype(dtype, copy=False), allow_pickle=False)
-        checksum = compute_checksum(part, part.stat().st_size)
+        checksum = _compute_checksum(part, part.stat().st_size)
         with part.open("ab") as file:
             file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
@@ -95,24 +95,26 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
     return open_file()
 
 
-def append_footer(path: Path, content: Mapping[str, object]) -> None:
+def append_footer(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write behind a file what is known of it: JSON, its checksum, its length and a magic number, to be read backwards.
 
-    Args:
-        path: of the file.
-        content: has the ``size`` and ``checksum`` of the file before it, and a ``version``.
+    Returns:
+        The content with the ``size`` and ``checksum`` of the file before it.
     """
+    size = path.stat().st_size
+    content = {**content, "size": size, "checksum": _compute_checksum(path, size)}
     text = json.dumps(content).encode()
     checksum = zlib.crc32(text).to_bytes(_CHECKSUM_BYTES, "little")
     with path.open("ab") as file:
         file.write(text + checksum + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC)
+    return content
 
 
-def read_footer(path: Path, version: int) -> dict[str, Any]:
-    """What ``append_footer`` wrote; the file has been compared with it.
+def read_footer(path: Path, version: int, origin: Mapping[str, str]) -> dict[str, Any]:
+    """What ``append_footer`` wrote; the file is compared with it.
 
     Raises:
-        DamagedFileError: there is none, it is another version's, or the file is not as it was.
+        DamagedFileError: there is none, the file is not as it was, or it is of another version or origin.
     """
     tail = _CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
     with path.open("rb") as file:
@@ -131,12 +133,14 @@ def read_footer(path: Path, version: int) -> dict[str, Any]:
         raise DamagedFileError("another version of llava wrote it")
     if content["size"] != size - tail - length:
         raise DamagedFileError("its length is wrong")
-    if compute_checksum(path, content["size"]) != content["checksum"]:
+    if _compute_checksum(path, content["size"]) != content["checksum"]:
         raise DamagedFileError("its checksum is wrong")
+    if content["origin"] != origin:
+        raise DamagedFileError(f"{origin['path']} has changed since it was written")
     return content
 
 
-def compute_checksum(path: Path, size: int) -> int:
+def _compute_checksum(path: Path, size: int) -> int:
     """CRC-32 of the first bytes of a file."""
     checksum = 0
     with path.open("rb") as file:

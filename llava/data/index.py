@@ -16,16 +16,16 @@ import json
 import logging
 import os
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
-from llava.data.cache import DamagedFileError, append_footer, compute_checksum, open_array, open_or_write, read_footer
+from llava.data.cache import append_footer, open_array, open_or_write, read_footer
 from llava.io import hash_json
 from llava.types import NO_COORDINATES, Coordinates, Media, MediaKind, Record, Turn
 
@@ -110,18 +110,6 @@ class RecordStore(RecordSequence):
         self._column = self._table.column("record")
 
     @classmethod
-    def open(cls, path: Path) -> RecordStore:
-        """Map a stored file.
-
-        Raises:
-            DamagedFileError: it is not what was written, or another version wrote it.
-        """
-        content = read_footer(path, VERSION)
-        for name in ("faults", "repeated"):  # JSON has no keys but strings.
-            content[name] = {int(row): value for row, value in content[name].items()}
-        return cls(path, Footer(**content))
-
-    @classmethod
     def write(
         cls,
         records: Iterable[Record],
@@ -145,9 +133,7 @@ class RecordStore(RecordSequence):
         footer = Footer(origin or {}, faults, _find_repeated(draft, faults, hashes), notes or {})
         if path is not None:
             del draft  # It has the file mapped.
-            size = path.stat().st_size
-            footer = replace(footer, size=size, checksum=compute_checksum(path, size))
-            append_footer(path, asdict(footer))
+            footer = Footer(**append_footer(path, asdict(footer)))
         return cls(data, footer)
 
     def __reduce__(self) -> tuple[type[RecordStore], tuple[Path | pa.Buffer, Footer]]:
@@ -260,12 +246,21 @@ class Mixture(RecordSequence):
     Args:
         parts: in order.
         cache_dir: the folder of indexes; None keeps what is computed in memory.
+
+    Attributes:
+        faults: what is wrong with bad samples, by their index.
     """
 
     def __init__(self, parts: Sequence[Part], cache_dir: Path | None = None) -> None:
         self.parts = list(parts)
         self.cache_dir = cache_dir
         self._ends = list(accumulate(len(part.rows) for part in self.parts))
+        self.faults: dict[int, str] = {}
+        for part, end in zip(self.parts, self._ends, strict=True):
+            for row, fault in sorted(part.faults.items()):
+                at = bisect_left(part.rows, row)
+                if at < len(part.rows) and part.rows[at] == row:
+                    self.faults[end - len(part.rows) + at] = fault
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -290,20 +285,6 @@ class Mixture(RecordSequence):
         """Names that several data files have."""
         names = Counter(os.path.basename(label) for label in {part.label for part in self.parts})
         return {name for name, count in names.items() if count > 1}
-
-    @cached_property
-    def faults(self) -> dict[int, str]:
-        """What is wrong with bad samples, by their index."""
-        import numpy as np
-
-        faults: dict[int, str] = {}
-        for part, end in zip(self.parts, self._ends, strict=True):
-            rows, start = np.asarray(part.rows), end - len(part.rows)
-            for row in sorted(part.faults):
-                at = int(np.searchsorted(rows, row))
-                if at < len(rows) and rows[at] == row:
-                    faults[start + at] = part.faults[row]
-        return faults
 
     @cached_property
     def fingerprint(self) -> str:
@@ -380,19 +361,16 @@ def open_store(
     path = folder / f"{file.stem[:40]}-{hash_json([os.path.realpath(file), settings], 16)}.arrow"
     origin = _describe(file)
 
-    def open_index() -> RecordStore:
-        store = RecordStore.open(path)
-        if store.footer.origin != origin:
-            raise DamagedFileError(f"{file} has changed since it was written")
-        return store
-
     def write_index(part: Path) -> None:
         logger.info("indexing %s", file)
         RecordStore.write(read(), part, origin, notes)
         if _describe(file) != origin:
             raise ValueError(f"{file}: it changed while it was read; start again when it is complete")
 
-    return open_or_write(path, open_index, write_index)
+    content = open_or_write(path, partial(read_footer, path, VERSION, origin), write_index)
+    for name in ("faults", "repeated"):  # JSON has no keys but strings.
+        content[name] = {int(row): value for row, value in content[name].items()}
+    return RecordStore(path, Footer(**content))
 
 
 def _describe(file: Path) -> dict[str, str]:
