@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from llava.constants import PLACEHOLDER
 from llava.data.placeholders import PLACEHOLDERS
+from llava.messages import shorten
 from llava.types import MediaKind
+
+T = TypeVar("T")
 
 CONVERSATION_KEYS = ("conversations", "messages", "conversation")
 MEDIA_KEYS: dict[MediaKind, tuple[str, str]] = {"image": ("image", "images"), "video": ("video", "videos")}
@@ -57,8 +60,8 @@ class RawSample:
         unread: keys that nothing reads; those within turns and parts as "turn.KEY" and "part.KEY".
     """
 
-    turns: list[tuple[Any, str]]
-    media: dict[MediaKind, list[Any]]
+    turns: list[tuple[object, str]]
+    media: dict[MediaKind, list[object]]
     unread: list[str] = field(default_factory=list)
 
 
@@ -68,11 +71,11 @@ class _Piece:
 
     text: str = ""
     kind: MediaKind | None = None
-    given: Any = None
+    given: object = None
     is_part: bool = False
 
 
-def read_raw(sample: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> RawSample:
+def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] = ()) -> RawSample:
     """Bring a sample into one form.
 
     Args:
@@ -86,10 +89,10 @@ def read_raw(sample: Mapping[str, Any], where: str, ignored: Collection[str] = (
     """
     sample = {key: value for key, value in sample.items() if key not in ignored}
     unread = [key for key, value in sample.items() if key not in _READ_KEYS and not _is_empty(value)]
-    turns: list[tuple[Any, str]] = []
+    turns: list[tuple[object, str]] = []
     waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
-    given: dict[MediaKind, list[Any]] = {"image": [], "video": []}
-    own: dict[MediaKind, list[Any]] = {"image": [], "video": []}
+    given: dict[MediaKind, list[object]] = {"image": [], "video": []}
+    own: dict[MediaKind, list[object]] = {"image": [], "video": []}
     for number, turn in enumerate(_turns_of(sample, unread, where), start=1):
         role, pieces = _read_turn(turn, f"{where}, turn {number}", unread)
         for piece in pieces:
@@ -128,7 +131,7 @@ def _kind_of_name(key: str) -> MediaKind | None:
     return "video" if re.search("v[aeio]*d|clip|frame|movie", name) else "image"
 
 
-def _check_not_blind(sample: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
+def _check_not_blind(sample: Mapping[str, object], unread: Sequence[str], where: str) -> None:
     """A ValueError for a sample without media that has a key which looks as if it held some."""
     for key in unread:
         level, _, name = key.rpartition(".") if key not in sample else ("", "", key)
@@ -137,22 +140,22 @@ def _check_not_blind(sample: Mapping[str, Any], unread: Sequence[str], where: st
             remedy = "remove the key" if level else f"give --ignore_keys {key}"
             meant = suggest(key).removeprefix("; ") or 'media are read from "image" and "video".'
             raise ValueError(
-                f'{where}: has no media, but "{key}" ({_shorten(value)}), which nothing reads: it would be trained on '
+                f'{where}: has no media, but "{key}" ({shorten(value)}), which nothing reads: it would be trained on '
                 f"blind; {meant} If it is no medium, {remedy}"
             )
 
 
-def _values_of(sample: Mapping[str, Any], level: str, name: str) -> Iterator[Any]:
+def _values_of(sample: Mapping[str, object], level: str, name: str) -> Iterator[object]:
     """What the keys of one name hold: the sample's own or, of a level "turn" or "part", those of its turns or parts."""
     lists = [value for key in CONVERSATION_KEYS if isinstance(value := sample.get(key), list)]
     turns = [turn for turns in lists for turn in turns if isinstance(turn, dict)]
     contents = [_first(turn, "value", "content") for turn in turns]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    holders: Sequence[Mapping[str, Any]] = {"turn": turns, "part": parts}.get(level, [sample])  # type: ignore[assignment]
+    holders = turns if level == "turn" else parts if level == "part" else [sample]
     yield from (holder[name] for holder in holders if name in holder)
 
 
-def _looks_like_media(key: str, value: Any) -> bool:
+def _looks_like_media(key: str, value: object) -> bool:
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict):
         return _kind_of_name(key) is not None or bool(first.get("bytes"))
@@ -164,20 +167,27 @@ def _looks_like_media(key: str, value: Any) -> bool:
     return bool(first.strip()) and (plain or bool(re.search(r"[/\\.]|^data:", first)) or len(first) > 200)
 
 
-def _turns_of(sample: Mapping[str, Any], unread: Sequence[str], where: str) -> list[Any]:
-    turns = _only_value(sample, CONVERSATION_KEYS, where)
+def _turns_of(sample: Mapping[str, object], unread: Sequence[str], where: str) -> list[object]:
+    turns = _only_value(sample, CONVERSATION_KEYS, where, lambda value: value)
     if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
         # A sequence of objects, as ``datasets`` stores it: an object of lists.
         turns = [dict(zip(turns, row, strict=False)) for row in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list) or not turns:
         near = next((key for key in unread if difflib.get_close_matches(key.lower(), CONVERSATION_KEYS, n=1)), None)
         hint = f'; did you mean "{near}" to be that?' if near else ""
-        raise ValueError(f'{where}: needs "conversations", a list of turns, found {_shorten(turns)}{hint}')
+        raise ValueError(f'{where}: needs "conversations", a list of turns, found {shorten(turns)}{hint}')
     return turns
 
 
-def _only_value(source: Mapping[str, Any], keys: Sequence[str], where: str, read: Any = lambda value: value) -> Any:
-    """What the one of several keys holds that is there; a ValueError where two of them say different things."""
+def _only_value(source: Mapping[str, object], keys: Sequence[str], where: str, read: Callable[[object], T]) -> T:
+    """What the one of several keys holds that is there; a ValueError where two of them say different things.
+
+    Args:
+        source: a sample or a turn.
+        keys: spellings of one key.
+        where: names the sample, for errors.
+        read: brings a value into the form that is compared and returned.
+    """
     found = {key: source[key] for key in keys if key in source and not _is_empty(source[key])}
     values = [read(value) for value in found.values()]
     if any(value != values[0] for value in values[1:]):
@@ -187,7 +197,7 @@ def _only_value(source: Mapping[str, Any], keys: Sequence[str], where: str, read
     return read(next((source[key] for key in keys if key in source), None))
 
 
-def _read_turn(turn: Any, where: str, unread: list[str]) -> tuple[Any, list[_Piece]]:
+def _read_turn(turn: object, where: str, unread: list[str]) -> tuple[object, list[_Piece]]:
     """The role of a turn and its pieces."""
     if not isinstance(turn, dict):
         raise ValueError(f"{where}: expected an object, found {name_type(turn)}")
@@ -202,7 +212,7 @@ def _read_turn(turn: Any, where: str, unread: list[str]) -> tuple[Any, list[_Pie
     return role, [*_shown_first(turn, pieces, where), *pieces]
 
 
-def _shown_first(turn: Mapping[str, Any], pieces: Sequence[_Piece], where: str) -> Iterator[_Piece]:
+def _shown_first(turn: Mapping[str, object], pieces: Sequence[_Piece], where: str) -> Iterator[_Piece]:
     """Gives the media that stand in a turn beside its text to its placeholders; those left over come before it."""
     for kind, keys in MEDIA_KEYS.items():
         media = _only_value(turn, keys, where, _as_list)
@@ -212,7 +222,7 @@ def _shown_first(turn: Mapping[str, Any], pieces: Sequence[_Piece], where: str) 
         yield from (_Piece(kind=kind, given=medium, is_part=True) for medium in media[len(places) :])
 
 
-def _read_part(part: Any, where: str, unread: list[str]) -> Iterator[_Piece]:
+def _read_part(part: object, where: str, unread: list[str]) -> Iterator[_Piece]:
     """The pieces of one part of a turn."""
     if isinstance(part, str):
         yield from _cut(part)
@@ -232,7 +242,7 @@ def _read_part(part: Any, where: str, unread: list[str]) -> Iterator[_Piece]:
     kind = _MEDIA_PARTS.get(named) if isinstance(named, str) else None
     if kind is None:
         known = ", ".join((*_TEXT_PARTS[:1], *_MEDIA_PARTS))
-        raise ValueError(f"{where}: a part has the unknown type {_shorten(named)}; known: {known}")
+        raise ValueError(f"{where}: a part has the unknown type {shorten(named)}; known: {known}")
     own = [key for key, its_kind in _MEDIA_PARTS.items() if its_kind == kind]
     _note(unread, "part", part, ("type", *own, *_PART_SOURCES))
     sources = {key: part[key] for key in (*own, *_PART_SOURCES) if not _is_empty(part.get(key))}
@@ -270,31 +280,26 @@ def _join(pieces: Sequence[_Piece]) -> str:
     return text
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """Media of a key: one or several."""
     return [] if _is_empty(value) and value != "" else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _first(source: Mapping[str, Any], *keys: str) -> Any:
+def _first(source: Mapping[str, object], *keys: str) -> object:
     """The first of some keys that is there and not null."""
     return next((source[key] for key in keys if source.get(key) is not None), None)
 
 
-def _note(unread: list[str], level: str, source: Mapping[str, Any], known: Collection[str]) -> None:
+def _note(unread: list[str], level: str, source: Mapping[str, object], known: Collection[str]) -> None:
     unread += [f"{level}.{key}" for key, value in source.items() if key not in known and not _is_empty(value)]
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     """Null, or nothing in it: what columns hold where a row has nothing for them."""
     if isinstance(value, dict):
         return all(_is_empty(item) for item in value.values())
     return value is None or (isinstance(value, str | bytes | list | tuple) and not value)
 
 
-def name_type(value: Any) -> str:
+def name_type(value: object) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def _shorten(value: Any, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
