@@ -36,11 +36,7 @@ _LISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"<smil", b"[playlist]")
 
 
 def find_container(path: str) -> str:
-    """libav's name of the container that a file is.
-
-    Raises:
-        ValueError: it is none that is read; the message is one line without the path.
-    """
+    """libav's name of the container that a file is; a ValueError, without the path, if it is none that is read."""
     with open(path, "rb") as file:  # noqa: PTH123
         head = file.read(_HEAD_BYTES)
     for signature, name in _SIGNATURES.items():
@@ -89,12 +85,7 @@ def _raw_stream(head: bytes) -> str | None:
 
 
 def open_container(path: str) -> InputContainer:
-    """Open a video file with PyAV.
-
-    Raises:
-        ValueError: it is no container that is read; the message is one line without the path.
-        av.FFmpegError: it is broken.
-    """
+    """Open a video file with PyAV; a ValueError as from ``find_container``, or an av.FFmpegError if it is broken."""
     import av
 
     # Only files, and none whose name says otherwise ("concat:a|b"): nothing but this one is opened.
@@ -157,12 +148,7 @@ def _check_last_bytes(file: _Reader) -> None:
 
 
 def _check_parts(file: _Reader, start: int, find_next: Callable[[_Reader, int], int | None]) -> None:
-    """Walk from part to part, each within the file.
-
-    Args:
-        start: where the first part begins.
-        find_next: where the part behind one begins; None where the walk ends with something else.
-    """
+    """Walk from the part at ``start`` to the last one, each within the file; ``find_next`` gives None to stop early."""
     while start < file.size:
         following = find_next(file, start)
         if following is None:

@@ -82,21 +82,14 @@ def decode_frames(request: FrameRequest) -> Frames:
 
 
 def read_times(path: str) -> tuple[Sequence[float], float]:
-    """Seconds of each frame of a clip from its first one, and the seconds that all of it lasts.
-
-    Raises:
-        MediaError: the file is missing, or cannot be read as a clip.
-    """
+    """Seconds of each frame of a clip from its first one, and the seconds that it lasts; a MediaError as above."""
     with _open_clip(FrameRequest(path, num_frames=1)) as clip:
         return clip.times, clip.duration
 
 
 @contextlib.contextmanager
 def _open_clip(request: FrameRequest) -> Iterator[Video | FrameFiles | AnimatedPicture]:
-    """Open a clip of any kind: a video, a folder or a list of frames, or an animated picture.
-
-    What goes wrong within the ``with`` is a MediaError that names the file.
-    """
+    """Open a clip of any kind; what goes wrong within the ``with`` becomes a MediaError that names the file."""
     path, files = request.path, list(request.frame_files)
     try:
         if not files and os.path.isdir(path):
@@ -188,11 +181,7 @@ class DecoderProcess:
             raise RuntimeError(f"the decoder process did not start: it ended with status {self.end(_GRACE)}")
 
     def decode(self, request: FrameRequest, timeout: float) -> Frames:
-        """As ``decode_frames``.
-
-        Args:
-            request: what to decode.
-            timeout: seconds that it may take.
+        """As ``decode_frames``, within ``timeout`` seconds.
 
         Raises:
             MediaError: also where decoding took too long or brought the process down, which is then no more.

@@ -63,14 +63,14 @@ def is_heif(head: bytes) -> bool:
 
 
 def read_structure(data: bytes, limits: MediaLimits) -> Animation | None:
-    """Walk through a PNG, GIF, WebP or JPEG from its first byte to its last.
+    """The frames of an animation, after a walk through a PNG, GIF, WebP or JPEG from its first byte to its last.
 
     Args:
-        data: all of the file.
-        limits: say how large it may be.
+        data: all of the file; other formats are looked at only for zeros at their end.
+        limits: how large it may be.
 
     Returns:
-        Its frames if it is an animation, else None.
+        None for a still picture.
 
     Raises:
         ValueError: it is cut off, damaged or too large.

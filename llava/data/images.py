@@ -58,9 +58,7 @@ def _named(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[None]:
 
 @contextmanager
 def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[tuple[PILImage, Animation | None]]:
-    """Open a picture within its limits, after a look at the whole of its file, its pixels not yet decoded.
-
-    Gives Pillow's image, and its frames if they are several.
+    """Pillow's image of a file that is whole and within its limits, not yet decoded, and its frames if several.
 
     Raises:
         MediaError: the file is missing, cut off, damaged, no picture, or too large to be one; what is done to the
@@ -90,25 +88,15 @@ def open_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[tu
 
 
 def read_picture(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """Read a picture upright as uint8 (height, width, 3); of an animation the first one.
-
-    What is transparent is laid on white. Gray of 16 bits is cut to its upper 8; floats and 32-bit integers are brought
-    to 0 to 255 by their range, see ``to_rgb``.
-
-    Raises:
-        MediaError: see ``open_picture``.
-    """
+    """Read a picture as ``to_rgb`` gives it; of an animation the first one. A MediaError as from ``open_picture``."""
     with open_picture(path, limits) as (image, _):
         return to_rgb(image)
 
 
 def read_image_size(path: str) -> tuple[int, int]:
-    """The (height, width) that ``read_picture`` would give, from the file's header alone.
+    """The (height, width) that ``read_picture`` would give, from the header alone; a MediaError if there is none.
 
     A PNG that says its orientation behind its pixels counts as upright: to see it takes decoding.
-
-    Raises:
-        MediaError: the file is missing or no image.
     """
     from PIL import ExifTags, Image
 
@@ -362,8 +350,7 @@ class AnimatedPicture:
 def list_frames(folder: str) -> list[str]:
     """The pictures of a folder in the order of the numbers in their names.
 
-    Raises:
-        MediaError: it has none, something else lies among them, or two of them have one place.
+    A MediaError if there are none, if something else lies among them, or if two of them have one place.
     """
     names = [name for name in os.listdir(folder) if not name.startswith(".") and name.lower() not in _NOT_LISTED]
     others = sorted(name for name in names if not is_picture_name(name))

@@ -53,9 +53,7 @@ def load_media(
     Args:
         media: what to load.
         vision: how many frames, and what square or tiles.
-        split: first and last frame of the part of a video to sample from; by default all of it.
-        timeout: seconds that decoding a video may take, see ``sample_video``.
-        limits: how large it may be.
+        split, timeout, limits: as for ``sample_video``.
 
     Raises:
         MediaError: the file is missing, empty, too large, outside its folder, or cannot be decoded.
@@ -106,11 +104,7 @@ def check_links(media: Media) -> None:
 
 
 def load_image(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Tensor:
-    """Read an image upright and on white as uint8 (height, width, 3), see ``images.read_picture``.
-
-    Raises:
-        MediaError: the file is missing, cut off, damaged, no image, or too large to be one.
-    """
+    """Read an image upright and on white as uint8 (height, width, 3); a MediaError as from ``images.open_picture``."""
     return torch.from_numpy(read_picture(path, limits))
 
 
@@ -129,12 +123,9 @@ def sample_video(
     """Sample frames of a clip: a video, an animated picture, or a folder or list of pictures.
 
     Args:
-        path, num_frames, fps, max_frames, split: which frames, see ``FrameRequest``.
         timeout: seconds that decoding may take; then it is done in a process of its own, and a decoder
             that crashes is an error as one that hangs. 0 sets no limit and decodes here.
-        limits: how large the file and its frames may be.
-        frame_files, frame_rate: a clip that is given as its frames, and how many a second they are, see
-            ``FrameRequest``.
+        path, num_frames and the others: which frames of what, see ``FrameRequest``.
 
     Raises:
         MediaError: the file is missing, broken, cut off, too large or no video, ends before ``split`` does, or takes

@@ -203,6 +203,9 @@ class Video:
                     yield frame
 
     def _packets_from(self, index: VideoIndex, key: int) -> Iterator[Packet[VideoStream]]:
+        """The packets from a key frame on, wherever seeking leads; a _SeekError if it leads behind that frame."""
+        import av
+
         # Containers look for either of a packet's two times. Some are sought by bytes and land anywhere; some know
         # no key frames; the beginning of the file is found always.
         wanted = index.keys[key], index.key_sizes[key]
@@ -210,7 +213,9 @@ class Video:
             (index.keys[key], False), (index.key_targets[key], False), (index.key_targets[key], True),
             (index.key_targets[0], False), (index.key_targets[0], True),
         ):  # fmt: skip
-            if not self._seek(target, any_frame):
+            try:
+                self._container.seek(target, stream=self._stream, any_frame=any_frame)
+            except (av.error.PermissionError, av.error.InvalidDataError, av.error.OSError, av.error.EOFError):
                 continue
             packets = self._container.demux(self._stream)
             for packet in packets:
@@ -221,15 +226,6 @@ class Video:
                 if index.order.get((packet.pts, packet.size), -1) > index.order[wanted]:
                     break
         raise _SeekError(f"seeking key frame {key} leads to another place")
-
-    def _seek(self, target: int, any_frame: bool) -> bool:
-        import av
-
-        try:
-            self._container.seek(target, stream=self._stream, any_frame=any_frame)
-        except (av.error.PermissionError, av.error.InvalidDataError, av.error.OSError, av.error.EOFError):
-            return False
-        return True
 
     def _decode_all(self) -> Iterator[VideoFrame]:
         codec = self._stream.codec_context.codec.canonical_name
@@ -278,12 +274,7 @@ def _main_stream(container: InputContainer) -> VideoStream:
 
 @contextmanager
 def open_video(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[Video]:
-    """Open a video.
-
-    Raises:
-        ValueError: it is not one, is broken, or exceeds the limits; the message is one line without the path.
-        OSError: it cannot be read.
-    """
+    """Open a video; a ValueError, without the path, if it is none, is broken, or exceeds the limits."""
     import av
 
     try:
