@@ -199,7 +199,7 @@ def test_import_takes_nothing_heavy(module):
 
 
 def test_reading_records_takes_nothing_heavy_before_there_are_any():
-    assert loaded_after("import llava.data.records, llava.data.placeholders, llava.data.formats.plain") == set()
+    assert loaded_after("import llava.data.records, llava.data.placeholders, llava.data.formats.base") == set()
 
 
 def test_data_takes_no_decoder_and_no_transformers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -14,25 +15,13 @@ from llava.config import GroundingConfig, VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
-from llava.data.dataset_stats import (
-    count_coordinates,
-    count_cut_tokens,
-    count_media,
-    find_targets,
-    measure_lengths,
-)
+from llava.data.dataset_stats import count_coordinates, count_cut_tokens, count_media, find_targets, measure_lengths
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.formats.base import ContextError, Segment, label_segments
 from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
-from llava.data.placeholders import (
-    add_time_instruction,
-    clips_of,
-    expand_placeholders,
-    placeholder_kinds,
-    stand_in,
-)
+from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, placeholder_kinds, stand_in
 from llava.data.records import read_records
 from llava.grounding.samples import move_to_square
 from llava.types import (
@@ -55,59 +44,46 @@ if TYPE_CHECKING:
 _MOST_NAMED = 5
 
 
+@dataclass(eq=False, repr=False)
 class SupervisedDataset(Dataset["Example | BadSample"]):
-    """Records as examples; media are decoded when an example is asked for.
+    """Records as examples; media are decoded when an example is asked for."""
 
-    Args:
-        records: validated samples.
-        tokenizer: knows the visual tokens if there is vision.
-        vision: None for a model without vision.
-        max_length: most tokens of an example. Text is cut to it, visual spans never.
-        early_mix_text: whether ``modality_lengths`` counts text-only samples among the others.
-        text_format: how conversations become ids and labels; ``plain_lm`` by default.
-        on_bad_sample: ``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample`` in its place,
-            also where there is nothing to learn (else ``check_samples`` is to look for that).
-        decode_timeout: seconds that decoding a video may take; 0 sets no limit.
-        limits: how large an image or a video may be.
-        grounding: what coordinates are to the model; None for one without them.
-    """
+    records: Sequence[Record]
+    tokenizer: PreTrainedTokenizerBase
+    """Knows the visual tokens if there is vision."""
+    vision: VisionConfig | None
+    """None for a model without vision."""
+    max_length: int
+    """Most tokens of an example. Text is cut to it, visual spans never."""
+    early_mix_text: bool = False
+    """Whether ``modality_lengths`` counts text-only samples among the others."""
+    text_format: Format = None  # type: ignore[assignment]
+    """How conversations become ids and labels; ``plain_lm`` by default."""
+    on_bad_sample: str = ERROR
+    """``error`` raises over a sample that cannot be used, ``skip`` gives a ``BadSample`` in its place, also where there
+    is nothing to learn (else ``check_samples`` is to look for that)."""
+    decode_timeout: float = 0.0
+    """Seconds that decoding a video may take; 0 sets no limit."""
+    limits: MediaLimits = DEFAULT_LIMITS
+    """How large an image or a video may be."""
+    grounding: GroundingConfig | None = None
+    """What coordinates are to the model; None for one without them."""
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        tokenizer: PreTrainedTokenizerBase,
-        vision: VisionConfig | None,
-        max_length: int,
-        early_mix_text: bool = False,
-        text_format: Format | None = None,
-        on_bad_sample: str = ERROR,
-        decode_timeout: float = 0.0,
-        limits: MediaLimits = DEFAULT_LIMITS,
-        grounding: GroundingConfig | None = None,
-    ) -> None:
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise ValueError(f"--on_bad_sample is {on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
-        text_format = text_format or build_format(PLAIN_LM, tokenizer)
+    def __post_init__(self) -> None:
+        if self.on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"--on_bad_sample is {self.on_bad_sample!r}; known: {', '.join(ON_BAD_SAMPLE)}")
+        self.text_format = self.text_format or build_format(PLAIN_LM, self.tokenizer)
+        has_prompts = self.text_format.has_prompts
         # The times of frames stand in the user's turn, and must be neither learned nor left out.
-        tells_times = text_format.has_prompts and text_format.writes_user_text
-        if vision is not None and vision.add_time_instruction and not tells_times:
+        tells_times = has_prompts and self.text_format.writes_user_text
+        if self.vision is not None and self.vision.add_time_instruction and not tells_times:
             raise ValueError(
                 "--add_time_instruction tells the times of frames in the user's turns, but this format "
-                f"{'leaves their text out' if text_format.has_prompts else 'learns all text'}; give a --version that "
-                "writes and does not learn them (chat, qwen, v1, ...)"
+                f"{'leaves their text out' if has_prompts else 'learns all text'}; give a --version that writes and "
+                "does not learn them (chat, qwen, v1, ...)"
             )
-        self.records = records
-        self.tokenizer = tokenizer
-        self.vision = vision
-        self.max_length = max_length
-        self.early_mix_text = early_mix_text
-        self.text_format = text_format
-        self.on_bad_sample = on_bad_sample
-        self.decode_timeout = decode_timeout
-        self.limits = limits
-        self.grounding = grounding
         # Input coordinates are data that the model is given, so they are masked in the labels.
-        tables = {} if grounding is None or not grounding.has_tables else grounding.token_ids
+        tables = self.grounding.token_ids if self.grounding is not None and self.grounding.has_tables else {}
         self._input_coordinate_ids = {i for token, i in tables.items() if token.endswith("-INPUT>")}
 
     def __len__(self) -> int:
@@ -374,6 +350,8 @@ def make_supervised_data_module(
         ValueError: a file is not as it should be, or samples have nothing to learn from.
     """
 
+    chosen = text_format or build_format(PLAIN_LM, tokenizer)
+
     def build(flag: str) -> SupervisedDataset | ChunkedDataset[SupervisedDataset] | None:
         paths: Sequence[str] | None = getattr(data_args, flag)
         if not paths:
@@ -396,7 +374,7 @@ def make_supervised_data_module(
             vision,
             max_length,
             early_mix_text=data_args.early_mix_text,
-            text_format=text_format,
+            text_format=chosen,
             on_bad_sample=data_args.on_bad_sample,
             decode_timeout=data_args.decode_timeout,
             limits=data_args.media_limits,

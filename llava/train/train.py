@@ -45,7 +45,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from llava.command import FAILED, INTERRUPTED, check_output_folder, errors_of_users
 from llava.data.dataset import make_supervised_data_module
 from llava.data.formats import Format, build_format
-from llava.data.formats.plain import preprocess_plain_lm
+from llava.data.formats.base import preprocess_plain_lm
 from llava.data.placeholders import preprocess_multimodal
 from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.model.llava_arch import LlavaMetaForCausalLM

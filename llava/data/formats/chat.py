@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava.constants import VISUAL_TOKENS
-from llava.data.formats.base import CHAT, FORMATS, Format, Segment
-from llava.data.formats.plain import split_at_spans, visual_ids
+from llava.data.formats.base import CHAT, FORMATS, Format, Segment, split_at_spans, visual_ids
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llava.data.formats.base import FORMATS, prefix_ids
+from llava.data.formats.base import FORMATS, prefix_ids, split_at_spans
 from llava.data.formats.chat import ConversationFormat
-from llava.data.formats.plain import split_at_spans
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from llava.constants import IGNORE_INDEX
-from llava.data.formats.base import ContextError, Segment, label_segments, truncate_segments
-from llava.data.formats.plain import PlainFormat, preprocess_plain_lm
+from llava.data.formats.base import (
+    ContextError,
+    PlainFormat,
+    Segment,
+    label_segments,
+    preprocess_plain_lm,
+    truncate_segments,
+)
 from llava.types import Turn
 
 EOS = 0
