@@ -235,7 +235,7 @@ def names_left_out(model: Any) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager[Any]) -> None:
+def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager[Any]) -> tuple[float, int]:
     """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
 
     Its ``_save_checkpoint`` writes these among other files, and stops at the first that cannot be written, on which
@@ -245,12 +245,16 @@ def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager
         trainer: on every rank.
         folder: of the checkpoint.
         guard: keeps an error of this rank.
+
+    Returns:
+        What ``restore_loop`` needs beside: the sum of losses that no line of the log has yet, and the last line's step.
     """
     with guard, _guarded_engine(trainer, guard):
         trainer._save_optimizer_and_scheduler(folder)
     with guard:
         trainer._save_scaler(folder)
         trainer._save_rng_state(folder)
+    return trainer._tr_loss.item(), trainer._globalstep_last_logged
 
 
 @contextmanager
@@ -280,21 +284,19 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
     trainer._push_from_checkpoint(folder)
 
 
-def load_random_states(trainer: Any, checkpoint: str) -> None:
-    """Go back to a checkpoint's random states: ``_load_rng_state``, which the loop itself calls later on."""
+def restore_loop(trainer: Any, checkpoint: str, loss_meter: tuple[float, int, float] | None) -> None:
+    """Let the loop, before its first step, stand where a checkpoint was written.
+
+    Args:
+        trainer: has begun to train. It reads the random states once more, when it has fetched the first batches.
+        checkpoint: has the random states.
+        loss_meter: the sum of losses since the last line of the log, the step of that line, and the sum of all losses
+            logged, for the mean at the end; None leaves them at zero.
+    """
     trainer._load_rng_state(checkpoint)
-
-
-def get_loss_since_log(trainer: Any) -> tuple[float, int]:
-    """The sum of losses that no line of the log has yet, and the step of the last line; for exact resume."""
-    return trainer._tr_loss.item(), trainer._globalstep_last_logged
-
-
-def set_loss_since_log(trainer: Any, loss: float, last_step: int, total: float) -> None:
-    """Go on with such a sum; ``total`` is of the losses logged."""
-    trainer._tr_loss.fill_(loss)
-    trainer._globalstep_last_logged = last_step
-    trainer._total_loss_scalar = total
+    if loss_meter is not None:
+        loss, trainer._globalstep_last_logged, trainer._total_loss_scalar = loss_meter
+        trainer._tr_loss.fill_(loss)
 
 
 def evaluate_as_due(trainer: Any) -> None:

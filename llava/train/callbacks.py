@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -59,14 +60,14 @@ class FirstStepsCallback(TrainerCallback):
             control.should_log = True
 
 
+@dataclass(eq=False)
 class StopCallback(TrainerCallback):
     """Asks the ranks, after every step and within evaluations, whether to stop.
 
     A run that stops saves a checkpoint and leaves out the evaluation that was due.
     """
 
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
+    request: StopRequest
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

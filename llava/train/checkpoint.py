@@ -21,6 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llava.io import hash_file, sync, write_json
 from llava.model.pretrained import UNSAFE_WEIGHTS
+from llava.train.arguments import TrainingArguments
+from llava.train.distributed import broadcast_from_rank0
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,20 @@ def replace_files(staged: Path, folder: Path) -> None:
 def is_resume_asked(asked: str | bool | None) -> bool:
     """Whether a value of ``--resume_from_checkpoint`` asks to go on."""
     return asked not in (None, False, "", "false", "False")
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that ``--resume_from_checkpoint`` asks for, the same on all ranks; what half of one is left goes.
+
+    Raises:
+        ValueError: there is none that a run can go on from, or somebody else may have written it.
+    """
+    asked, output_dir = args.resume_from_checkpoint, str(args.output_dir)
+    broadcast_from_rank0(lambda: clear_leftovers(output_dir))
+    checkpoint = broadcast_from_rank0(lambda: choose_checkpoint(asked, output_dir, args.resume_changed))
+    if checkpoint is not None:
+        check_pickles_are_ours(checkpoint)
+    return checkpoint
 
 
 def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified: bool = False) -> str | None:
@@ -228,19 +244,18 @@ def store_best(best: str | None, output_dir: str | Path) -> str | None:
     return os.path.basename(best) if inside else os.path.abspath(best)
 
 
-def find_best(stored: str | None, checkpoint: str | Path) -> str | None:
-    """Where the best checkpoint lies now that a state calls ``stored``; None if it is gone.
+def find_best(checkpoint: str | Path) -> tuple[str | None, str | None]:
+    """The best checkpoint so far: what the state of a checkpoint calls it, and where it lies now (None if it is gone).
 
-    Args:
-        stored: a name, or a path that an earlier version wrote.
-        checkpoint: the folder whose state it is, beside which the best one lies.
+    It is called by its name, or by a path, which an earlier version wrote; it lies beside the checkpoint.
     """
+    stored = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
     if stored is None:
-        return None
+        return None, None
     beside = Path(checkpoint).parent / os.path.basename(os.path.normpath(stored))
     if _NAME.fullmatch(beside.name) and beside.is_dir():
-        return str(beside)
-    return stored if Path(stored).is_absolute() and Path(stored).is_dir() else None
+        return stored, str(beside)
+    return stored, stored if Path(stored).is_absolute() and Path(stored).is_dir() else None
 
 
 # --- removing ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,23 +48,26 @@ class DataPosition(NamedTuple):
     step: int
 
 
+@dataclass(eq=False)
 class TrainingData(TrainerCallback):
     """The order of the training data, this rank's batches of them, and the position in them.
 
     The position counts steps that were trained, not batches that were fetched ahead.
 
-    Args:
+    Attributes:
         dataset: trained on.
         args: of the run.
+        batches: this rank's; None before there is a loader.
     """
 
-    def __init__(self, dataset: Any, args: TrainingArguments) -> None:
-        self.dataset, self.args = dataset, args
-        self.batches: RankBatchSampler | None = None
-        self._place, self._place_at = DataPosition(0, 0), 0  # a position, and the global step at it
-        self._in_epoch = False
-        self._resumed: DataPosition | None = None
-        self._restarts_epoch = False  # because the data are others than the checkpoint's
+    dataset: Any
+    args: TrainingArguments
+    batches: RankBatchSampler | None = None
+    _place: DataPosition = field(default_factory=lambda: DataPosition(0, 0))
+    _place_at: int = 0  # the global step there
+    _in_epoch: bool = False
+    _resumed: DataPosition | None = None
+    _restarts_epoch: bool = False  # because the data are others than the checkpoint's
 
     def build_loader(self, collate: Callable[..., Any]) -> DataLoader:
         """This rank's batches; accelerate neither shards nor pads them."""
@@ -102,12 +106,12 @@ class TrainingData(TrainerCallback):
         args, order = self.args, self._order()
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.num_steps)
         flags = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
-        return {"steps": steps, **flags, "order": order.fingerprint(self._id_of)}
+        return {"steps": steps, **flags, "order": self._fingerprint()}
 
-    def _id_of(self, index: int) -> str:
+    def _fingerprint(self) -> dict[str, Any]:
         # A program's own data set, whose samples have no ids, is told by its length.
         records = getattr(self.dataset, "records", None)
-        return str(index if records is None else records[index].id)
+        return self._order().fingerprint(lambda index: str(index if records is None else records[index].id))
 
     # The position: while training, in a checkpoint, and taken up from one.
 
@@ -150,7 +154,7 @@ class TrainingData(TrainerCallback):
 
     def state(self, global_step: int) -> dict[str, Any]:
         """What ``load_state`` needs to go on from here, for ``data_state.json``."""
-        return {**self.position(global_step)._asdict(), "order": self._order().fingerprint(self._id_of)}
+        return {**self.position(global_step)._asdict(), "order": self._fingerprint()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Let the next training go on from another run's position.
@@ -161,7 +165,7 @@ class TrainingData(TrainerCallback):
             ValueError: the order of this run's data is another one, so that the position means nothing. With
                 ``--ignore_data_skip``, which starts the epoch anew, a warning.
         """
-        changes = describe_changes(state["order"], self._order().fingerprint(self._id_of))
+        changes = describe_changes(state["order"], self._fingerprint())
         if not changes:
             self._resumed = DataPosition(state["epoch"], state["step"])
         elif self.args.ignore_data_skip or getattr(self.args, "resume_changed", False):

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.files import DataEntry, find_entries
-from llava.io import hash_file, write_json
+from llava.io import hash_file
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.checkpoint import RUN_IDENTITY
-from llava.train.data_order import DATA_STATE, TrainingData
+from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints
+from llava.train.data_order import DATA_STATE, TrainingData, describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank
 from llava.train.parts import part_of
 
@@ -111,10 +111,6 @@ class RunIdentity:
     fixed: dict[str, Any]
     free: dict[str, Any]
     length: dict[str, Any]
-
-    def write(self, folder: Path) -> None:
-        """Write ``run_identity.json``."""
-        write_json(folder / RUN_IDENTITY, vars(self), sort_keys=True)
 
     @staticmethod
     def read(folder: Path) -> RunIdentity | None:
@@ -211,6 +207,29 @@ def check_resumed(
     if found.allowed and is_first_rank():
         logger.info("going on from %s with changes: %s", checkpoint, "; ".join(found.allowed))
     return found
+
+
+def is_finished(mine: RunIdentity, folder: Path, args: TrainingArguments) -> bool:
+    """Whether a folder holds the final model of this very run, and no checkpoint of its end.
+
+    Raises:
+        ValueError: the run that is finished is another one, or was shorter and left nothing to go on from.
+    """
+    before = RunIdentity.read(folder)
+    if before is None or (folder / f"checkpoint-{before.length['steps']}").is_dir():
+        return False
+    found = mine.compare(before, args.ignore_data_skip)
+    wrong = found.wrong + describe_changes(before.length["order"], mine.length["order"])
+    if wrong and not args.resume_changed:
+        raise ValueError(explain_other_run(folder, wrong))
+    if not wrong and not found.rescheduled:
+        return True
+    if not list_checkpoints(folder):
+        raise ValueError(
+            f"the run in --output_dir {folder} is finished and left no checkpoint to go on from (--save_strategy); "
+            f"give another --output_dir, and --model_name_or_path {folder} to begin from its model"
+        )
+    return False
 
 
 def compare_runs(mine: RunIdentity, checkpoint: Path, data_may_change: bool = False) -> Differences:

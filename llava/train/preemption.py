@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,7 @@ def _leave(number: int) -> None:
         os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.
 
 
+@dataclass
 class StopRequest(AbstractContextManager):
     """Listens, while it is entered, for the signals that ask a run to stop.
 
@@ -106,11 +108,11 @@ class StopRequest(AbstractContextManager):
             run makes up for it.
     """
 
-    def __init__(self) -> None:
-        self.agreed = self.evaluation_due = False
-        self._received: int | None = None
-        self._listening = False
-        self._before: dict[int, object] = {}
+    agreed: bool = False
+    evaluation_due: bool = False
+    _received: int | None = None
+    _listening: bool = False
+    _before: dict[int, object] = field(default_factory=dict)
 
     def __enter__(self) -> StopRequest:
         self._listening = True

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,20 +23,17 @@ from transformers.trainer_callback import ExportableState
 
 from llava.compat import (
     evaluate_as_due,
-    get_loss_since_log,
-    load_random_states,
     names_left_out,
     push_checkpoint,
+    restore_loop,
     save_training_state,
-    set_loss_since_log,
 )
-from llava.io import write_beside
+from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
 from llava.model.quantization import count_weights
 from llava.train.checkpoint import (
     RUN_IDENTITY,
     finalize,
-    find_best,
     list_checkpoints,
     replace_files,
     rotate,
@@ -55,25 +53,24 @@ LOSS_SINCE_LOG = "loss_since_log_{rank}.json"
 """File of a checkpoint: a rank's sum of losses that no line of the log has yet, and the step of the last line."""
 
 
+@dataclass
 class CheckpointWriter:
     """Writes the checkpoints of a trainer, its final model and its state, and tries before the first step that it can.
 
     A checkpoint is written beside its place by all ranks. When they have met, the first one gives it checksums and
     then its name.
 
-    Args:
+    Attributes:
         trainer: whose model, optimizer and state are written.
         data: trained on; a checkpoint has the place in them.
         stop_request: a checkpoint that it asks for has everything to go on from.
-
-    Attributes:
         identity: what this run is; None where nobody says.
     """
 
-    def __init__(self, trainer: Trainer, data: TrainingData, stop_request: StopRequest) -> None:
-        self.trainer: Any = trainer  # transformers' types know of no model's config
-        self.data, self.stop_request = data, stop_request
-        self.identity: RunIdentity | None = None
+    trainer: Any  # transformers' types know of no model's config
+    data: TrainingData
+    stop_request: StopRequest
+    identity: RunIdentity | None = None
 
     def write_checkpoint(self) -> None:
         """Write ``checkpoint-N`` of the last step, and remove those that ``--save_total_limit`` has no room for."""
@@ -90,9 +87,10 @@ class CheckpointWriter:
                 state.best_model_checkpoint = str(folder)
             # What a run that was asked to stop leaves is to go on from, also with --save_only_model.
             if self.stop_request.agreed or not args.save_only_model:
-                save_training_state(trainer, str(staged), failure)
+                loss, step = save_training_state(trainer, str(staged), failure)
                 with failure:
-                    self._write_loss_since_log(staged)
+                    path = staged / LOSS_SINCE_LOG.format(rank=args.process_index)
+                    path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")
             if args.should_save:
                 self._write_state(staged)
         with self._writing(folder):
@@ -103,11 +101,6 @@ class CheckpointWriter:
             rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
         if args.push_to_hub:
             push_checkpoint(trainer, str(folder))
-
-    def _write_loss_since_log(self, staged: Path) -> None:
-        loss, step = get_loss_since_log(self.trainer)
-        path = staged / LOSS_SINCE_LOG.format(rank=self.trainer.args.process_index)
-        path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")
 
     def _write_state(self, staged: Path) -> None:
         """The first rank's small files: counters and log, the place in the data, and what the run is."""
@@ -124,7 +117,7 @@ class CheckpointWriter:
         data_state = self.data.state(state.global_step)
         (staged / DATA_STATE).write_text(json.dumps(data_state), encoding="utf-8")
         if self.identity is not None:
-            self.identity.write(staged)
+            write_json(staged / RUN_IDENTITY, vars(self.identity), sort_keys=True)
 
     def _write_trainer_state(self, path: Path) -> None:
         """Write the trainer's state, in which the best checkpoint is named within the run's folder."""
@@ -155,7 +148,7 @@ class CheckpointWriter:
                 replace_files(staged, folder)
                 finished = 0 < state.max_steps <= state.global_step
                 if self.identity is not None and finished and folder.samefile(args.output_dir):
-                    self.identity.write(folder)
+                    write_json(folder / RUN_IDENTITY, vars(self.identity), sort_keys=True)
 
     @contextlib.contextmanager
     def _writing(self, folder: Path) -> Iterator[WriteFailure]:
@@ -270,18 +263,6 @@ class CheckpointWriter:
 
     # What a resumed run takes up of a checkpoint, beside the model and the place in the data.
 
-    def find_best(self, checkpoint: str) -> None:
-        """Let the state name the best checkpoint where it lies now: the run's folder may have been moved."""
-        state = self.trainer.state
-        stored = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        best = stored.get("best_model_checkpoint")
-        state.best_model_checkpoint = find_best(best, checkpoint)
-        if best is not None and state.best_model_checkpoint is None:
-            logger.warning(
-                "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", best
-            )
-            state.best_metric = state.best_global_step = None
-
     def load_optimizer(self, checkpoint: str, changes: Differences, load: Callable[[str], None]) -> None:
         """Read optimizer and schedule, and put in force what flags say now.
 
@@ -310,44 +291,40 @@ class CheckpointWriter:
             logger.info("learning rates that the run goes on with: %s", ", ".join(rates))
 
 
+@dataclass(eq=False)
 class ResumeCallback(TrainerCallback):
     """Takes up, before the first step, what a checkpoint says of the moment when it was written.
 
-    Args:
+    Attributes:
         trainer: that goes on.
         checkpoint: from which.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: str) -> None:
-        self.trainer, self.checkpoint = trainer, checkpoint
-        states: Any = trainer.state.stateful_callbacks or {}
-        control = states.get("TrainerControl", {})
-        self._evaluation_is_due = bool(control.get("args", {}).get("should_evaluate"))
+    trainer: Trainer
+    checkpoint: str
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Go back to the random states, and let the next line of the log be a mean of losses before and after."""
-        load_random_states(self.trainer, self.checkpoint)
+        """Go on with random states and the losses since the last line of the log; make up for an evaluation."""
         own = Path(self.checkpoint, LOSS_SINCE_LOG.format(rank=args.process_index))
-        if not own.is_file():
+        if own.is_file():
+            # The next line of the log is a mean of losses before and after. train_loss, at the end, is that of new
+            # ones alone, so those from before count against themselves.
+            ranks = [json.loads(path.read_text("utf-8")) for path in own.parent.glob(LOSS_SINCE_LOG.format(rank="*"))]
+            stored = json.loads(own.read_text("utf-8"))
+            total = -sum(rank["sum"] for rank in ranks) / len(ranks)
+            meter = (stored["sum"], stored["last_logged_step"], total)
+        else:
+            meter = None
             logger.warning(
                 "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "
                 "and the run will not go on exactly as it would have", self.checkpoint, args.process_index
             )  # fmt: skip
-            return
-        ranks = [json.loads(path.read_text("utf-8")) for path in own.parent.glob(LOSS_SINCE_LOG.format(rank="*"))]
-        stored = json.loads(own.read_text("utf-8"))
-        # train_loss, at the end, is the mean of new losses alone: those from before count against themselves.
-        total = -sum(rank["sum"] for rank in ranks) / len(ranks)
-        set_loss_since_log(self.trainer, stored["sum"], stored["last_logged_step"], total)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Evaluate first, where the checkpoint was saved in place of the evaluation that its step was due."""
-        if self._evaluation_is_due:
-            self._evaluation_is_due = False
+        restore_loop(self.trainer, self.checkpoint, meter)
+        # A run that was asked to stop has saved in place of the evaluation that its step was due.
+        states: Any = state.stateful_callbacks or {}
+        if states.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
             evaluate_as_due(self.trainer)
 
 

@@ -55,18 +55,11 @@ from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
-from llava.train.checkpoint import (
-    check_pickles_are_ours,
-    choose_checkpoint,
-    clear_leftovers,
-    list_checkpoints,
-    plain_tensors_only,
-)
+from llava.train.checkpoint import find_checkpoint, plain_tensors_only
 from llava.train.command_line import parse_arguments
-from llava.train.data_order import describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
-from llava.train.identity import RunIdentity, build_identity, explain_other_run
+from llava.train.identity import build_identity, is_finished
 from llava.train.parts import balance_experts, set_trainable_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report
@@ -128,8 +121,6 @@ def train(trainer: LlavaTrainer) -> None:
 def run(trainer: LlavaTrainer) -> None:
     """The training itself, in a folder that is this run's."""
     checkpoint = find_checkpoint(trainer.args)
-    if checkpoint is not None:
-        check_pickles_are_ours(checkpoint)
     with trainer.stop_request, plain_tensors_only(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_request.agreed:
@@ -333,48 +324,15 @@ def choose_format(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretrai
 
 
 def take_finished(trainer: LlavaTrainer) -> bool:
-    """Whether ``auto`` finds this very run finished, without a checkpoint of its end; its model is read then.
-
-    Raises:
-        ValueError: the run that is finished is another one, or was shorter and left nothing to go on from.
-    """
+    """Whether ``auto`` finds this very run finished, without a checkpoint of its end; its model is read then."""
     args, folder, identity = trainer.args, Path(str(trainer.args.output_dir)), trainer.checkpoints.identity
     if args.resume_from_checkpoint not in ("auto", "true", "True") or identity is None:
         return False
     mine = replace(identity, length=trainer.data.describe_length())
-
-    def is_finished() -> bool:
-        before = RunIdentity.read(folder)
-        if before is None or (folder / f"checkpoint-{before.length['steps']}").is_dir():
-            return False
-        found = mine.compare(before, args.ignore_data_skip)
-        wrong = found.wrong + describe_changes(before.length["order"], mine.length["order"])
-        if wrong and not args.resume_changed:
-            raise ValueError(explain_other_run(folder, wrong))
-        if not wrong and not found.rescheduled:
-            return True
-        if not list_checkpoints(folder):
-            raise ValueError(
-                f"the run in --output_dir {folder} is finished and left no checkpoint to go on from (--save_strategy); "
-                f"give another --output_dir, and --model_name_or_path {folder} to begin from its model"
-            )
-        return False
-
-    if not broadcast_from_rank0(is_finished):
+    if not broadcast_from_rank0(lambda: is_finished(mine, folder, args)):
         return False
     trainer.take_final_model(folder)
     return True
-
-
-def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from, the same on all ranks: the one that was named, or with ``auto`` the last one."""
-
-    def choose() -> str | None:
-        output_dir = str(training_args.output_dir)
-        clear_leftovers(output_dir)
-        return choose_checkpoint(training_args.resume_from_checkpoint, output_dir, training_args.resume_changed)
-
-    return broadcast_from_rank0(choose)
 
 
 def cli(run: Callable[[], Any] = main) -> int:

@@ -40,6 +40,7 @@ from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
 from llava.train.callbacks import FirstStepsCallback, StopCallback
+from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader
 from llava.train.distributed import gather_added_together, is_first_rank
 from llava.train.engines import check_engine
@@ -255,7 +256,8 @@ class LlavaTrainer(Trainer):
         Raises:
             ValueError: the checkpoint is not this run's, nothing can be saved, or no evaluation gives the best metric.
         """
-        check_best_metric(self)
+        if self.compute_metrics is not None:
+            check_best_metric(self)
         length, writer = self.data.describe_length(), self.checkpoints
         if writer.identity is not None:
             writer.identity = replace(writer.identity, length=length)
@@ -330,7 +332,12 @@ class LlavaTrainer(Trainer):
         if resume_from_checkpoint is not None:
             # transformers goes on logging, saving and evaluating as often as the checkpoint's run did.
             self.state.compute_steps(self.args, max_steps)
-            self.checkpoints.find_best(resume_from_checkpoint)
+            best, self.state.best_model_checkpoint = find_best(resume_from_checkpoint)
+            if best is not None and self.state.best_model_checkpoint is None:
+                logger.warning(
+                    "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", best
+                )
+                self.state.best_metric = self.state.best_global_step = None
             if self.state.global_step >= max_steps:
                 self._say_finished()
                 return num_train_epochs, 0  # No epoch is left; transformers would take one step more.

@@ -1,6 +1,6 @@
 """Runs in processes of their own that share one start-up, and the record of what each trained on.
 
-As a program it is the nursery: it imports what training needs once, then forks a process for each command
+As a program it is a fork server: it imports what training needs once, then forks a process for each command
 line that it reads; or, with words, one such run. As a module it is what tests say to it.
 """
 
@@ -54,7 +54,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
-class Nursery:
+class ForkServer:
     """Starts runs quickly, and waits for them or ends them."""
 
     def __init__(self) -> None:
@@ -183,8 +183,8 @@ def train(argv: list[str], folder: Path, moment: int | None = None, inside: dict
     return status
 
 
-def tend() -> None:
-    """The nursery: fork a run for each line of standard input."""
+def serve() -> None:
+    """The fork server: fork a run for each line of standard input."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # Some modules print while they are imported.
     for module in ("llava.train.train", "deepspeed"):  # accelerate imports the second where it finds it.
@@ -215,6 +215,6 @@ def tend() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        tend()
+        serve()
     else:  # A run of its own, as a rank: its folder, then its command line.
         sys.exit(train(sys.argv[2:], Path(sys.argv[1])))

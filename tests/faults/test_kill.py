@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ITALIAN, turns
-from runs import Nursery, losses, read_record, trained_on
+from runs import ForkServer, losses, read_record, trained_on
 from safetensors.torch import load_file
 
 from llava.train.checkpoint import CHECKSUMS, find_damage, list_checkpoints
@@ -21,10 +21,10 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def dropout_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(server: ForkServer, flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole")
-    assert nursery.run(flags(output), output) == 0, (output / "said").read_text()[-3000:]
+    assert server.run(flags(output), output) == 0, (output / "said").read_text()[-3000:]
     assert [len(start) for start in read_record(output)] == [STEPS]
     return output
 
@@ -104,13 +104,13 @@ def said(output: Path) -> str:
 
 
 @pytest.mark.parametrize("share", [random.Random(seed).random() for seed in range(3)])
-def test_killed_at_any_moment(nursery: Nursery, flags, whole: Path, tmp_path: Path, share: float) -> None:
+def test_killed_at_any_moment(server: ForkServer, flags, whole: Path, tmp_path: Path, share: float) -> None:
     moment = 1 + int(share * int((whole / "moments").read_text()))
-    assert nursery.run(flags(tmp_path), tmp_path, moment=moment) == -signal.SIGKILL, said(tmp_path)[-2000:]
+    assert server.run(flags(tmp_path), tmp_path, moment=moment) == -signal.SIGKILL, said(tmp_path)[-2000:]
     first = last_whole_step(tmp_path)
     # Killed before its first step, it has none.
     assert first >= (steps_of_start(tmp_path, 0) or [0])[-1] - 2, "a save every two steps"
-    assert nursery.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    assert server.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
     # From the last checkpoint, not from the beginning: that too would end as the whole run does.
     assert steps_of_start(tmp_path, 1) == list(range(first, STEPS))
     assert_same(tmp_path, whole)
@@ -125,26 +125,45 @@ def test_killed_at_any_moment(nursery: Nursery, flags, whole: Path, tmp_path: Pa
         ({"method": "_save_rng_state", "step": 4, "number": signal.SIGTERM, "times": 2}, 5),
     ],
 )
-def test_asked_to_stop(nursery: Nursery, flags, whole: Path, tmp_path: Path, inside: dict, last: int) -> None:
-    assert nursery.run(flags(tmp_path), tmp_path, inside=inside) == PREEMPTED, said(tmp_path)[-2000:]
+def test_asked_to_stop(server: ForkServer, flags, whole: Path, tmp_path: Path, inside: dict, last: int) -> None:
+    assert server.run(flags(tmp_path), tmp_path, inside=inside) == PREEMPTED, said(tmp_path)[-2000:]
     assert f"stopped after step {last} of {STEPS}" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
-    assert nursery.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    assert server.run(flags(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
     assert [entry["step"] for entry in read_record(tmp_path)[1]] == list(range(last, STEPS))
     assert_same(tmp_path, whole)
 
 
-def test_asked_to_stop_in_an_evaluation(nursery: Nursery, flags, data: Path, tmp_path: Path) -> None:
-    evaluate = {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+BEST = {"metric_for_best_model": "loss", "save_total_limit": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "step"),
+    [
+        (EVALUATED, "prediction_step", 4),
+        # An evaluation that is not done tells neither the schedule nor the best checkpoint anything.
+        (EVALUATED | BEST | {"lr_scheduler_type": "reduce_lr_on_plateau"}, "prediction_step", 4),
+        (EVALUATED | BEST | {"save_strategy": "best"}, "prediction_step", 4),
+        (EVALUATED | BEST | {"load_best_model_at_end": "true"}, "training_step", 3),
+        # Step 4 ends an epoch, and its evaluation is due then only.
+        (EVALUATED | {"eval_strategy": "epoch"}, "training_step", 3),
+    ],
+    ids=["steps", "plateau", "best", "left out", "epoch's end"],
+)
+def test_an_evaluation_that_is_stopped_is_made_up_for(
+    server: ForkServer, flags, data: Path, tmp_path: Path, changes: dict, method: str, step: int
+) -> None:
+    evaluate = {"eval_data_path": data, **changes}
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert nursery.run(flags(whole, **evaluate), whole) == 0, said(whole)[-2000:]
-    inside = {"method": "prediction_step", "step": 4, "number": signal.SIGUSR1}
-    assert nursery.run(flags(parted, **evaluate), parted, inside=inside) == PREEMPTED, said(parted)[-2000:]
+    assert server.run(flags(whole, **evaluate), whole) == 0, said(whole)[-2000:]
+    inside = {"method": method, "step": step, "number": signal.SIGUSR1}
+    assert server.run(flags(parted, **evaluate), parted, inside=inside) == PREEMPTED, said(parted)[-2000:]
     assert "stopped after step 4" in said(parted)
-    assert nursery.run(flags(parted, **evaluate), parted) == 0, said(parted)[-2000:]
+    assert server.run(flags(parted, **evaluate), parted) == 0, said(parted)[-2000:]
     assert_same(parted, whole)
     assert evaluations(parted) == evaluations(whole)
-    assert len(evaluations(whole)) == STEPS / 2
+    assert len(evaluations(whole)) == (2 if changes["eval_strategy"] == "epoch" else STEPS / 2)
 
 
 def evaluations(output: Path) -> list[tuple[int, float]]:
@@ -152,28 +171,41 @@ def evaluations(output: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
-def test_asked_to_stop_in_the_last_step(nursery: Nursery, flags, whole: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_in_the_last_step(server: ForkServer, flags, whole: Path, tmp_path: Path) -> None:
     inside = {"method": "training_step", "step": STEPS - 1, "number": signal.SIGTERM}
-    assert nursery.run(flags(tmp_path), tmp_path, inside=inside) == 0
+    assert server.run(flags(tmp_path), tmp_path, inside=inside) == 0
     assert_same(tmp_path, whole)
 
 
-def test_a_finished_run_has_nothing_left(nursery: Nursery, flags, tmp_path: Path) -> None:
+def test_asked_to_stop_before_the_first_step(
+    server: ForkServer, flags, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """In the evaluation at the start nothing is to be saved, and nothing is lost."""
+    argv = flags(tmp_path, eval_data_path=data, eval_on_start="true", do_eval="false")
+    inside = {"method": "prediction_step", "step": 0, "number": signal.SIGTERM}
+    assert server.run(argv, tmp_path, inside=inside) == PREEMPTED, said(tmp_path)[-2000:]
+    assert f"stopped after step 0 of {STEPS}" in said(tmp_path)
+    assert not list_checkpoints(tmp_path)
+    assert server.run(argv, tmp_path) == 0, said(tmp_path)[-2000:]
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_has_nothing_left(server: ForkServer, flags, tmp_path: Path) -> None:
     # Seven steps end within an epoch, where transformers alone would take another.
     argv = flags(tmp_path, max_steps=7, save_steps=7)
-    assert nursery.run(argv, tmp_path) == 0
+    assert server.run(argv, tmp_path) == 0
     weights = (tmp_path / "model.safetensors").read_bytes()
-    assert nursery.run(argv, tmp_path) == 0
+    assert server.run(argv, tmp_path) == 0
     assert [len(start) for start in read_record(tmp_path)] == [7, 0]
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
-def test_a_model_only_run_can_still_be_stopped(nursery: Nursery, flags, whole: Path, tmp_path: Path) -> None:
+def test_a_model_only_run_can_still_be_stopped(server: ForkServer, flags, whole: Path, tmp_path: Path) -> None:
     inside = {"method": "training_step", "step": 4, "number": signal.SIGTERM}
     argv = flags(tmp_path, save_only_model="true")
-    assert nursery.run(argv, tmp_path, inside=inside) == PREEMPTED
+    assert server.run(argv, tmp_path, inside=inside) == PREEMPTED
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {f.name for f in (tmp_path / "checkpoint-5").iterdir()}
-    assert nursery.run(argv, tmp_path) == 0
+    assert server.run(argv, tmp_path) == 0
     assert steps_of_start(tmp_path, 1) == list(range(5, STEPS))
     assert_same(tmp_path, whole)

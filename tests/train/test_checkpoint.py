@@ -138,14 +138,20 @@ def test_the_best_one_is_found_where_the_folder_lies_now(tmp_path: Path) -> None
     stored = store_best(str(best), output)
     assert stored == "checkpoint-2"
     moved = output.rename(tmp_path / "after")
+
+    def find(name: str | None) -> tuple[str | None, str | None]:
+        (moved / newest.name / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": name}))
+        return find_best(moved / newest.name)
+
     for name in (stored, str(best)):  # An earlier version wrote the whole path.
-        assert find_best(name, moved / newest.name) == str(moved / "checkpoint-2")
+        assert find(name) == (name, str(moved / "checkpoint-2"))
     shutil.rmtree(moved / "checkpoint-2")
-    assert find_best(stored, moved / newest.name) is None
-    assert find_best(None, moved / newest.name) is store_best(None, moved) is None
+    assert find(stored) == (stored, None)
+    assert store_best(None, moved) is None
+    assert find(None) == (None, None)
     # One of another folder keeps its path.
     elsewhere = write_checkpoint(tmp_path / "elsewhere", 8)
-    assert find_best(store_best(str(elsewhere), moved), moved / newest.name) == str(elsewhere)
+    assert find(store_best(str(elsewhere), moved)) == (str(elsewhere), str(elsewhere))
 
 
 def test_rotation_knows_the_best_one_by_another_path(tmp_path: Path) -> None:
