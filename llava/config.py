@@ -244,7 +244,8 @@ class GroundingConfig:
         object.__setattr__(self, "has_tables", self.mode == LAPE)
         object.__setattr__(self, "total_bins", self.num_temporal + 2 * self.num_spatial if self.has_tables else 0)
 
-    def num_bins(self, axis: Axis) -> int:
+    def num_bins(self, axis: str) -> int:
+        """Bins of an axis of ``AXES``."""
         return self.num_temporal if axis == "TEMP" else self.num_spatial
 
     def first_bin_of(self, axis: Axis) -> int:

@@ -68,11 +68,20 @@ class ProjectorSettings(PartSettings):
 class ResamplerSettings(PartSettings):
     """Settings of a resampler, and how many tokens it makes with them."""
 
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields with a flag of their own that must be at least 1."""
     shorten: ClassVar[tuple[str, ...]] = ()
     """Changes of flags that make spans shorter, as in "lower --mm_perceiver_latents"."""
 
     def check(self, side: int) -> None:
         """A ValueError that names the flag of a setting that cannot be, for frames of ``side`` x ``side`` patches."""
+        for name in self.positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--mm_{name} is {getattr(self, name)}; it must be at least 1")
+
+    def frame_tokens(self, side: int) -> int:
+        """Tokens of one frame, for a resampler that makes as many of each frame."""
+        raise NotImplementedError
 
     def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
         """Tokens of each span of one image, or of one video.
@@ -82,7 +91,7 @@ class ResamplerSettings(PartSettings):
             kind: "image", which has one span, or "video", which has one, or a fast one followed by a slow one.
             num_frames: of the video; 1 for an image.
         """
-        raise NotImplementedError
+        return (num_frames * self.frame_tokens(side),)
 
 
 PROJECTOR_SETTINGS: Registry[type[ProjectorSettings]] = Registry("projector")
@@ -241,22 +250,16 @@ class PoolerSettings(ProjectorSettings):
         return math.ceil(side / self.stride)
 
 
-def check_positive(settings: ResamplerSettings, *names: str) -> None:
-    """A ValueError for a setting below one."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--mm_{name} is {getattr(settings, name)}; it must be at least 1")
-
-
 @dataclass(frozen=True)
 class AttentionSettings(ResamplerSettings):
     """A resampler whose attention has an inner width of its own."""
 
     resampler_width: int
     resampler_heads: int
+    positive: ClassVar[tuple[str, ...]] = ("resampler_width", "resampler_heads")
 
     def check(self, side: int) -> None:
-        check_positive(self, "resampler_width", "resampler_heads")
+        super().check(side)
         if self.resampler_width % self.resampler_heads:
             raise ValueError(
                 f"--mm_resampler_width {self.resampler_width} is no multiple of "
@@ -310,14 +313,11 @@ class PerceiverSettings(AttentionSettings):
 
     perceiver_latents: int
     perceiver_depth: int
+    positive = ("perceiver_latents", "perceiver_depth", *AttentionSettings.positive)
     shorten = ("lower --mm_perceiver_latents",)
 
-    def check(self, side: int) -> None:
-        check_positive(self, "perceiver_latents", "perceiver_depth")
-        super().check(side)
-
-    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-        return (num_frames * self.perceiver_latents,)
+    def frame_tokens(self, side: int) -> int:
+        return self.perceiver_latents
 
 
 @RESAMPLER_SETTINGS.register("qformer")
@@ -327,14 +327,11 @@ class QFormerSettings(AttentionSettings):
 
     qformer_latents: int
     qformer_depth: int
+    positive = ("qformer_latents", "qformer_depth", *AttentionSettings.positive)
     shorten = ("lower --mm_qformer_latents",)
 
-    def check(self, side: int) -> None:
-        check_positive(self, "qformer_latents", "qformer_depth")
-        super().check(side)
-
-    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-        return (num_frames * self.qformer_latents,)
+    def frame_tokens(self, side: int) -> int:
+        return self.qformer_latents
 
 
 @RESAMPLER_SETTINGS.register("spatial_pool")
@@ -344,19 +341,20 @@ class SpatialPoolSettings(ResamplerSettings):
 
     spatial_pool_stride: int
     spatial_pool_mode: str
+    positive = ("spatial_pool_stride",)
     shorten = ("raise --mm_spatial_pool_stride",)
 
     def check(self, side: int) -> None:
-        check_positive(self, "spatial_pool_stride")
+        super().check(side)
         if self.spatial_pool_mode not in POOL_MODES:
             raise ValueError(f"--mm_spatial_pool_mode is {self.spatial_pool_mode!r}; known: {', '.join(POOL_MODES)}")
 
     def pooled_side(self, side: int) -> int:
-        """A last window that juts out counts."""
+        """Side of the pooled grid; a last window that juts out counts."""
         return math.ceil(side / self.spatial_pool_stride)
 
-    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-        return (num_frames * self.pooled_side(side) ** 2,)
+    def frame_tokens(self, side: int) -> int:
+        return self.pooled_side(side) ** 2
 
 
 @RESAMPLER_SETTINGS.register("masked_drop")
@@ -374,9 +372,5 @@ class MaskedDropSettings(ResamplerSettings):
                 "above 0 and at most 1"
             )
 
-    def num_kept(self, num_patches: int) -> int:
-        """Patches of a frame that are kept, at least one."""
-        return max(1, round(num_patches * self.mask_drop_ratio))
-
-    def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
-        return (num_frames * self.num_kept(side**2),)
+    def frame_tokens(self, side: int) -> int:
+        return max(1, round(side**2 * self.mask_drop_ratio))

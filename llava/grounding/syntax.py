@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from llava.config import GroundingConfig
 from llava.constants import AXES, Axis
@@ -28,7 +28,7 @@ _LOCATED = re.compile(
 )  # fmt: skip
 
 Positions = Sequence[float | None]
-"""Of the bins of a text, in reading order: where each is exactly, None for one of which only its number is known."""
+"""The exact position of each bin of a text, in reading order; None where only the number of the bin is known."""
 
 
 LOCATIONS: dict[str, str] = {
@@ -43,7 +43,7 @@ LOCATIONS: dict[str, str] = {
 COORDINATE_PLACEHOLDERS = tuple(LOCATIONS)
 
 
-def bin_token(axis: Axis, index: int) -> str:
+def bin_token(axis: str, index: int) -> str:
     return f"<{axis}-{index:03d}>"
 
 
@@ -85,8 +85,7 @@ def write_bins(text: str, coordinates: Coordinates, grounding: GroundingConfig) 
         position = next(waiting[match.group()], None)
         if position is None:
             raise ValueError(f"{LOCATIONS[match.group()]} is shorter than the text's {match.group()}")
-        axis: Any = match.group(1)
-        return bin_token(axis, nearest_bin(position, grounding.num_bins(axis)))
+        return bin_token(match[1], nearest_bin(position, grounding.num_bins(match[1])))
 
     return _PLACEHOLDER.sub(write, text)
 
@@ -97,16 +96,26 @@ def count_bins(text: str) -> int:
 
 
 def parse_places(text: str, grounding: GroundingConfig, positions: Positions | None = None) -> list[Box | TimeSpan]:
-    """The boxes and spans of time that a text of bins tells, in reading order; what is no whole one is passed over.
+    """The boxes and spans of time that a text of bins tells, in reading order; incomplete ones are left out.
 
     Args:
         text: such as "the star [<WIDTH-010><HEIGHT-020><WIDTH-030><HEIGHT-040>]".
         grounding: of the model that wrote it.
-        positions: where they are known more precisely than bins tell, see ``llava.model.coordinates``.
+        positions: exact positions of the bins, where they are known, see ``llava.model.coordinates``.
+
+    Raises:
+        ValueError: there are not as many positions as bins.
     """
+    order = {match.start(): i for i, match in enumerate(_BIN.finditer(text))}
+    if positions is not None and len(positions) != len(order):
+        raise ValueError(f"the text has {len(order)} bins, but {len(positions)} positions were given")
     places: list[Box | TimeSpan] = []
-    for opening, numbers in _parse(text, grounding, positions):
-        places.append(Box(*numbers) if opening == "[" else TimeSpan(*numbers))
+    for located in _LOCATED.finditer(text):
+        numbers = []
+        for match in _BIN.finditer(text, located.start(), located.end()):
+            known = None if positions is None else positions[order[match.start()]]
+            numbers.append(int(match[2]) / (grounding.num_bins(match[1]) - 1) if known is None else known)
+        places.append(Box(*numbers) if located.group()[0] == "[" else TimeSpan(*numbers))
     return places
 
 
@@ -121,7 +130,7 @@ def parse_spans(text: str, grounding: GroundingConfig, positions: Positions | No
 
 
 def write_numbers(text: str, boxes: Sequence[Box], spans: Sequence[TimeSpan]) -> str:
-    """Put numbers in the place of bins, to be read by people: "the star [0.12 0.34 0.56 0.78]".
+    """Put numbers in the place of bins, for people to read: "the star [0.12 0.34 0.56 0.78]".
 
     Args:
         text: of bins.
@@ -141,17 +150,3 @@ def strip_coordinates(text: str) -> str:
     for coordinates in (_LOCATED, _BIN, _PLACEHOLDER):
         text = coordinates.sub(" ", text)
     return " ".join(text.split())
-
-
-def _parse(text: str, grounding: GroundingConfig, positions: Positions | None) -> Iterator[tuple[str, list[float]]]:
-    """The opening bracket and the numbers of each box and span."""
-    places = [match.start() for match in _BIN.finditer(text)]
-    if positions is not None and len(positions) != len(places):
-        raise ValueError(f"the text has {len(places)} bins, but {len(positions)} positions were given")
-    for located in _LOCATED.finditer(text):
-        numbers = []
-        for match in _BIN.finditer(text, located.start(), located.end()):
-            axis: Any = match.group(1)
-            known = None if positions is None else positions[places.index(match.start())]
-            numbers.append(int(match.group(2)) / (grounding.num_bins(axis) - 1) if known is None else known)
-        yield located.group()[0], numbers

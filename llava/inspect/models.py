@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from llava.command import CommandParser, run_command
 from llava.config import VisionConfig
@@ -20,101 +19,75 @@ from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, b
 from llava.model.multimodal_resampler import RESAMPLERS
 from llava.registry import import_plugins
 
-HEAD = """\
+PAGE = """\
 # Models
 
 Everything that has a name, and what it is. `make docs` writes this page from the registries, by
 `python -m llava.inspect.models`; parts of your own join with `--plugins` (`docs/extending.md`).
-"""
 
-EXAMPLE_FRAMES = 4
-
-
-def describe_models() -> str:
-    """All tables, as one page."""
-    sections = [
-        HEAD,
-        describe_backbones(),
-        describe_towers(),
-        describe_projectors(),
-        describe_resamplers(),
-        describe_images(),
-        describe_formats(),
-    ]
-    return "\n".join(sections)
-
-
-def describe_backbones() -> str:
-    rows = []
-    for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
-        model_class = find_class(AVAILABLE_MODELS[backbone][2])
-        parent = plain_class(model_class)
-        attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
-        rows.append((f"`{backbone}`", f"`{plain}`", f"`{parent.__name__}`", attention))
-    variants = both(variant_type("<model type>", name) for name in VARIANTS if name != "base")
-    return f"""\
 ## Language models
 
 A checkpoint is recognised by the `model_type` of its `config.json`, a plain one or one of this library; its folder may
 have any name.
 
-{table(("model type", "loads", "made from", "attention"), rows)}
+{backbones}
 Each exists with alternating attention too (sdpa or eager): {variants}.
 `train_alternating.py --help` says how to begin.
-"""
 
-
-def describe_towers() -> str:
-    rows = [(f"`{name}`", first_line(TOWERS.get(name))) for name in TOWERS]
-    return f"""\
 ## Vision towers
 
 `--vision_tower` takes a folder or a hub name; the vision model's own `model_type` chooses the tower. Of a model of
 images and text the vision half is used. The grid and the width come from the model; `--mm_vision_select_layer` picks a
 hidden state, and class and register tokens are dropped.
 
-{table(("model type", "what it is"), rows)}"""
-
-
-def describe_projectors() -> str:
-    rows = [(f"`{name}`", first_line(PROJECTORS.get(name))) for name in PROJECTORS]
-    rows.append((", ".join(MLP_NAMES), first_line(build_mlp)))
-    return f"""\
+{towers}
 ## Projectors
 
-`--mm_projector_type`, from the tower's width to the language model's (default `{VisionConfig.projector_type}`).
+`--mm_projector_type`, from the tower's width to the language model's (default `{default_projector}`).
 
-{table(("name", "what it is"), rows)}"""
-
-
-def describe_resamplers() -> str:
-    rows = [("none", "Keeps every patch.", *count_tokens(None))]
-    rows += [(f"`{name}`", first_line(RESAMPLERS.get(name)), *count_tokens(name)) for name in RESAMPLERS]
-    return f"""\
+{projectors}
 ## Resamplers
 
 `--mm_resampler_type`. Tokens are those of a 16 x 16 grid under the default settings, markers included: of an image with
-`--mm_resample_images` (without it an image keeps its patches), and of a video of {EXAMPLE_FRAMES} frames. A fast span
+`--mm_resample_images` (without it an image keeps its patches), and of a video of {num_frames} frames. A fast span
 stands before a slow one.
 
-{table(("name", "what it is", "image", "video"), rows)}"""
-
-
-def describe_images() -> str:
-    return f"""\
+{resamplers}
 ## Images
 
-`--image_aspect_ratio`: {both([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])}. The tiles of `anyres` are joined as
-`--mm_patch_merge_type` says: {both(PATCH_MERGE_TYPES)}. See `docs/data.md`.
-"""
+`--image_aspect_ratio`: {aspect_ratios}. The tiles of `anyres` are joined as
+`--mm_patch_merge_type` says: {merge_types}. See `docs/data.md`.
 
-
-def describe_formats() -> str:
-    return f"""\
 ## Formats
 
-`--version`: {both(FORMATS)}. See `docs/data.md`.
+`--version`: {formats}. See `docs/data.md`.
 """
+EXAMPLE_FRAMES = 4
+
+
+def describe_models() -> str:
+    """The whole page."""
+    backbones = []
+    for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
+        model_class = find_class(AVAILABLE_MODELS[backbone][2])
+        attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
+        backbones.append((f"`{backbone}`", f"`{plain}`", f"`{plain_class(model_class).__name__}`", attention))
+    projectors = [(f"`{name}`", first_line(PROJECTORS.get(name))) for name in PROJECTORS]
+    resamplers = [(f"`{name}`", first_line(RESAMPLERS.get(name)), *count_tokens(name)) for name in RESAMPLERS]
+    return PAGE.format(
+        backbones=table(("model type", "loads", "made from", "attention"), backbones),
+        variants=both(variant_type("<model type>", name) for name in VARIANTS if name != "base"),
+        towers=table(("model type", "what it is"), [(f"`{name}`", first_line(TOWERS.get(name))) for name in TOWERS]),
+        default_projector=VisionConfig.projector_type,
+        projectors=table(("name", "what it is"), [*projectors, (", ".join(MLP_NAMES), first_line(build_mlp))]),
+        num_frames=EXAMPLE_FRAMES,
+        resamplers=table(
+            ("name", "what it is", "image", "video"), [("none", "Keeps every patch.", *count_tokens(None)), *resamplers]
+        ),
+        aspect_ratios=both([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"]),
+        merge_types=both(PATCH_MERGE_TYPES),
+        formats=both(FORMATS),
+    )
 
 
 def count_tokens(resampler: str | None) -> tuple[str, str]:
@@ -133,7 +106,7 @@ def count_tokens(resampler: str | None) -> tuple[str, str]:
     return image, video
 
 
-def first_line(part: Any) -> str:
+def first_line(part: object) -> str:
     """The first sentence of a part's documentation, in one line."""
     paragraph = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
     return paragraph.replace("``", "`")

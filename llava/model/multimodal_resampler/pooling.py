@@ -53,7 +53,7 @@ class MaskedDrop(Resampler):
     def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
         """See ``Resampler.resample``; the patches that are kept stay in their order."""
         num_patches, width = features.shape[2:]
-        num_kept = self.settings.num_kept(num_patches)
+        num_kept = self.settings.frame_tokens(self.vision.grid_side)
         if self.training:
             # A draw for every frame: the first places of a random order are a random subset.
             order = torch.rand(features.shape[:3], device=features.device).argsort(dim=-1)
