@@ -62,7 +62,7 @@ class SupervisedCollator:
             batch["variables"] = [example.coordinates.to_variables() for example in examples]
         if any(example.num_cut for example in examples):
             batch["num_cut"] = [example.num_cut for example in examples]
-        if bad_samples:
+        if bad_samples:  # Workers cannot write the log: the trainer does, from all ranks together.
             batch["bad_samples"] = bad_samples
         return batch
 

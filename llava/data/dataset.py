@@ -111,7 +111,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         self.check_usable(record)
         media = self.load_media(record)
-        segments = self._encode(record, media)
+        segments = self._encode(record, media)  # All of the text; it is cut in _label.
         # Counted of the decoded media: with video_fps, their numbers of frames show only now.
         num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
         ids, labels = self._label(record, segments)
@@ -135,7 +135,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode the media of a record, in reading order; a text-only one has none."""
         loaded = []
         for media in record.media:
-            assert self.vision is not None
+            assert self.vision is not None  # See check_model.
             try:
                 loaded.append(load_media(media, self.vision, record.split, self.decode_timeout, self.limits))
             except MediaError as error:
@@ -150,6 +150,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""
         if self.grounding is None or not self.grounding.has_tables or self.vision is None:
             return NO_COORDINATES
+        # Pictures are fitted to the tower's square, so what points into them moves along.
         return move_to_square(record.turns, record.coordinates, [m.original_size for m in media], self.vision)
 
     def tokenize(self, record: Record) -> tuple[list[int], list[int]]:
@@ -163,7 +164,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
 
     def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> list[Segment]:
         """The segments of a record, all of its text among them; without its decoded media as for ``tokenize``."""
-        if media is None:
+        if media is None:  # Videos count with the most frames that are sampled, see expand_placeholders.
             frame_counts, image_sizes = None, self.image_sizes(record)
         else:
             frame_counts = [len(m.frames) for m in media if m.kind == "video"]
@@ -311,6 +312,7 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
     Videos whose number of frames or times show only when they are opened are not judged.
     """
     vision = dataset.vision
+    # Stand-ins for frames and times are an upper bound: a shorter video may fit all the same.
     open_ended = vision is not None and (vision.video_fps > 0 or vision.add_time_instruction)
     for i in np.flatnonzero(among).tolist():  # Long samples are few: the others are not tokenised.
         record = dataset.records[i]

@@ -57,6 +57,7 @@ def expand_placeholders(
         return list(turns)
     layout = vision.layout
     frames = _one_for_each(DEFAULT_VIDEO_TOKEN, shown, frame_counts, vision.max_frames)
+    # Both are used up from left to right as placeholders are met, over all turns.
     sizes = _one_for_each(DEFAULT_IMAGE_TOKEN, shown, image_sizes, None)
 
     def write_spans(match: re.Match[str]) -> str:
@@ -98,7 +99,7 @@ def preprocess_multimodal(
     for source, of_source in zip(sources, sizes, strict=True):
         keys = ["value" if "value" in turn else "content" for turn in source]
         turns = [Turn("user", turn[key]) for turn, key in zip(source, keys, strict=True)]
-        written = expand_placeholders(turns, vision, image_sizes=of_source)
+        written = expand_placeholders(turns, vision, image_sizes=of_source)  # Roles are not looked at.
         expanded.append([{**raw, key: turn.text} for raw, key, turn in zip(source, keys, written, strict=True)])
     return expanded
 
@@ -158,6 +159,7 @@ def _sentences(clips: Sequence[Clip]) -> list[str]:
     for number, (duration, times) in enumerate(clips, start=1):
         if not times:
             raise ValueError("the times of a video's frames are not known, which --add_time_instruction tells")
+        # Two digits, as LLaVA-NeXT writes times: a hundredth of a second is less than a frame.
         name = ONE_VIDEO if len(clips) == 1 else ONE_OF_SEVERAL.format(number=number)
         listed = ", ".join(f"{time:.2f}" for time in times)
         sentences.append(SENTENCE.format(name=name, duration=duration, count=len(times), times=listed))

@@ -77,6 +77,7 @@ class DataOrder:
         self.drop_last = drop_last
         self._newest: tuple[int, np.ndarray] | None = None
         assert strategy not in GROUPED or len(self.lengths) == num_samples
+        # A sampler of nothing would train zero steps and save an untrained model as if it were one.
         if num_samples == 0:
             raise ValueError("there is not a single sample to train on; see --data_path")
         if self.num_steps == 0:
@@ -94,6 +95,7 @@ class DataOrder:
     def bounds(self) -> np.ndarray:
         """int64 (steps + 1,): step ``s`` is from ``bounds[s]`` to ``bounds[s + 1]`` in the order of any epoch."""
         sizes = [len(group) for group in self._groups]
+        # Step sizes are the same in every epoch, though the samples in the steps are not.
         complete = [self.step_size] * sum(size // self.step_size for size in sizes)
         steps = [size for size in self._arrange(complete, [size % self.step_size for size in sizes]) if size]
         return np.concatenate(([0], np.cumsum(steps, dtype=np.int64)))
@@ -119,6 +121,7 @@ class DataOrder:
         parts = [cut_by_length(group, lengths, self.step_size, generator) for group in self._groups]
         steps = np.concatenate([complete for complete, _ in parts])  # (complete steps, step_size)
         if len(steps):
+            # The largest step leads: what does not fit the memory fails at once, not in the middle of the run.
             largest = int(lengths[steps[:, 0]].argmax())  # The first sample of a step is its longest.
             others = np.delete(np.arange(len(steps)), largest)
             steps = steps[[largest, *others[shuffled(len(others), generator)]]]
@@ -151,6 +154,7 @@ class DataOrder:
         Args:
             id_of: gives the id of the sample at an index; asked at 1,000 evenly spaced ones at most.
         """
+        # Of a million ids a thousand tell whether it is the same file: reading all would take minutes at each start.
         places = np.linspace(0, self.num_samples - 1, min(self.num_samples, _MOST_IDS_HASHED)).astype(int)
         ids = "\n".join(id_of(place) for place in places.tolist())
         return {
@@ -227,6 +231,7 @@ class RankBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Micro-batches of an epoch: ``accumulation`` a step, but as few as it takes in the last."""
+        # Only the last step of an epoch may be so small that later micro-batches of it would be empty on all ranks.
         last = int(self.order.bounds[-1] - self.order.bounds[-2])
         together = self.batch_size * self.num_ranks
         return (self.order.num_steps - 1) * self.accumulation + -(-last // together)
@@ -253,8 +258,9 @@ class RankBatchSampler(Sampler[list[int]]):
         begin += micro * together
         count = min(end - begin, together)
         if count <= 0:
-            return []
+            return []  # An incomplete step before the last keeps its micro-batches: all ranks step together.
         if self.order.strategy in GROUPED:  # Sorted by length: taking turns evens out the ranks' sums of tokens.
             return order[begin + self.rank : begin + count : self.num_ranks].tolist()
+        # Neighbours, so that a file that is read in order is read in order by each rank too.
         first, behind = (begin + count * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
         return order[first:behind].tolist()

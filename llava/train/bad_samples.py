@@ -47,6 +47,7 @@ class BadSampleLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        # The share is counted from here: a resumed run does not end for what an earlier part of it has met.
         self.num_seen = self.num_bad = 0
         self._known = set()
         if state.global_step:
@@ -70,12 +71,14 @@ class BadSampleLog(TrainerCallback):
                 is said of at least ``FEWEST_SEEN`` samples, and of a number of bad ones three standard
                 deviations above what the share makes likely: a few early ones end no run by chance.
         """
+        # Summed over ranks before anything is decided, so that all of them end or none does.
         counts = torch.tensor([num_good + len(bad), len(bad)], device=PartialState().device)
         seen, num_bad = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
         self.num_seen += seen
         self.num_bad += num_bad
         if num_bad:
             self._write(gather_object(list(bad)))
+        # Mean and standard deviation of a binomial distribution.
         expected = self.max_share * self.num_seen
         chance = 3 * math.sqrt(expected * (1 - self.max_share))
         if self.num_seen >= FEWEST_SEEN and self.num_bad > expected + chance:

@@ -65,6 +65,7 @@ def check_and_report(
         ValueError: media do not fit, the tokenizer does not know the text, files are missing (or, with ``--check_data
             decode``, cannot be decoded), or only vision modules would be trained on data without media.
     """
+    # With --do_train false there are no training data, without --eval_data_path none for evaluation.
     train, evaluation = data["train_dataset"], data["eval_dataset"]
     given = [dataset for dataset in (train, evaluation) if dataset is not None]
     if train is not None:
@@ -184,6 +185,7 @@ def check_decoding(dataset: SupervisedDataset, training_args: TrainingArguments)
     if vision is None:
         return
     having = np.flatnonzero(count_media(dataset.records).any(axis=0))
+    # Every rank-th sample: those of one slow disk or folder are spread over all ranks.
     share = having[training_args.process_index :: training_args.world_size].tolist()
     check = MediaCheck(
         dataset.records, vision.num_frames, vision.video_fps, vision.frames_upbound, dataset.decode_timeout,
@@ -254,6 +256,7 @@ def _lost_share(
     worst, example = -1.0, ""
     for text, ids in zip(texts, encoded, strict=True):
         given = _letters(text)
+        # Decoded again and compared as a multiset: where letters come back, order and spaces do not matter.
         back = (given & _letters(str(tokenizer.decode(list(ids), skip_special_tokens=False)))).total()
         missing = sum(i == tokenizer.unk_token_id for i in ids) if tokenizer.unk_token_id is not None else 0
         unknown, total = unknown + missing, total + len(ids)
@@ -326,6 +329,7 @@ def cut_table(dataset: SupervisedDataset, whole: NDArray[np.bool_] | None = None
         dataset: the samples.
         whole: bool (samples,), which of them ``--text_chunking`` leaves as they are; None without it.
     """
+    # Chunked texts lose nothing; what is left are samples with media or coordinates.
     cut = count_cut_tokens(dataset) if whole is None else np.where(whole, count_cut_tokens(dataset), 0)
     if dataset.vision is not None and dataset.vision.video_fps > 0:
         cut = np.where(count_media(dataset.records)[1] > 0, 0, cut)  # Their frames show only when they are opened.
@@ -346,7 +350,7 @@ def _by_source(records: Sequence[Record]) -> dict[str, NDArray[np.intp]]:
         return {"data": np.arange(len(records))}
     indices: dict[str, list[NDArray[np.intp]]] = {}
     start = 0
-    for part in records.parts:
+    for part in records.parts:  # A file that a mixture names twice is one source.
         indices.setdefault(part.label, []).append(np.arange(start, start + len(part.rows)))
         start += len(part.rows)
     return {label: np.concatenate(pieces) for label, pieces in indices.items()}

@@ -144,6 +144,7 @@ def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]
     # Every sample ends with the end of text, one that is cut too.
     end = replace(segments[-1], ids=segments[-1].ids[-1:])
     rest = [*segments[:-1], replace(segments[-1], ids=segments[-1].ids[:-1])]
+    # Half a span would be features without a place, and a prompt without an answer teaches nothing.
     visual = sum(len(segment.ids) for segment in rest if segment.visual)
     prompt, target = _text_to_first_target(rest)
     needed = visual + prompt + target + 1
@@ -181,7 +182,7 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def split_at_spans(text: str) -> list[tuple[str, bool]]:
     """The pieces of a text that are not empty, as they read, each with whether it is visual (spans or placeholders)."""
-    pieces = enumerate(_VISUAL_RUN.split(text))
+    pieces = enumerate(_VISUAL_RUN.split(text))  # The pattern has a group: odd pieces are what it matched.
     return [(ESCAPED_PLACEHOLDER.sub(r"\1", piece), i % 2 == 1) for i, piece in pieces if piece]
 
 
@@ -196,7 +197,7 @@ def visual_ids(run: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"{DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} stands in the text unexpanded; "
             "call preprocess_multimodal first"
         )
-    tokens = VISUAL_TOKEN.findall(run)
+    tokens = VISUAL_TOKEN.findall(run)  # Spans have hundreds of patch tokens: each is looked up once.
     vocabulary: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)}
     unknown = [token for token, i in vocabulary.items() if i is None or i == tokenizer.unk_token_id]
     if unknown:
@@ -251,6 +252,7 @@ class PlainFormat(Format):
         counts = []
         for of_one in pieces:
             ids = [[] if visual else next(encoded) for _, visual in of_one]
+            # As in encode: a text that ends with the end of text gets no second one.
             needs_end = [self.prefix_ids, *ids][-1][-1:] != [self.tokenizer.eos_token_id]
             counts.append(len(self.prefix_ids) + sum(map(len, ids)) + needs_end)
         return counts

@@ -101,7 +101,7 @@ class ConversationFormat(Format):
                     f"turn {start + i + 1} is the {role}'s, but must be the {expected}'s: a chat format takes an "
                     "optional system turn, then user and assistant in turn; mend the sample, or take --plain_lm true"
                 )
-        self._frame(roles)
+        self._frame(roles)  # A chat template may refuse roles: better now than in a worker.
 
     def has_target(self, turns: Sequence[Turn]) -> bool:
         self.check(turns)
@@ -114,6 +114,7 @@ class ConversationFormat(Format):
         return _without_empty([*self._encode_turns(turns, frame), *frame.closing])
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        # Written with an empty answer, whose text is then left out: a prompt ends exactly where training had answers.
         asked = [*turns, Turn("assistant", "")]
         self.check(asked)
         frame = self._frame([turn.role for turn in asked])
@@ -146,7 +147,7 @@ class ConversationFormat(Format):
 
     def _pieces(self, turns: Sequence[Turn], frame: Frame) -> list[_Piece]:
         """The contents of the turns, cut at spans."""
-        pieces, inside = [], False
+        pieces, inside = [], False  # A span ends a text: tokenizers treat what follows as a beginning.
         for i, turn in enumerate(turns):
             inside = inside or frame.has_markup[i]
             for text, visual in split_at_spans(frame.spaces[i] + self.content(turn)):
@@ -189,6 +190,7 @@ class ConversationFormat(Format):
         """The end of a sample: that of the last turn, then the end of text, unless that is what ended the turn."""
         markup = self._behind_answer(text)[0] if last == "assistant" else self._given(text)
         eos = self.tokenizer.eos_token_id
+        # Formats that end turns with the end of text (v1) would have it twice.
         ids = markup.ids[:-1] if markup.ids[-1:] == [eos] else markup.ids
         return [Segment(ids, supervised=markup.supervised), Segment([eos])]
 
@@ -265,6 +267,7 @@ class PieceEncoder:
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Finds the tokenizer's own tokens, but for visual ones and white space; None if it has none."""
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - set(VISUAL_TOKENS)
+    # Longest first: an alternative that is the beginning of another would hide it.
     longest_first = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
@@ -316,6 +319,7 @@ class ChatFormat(ConversationFormat):
         """The pieces of a rendered conversation before, between and behind the stand-ins."""
         pieces: list[str] = []
         for i, stand_in in enumerate(stand_ins):
+            # Sought in the pieces too: a template may write a turn before its place.
             times = sum(text.count(stand_in) for text in (*pieces, rendered))
             piece, found, rendered = rendered.partition(stand_in)
             if times != 1 or not found:

@@ -62,6 +62,7 @@ class TemplateFormat(ConversationFormat):
             )
         self.template = template
         self.writes_user_text = not template.media_only
+        # GPT-2 has a beginning of text by name and writes none; llama_2's {bos} between rounds then stands for nothing.
         self._special = {
             "{eos}": str(tokenizer.eos_token),
             "{bos}": str(tokenizer.bos_token) if prefix_ids(tokenizer) else "",
@@ -77,7 +78,7 @@ class TemplateFormat(ConversationFormat):
     def markup(self, roles: Sequence[Role]) -> list[str]:
         texts = [""]
         for pattern in self._patterns(roles):
-            before, behind = pattern.split(_TEXT)
+            before, behind = pattern.split(_TEXT)  # What stands behind one text and before the next is one markup.
             texts[-1] += self._resolve(before)
             texts.append(self._resolve(behind))
         # The beginning of a sample gets its token from the tokenizer, as with every format.
@@ -90,7 +91,7 @@ class TemplateFormat(ConversationFormat):
             {"user": template.user, "assistant": template.assistant, "system": template.system}[r] for r in roles
         ]
         if "system" in roles:
-            if template.system_in_user:
+            if template.system_in_user:  # Llama 2 and Gemma: "[INST] <<SYS>>...<</SYS>> question [/INST]".
                 opening, closing = template.user.split(_TEXT)
                 patterns[:2] = [opening + template.system, _TEXT + closing][: len(roles)]
         elif template.default_system:
@@ -121,7 +122,7 @@ TEMPLATES = {
         user="{text}",
         assistant="{text}\n",
         system="{text}\n",
-        media_only=True,
+        media_only=True,  # The first stage of LLaVA: an image, then its caption.
     ),
     "v1": Template(
         user="USER: {text} ",
