@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.train.engines import OPTIMIZERS, OptimizerRule
-from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, WORKS, Flag
+from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 
 HEAD = """\
 # Flags of transformers
@@ -22,22 +22,21 @@ library is tested with. `make docs` writes this page from the table that the fla
 
 def describe_flags() -> str:
     """All tables, as one page."""
-    works = [(show(name), flag.note, "; ".join(r.reason for r in flag.refusals)) for name, flag in that(WORKS)]
-    refused = [(show(name), flag.note) for name, flag in that(REFUSED)]
-    idle = [(show(name), flag.note) for name, flag in that(NO_EFFECT)]
-    sections = [
-        HEAD,
-        f"## That work\n\n{table(('flag', 'what', 'refused otherwise'), works)}",
-        f"## That are refused\n\nAny value but the default is an error.\n\n{table(('flag', 'because'), refused)}",
-        f"## Without effect\n\nA warning says so where one is given.\n\n{table(('flag', 'because'), idle)}",
-        describe_optimizers(),
-    ]
-    return "\n".join(sections)
-
-
-def that(effect: str) -> list[tuple[str, Flag]]:
-    """The flags of an effect, with their names."""
-    return [(name, flag) for name, flag in FLAGS.items() if flag.effect == effect]
+    sections = [HEAD, "## Flags that work\n"]
+    for topic, flags in TOPICS.items():
+        works = [
+            (show(name), flag.note, "; ".join(refusal.reason for refusal in flag.refusals))
+            for name, flag in flags.items()
+            if flag.effect == WORKS
+        ]
+        sections.append(f"### {topic.capitalize()}\n\n{table(('flag', 'what', 'refused otherwise'), works)}")
+    for title, effect, meaning in (
+        ("Flags that are refused", REFUSED, "Any value but the default is an error."),
+        ("Flags without effect", NO_EFFECT, "A warning says so where one is given."),
+    ):
+        rows = [(show(name), flag.note) for name, flag in FLAGS.items() if flag.effect == effect]
+        sections.append(f"## {title}\n\n{meaning}\n\n{table(('flag', 'because'), rows)}")
+    return "\n".join([*sections, describe_optimizers()])
 
 
 def show(name: str) -> str:

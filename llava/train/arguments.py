@@ -132,21 +132,14 @@ class ModelArguments:
         if self.stage != CONTENT and self.grounding == NO_GROUNDING:
             raise ValueError(f"--stage {self.stage} trains coordinates, but --grounding is none; take --stage 1")
         self.vision_settings()  # Reads JSON, and says where it is none.
-        unknown = [part for part in self.named_parts if part not in PARTS]
-        if unknown:
+        parts = [part.strip() for part in self.mm_tunable_parts.split(",") if part.strip()]
+        if unknown := [part for part in parts if part not in PARTS]:
             raise ValueError(f"--mm_tunable_parts names {', '.join(unknown)}; known: {', '.join(PARTS)}")
-        if not self.named_parts:
+        if not parts:
             raise ValueError(f"--mm_tunable_parts is empty, nothing would be trained; known: {', '.join(PARTS)}")
-
-    @property
-    def named_parts(self) -> list[str]:
-        return [part.strip() for part in self.mm_tunable_parts.split(",") if part.strip()]
-
-    @property
-    def tunable_parts(self) -> list[str]:
-        """The named parts and, from stage 2 on, the tables of coordinates."""
+        # From stage 2 on the tables of coordinates learn too.
         learns_coordinates = self.stage != CONTENT and not self.freeze_coordinates
-        return [*self.named_parts, *([COORDINATES_PART] if learns_coordinates else [])]
+        self.tunable_parts = [*parts, *([COORDINATES_PART] if learns_coordinates else [])]
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""
@@ -250,23 +243,15 @@ class DataArguments:
             )
         if self.plain_lm is None:
             self.plain_lm = self.version in (None, PLAIN_LM)
+        # The preprocessing format that the two ask for.
+        self.format_name = PLAIN_LM if self.plain_lm else self.version or CHAT
         FORMATS.get(self.format_name)
         _check_values(self)
-        self.media_limits  # noqa: B018  (is checked where it is made)
+        self.media_limits = MediaLimits(**{limit.name: getattr(self, limit.name) for limit in fields(MediaLimits)})
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")
         if not 0 <= self.decode_timeout < math.inf:
             raise ValueError(f"--decode_timeout is {self.decode_timeout}; it is a number of seconds, or 0 for no limit")
-
-    @property
-    def format_name(self) -> str:
-        """The preprocessing format that ``plain_lm`` and ``version`` ask for."""
-        return PLAIN_LM if self.plain_lm else self.version or CHAT
-
-    @property
-    def media_limits(self) -> MediaLimits:
-        """The limits for the data."""
-        return MediaLimits(**{limit.name: getattr(self, limit.name) for limit in fields(MediaLimits)})
 
     def vision_settings(self) -> dict[str, Any]:
         """The flags that are fields of ``VisionConfig``; None where a flag was not given."""

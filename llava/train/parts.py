@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from llava.model.coordinates import COORDINATES, CoordinateTables
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
 from llava.model.quantization import count_weights
 from llava.model.visual import vision_module_of
@@ -36,7 +38,10 @@ def part_of(parameter_name: str) -> str:
 
 
 def set_trainable_parts(
-    model: Any, tunable_parts: Sequence[str], freeze_embeddings: bool = False, half: torch.dtype | None = None
+    model: LlavaMetaForCausalLM,
+    tunable_parts: Sequence[str],
+    freeze_embeddings: bool = False,
+    half: torch.dtype | None = None,
 ) -> None:
     """Train the named parts and freeze the others.
 
@@ -61,7 +66,8 @@ def set_trainable_parts(
         tower.freeze_unused()
         model.keep_trained_tower()
     # A tower whose weights join the checkpoint keeps them as they came.
-    if half is not None and tower is not None and not tower.trainable and not model.vision.save_vision_tower:
+    is_apart = model.vision is not None and not model.vision.save_vision_tower
+    if half is not None and is_apart and tower is not None and not tower.trainable:
         tower.to(half)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -70,7 +76,7 @@ def set_trainable_parts(
         )
 
 
-def balance_experts(model: Any, weight: float | None) -> None:
+def balance_experts(model: LlavaMetaForCausalLM, weight: float | None) -> None:
     """Let a mixture of experts train with its load balancing loss; without it, few experts take all tokens.
 
     Args:
@@ -117,17 +123,14 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module, args: Any, optimizer_class: Any, options: dict[str, Any]
+    model: nn.Module,
+    learning_rates: Mapping[str, float],
+    weight_decay: float,
+    optimizer_class: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """An optimizer over the groups of ``parameter_groups``.
-
-    Args:
-        model: its ``requires_grad`` flags are set.
-        args: ``TrainingArguments``.
-        optimizer_class, options: as transformers chooses them for ``--optim``.
-    """
-    groups = parameter_groups(model, args.part_learning_rates(), args.weight_decay)
-    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    """An optimizer over the groups of ``parameter_groups``; class and options are transformers' for ``--optim``."""
+    optimizer = optimizer_class(parameter_groups(model, learning_rates, weight_decay), **options)
     if optimizer_class.__module__.startswith("bitsandbytes") and options.get("optim_bits") == 8:
         keep_embeddings_whole(model)
     return optimizer
@@ -149,19 +152,19 @@ def keep_embeddings_whole(model: nn.Module) -> None:
                     manager.register_module_override(module, name, {"optim_bits": 32})
 
 
-def put_in_force(optimizer: Any, scheduler: Any, wanted: Sequence[dict[str, Any]]) -> None:
+def put_in_force(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, settings: Sequence[dict[str, Any]]) -> None:
     """Give an optimizer that was read from a checkpoint the settings of this run's flags.
 
     Args:
         optimizer: whose groups hold the settings of the run that wrote the checkpoint.
         scheduler: its schedule, at the checkpoint's step.
-        wanted: each group's settings, as they were before the checkpoint was read.
+        settings: of each group, as they were before the checkpoint was read.
     """
-    for group, own in zip(optimizer.param_groups, wanted, strict=True):
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({name: value for name, value in own.items() if name != "lr"})
     if not hasattr(scheduler, "lr_lambdas"):
         return  # It sets the rate from what it has seen, not from the step.
-    scheduler.base_lrs = [own["initial_lr"] for own in wanted]
+    scheduler.base_lrs = [own["initial_lr"] for own in settings]
     scheduler._last_lr = [
         base * factor(scheduler.last_epoch)
         for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

@@ -153,7 +153,9 @@ class LlavaTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = build_optimizer(trained, self.args, optimizer_class, options)
+            self.optimizer = build_optimizer(
+                trained, self.args.part_learning_rates(), self.args.weight_decay, optimizer_class, options
+            )
             unused = UnusedVisionModules(self.model.get_model().used_vision_modules, self.args.device)
             self.optimizer.register_step_pre_hook(unused.before_optimizer_step)
             self.add_callback(unused)
