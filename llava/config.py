@@ -145,7 +145,7 @@ class VisionConfig:
             "anyres": layout.anyres,
             "projector": layout.projector,
             "resampler": layout.resampler,
-            # Whole, so that a plug-in may change its defaults and a checkpoint keeps its own.
+            # With all defaults filled in: a plug-in may change them later, and a checkpoint keeps its own.
             "projector_args": own_settings(layout.projector, settings),
             "resampler_args": {} if layout.resampler is None else own_settings(layout.resampler, settings),
             "letterbox": partial(Letterbox.fit, side=self.image_size, pad=pad, resize=self.image_resize_size),
@@ -153,7 +153,7 @@ class VisionConfig:
             "max_frames": (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames,
         }
         for name, value in computed.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # The way around frozen that dataclasses use themselves.
 
     def ways_to_shorten(self, kinds: Collection[MediaKind]) -> list[str]:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
@@ -169,6 +169,7 @@ class VisionConfig:
 
     @property
     def visual_token_ids(self) -> list[int]:
+        """Ids of ``VISUAL_TOKENS``, in order; a ValueError where the vocabulary does not have them yet."""
         missing = [token for token in VISUAL_TOKENS if token not in self.token_ids]
         if missing:
             raise ValueError(
@@ -182,9 +183,10 @@ class VisionConfig:
         """Read the ``mm_`` entries of a Hugging Face config; None for a model without vision."""
         if not getattr(config, "mm_vision_config", None):
             return None
+        # Checkpoints of earlier versions lack the later fields, which then have their defaults.
         names = [item.name for item in fields(cls) if item.init]
         known: dict[str, Any] = {name: getattr(config, "mm_" + name) for name in names if hasattr(config, "mm_" + name)}
-        for name in ("image_mean", "image_std"):
+        for name in ("image_mean", "image_std"):  # JSON knows no tuples.
             if name in known:
                 known[name] = tuple(known[name])
         return cls(**known)
@@ -192,7 +194,7 @@ class VisionConfig:
     def to_model_config(self) -> dict[str, Any]:
         """The entries that ``from_model_config`` reads, as plain values; those of plug-ins where there are any."""
         entries = {"mm_" + item.name: deepcopy(getattr(self, item.name)) for item in fields(self) if item.init}
-        for name in ("mm_projector_args", "mm_resampler_args"):
+        for name in ("mm_projector_args", "mm_resampler_args"):  # So that files without plug-ins stay as they were.
             if not entries[name]:
                 del entries[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
@@ -249,7 +251,7 @@ class GroundingConfig:
         return self.num_temporal if axis == "TEMP" else self.num_spatial
 
     def first_bin_of(self, axis: Axis) -> int:
-        """Id of the first bin of an axis."""
+        """Id of the first bin of an axis; the axes follow one another in the order of ``AXES``."""
         assert self.first_bin is not None
         return self.first_bin + sum(map(self.num_bins, AXES[: AXES.index(axis)]))
 
@@ -285,6 +287,7 @@ def choose_grounding(
     """
     if mode is not None and mode not in GROUNDING_MODES:
         raise ValueError(f"--grounding is {mode!r}; known: {', '.join(GROUNDING_MODES)}")
+    # From placeholders to tables a checkpoint may go on: tables are new parameters. Not the other way.
     if trained is None or (trained.mode == PLACEHOLDER and mode == LAPE):
         if mode in (None, NO_GROUNDING):
             return None

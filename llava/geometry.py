@@ -49,7 +49,7 @@ def box_ious(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     def areas(upper_left: NDArray[np.float64], lower_right: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.prod(np.maximum(lower_right - upper_left, 0.0), axis=-1)
 
-    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)  # (..., 4)
     shared = areas(np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:]))
     union = areas(boxes[..., :2], boxes[..., 2:]) + areas(others[..., :2], others[..., 2:]) - shared
     ious = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
@@ -139,12 +139,12 @@ class Letterbox:
             resize: otherwise, length of its shorter side, before the centre is cut out; None stretches it.
         """
         height, width = size
-        if pad:
+        if pad:  # The longer side fills the square; above and below, or left and right, the same padding.
             height, width = _scaled(height, width, side / max(height, width))
             return cls(side, height, width, (side - height) // 2, (side - width) // 2)
         if resize is not None:
             height, width = _scaled(height, width, resize / min(height, width))
-            if min(height, width) >= side:
+            if min(height, width) >= side:  # Else there is no whole square to cut out: it is stretched after all.
                 return cls(side, height, width, -((height - side) // 2), -((width - side) // 2))
         return cls(side, side, side)
 
@@ -179,6 +179,7 @@ DEFAULT_PINPOINTS = "(1x2),(2x1),(2x2),(3x1),(1x3)"
 _PAIR = re.compile(r"[(\[]\s*(\d+)\s*([x,])\s*(\d+)\s*[)\]]")
 _ASPECT_RATIO = re.compile(rf"{ANYRES}(?:_max_([1-9]\d*))?")
 _SHRINK_FROM = 1.1
+"""LLaVA-OneVision shrinks a grid whose sides are more than this times too long; see ``AnyRes.without_excess``."""
 
 
 class Size(NamedTuple):
@@ -218,9 +219,11 @@ def parse_pinpoints(text: str, side: int) -> tuple[Size, ...]:
     Raises:
         ValueError: another form, an empty canvas, or pixels that are no multiple of ``side``.
     """
+    # What is left of the text when each pair is a #: a list "#,#" or a range "#,...,#".
     shape = _PAIR.sub("#", re.sub(r"\s", "", text)).strip("[]()")
     pairs = [(int(width), int(height), unit) for width, unit, height in _PAIR.findall(text)]
     if re.fullmatch(r"#,\.\.\.,#", shape) and pairs[0][2] == pairs[1][2] == "x":
+        # As LLaVA-NeXT counts them: the number of rows changes fastest, and of equal canvases the first is taken.
         (first, low, _), (last, high, _) = pairs
         grids = [Size(rows, columns) for columns in range(first, last + 1) for rows in range(low, high + 1)]
     elif re.fullmatch(r"#(,#)*,?", shape):
@@ -248,14 +251,14 @@ def fit_into(picture: tuple[int, int], canvas: tuple[int, int], round_up: bool =
         picture, canvas: sizes in any one unit each.
         round_up: whether the side that does not fill the canvas is rounded up; else it is cut.
     """
+
+    def divide(dividend: int, divisor: int) -> int:  # In whole numbers: a rounded ratio could be off by one.
+        return max(-(-dividend // divisor) if round_up else dividend // divisor, 1)
+
     (height, width), (rows, columns) = picture, canvas
     if columns * height <= rows * width:
-        return Size(max(_divide(height * columns, width, round_up), 1), columns)
-    return Size(rows, max(_divide(width * rows, height, round_up), 1))
-
-
-def _divide(dividend: int, divisor: int, round_up: bool) -> int:
-    return -(-dividend // divisor) if round_up else dividend // divisor
+        return Size(divide(height * columns, width), columns)
+    return Size(rows, divide(width * rows, height))
 
 
 @dataclass(frozen=True)
@@ -283,10 +286,11 @@ class AnyRes:
 
     def choose_grid(self, picture: tuple[int, int]) -> Size:
         """The canvas, in tiles, that keeps most of a picture's pixels and, of those, wastes least of itself."""
+        # As transformers' select_best_resolution, which LLaVA-NeXT uses.
         original = Size(*picture).area
 
         def rank(grid: Size) -> tuple[int, int]:
-            kept = min(fit_into(picture, self.canvas(grid)).area, original)
+            kept = min(fit_into(picture, self.canvas(grid)).area, original)  # Enlarging adds no detail.
             return -kept, self.canvas(grid).area - kept
 
         return min(self.grids, key=rank)
@@ -309,6 +313,7 @@ class AnyRes:
 
         Padding is cut on both sides alike, so that an odd row or column of it stays.
         """
+        # As LLaVA-NeXT's unpad_image, but that a picture thinner than a patch keeps one row or column.
         whole = self._whole(self.choose_grid(picture))
         shown = fit_into(picture, whole)
         top, left = (whole.height - shown.height) // 2, (whole.width - shown.width) // 2
@@ -318,6 +323,7 @@ class AnyRes:
         """The size that a grid of patches is resized to where ``max_tiles`` asks for it, else its own."""
         if self.max_tiles is None:
             return patches
+        # Of all sides alike, so that the picture keeps its shape.
         ratio = math.sqrt(patches.area / (self.max_tiles * self.patches_per_side**2))
         if ratio <= _SHRINK_FROM:
             return patches
@@ -339,6 +345,7 @@ class AnyRes:
         """What no picture has more features than."""
         if self.merge_type == FLAT:
             return self.most_views * self.view_tokens
+        # Not of full canvases alone: one that is just small enough not to be shrunk can have more.
         return max(self._count_merged(patches) for grid in self.grids for patches in _cuts(self._whole(grid)))
 
     def _whole(self, grid: Size) -> Size:
@@ -346,7 +353,7 @@ class AnyRes:
 
     def _count_merged(self, patches: Size) -> int:
         rows, columns = self.without_excess(patches)
-        return self.view_tokens + rows * (columns + 1)
+        return self.view_tokens + rows * (columns + 1)  # A newline ends each row.
 
 
 def _cuts(whole: Size) -> Iterator[Size]:

@@ -134,7 +134,7 @@ class TokenLayout:
 
         ``image_size`` is the original (height, width) of an image; one of anyres must come with it.
         """
-        lengths = self.count_tokens(kind, num_frames)
+        lengths = self.count_tokens(kind, num_frames)  # one number for each span
         if kind == "image" and self.anyres is not None:
             if image_size is None:
                 raise ValueError(
@@ -147,6 +147,7 @@ class TokenLayout:
                 f"the resampler {self.resampler_type!r} counts {len(lengths)} spans for one {kind}; "
                 f"its count_tokens must give one{' or two' * (len(markers) - 1)}"
             )
+        # strict=False: a video of one span has no slow one.
         spans = [Span(*marker, length) for marker, length in zip(markers, lengths, strict=False)]
         short = [span for span in spans if span.length < 2]
         if short:
@@ -178,13 +179,15 @@ def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
     """
     projector_type, resampler_type = settings["projector_type"], settings["resampler_type"]
     kind = ProjectorSettings
-    if projector_type in PROJECTOR_SETTINGS:  # The names of MLPs are a pattern.
+    # Not an error where it is unknown: names such as mlp2x_gelu are a pattern, which build_projector reads.
+    if projector_type in PROJECTOR_SETTINGS:
         kind = PROJECTOR_SETTINGS.get(projector_type)
     elif settings["projector_args"]:
         raise ValueError(
             f"--mm_projector_args: the projector {projector_type!r} has no settings of its own; one of your own is "
             "known once its file is imported"
         )
+    # The projector comes first: it may pool the grid that the resampler's settings are checked against.
     projector = build_settings(kind, settings, settings["projector_args"], "--mm_projector_args")
     side = projector.pooled_side(settings["patches_per_side"])
     resampler = None
@@ -199,6 +202,7 @@ def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
         resampler.check(side)
     elif settings["resampler_args"]:
         raise ValueError("--mm_resampler_args needs --mm_resampler_type")
+    # Tiles come last: their views are counted by the layout of single images.
     layout = TokenLayout(projector, side, side**2, resampler_type, resampler, settings["resample_images"])
     return replace(layout, anyres=_build_anyres(settings, layout))
 
@@ -270,7 +274,7 @@ class AttentionSettings(ResamplerSettings):
 @RESAMPLER_SETTINGS.register("fast_slow_resampler")
 @dataclass(frozen=True)
 class FastSlowSettings(AttentionSettings):
-    """A video: few tokens of every frame, then many of some; an image: as a frame of the latter."""
+    """A video has few tokens of every frame, then many of some frames; an image is like one of these."""
 
     perceiver_latents: int
     perceiver_latents_fast: int
@@ -281,6 +285,7 @@ class FastSlowSettings(AttentionSettings):
         finest = side
         for name in ("perceiver_latents", "perceiver_latents_fast"):
             latents = getattr(self, name)
+            # Cells lie in a square grid, which pools the one before it: tower's, slow, fast.
             root = math.isqrt(max(latents, 0))
             if latents < 1 or root * root != latents:
                 below = max(root, 1)
