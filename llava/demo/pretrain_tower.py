@@ -14,9 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,36 +68,33 @@ _TRAINING_STREAM, _TEST_STREAM = 11, 12
 """First words of the seeds, so that fresh frames never repeat training frames."""
 
 
-@dataclass
-class LabelledFrames:
-    """A batch of B frames of P patches. Class 0 is the background, class -100 has no name."""
+class LabelledFrames(NamedTuple):
+    """A batch of B frames of P patches. Class 0 is the background; patches of class -100 are not learned from."""
 
-    pixels: Tensor
-    """float (B, 3, height, width), normalised."""
-    shapes: Tensor
-    """int64 (B, P)."""
-    colours: Tensor
-    """int64 (B, P)."""
-    pairs: Tensor
-    """int64 (B, 2): the frame's shape and the colour that it is nearest to."""
-    centres: Tensor
-    """float (B, 2): x and y of the shape's centre in [-1, 1]."""
-    coverage: Tensor
-    """float (B, P, pixels of a patch): share of each pixel that the shape covers."""
+    pixels: Tensor  # float (B, 3, height, width), normalised
+    shapes: Tensor  # int64 (B, P)
+    colours: Tensor  # int64 (B, P)
+    pairs: Tensor  # int64 (B, 2): the frame's shape, and the colour that it is nearest to
+    centres: Tensor  # float (B, 2): x and y of the shape's centre in [-1, 1]
+    coverage: Tensor  # float (B, P, pixels of a patch): share of each pixel that the shape covers
 
 
-@dataclass
-class Predictions:
+class Predictions(NamedTuple):
     """What the heads say about each patch."""
 
-    shapes: Tensor
-    """(B, P, 1 + shapes) logits."""
-    colours: Tensor
-    """(B, P, 1 + colours) logits."""
-    centres: Tensor
-    """(B, P, 2)."""
-    coverage: Tensor
-    """(B, P, pixels of a patch) logits."""
+    shapes: Tensor  # (B, P, 1 + shapes) logits
+    colours: Tensor  # (B, P, 1 + colours) logits
+    centres: Tensor  # (B, P, 2)
+    coverage: Tensor  # (B, P, pixels of a patch) logits
+
+
+class Accuracy(NamedTuple):
+    """Shares of foreground patches labelled right, and the mean error of the centre in pixels."""
+
+    shape: float
+    colour: float
+    both: float
+    centre_error: float
 
 
 class PatchLabeller(nn.Module):
@@ -119,12 +115,9 @@ class PatchLabeller(nn.Module):
 
     def forward(self, pixels: Tensor) -> Predictions:
         """Label pixels (B, 3, height, width)."""
-        patches = self.tower(pixels).last_hidden_state[:, 1:]
+        patches = self.tower(pixels).last_hidden_state[:, 1:]  # (B, P, width), the class token left out
         return Predictions(
-            shapes=self.shape_head(patches),
-            colours=self.colour_head(patches),
-            centres=self.centre_head(patches),
-            coverage=self.coverage_head(patches),
+            self.shape_head(patches), self.colour_head(patches), self.centre_head(patches), self.coverage_head(patches)
         )
 
 
@@ -176,27 +169,24 @@ def render_labelled_frames(
     """
     rng = np.random.default_rng(seed)
     rows = [_render_labelled_frame(rng, pairs, rng.random() < free_colours) for _ in range(num_frames)]
-    pixels, shapes, colours, labels, centres, coverage = (
-        torch.from_numpy(np.stack(c)) for c in zip(*rows, strict=True)
-    )
-    return LabelledFrames(
-        pixels=normalise(pixels.permute(0, 3, 1, 2)),
-        shapes=shapes,
-        colours=colours,
-        pairs=labels,
-        centres=centres,
-        coverage=coverage,
-    )
+    pixels, *labels = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    pixels = pixels.permute(0, 3, 1, 2)  # uint8 (B, height, width, 3) -> (B, 3, height, width)
+    return LabelledFrames((pixels.float() / 255 - mean) / std, *labels)
 
 
-def _render_labelled_frame(rng: np.random.Generator, pairs: Sequence[Pair], free: bool) -> tuple[NDArray[Any], ...]:
-    """One frame's pixels and labels, in the order of `LabelledFrames`."""
+def _render_labelled_frame(
+    rng: np.random.Generator, pairs: Sequence[Pair], free: bool
+) -> tuple[NDArray[np.generic], ...]:
+    """One frame's pixels and labels, in the order of ``LabelledFrames``."""
     scene = sample_scene(rng, pairs)
     if free:
         scene = recolour(rng, scene)
     frame = int(rng.integers(FRAMES_PER_CLIP))
     coverage = render_coverage(scene, frame)
-    by_patch = split_patches(coverage)
+    side = FRAME_SIZE // PATCH_SIZE
+    blocks = coverage.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2)
+    by_patch = blocks.reshape(side * side, PATCH_SIZE**2)  # (P, pixels of a patch), patches in reading order
     foreground = by_patch.mean(axis=1) >= FOREGROUND_SHARE
     shape, colour = 1 + list(SHAPES).index(scene.shape), 1 + list(COLOURS).index(scene.colour)
     return (
@@ -207,20 +197,6 @@ def _render_labelled_frame(rng: np.random.Generator, pairs: Sequence[Pair], free
         np.asarray(scene.centres[frame], dtype=np.float32) / (FRAME_SIZE / 2) - 1,
         by_patch,
     )
-
-
-def normalise(frames: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to the floats that the tower expects."""
-    mean = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
-    return (frames.float() / 255 - mean) / std
-
-
-def split_patches(coverage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels (height, width) by patch, in reading order: (P, pixels of a patch)."""
-    side = FRAME_SIZE // PATCH_SIZE
-    blocks = coverage.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2)
-    return blocks.reshape(side * side, PATCH_SIZE**2)
 
 
 def labelling_loss(predictions: Predictions, frames: LabelledFrames) -> Tensor:
@@ -239,7 +215,7 @@ def labelling_loss(predictions: Predictions, frames: LabelledFrames) -> Tensor:
 
 
 def _class_loss(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
-    """Cross entropy of logits (B, P, C) over the classes that `allowed` (B, C) holds."""
+    """Cross entropy of logits (B, P, C) over the classes that ``allowed`` (B, C) holds."""
     foreground = labels != 0
     weights = torch.where(foreground, 0.5 / foreground.sum(), 0.5 / (~foreground).sum())
     masked = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
@@ -256,16 +232,6 @@ def known_pairs() -> Tensor:
     for shape, colour in NEW_TO_TOWER:
         known[1 + list(SHAPES).index(shape), 1 + list(COLOURS).index(colour)] = False
     return known
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of foreground patches labelled right, and the mean error of the centre in pixels."""
-
-    shape: float
-    colour: float
-    both: float
-    centre_error: float
 
 
 @torch.inference_mode()
@@ -302,8 +268,7 @@ def train_labeller(*, seed: int, num_steps: int, batch_size: int, learning_rate:
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == num_steps - 1:
-            elapsed = time.perf_counter() - start
-            logger.info("step %d: loss %.4f, %.0f s", step, loss.item(), elapsed)
+            logger.info("step %d: loss %.4f, %.0f s", step, loss.item(), time.perf_counter() - start)
         if step % 500 == 499:
             accuracy = measure_accuracy(labeller, seed + 1, 200, TOWER_PAIRS)
             logger.info("step %d: %.1f %% of shapes right", step, 100 * accuracy.shape)
@@ -320,14 +285,7 @@ def save_labeller(labeller: PatchLabeller, folder: Path) -> int:
     heads = {name: labeller.get_submodule(name).state_dict() for name in _KEPT_HEADS}
     tensors = {f"{head}.{name}": value for head, state in heads.items() for name, value in state.items()}
     save_file(tensors, folder / _HEADS_FILE)
-    text = json.dumps(build_processor_config(), indent=2) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-    return (folder / "model.safetensors").stat().st_size
-
-
-def build_processor_config() -> dict[str, Any]:
-    """How pictures become what the tower was trained on."""
-    return {
+    processor = {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": FRAME_SIZE},
@@ -341,6 +299,8 @@ def build_processor_config() -> dict[str, Any]:
         "image_std": list(IMAGE_STD),
         "do_convert_rgb": True,
     }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    return (folder / "model.safetensors").stat().st_size
 
 
 def read_labeller(folder: Path) -> PatchLabeller:
@@ -363,12 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="its peak")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    labeller = train_labeller(
-        seed=args.seed,
-        num_steps=args.num_steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-    )
+    how = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    labeller = train_labeller(**how)
     size = save_labeller(labeller, args.output_dir)
     print(f"saved {args.output_dir}: {size / 1000:.0f} kB of weights")
     print("foreground patches of fresh frames labelled right:")

@@ -28,7 +28,7 @@ from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
 from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row, Settings
 from llava.eval.tasks import EXPRESSION, TASKS, Task
 from llava.io import hash_json, num_cores
-from llava.serve.decoding import add_decoding_flags, decoding_options, describe_decoding
+from llava.serve.decoding import add_model_flags, decoding_options, describe_decoding
 from llava.types import ERROR, ON_BAD_SAMPLE, BadSample
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def build_parser() -> CommandParser:
         epilog="The same command goes on where it was interrupted. Exit status: 0, 2 for a user's mistake, 130 for ^C.",
     )
     parser.add_argument("--task", required=True, metavar="NAME", help=f"{', '.join(TASKS)} (docs/evaluation.md)")
-    parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="annotation files or data files")
     parser.add_argument("--out", required=True, metavar="DIR", help="where predictions, scores and pictures go")
     parser.add_argument(
@@ -64,24 +63,15 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
     parser.add_argument("--prompt", metavar="TEMPLATE", help="the question, with {expression}, {span}, {box}")
-    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
-    parser.add_argument(
-        "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
-    )
-    parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers")
-    add_decoding_flags(parser, _MAX_NEW_TOKENS)
-    parser.add_argument("--sub_bin", action="store_true", help="tell coordinates between bins")
+    add_model_flags(parser, _MAX_NEW_TOKENS)
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="answered together (default 16)")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: GPUs if there are any)")
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
     parser.add_argument(
         "--on_bad_sample", default=ERROR, choices=ON_BAD_SAMPLE, help="stop, or count it 0 and go on (default error)"
     )
     parser.add_argument("--num_pictures", type=int, default=8, metavar="N", help="best and worst to draw (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals' resamples (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="delete what another evaluation left in --out")
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
     return parser
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.command import CommandParser, check_at_least, run_command
-from llava.serve.decoding import MAX_NEW_TOKENS, add_decoding_flags, decoding_options, describe_decoding
+from llava.serve.decoding import MAX_NEW_TOKENS, add_model_flags, decoding_options, describe_decoding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,10 +28,6 @@ def build_parser() -> CommandParser:
         description="Print what a trained model says about images and videos, or how it continues a text.",
         may_be_empty=("prompt", "system"),
     )
-    parser.add_argument("--model_path", required=True, help="checkpoint folder")
-    parser.add_argument(
-        "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
-    )
     parser.add_argument(
         "--video", action="append", default=[], metavar="FILE", help="a video; may be given several times"
     )
@@ -42,21 +38,11 @@ def build_parser() -> CommandParser:
         "--prompt", default="", metavar="TEXT", help="the question, or the text that the answer continues"
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system text before the question (default: none)")
-    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
-    parser.add_argument(
-        "--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers (default 16: as they come)"
-    )
-    add_decoding_flags(parser, MAX_NEW_TOKENS)
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    add_model_flags(parser, MAX_NEW_TOKENS)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: text (with bins), boxes and spans of time"
     )
     parser.add_argument("--draw", metavar="FILE", help="write a PNG of the image or video with the answer's boxes")
-    parser.add_argument(
-        "--sub_bin", action="store_true", help="tell boxes and spans more precisely than by bins (docs/grounding.md)"
-    )
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""How answers are decoded: only what was asked for, whatever a base model's ``generation_config.json`` sets."""
+"""How answers are decoded: as the flags say, whatever a base model's ``generation_config.json`` sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GREEDY, MODEL = "greedy", "model"
 CONFIG_FILE = "generation_config.json"
@@ -37,8 +40,22 @@ _POSITIVE = {"top_p", "repetition_penalty"}
 _SAMPLING = ("temperature", "top_k", "top_p")
 
 
-def add_decoding_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Add the flags that ``decoding_options`` reads; all but two are off by default."""
+def add_model_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the flags of a command that asks a model: where it lies, how it runs, and how its answers are decoded."""
+    parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument(
+        "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
+    )
+    parser.add_argument(
+        "--bits", type=int, default=16, choices=(16, 8, 4), help="bits of the linear layers (default 16: as they come)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: GPUs if there are any)")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", help="modules to import first (docs/extending.md)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of resamples (default 0)")
+    parser.add_argument(
+        "--sub_bin", action="store_true", help="tell boxes and spans more precisely than by bins (docs/grounding.md)"
+    )
     shown = {"max_new_tokens": f"default {max_new_tokens}", "num_beams": "default 1", "temperature": "default 0"}
     for name, (kind, _, _, meaning) in _FLAGS.items():
         text = f"{meaning} ({shown.get(name, 'default: off')})"
@@ -53,7 +70,7 @@ def decoding_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str,
     """What a command line asks for, as options of ``Captioner.answer``: all that is in force.
 
     Args:
-        args: with the flags of ``add_decoding_flags`` and ``model_path``.
+        args: with the flags of ``add_model_flags``.
         max_new_tokens: unless the flag, or the file that was asked for, says otherwise.
 
     Raises:
@@ -105,7 +122,7 @@ def read_settings(model_path: str) -> dict[str, Any]:
 
 
 @contextmanager
-def without_own_settings(model: Any) -> Iterator[None]:
+def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     """Within it ``generate`` takes from the model's generation config the special tokens alone."""
     from transformers import GenerationConfig
 

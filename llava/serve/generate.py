@@ -1,4 +1,8 @@
-"""What a model answered: its text, and the boxes and spans of time that the text tells."""
+"""Captions, answers and continuations from a trained checkpoint.
+
+Request -> PromptWriter -> Prompt -> Captioner -> Answer: a request's media are decoded, and its text becomes the ids
+that a training sample would begin with; what the model generates is read as text, boxes and spans of time.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +77,7 @@ def read_answer(
     return Answer(text, boxes, parse_spans(text, grounding, positions))
 
 
-# What a model is asked, and the prompt that this becomes.
+# The prompt that a request becomes.
 
 _PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 
@@ -191,7 +195,7 @@ class PromptWriter:
         return move_to_square(turns, request.coordinates, [m.original_size for m in media], self.vision)
 
 
-# Captions, answers and continuations from a trained checkpoint.
+# The answers of a checkpoint.
 
 
 class PromptTooLongError(ValueError):
@@ -228,6 +232,7 @@ class Captioner:
         self.vision: VisionConfig | None = loaded.vision
         self.grounding: GroundingConfig | None = self.model.grounding
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
+        self._context = int(self.model.config.max_position_embeddings)
         self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding)
         self.syntax: CoordinateSyntax | None = None
         if self.grounding is not None and self.grounding.has_tables:
@@ -297,50 +302,37 @@ class Captioner:
         sub_bin = sub_bin and self.syntax is not None
         answers: list[list[Answer]] = [[] for _ in requests]
         too_long: dict[int, str] = {}
+        wanted = options.pop("max_new_tokens", MAX_NEW_TOKENS)
         for start in range(0, len(requests), batch_size):
-            prompts = {
-                index: self.prompts.write(requests[index])
-                for index in range(start, min(start + batch_size, len(requests)))
-            }
-            too_long |= {i: reason for i, prompt in prompts.items() if (reason := self._find_excess(prompt))}
-            for group in self._group_by_room({i: p for i, p in prompts.items() if i not in too_long}, options):
-                found = self._generate([prompts[i] for i in group], sub_bin, options)
+            prompts: dict[int, Prompt] = {}
+            # By the number of tokens that answers may have, what is decoded together: a prompt that leaves less
+            # room than is wanted gets a shorter answer, and those beside it lose nothing.
+            groups: dict[int, list[int]] = {}
+            for index in range(start, min(start + batch_size, len(requests))):
+                prompts[index] = self.prompts.write(requests[index])
+                room = self._context - len(prompts[index].ids)
+                if room > 0:
+                    groups.setdefault(min(wanted, room), []).append(index)
+                else:
+                    too_long[index] = (
+                        f"the prompt has {len(prompts[index].ids)} tokens, but the model's context is {self._context}; "
+                        "shorten it or lower num_frames"
+                    )
+            for room, group in groups.items():
+                found = self._generate([prompts[i] for i in group], room, sub_bin, options)
                 for index, generated in zip(group, found, strict=True):
                     answers[index] = generated
         if too_long:
             raise PromptTooLongError(requests, answers, too_long)
         return [answer for generated in answers for answer in generated]
 
-    @property
-    def _context(self) -> int:
-        return int(self.model.config.max_position_embeddings)
-
-    def _find_excess(self, prompt: Prompt) -> str:
-        """Why a prompt leaves no room for an answer; nothing if it does."""
-        if len(prompt.ids) < self._context:
-            return ""
-        return (
-            f"the prompt has {len(prompt.ids)} tokens, but the model's context is {self._context}; shorten it or "
-            "lower num_frames"
-        )
-
-    def _group_by_room(self, prompts: dict[int, Prompt], options: dict[str, Any]) -> list[list[int]]:
-        """Parts of a batch that can be decoded together, by index.
-
-        A prompt that leaves less room than ``max_new_tokens`` gets fewer; those beside it lose nothing.
-        """
-        wanted = options.get("max_new_tokens", MAX_NEW_TOKENS)
-        groups: dict[int, list[int]] = {}
-        for index, prompt in prompts.items():
-            groups.setdefault(min(wanted, self._context - len(prompt.ids)), []).append(index)
-        return list(groups.values())
-
-    def _generate(self, prompts: Sequence[Prompt], sub_bin: bool, options: dict[str, Any]) -> list[list[Answer]]:
-        """The answers to each of the prompts, which leave the same room or all that is wanted."""
+    def _generate(
+        self, prompts: Sequence[Prompt], room: int, sub_bin: bool, options: dict[str, Any]
+    ) -> list[list[Answer]]:
+        """The answers to each of the prompts, of at most ``room`` tokens."""
         longest = max(len(prompt.ids) for prompt in prompts)
         options = {"do_sample": False, "eos_token_id": self.text_format.stop_token_ids, **options}
-        room = min(options.get("max_new_tokens", MAX_NEW_TOKENS), self._context - longest)
-        options |= {"max_new_tokens": room}
+        options["max_new_tokens"] = room
         if "min_new_tokens" in options:
             options["min_new_tokens"] = min(options["min_new_tokens"], room)
         if sub_bin:
@@ -348,7 +340,7 @@ class Captioner:
         # transformers drops a mask of ones and then warns that an end of text might be padding.
         with quiet_transformers(), without_own_settings(self.model):
             output = self.model.generate(**self._collate(prompts, longest), **options)
-        generated = (output.sequences if sub_bin else output)[:, longest:]
+        generated = (output.sequences if sub_bin else output)[:, longest:]  # (prompts * answers of each, new tokens)
         positions: list[list[float]] | list[None] = [None] * len(generated)
         if sub_bin:
             assert self.grounding is not None
@@ -360,7 +352,7 @@ class Captioner:
 
     def _collate(self, prompts: Sequence[Prompt], longest: int) -> dict[str, Any]:
         """A batch of prompts, padded on the left, with media and coordinates where there are any."""
-        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
+        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)  # (prompts, longest)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
             input_ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
