@@ -17,7 +17,7 @@ from llava.data.chunking import DOCUMENT, ChunkedDataset
 from llava.data.collator import SupervisedCollator
 from llava.data.dataset_stats import count_coordinates, count_cut_tokens, count_media, find_targets, measure_lengths
 from llava.data.formats import PLAIN_LM, Format, build_format
-from llava.data.formats.base import ContextError, Segment, label_segments
+from llava.data.formats.base import ContextError
 from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
@@ -111,10 +111,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         self.check_usable(record)
         media = self.load_media(record)
-        segments = self._encode(record, media)  # All of the text; it is cut in _label.
-        # Counted of the decoded media: with video_fps, their numbers of frames show only now.
-        num_cut = max(sum(len(segment.ids) for segment in segments) - self.max_length, 0)
-        ids, labels = self._label(record, segments)
+        ids, labels, num_cut = self._encode(record, media)
         return Example(record.id, ids, labels, media, self._place(record, media), num_cut)
 
     def check_model(self, record: Record) -> None:
@@ -160,20 +157,25 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         images, where the number of tokens depends on them, are those that their files' headers say.
         """
         self.check_usable(record)
-        return self._label(record, self._encode(record))
+        return self._encode(record)[:2]
 
-    def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> list[Segment]:
-        """The segments of a record, all of its text among them; without its decoded media as for ``tokenize``."""
+    def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> tuple[list[int], list[int], int]:
+        """Ids, labels and number of cut tokens of a record; without its decoded media as for ``tokenize``."""
         if media is None:  # Videos count with the most frames that are sampled, see expand_placeholders.
             frame_counts, image_sizes = None, self.image_sizes(record)
         else:
             frame_counts = [len(m.frames) for m in media if m.kind == "video"]
             image_sizes = [m.original_size for m in media if m.kind == "image"]
         try:
-            turns = self.write_turns(record, media)
-            return self.text_format.encode(expand_placeholders(turns, self.vision, frame_counts, image_sizes))
+            turns = expand_placeholders(self.write_turns(record, media), self.vision, frame_counts, image_sizes)
+            ids, labels, num_cut = self.text_format.encode_sample(turns, self.max_length)
+        except ContextError as error:
+            ways = [] if self.vision is None else self.vision.ways_to_shorten({media.kind for media in record.media})
+            remedy = " or ".join(["raise --model_max_length (within the model's context)", *ways])
+            raise ContextError(f"{record}: {error}; {remedy}") from error
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
+        return ids, self.mask_input_coordinates(labels), num_cut
 
     def write_turns(self, record: Record, media: Sequence[VisualInput] | None = None) -> Sequence[Turn]:
         """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
@@ -189,16 +191,6 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         else:
             clips = clips_of(media)
         return add_time_instruction(record.turns, clips)
-
-    def _label(self, record: Record, segments: list[Segment]) -> tuple[list[int], list[int]]:
-        """Ids and labels of a record's segments, within ``max_length``."""
-        try:
-            ids, labels = label_segments(segments, self.max_length)
-        except ContextError as error:
-            ways = [] if self.vision is None else self.vision.ways_to_shorten({media.kind for media in record.media})
-            remedy = " or ".join(["raise --model_max_length (within the model's context)", *ways])
-            raise ContextError(f"{record}: {error}; {remedy}") from error
-        return ids, self.mask_input_coordinates(labels)
 
     def mask_input_coordinates(self, labels: list[int]) -> list[int]:
         """Labels that are -100 at coordinates of the input, which are given and not to be written."""

@@ -91,6 +91,12 @@ class Format(ABC):
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
         """A whole sample, placeholders expanded; its last token is the end of text, supervised."""
 
+    def encode_sample(self, turns: Sequence[Turn], max_length: int) -> tuple[list[int], list[int], int]:
+        """Ids and labels of a whole sample, text cut to a length, and how many tokens were cut."""
+        segments = self.encode(turns)
+        num_cut = max(sum(len(segment.ids) for segment in segments) - max_length, 0)
+        return *label_segments(truncate_segments(segments, max_length)), num_cut
+
     @abstractmethod
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
         """A conversation up to where the assistant's next answer begins, as ``encode`` would write it."""
@@ -116,15 +122,8 @@ def build_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     return FORMATS.get(name)(tokenizer)
 
 
-def label_segments(segments: list[Segment], max_length: int | None = None) -> tuple[list[int], list[int]]:
-    """Ids of the segments in a row, and labels that are -100 wherever nothing is learned.
-
-    Args:
-        segments: of one sample.
-        max_length: most ids; text is cut to it, see ``truncate_segments``.
-    """
-    if max_length is not None:
-        segments = truncate_segments(segments, max_length)
+def label_segments(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Ids of the segments in a row, and labels that are -100 wherever nothing is learned."""
     ids = [i for segment in segments for i in segment.ids]
     # Where a label becomes -100: prompts and visual spans. The model shifts labels, so each stands at its own id.
     labels = [i if segment.learned else IGNORE_INDEX for segment in segments for i in segment.ids]
