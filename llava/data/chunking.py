@@ -47,19 +47,14 @@ class Documents(TokenizedRecords, Protocol):
 
     def __getitem__(self, index: int) -> Example | BadSample: ...
 
-    def check_model(self, record: Record) -> None: ...
-
-    def mask_input_coordinates(self, labels: list[int]) -> list[int]: ...
-
 
 D = TypeVar("D", bound=Documents)
 
 
 class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
-    """The samples of a data set, with each text that is too long in as many chunks as it takes.
+    """The samples of a data set, with each text that is too long in as many chunks as it takes, one behind the other.
 
-    Samples with media or coordinates stay as they are, and are cut. The chunks of a text stand in order, one behind
-    the other.
+    Samples with media or coordinates stay as they are, and are cut.
 
     Attributes:
         is_whole: bool (documents,), whether each is one that is not chunked, however long.
@@ -78,14 +73,16 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
                 "conversations, whose answers would lose their questions; leave it out, or take --plain_lm true"
             )
         self.documents = documents
+        self._has_media = count_media(documents.records).any(axis=0)  # bool (documents,)
         # Coordinates belong to the media or the text around them.
-        self._has_media = count_media(documents.records).any(axis=0)
         self.is_whole = self._has_media | (count_coordinates(documents.records) > 0)
-        cut = np.where(self.is_whole, 0, count_cut_tokens(documents)).astype(np.int64)
+        cut = np.where(self.is_whole, 0, count_cut_tokens(documents)).astype(np.int64)  # (documents,)
+        # A chunk begins with the last token of the one before it, so each goes on by one token less than it holds.
         step = documents.max_length - 1
         self._counts = np.where(cut > 0, -(-(cut + step) // step), 1)  # (documents,) chunks of each
-        self._ends = np.cumsum(self._counts)
-        self._long = np.flatnonzero(cut)  # rows of the documents that are chunked
+        self._ends = np.cumsum(self._counts)  # (documents,) the first sample behind each
+        self._long = np.flatnonzero(cut)  # (long,) the documents that are chunked
+        # (long + 1,) where the tokens of each begin among those of all.
         self._offsets = np.concatenate(([0], np.cumsum(cut[self._long] + documents.max_length)))
 
     def __len__(self) -> int:
@@ -111,17 +108,14 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
         document, number = self.locate(index)
         if self._counts[document] == 1:
             return self.documents[document]
-        record = self.documents.records[document]
-        self.documents.check_model(record)
         place = int(np.searchsorted(self._long, document))
         start, end = self._offsets[place : place + 2].tolist()
         size = self.documents.max_length
         first = start + number * (size - 1)
         ids = self._tokens[first : min(first + size, end)].tolist()
-        labels = self.documents.mask_input_coordinates(list(ids))
-        if number:
-            labels[0] = IGNORE_INDEX
-        return Example(chunk_id(record, number), ids, labels)
+        # The first token was learned at the end of the chunk before.
+        labels = [IGNORE_INDEX, *ids[1:]] if number else list(ids)
+        return Example(chunk_id(self.documents.records[document], number), ids, labels)
 
     @property
     def records(self) -> Sequence[Record]:
@@ -130,7 +124,7 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
 
     @cached_property
     def _tokens(self) -> NDArray[np.int32]:
-        """int32: the tokens of all texts that are too long, one behind the other; of indexed data they are mapped."""
+        """The tokens of all texts that are too long, one behind the other, int32; of indexed data they are mapped."""
         records = self.documents.records
         if not isinstance(records, Mixture):
             return self._tokenize()
@@ -152,7 +146,7 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
         """Tokens of each sample; those of a chunk are as many as the context has, but for the last."""
         lengths = np.repeat(self.documents.lengths, self._counts)
         size = self.documents.max_length
-        numbers = np.arange(len(self)) - np.repeat(self._ends - self._counts, self._counts)
+        numbers = np.arange(len(self)) - np.repeat(self._ends - self._counts, self._counts)  # 0, 1, ... of each text
         of_chunks = np.minimum(lengths - numbers * (size - 1), size)
         return np.where(np.repeat(self._counts, self._counts) > 1, of_chunks, lengths).astype(np.int32)
 

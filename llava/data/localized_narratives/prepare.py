@@ -8,7 +8,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -69,6 +69,12 @@ class Summary:
     left_out: Counter[str] = field(default_factory=Counter)
     reduced: Counter[str] = field(default_factory=Counter)
 
+    def count(self, sample: NarrativeSample) -> None:
+        self.samples += 1
+        self.images += sample.image is not None
+        self.utterances += len(sample.utterances)
+        self.boxes += sum(utterance.box is not None for utterance in sample.utterances)
+
     def __str__(self) -> str:
         lines = [
             f"{self.rows} rows: {self.samples} samples, {self.images} with an image; "
@@ -97,18 +103,32 @@ def prepare(
         ValueError: no row was good, or a compressed file is broken.
     """
     out.mkdir(parents=True, exist_ok=True)
+    summary, ids = Summary(), set[str]()
     with ExitStack() as files:
         left_out = files.enter_context((out / LEFT_OUT).open("w", encoding="utf-8", errors="backslashreplace"))
         samples = {
             kind: files.enter_context(_open_beside(out / f"{name}_{kind}.jsonl")) for kind in (TEXT, IMAGE, GROUNDED)
         }
-        preparation = Preparation(finder, settings, left_out)
         for row, where in read_rows(rows):
-            if (sample := preparation.prepare_row(row, where)) is not None:
+            summary.rows += 1
+            findings: list[Finding] = []
+            sample: NarrativeSample | None
+            try:
+                sample = make_sample(row, finder, settings, findings)
+            except RowError as error:
+                sample, findings = None, [error.finding]
+            if sample is not None:
+                sample = _name_apart(sample, ids, findings)
+                summary.count(sample)
                 for kind, built in sample.build().items():
                     _write_line(samples[kind], built)
                 preview.offer(sample)
-        summary = preparation.summary
+            reasons = summary.left_out if sample is None else summary.reduced
+            of_row = {key: row.get(key) if isinstance(row, dict) else None for key in ("image_id", "annotator_id")}
+            for finding in findings:
+                reasons[finding.reason] += 1
+                told = {"kept": sample is not None, "reason": finding.reason, "details": list(finding.details)}
+                _write_line(left_out, {"row": where, **of_row, **told})
         if not summary.samples:
             reason = _most_frequent_first(summary.left_out)[0][0] if summary.left_out else "they are empty"
             raise ValueError(
@@ -118,78 +138,39 @@ def prepare(
     return summary
 
 
-class Preparation:
-    """Makes samples of rows, and keeps account of them.
+def make_sample(row: object, finder: ImageFinder, settings: Settings, findings: list[Finding]) -> NarrativeSample:
+    """The sample of a row; what is wrong with it is added to the findings.
 
-    Args:
-        finder: where the images are.
-        settings: how samples are made.
-        left_out: where findings are written.
-
-    Attributes:
-        summary: of the rows so far.
+    Raises:
+        RowError: it is left out.
     """
+    narrative = parse_narrative(row)
+    image = None
+    try:
+        image = finder.find(narrative)
+    except RowError as error:
+        if not settings.keep_without_image:
+            raise
+        findings.append(error.finding)
+    utterances = []
+    if image is not None:
+        utterances = ground_utterances(narrative, settings.boxes, settings.words_per_box)
+        # Without a trace no utterance has points: that is said once.
+        findings += narrative.findings or find_ungrounded(utterances)
+    names = (narrative.dataset_id, narrative.image_id, narrative.annotator_id)
+    return NarrativeSample("_".join(filter(None, names)), narrative, image, utterances)
 
-    def __init__(self, finder: ImageFinder, settings: Settings, left_out: TextIO) -> None:
-        self.summary = Summary()
-        self._finder = finder
-        self._settings = settings
-        self._left_out = left_out
-        self._ids: set[str] = set()
 
-    def prepare_row(self, row: object, where: str) -> NarrativeSample | None:
-        """The sample of a row, None for one that is left out; what is wrong with either is written down."""
-        self.summary.rows += 1
-        findings: list[Finding] = []
-        try:
-            narrative = parse_narrative(row)
-            image = self._find_image(narrative, findings)
-        except RowError as error:
-            self._report(row, where, error.finding, kept=False)
-            return None
-        utterances = []
-        if image is not None:
-            utterances = ground_utterances(narrative, self._settings.boxes, self._settings.words_per_box)
-            # Without a trace no utterance has points: that is said once.
-            findings += narrative.findings or find_ungrounded(utterances)
-        sample = NarrativeSample(self._choose_id(narrative, findings), narrative, image, utterances)
-        for finding in findings:
-            self._report(row, where, finding, kept=True)
-        self.summary.samples += 1
-        self.summary.images += image is not None
-        self.summary.utterances += len(utterances)
-        self.summary.boxes += sum(utterance.box is not None for utterance in utterances)
-        return sample
-
-    def _find_image(self, narrative: Narrative, findings: list[Finding]) -> str | None:
-        try:
-            return self._finder.find(narrative)
-        except RowError as error:
-            if not self._settings.keep_without_image:
-                raise
-            findings.append(error.finding)
-            return None
-
-    def _choose_id(self, narrative: Narrative, findings: list[Finding]) -> str:
-        """An id that no sample before has: several annotators may describe one image, and one may do so twice."""
-        names = (narrative.dataset_id, narrative.image_id, narrative.annotator_id)
-        identity = plain = "_".join(name for name in names if name)
-        number = 1
-        while identity in self._ids:
-            number += 1
-            identity = f"{plain}_{number}"
-        if identity != plain:
-            findings.append(Finding(REPEATED, (identity,)))
-        self._ids.add(identity)
-        return identity
-
-    def _report(self, row: object, where: str, finding: Finding, kept: bool) -> None:
-        (self.summary.reduced if kept else self.summary.left_out)[finding.reason] += 1
-        ids = {key: row.get(key) if isinstance(row, dict) else None for key in ("image_id", "annotator_id")}
-        _write_line(
-            self._left_out,
-            {"row": where, **ids, "kept": kept, "reason": finding.reason, "details": list(finding.details)},
-        )
+def _name_apart(sample: NarrativeSample, ids: set[str], findings: list[Finding]) -> NarrativeSample:
+    """The sample with an id that none before has: several annotators may describe one image, and one do so twice."""
+    identity, number = sample.identity, 1
+    while identity in ids:
+        number += 1
+        identity = f"{sample.identity}_{number}"
+    ids.add(identity)
+    if number > 1:
+        findings.append(Finding(REPEATED, (identity,)))
+    return replace(sample, identity=identity)
 
 
 @contextmanager
