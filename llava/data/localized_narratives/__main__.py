@@ -13,14 +13,6 @@ from llava.data.localized_narratives.boxes import BoxSettings
 from llava.data.localized_narratives.prepare import ImageFinder, Settings, prepare
 from llava.data.localized_narratives.preview import PreviewChoice, write_previews
 
-_ABOUT_BOXES = {
-    "padding": "seconds before and after an utterance in which points of the trace still count",
-    "quantile": "share of the points that may lie beyond each edge of a box",
-    "min_points": "fewest points in the image that make a box",
-    "min_size": "least width and height of a box, as a fraction of the image's",
-    "decimals": "digits behind the point of a box's edges",
-}
-
 
 def build_parser() -> CommandParser:
     parser = CommandParser(
@@ -63,7 +55,7 @@ def build_parser() -> CommandParser:
             type=type(setting.default),
             default=setting.default,
             metavar="N",
-            help=f"{_ABOUT_BOXES[setting.name]} (default: %(default)s)",
+            help=f"{setting.metadata['help']} (default: %(default)s)",
         )
     parser.add_argument(
         "--preview", type=int, default=0, metavar="N", help="draw N samples as PNGs into the folder preview of --out"

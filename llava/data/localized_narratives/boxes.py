@@ -1,15 +1,16 @@
-"""From where a pointer was to a box."""
+"""A Narrative -> its utterances, each with its box in the image and its place in the caption, and samples of these."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import takewhile
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.localized_narratives.rows import Finding, Narrative, Point, Utterance
@@ -17,32 +18,28 @@ from llava.geometry import Box
 from llava.grounding.syntax import box_text
 from llava.types import Coordinates
 
-_MOST_DECIMALS = 6
+T = TypeVar("T")
+
+
+def _flag(default: T, about: str) -> T:
+    return field(default=default, metadata={"help": about})
 
 
 @dataclass(frozen=True)
 class BoxSettings:
-    """How a box is formed of the points of a trace; each is a flag of the command, ``docs`` argue the defaults.
+    """How a box is formed of the points of a trace; each is a flag of the command, ``docs`` argue the defaults."""
 
-    Attributes:
-        padding: seconds before and after an utterance whose points still count.
-        quantile: share of the points that may lie beyond each edge of the box.
-        min_points: fewer points than these make no box.
-        min_size: least width and height of a box, as fractions of the image's.
-        decimals: digits behind the point to which the edges are rounded.
-    """
-
-    padding: float = 0.25
-    quantile: float = 0.05
-    min_points: int = 1
-    min_size: float = 0.05
-    decimals: int = 3
+    padding: float = _flag(0.25, "seconds before and after an utterance in which points of the trace still count")
+    quantile: float = _flag(0.05, "share of the points that may lie beyond each edge of a box")
+    min_points: int = _flag(1, "fewest points in the image that make a box")
+    min_size: float = _flag(0.05, "least width and height of a box, as a fraction of the image's")
+    decimals: int = _flag(3, "digits behind the point of a box's edges")
 
     def __post_init__(self) -> None:
         _check("padding", self.padding, 0.0, 10.0)
         _check("quantile", self.quantile, 0.0, 0.4)
         _check("min_points", self.min_points, 1, 1000)
-        _check("decimals", self.decimals, 1, _MOST_DECIMALS)
+        _check("decimals", self.decimals, 1, 6)
         # Below the last digit a box could be rounded to a line.
         _check("min_size", self.min_size, 10.0**-self.decimals, 1.0)
 
@@ -68,16 +65,21 @@ def form_box(points: Sequence[Point], settings: BoxSettings) -> Box | None:
 
 
 def _find_edges(positions: Sequence[float], settings: BoxSettings) -> tuple[float, float]:
+    """The two edges of a box on one axis."""
     ordered = sorted(positions)
     low, high = compute_quantile(ordered, settings.quantile), compute_quantile(ordered, 1 - settings.quantile)
     if high - low < settings.min_size:
+        # Around the middle, but within the image.
         low = min(max((low + high - settings.min_size) / 2, 0.0), 1 - settings.min_size)
         high = low + settings.min_size
     return round(low, settings.decimals), round(high, settings.decimals)
 
 
 def compute_quantile(ordered: Sequence[float], share: float) -> float:
-    """The quantile of ordered numbers, interpolated linearly (numpy's default, type 7 of Hyndman and Fan)."""
+    """The quantile of ordered numbers, interpolated linearly (numpy's default, type 7 of Hyndman and Fan).
+
+    Not numpy's own, whose rounding differs between releases: the same rows are to give the same bytes.
+    """
     position = share * (len(ordered) - 1)
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
@@ -107,12 +109,13 @@ def find_ends(caption: str, utterances: Sequence[str]) -> list[int | None]:
     spoken = [(owner, word) for owner, utterance in enumerate(utterances) for word in _WORD.finditer(utterance)]
     ends: list[int | None] = [None] * len(utterances)
     owners = [owner for owner, _ in spoken]
+    # Pairs come in order, so the last aligned word of an utterance is what remains as its end.
     for i, j in _align([_fold(word) for _, word in spoken], [_fold(word) for word in written]):
         owner, word = spoken[i]
         is_last = i + 1 == len(spoken) or owners[i + 1] != owner
         behind = utterances[owner][word.end() :].strip() if is_last else ""
         end = written[j].end()
-        ends[owner] = end + _count_common(caption[end:], behind)
+        ends[owner] = end + len(os.path.commonprefix([caption[end:], behind]))  # noqa: RUF071 (characters are meant)
     return ends
 
 
@@ -128,14 +131,14 @@ def _align(spoken: Sequence[str], written: Sequence[str]) -> Iterator[tuple[int,
 
 def _pair_alike(spoken: Sequence[str], written: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of words that are spelt alike, in order, with the largest sum of likenesses."""
-    likeness = [[_compare(a, b) for b in written] for a in spoken]
-    # The largest sum that the words from i on, and from j on, can have.
+    likeness = [[_compare(a, b) for b in written] for a in spoken]  # (spoken, written)
+    # best[i][j]: the largest sum of likenesses that the words from i on, and from j on, can have (an edit distance).
     best = [[0.0] * (len(written) + 1) for _ in range(len(spoken) + 1)]
     for i in reversed(range(len(spoken))):
         for j in reversed(range(len(written))):
             best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + likeness[i][j])
     i = j = 0
-    while best[i][j]:
+    while best[i][j]:  # Walk the table again: where a step aside loses nothing, the word stands for none.
         if best[i][j] == best[i + 1][j]:
             i += 1
         elif best[i][j] == best[i][j + 1]:
@@ -149,11 +152,6 @@ def _compare(first: str, second: str) -> float:
     """The share of letters that two words have in common, 0 if it is too small to mean anything."""
     likeness = SequenceMatcher(None, first, second, autojunk=False).ratio()
     return likeness if likeness >= LEAST_LIKENESS else 0.0
-
-
-def _count_common(first: str, second: str) -> int:
-    """How many characters both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _fold(word: re.Match[str]) -> str:
@@ -189,13 +187,7 @@ class GroundedUtterance:
 
 
 def ground_utterances(narrative: Narrative, settings: BoxSettings, words_per_box: int = 1) -> list[GroundedUtterance]:
-    """The utterances of a narrative, or groups of them, in order.
-
-    Args:
-        narrative: where.
-        settings: how boxes are formed.
-        words_per_box: see ``group_utterances``.
-    """
+    """The utterances of a narrative, or groups of so many words, in order, each with its box and its place."""
     utterances = list(group_utterances(narrative.utterances, words_per_box))
     ends = find_ends(narrative.caption, [utterance.text for utterance in utterances])
     return [
@@ -217,8 +209,6 @@ def group_utterances(utterances: Sequence[Utterance], words_per_box: int) -> Ite
 
 
 def _join(group: Sequence[Utterance]) -> Utterance:
-    if len(group) == 1:
-        return group[0]
     intervals = [part.interval for part in group if part.interval is not None]
     interval = (min(start for start, _ in intervals), max(end for _, end in intervals)) if intervals else None
     return Utterance(" ".join(part.text for part in group), interval)
@@ -229,15 +219,12 @@ def _ground(utterance: Utterance, end: int | None, points: Sequence[Point], sett
         return GroundedUtterance(utterance.text, lacks=NOT_IN_CAPTION)
     if utterance.interval is None:
         return GroundedUtterance(utterance.text, end, lacks=WITHOUT_TIME)
-    first = bisect_left(points, utterance.interval[0] - settings.padding, key=_time_of)
-    last = bisect_right(points, utterance.interval[1] + settings.padding, key=_time_of)
+    # The points are in order of time.
+    first = bisect_left(points, utterance.interval[0] - settings.padding, key=attrgetter("t"))
+    last = bisect_right(points, utterance.interval[1] + settings.padding, key=attrgetter("t"))
     taken = tuple(points[first:last])
     box = form_box(taken, settings)
     return GroundedUtterance(utterance.text, end, taken, box, lacks=WITHOUT_POINTS if box is None else "")
-
-
-def _time_of(point: Point) -> float:
-    return point.t
 
 
 def find_ungrounded(utterances: Sequence[GroundedUtterance]) -> Iterator[Finding]:
@@ -290,7 +277,7 @@ def insert_boxes(caption: str, utterances: Sequence[GroundedUtterance]) -> str:
     """The caption with the placeholders of a box, after a space, behind every utterance that has one."""
     pieces, start = [], 0
     for utterance in utterances:
-        if utterance.box is not None:
+        if utterance.box is not None:  # Ends are ascending: each piece goes on where the last one ended.
             pieces.append(f"{caption[start : utterance.end]} {box_text()}")
             start = utterance.end
     return "".join([*pieces, caption[start:]])
