@@ -23,22 +23,19 @@ else:
 
 
 class MultimodalGeneration(_LanguageModel):
-    """The part of ``LlavaMetaForCausalLM`` that generates, from what a decoder holds beside transformers' own."""
+    """The part of ``LlavaMetaForCausalLM`` that generates."""
 
-    find_coordinates: Callable[..., CoordinateTokens | None]
-    embed_multimodal: Callable[..., Tensor | None]
+    if TYPE_CHECKING:  # What LlavaMetaForCausalLM has.
+        find_coordinates: Callable[..., CoordinateTokens | None]
+        embed_multimodal: Callable[..., Tensor | None]
 
-    def get_model(self) -> Any:
-        """The decoder, with the vision modules."""
-        return getattr(self, self.base_model_prefix)
+        def get_model(self) -> Any: ...
 
-    @property
-    def vision(self) -> VisionConfig | None:
-        return self.get_model().vision
+        @property
+        def vision(self) -> VisionConfig | None: ...
 
-    @property
-    def grounding(self) -> GroundingConfig | None:
-        return self.get_model().grounding
+        @property
+        def grounding(self) -> GroundingConfig | None: ...
 
     @torch.no_grad()
     def generate(

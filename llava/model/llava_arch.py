@@ -171,6 +171,18 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         self.post_init()
         self.keep_tower_weights_out(self.vision is not None and not self.vision.save_vision_tower)
 
+    def get_model(self) -> Any:
+        """The decoder, with the vision modules."""
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        return self.get_model().vision
+
+    @property
+    def grounding(self) -> GroundingConfig | None:
+        return self.get_model().grounding
+
     def get_input_embeddings(self) -> nn.Module:
         return self.get_model().get_input_embeddings()
 
