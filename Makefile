@@ -11,8 +11,8 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # A smaller job on the newest transformers: the parts that a new release has broken before.
 NEWEST := .venv-newest
 NEWEST_INSTALLED := $(NEWEST)/.installed
-NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_auto_classes.py \
-	tests/model/test_alternating.py tests/model/test_backbones.py tests/model/test_generation.py \
+NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_backbones.py \
+	tests/model/language_model/test_alternating.py tests/model/test_llava_arch.py tests/model/test_generation.py \
 	tests/model/test_loading.py tests/train/test_training.py tests/train/test_checkpoint.py
 
 .PHONY: help install install-newest demo demo-grounding test test-newest lint types docs clean

@@ -105,10 +105,8 @@ def plain_class(own: type) -> Any:
 def register_backbone(backbone: LanguageModel) -> LanguageModel:
     """Class decorator for a language model with head: makes its family known here and to transformers.
 
-    Args:
-        backbone: mixes ``LlavaMetaForCausalLM`` into a class of transformers, and names its
-            ``config_class`` and its ``decoder_class``. The class of transformers that the
-            configuration is made from says which plain checkpoints it loads.
+    The class mixes ``LlavaMetaForCausalLM`` into one of transformers', and names its ``config_class`` and its
+    ``decoder_class``. What the configuration is made from says which plain checkpoints the family loads.
 
     Raises:
         ValueError: another family has this model type, or loads the same plain one.

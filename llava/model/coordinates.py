@@ -246,20 +246,19 @@ def expected_positions(
     """The expected position of each generated bin, over the bin and its two neighbours.
 
     A position between two bins is learned as a share of each (two-hot targets), so the shares that a model gives
-    tell where between them it is. Of a bin that is likelier than its neighbours, as greedy search takes it,
-    the expected position is at most half a bin away; of any other at most a bin.
+    tell where between them it is: at most half a bin from a bin that is likelier than its neighbours, as greedy search
+    takes it, and at most a bin from any other.
 
     Args:
         tokens: int64 (texts, steps), what was generated.
         logits: of each step, (texts, vocabulary), as the model gave them, before any constraint or temperature.
-        grounding: of the model, with tables of bins.
         beam_indices: (texts, steps), for beam search: the row of ``logits`` that each token was chosen from.
 
     Returns:
         float32 (texts, steps), in [0, 1], and NaN where a token is no bin.
 
     Raises:
-        ValueError: the logits are of other rows than the tokens, and no beam indices say which.
+        ValueError: the logits are of other texts than the tokens, and no beam indices say which.
     """
     first_bin = grounding.first_bin
     assert first_bin is not None
@@ -269,12 +268,13 @@ def expected_positions(
     if beam_indices is None:
         if len(logits[0]) != len(tokens):
             raise ValueError(
-                f"{len(tokens)} rows of tokens, but {len(logits[0])} of logits; after beam search pass beam_indices"
+                f"{len(tokens)} texts of tokens, but {len(logits[0])} of logits; after beam search pass beam_indices"
             )
         beam_indices = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand_as(tokens)
     # Behind the end of a text beam indices are -1; no bin stands there.
     chosen = beam_indices.clamp(min=0).unbind(1)
-    scores = torch.stack([step[rows, first_bin:].float() for step, rows in zip(logits, chosen, strict=False)], dim=1)
+    # (texts, steps, bins): of each step the logits of the beam that the token was chosen from.
+    scores = torch.stack([step[beams, first_bin:].float() for step, beams in zip(logits, chosen, strict=False)], dim=1)
     for axis in AXES:
         start, num_bins = grounding.first_bin_of(axis), grounding.num_bins(axis)
         of_axis = scores[..., start - first_bin : start - first_bin + num_bins]

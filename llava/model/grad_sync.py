@@ -62,13 +62,12 @@ def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
     pass last, so that the vision gradients follow those of the language model on every rank.
 
     Args:
-        decoder: a ``LlavaMetaModel`` with vision modules. ``decoder.used_vision_modules`` gains, in the
-            backward pass, the names of those that this rank's media passed.
+        decoder: a ``LlavaMetaModel``; the backward pass enters the modules that media passed into its
+            ``used_vision_modules``.
         media: the arguments of ``encode_media``, or None for a batch of text alone.
 
     Returns:
-        What ``encode_media`` gives and, last, an empty (0, width) tensor. It joins no token, yet ties
-        every trained vision parameter into the graph.
+        What ``encode_media`` gives and, last, an empty (0, width) tensor that ties all trained vision parameters in.
     """
     width = decoder.get_input_embeddings().embedding_dim
     trained = {name: parameter for name, parameter in decoder.named_parameters() if _is_trained(name, parameter)}
@@ -90,10 +89,8 @@ def _is_trained(name: str, parameter: nn.Parameter) -> bool:
 class UnusedVisionModules(TrainerCallback):
     """Takes vision modules that no rank had media for out of an optimizer's step.
 
-    AdamW decays weights and moments for a gradient of zero all the same, and counts a step. Ranks that wait for each
-    other have zeros even where no sample of the global step had an image or a video. A module moves as a whole if any
-    of its parameters was used by any micro-batch of any rank, and else not at all; so it is with one process and with
-    every engine.
+    AdamW decays weights and moments for a gradient of zero all the same, and counts a step. A module moves as a whole
+    if any of its parameters was used by any micro-batch of any rank, and else not at all; so it is with every engine.
 
     Args:
         used: the model's ``used_vision_modules``, which the backward passes of the step fill.

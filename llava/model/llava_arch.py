@@ -296,15 +296,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         return tables.extend_head(head), targets
 
     def target_ids(self, input_ids: Tensor, labels: Tensor, variables: Variables | None = None) -> Tensor:
-        """Labels as ids that logits have: those of coordinates become the bins nearest to them.
-
-        Args:
-            input_ids, labels: int64 (batch, length).
-            variables: as for ``forward``.
-
-        Returns:
-            int64 (batch, length), -100 where nothing is predicted.
-        """
+        """Labels, (batch, length), as ids that logits have: those of coordinates become the bins nearest to them."""
         tokens = self.find_coordinates(input_ids, variables)
         if tokens is None or self.grounding is None:
             return labels

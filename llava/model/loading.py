@@ -95,7 +95,7 @@ def load_model(
         dtype: of the weights.
         quantization: holds the linear layers of the language model in fewer bits.
         grounding: of ``llava.grounding.syntax.GROUNDING_MODES``, what coordinates are to the model; by default
-            what they are to the checkpoint. New tables of coordinates have random rows.
+            what they are to the checkpoint. New tables of coordinates are random.
         num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
         flag: what an error calls the first argument.
         allow_bad_weights: whether weights may be NaN or infinite.
@@ -201,7 +201,7 @@ def fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     """Give the configuration of a checkpoint with adapters the vocabulary that its base model has.
 
     Returns:
-        The base's tokens; the checkpoint's others get their rows as they did when it was trained.
+        The base's tokens; the checkpoint's others get their embeddings as they did when it was trained.
 
     Raises:
         ValueError: the base is of another type, or its tokenizer is another one.

@@ -157,7 +157,7 @@ def save_adapters(model: MultimodalGeneration, folder: str, state: Mapping[str, 
         adapter_config.target_modules = sorted(adapter_config.target_modules)
     adapter_config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
-    # The base model lies elsewhere, as it came: how many bits hold it here is this run's affair.
+    # The base model is stored elsewhere, in its own precision: in how many bits this run held it is not recorded.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(folder)
@@ -230,13 +230,13 @@ def _adapter_weights(model: MultimodalGeneration, state: Mapping[str, Tensor]) -
 
 
 def _other_weights(model: MultimodalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a base model may lack beside the adapters: vision modules, coordinates and the rows of new tokens."""
+    """What a base model may lack beside the adapters: vision modules, coordinates and the embeddings of new tokens."""
     if model.vision is None:
         return {}
     left_out = kept_out_of_checkpoints(model)
     weights = {name: tensor for name, tensor in state.items() if is_added(name) and name not in left_out}
-    rows = {name: state[table][_new_token_ids(model)] for name, table in _token_tables(model).items()}
-    return weights | rows
+    embeddings = {name: state[table][_new_token_ids(model)] for name, table in _token_tables(model).items()}
+    return weights | embeddings
 
 
 def _new_token_ids(model: MultimodalGeneration) -> list[int]:
@@ -246,7 +246,7 @@ def _new_token_ids(model: MultimodalGeneration) -> list[int]:
 
 
 def _token_tables(model: MultimodalGeneration) -> dict[str, str]:
-    """Parameters with a row for each token, by what their rows of visual tokens are called in a file."""
+    """Embeddings and head (once where they are tied), by what their part for visual tokens is called in a file."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tables = {
         "visual_tokens.input": model.get_input_embeddings(),

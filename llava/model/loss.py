@@ -95,13 +95,12 @@ def load_balancing_loss(
 ) -> Tensor:
     """How unevenly a mixture of experts spreads real tokens over its experts.
 
-    Where all are used alike it is the number of experts that a token takes, its smallest value.
-
-    Equations 4 to 6 of the Switch Transformer (arXiv 2101.03961), as transformers computes them.
+    Equations 4 to 6 of the Switch Transformer (arXiv 2101.03961), as transformers computes them. The smallest value,
+    where all are used alike, is the number of experts that a token takes.
 
     Args:
         router_logits: one (batch * length, experts) tensor a layer.
-        config: of the model; gives the experts and how many of them a token takes.
+        config: gives the experts and how many of them a token takes.
         attention_mask: (batch, length), one where a token is real; None counts every position.
     """
     experts = (config.num_experts, config.num_experts_per_tok)

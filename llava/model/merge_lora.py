@@ -27,11 +27,6 @@ def merge_checkpoint(
 ) -> None:
     """Merge the adapters of a checkpoint folder and write model and tokenizer to another folder.
 
-    Args:
-        model_path: a folder with adapters.
-        output_dir: another folder, without adapters.
-        model_base, vision_tower: as for ``load_model``.
-
     Raises:
         ValueError: a folder is not as it must be, or the model cannot be loaded.
     """

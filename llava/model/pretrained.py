@@ -32,12 +32,7 @@ _FILE_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 def locate_model(name_or_path: str, flag: str) -> str:
     """Check that a model is there, so that what is read of it later is read from a folder or a hub that answers.
 
-    Args:
-        name_or_path: a folder, or a name such as ``facebook/dinov2-large``.
-        flag: what an error calls it.
-
-    Returns:
-        The same; a folder below the home directory (~) with its whole path.
+    ``flag`` is what an error calls it. Returns the same name; a folder below the home directory (~) with its full path.
 
     Raises:
         ValueError: there is no such folder, it is a file, or the hub has no such model or does not answer.

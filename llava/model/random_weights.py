@@ -43,16 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | None = None) -> int:
-    """Write a model with random weights to ``output_dir``.
+    """Write a model with random weights to ``output_dir``, a new or empty folder; returns the number of parameters.
 
     Args:
         model_path: folder with a ``config.json`` and, without ``tokenizer_path``, a tokenizer.
-        output_dir: a new or empty folder.
         seed: the same seed gives the same weights.
         tokenizer_path: folder of another tokenizer than the model's.
-
-    Returns:
-        The number of parameters.
 
     Raises:
         ValueError: a folder is not as it should be, or the tokenizer has more tokens than the model.

@@ -75,13 +75,9 @@ class TransferReport:
 
 
 def copy_parameters(model: PreTrainedModel, backbone: str) -> TransferReport:
-    """Copy the language model of another checkpoint, parameter by parameter.
+    """Copy the language model of another checkpoint, a folder or hub name, parameter by parameter.
 
     Vision modules are never copied: they belong to the model that they were trained with.
-
-    Args:
-        model: a language model with head.
-        backbone: folder or hub name of a plain language model or of a multimodal checkpoint.
 
     Raises:
         ValueError: it cannot be read, or not one parameter of it fits.
@@ -154,17 +150,13 @@ _RENAMED = (
 
 
 def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
-    """Copy the weights of projector, image newline and resampler of a checkpoint into a model.
+    """Copy projector, image newline and resampler of a checkpoint into a model; returns the names of their parameters.
 
     What the checkpoint lacks of them stays as it is: a newline may be new to a projector that is not.
 
     Args:
-        path: a checkpoint folder, or a ``.safetensors`` or ``.bin`` file (the latter is read without
-            unpickling anything but tensors). Names may have any prefix before ``mm_projector``,
-            ``image_newline`` or ``vision_resampler``; those of LLaVA-ST's resampler are translated.
-
-    Returns:
-        The names that were copied.
+        path: a checkpoint folder, or a ``.safetensors`` or ``.bin`` file. Names may have any prefix before
+            ``mm_projector``, ``image_newline`` or ``vision_resampler``; those of LLaVA-ST's resampler are translated.
 
     Raises:
         ValueError: no such file, no such weights in it, or weights of another shape.

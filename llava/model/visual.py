@@ -24,7 +24,7 @@ VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_new
 
 
 def vision_module_of(name: str) -> str | None:
-    """Which of ``VISION_MODULES`` a parameter or a module belongs to by its name, None for the language model's."""
+    """Which of ``VISION_MODULES`` a parameter or module belongs to by its name; None for the language model's."""
     return next((module for module in VISION_MODULES if module in name.split(".")), None)
 
 

@@ -66,13 +66,10 @@ def check_vocabulary(
 ) -> None:
     """A ValueError if the tokenizer has ids that the model has no embedding for, or is another model's.
 
-    The bins of coordinates, which come last, have tables of their own.
-
     Args:
-        tokenizer: of the model.
-        vocab_size: rows of its embeddings.
+        vocab_size: number of the model's embeddings.
         path: of its folder, for errors.
-        grounding: what coordinates are to it.
+        grounding: what coordinates are to it; bins, which come last, have tables of their own.
         special_ids: entries of its ``config.json``, whose ``eos_token_id`` and ``bos_token_id`` must be those of a
             tokenizer that leaves many embeddings without a token.
     """
@@ -119,10 +116,7 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def add_coordinate_tokens(tokenizer: PreTrainedTokenizerBase, grounding: GroundingConfig) -> GroundingConfig:
     """Add the placeholders and, behind all other tokens, the bins of coordinates that the tokenizer does not know yet.
 
-    They are no special tokens: they are written in texts and stay in answers.
-
-    Returns:
-        The same with the tokens' ids.
+    They are no special tokens: they are written in texts and stay in answers. Returns the settings with their ids.
 
     Raises:
         ValueError: the tokenizer has other bins, or tokens behind them.

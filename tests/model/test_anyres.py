@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_BACKBONES
-from test_splice import batch_of
+from test_visual import batch_of
 
 from llava.data.media import cut_views
 from llava.geometry import AnyRes, parse_pinpoints

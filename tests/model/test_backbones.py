@@ -1,246 +1,180 @@
-"""Contract of every backbone, by its name in BACKBONES."""
+"""transformers' Auto classes on this library's checkpoints, and the text classifiers on them."""
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
-from llava.constants import VISUAL_TOKENS
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
-from llava.model import BACKBONES
+import llava.model as models
+from llava.model import AVAILABLE_MODELS, BACKBONES
 from llava.model.loading import load_model
 
-pytestmark = pytest.mark.parametrize("name", sorted(BACKBONES))
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import sys
+{first}
+import llava.model
+loaded = [name for name in sys.modules if name.startswith(("torch.", "transformers.", "llava.model.language_model"))]
+assert {eager} or not loaded, loaded[:5]
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification)
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+assert "llava.model.language_model" not in sys.modules
+for model_type, (config, decoder, language_model) in llava.model.AVAILABLE_MODELS.items():
+    found = AutoConfig.for_model(model_type)
+    assert type(found).__name__ == config, model_type
+    prefix = language_model.removesuffix("ForCausalLM")
+    for auto, name in ((AutoModel, decoder), (AutoModelForCausalLM, language_model),
+        (AutoModelForImageTextToText, language_model),
+        (AutoModelForSequenceClassification, prefix + "ForSequenceClassification"),
+        (AutoModelForTokenClassification, prefix + "ForTokenClassification")):
+        assert auto._model_mapping[type(found)].__name__ == name, (model_type, auto)
+print(len(llava.model.AVAILABLE_MODELS))
+"""
 
 
-def make_batch(loaded, mixed_data: Path, rows: list[int]):
-    dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 512)
-    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
+@pytest.mark.parametrize("first", ["", "from transformers import AutoModel, AutoTokenizer"], ids=["before", "after"])
+def test_every_model_type_is_known_once_llava_model_is_imported(first: str) -> None:
+    """Before transformers and after it, and without loading a backbone's file."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(first=first, eager=bool(first))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == len(BACKBONES) * len(models.VARIANTS)
 
 
-def text_ids(loaded, batch: int = 2, length: int = 20) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(1, min(loaded.vision.token_ids.values()), (batch, length), generator=generator)
+@pytest.fixture(scope="module", params=sorted(AVAILABLE_MODELS))
+def checkpoint(request, backbone_dirs, tower_dir, tmp_path_factory) -> tuple[str, Path, models.Any]:
+    """A checkpoint with vision of each model type, its folder and what was saved."""
+    model_type = request.param
+    backbone, variant = models.split_type(model_type)
+    folder = tmp_path_factory.mktemp(model_type)
+    torch.manual_seed(1)
+    loaded = load_model(
+        str(backbone_dirs[backbone]),
+        vision_tower=str(tower_dir),
+        variant=variant,
+    )
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return model_type, folder, loaded
 
 
-def test_registered_with_auto_classes(name: str, load_tiny) -> None:
-    loaded = load_tiny(name)
-    assert loaded.model.config.model_type == name
-    assert type(AutoConfig.for_model(name)) is type(loaded.model.config)
-    assert AutoModelForCausalLM._model_mapping[type(loaded.model.config)] is type(loaded.model)
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-def test_text_logits_equal_the_plain_class(name: str, load_tiny, backbone_dirs: dict[str, Path]) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name]).eval()
-    text_only = load_model(str(backbone_dirs[name])).model.eval()
-    with_vision = load_tiny(name)
-    ids = text_ids(with_vision)
-    mask = torch.ones_like(ids)
-    mask[1, 12:] = 0
-    with torch.no_grad():
-        expected = plain(input_ids=ids, attention_mask=mask).logits
-        assert torch.equal(text_only(input_ids=ids, attention_mask=mask).logits, expected)
-        grown = with_vision.model.eval()(input_ids=ids, attention_mask=mask).logits
-    assert (grown[..., : expected.shape[-1]] - expected).abs().max() == 0
+@torch.no_grad()
+def test_auto_classes_load_a_checkpoint(checkpoint) -> None:
+    model_type, folder, loaded = checkpoint
+    assert AutoConfig.from_pretrained(folder).model_type == model_type
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == loaded.tokenizer.get_vocab()
+    saved = loaded.model.eval()
+    images = torch.rand(1, 3, 56, 56)
+    ids = torch.tensor([[5, *[saved.vision.visual_token_ids[0]] * saved.vision.layout.num_tokens("image", 1), 7]])
+    expected = saved(input_ids=ids, images=images).logits
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        found = auto.from_pretrained(folder).eval()
+        assert type(found) is type(saved)
+        torch.testing.assert_close(found(input_ids=ids, images=images).logits, expected)
+    decoder = AutoModel.from_pretrained(folder).eval()
+    assert type(decoder).__name__ == AVAILABLE_MODELS[model_type][1]
+    ours = saved.get_model()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(decoder.get_parameter(name), parameter, msg=name)
+    assert not any(parameter.requires_grad for parameter in decoder.vision_tower.parameters())
 
 
-def test_plain_checkpoint_reports_only_vision_modules_as_new(name: str, load_tiny) -> None:
-    new = load_tiny(name).new_parameters
-    assert new
-    assert all(".mm_projector." in key or ".vision_resampler." in key for key in new)
+@torch.no_grad()
+def test_classifiers_are_the_text_model_with_a_fresh_head(checkpoint, tmp_path, caplog, monkeypatch) -> None:
+    _, folder, loaded = checkpoint
+    hidden = loaded.model.eval().get_model()(input_ids=IDS).last_hidden_state
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for auto, ending in (
+        (AutoModelForSequenceClassification, "ForSequenceClassification"),
+        (AutoModelForTokenClassification, "ForTokenClassification"),
+    ):
+        caplog.clear()
+        found = auto.from_pretrained(folder, num_labels=3).eval()
+        plain = getattr(transformers, _plain_prefix(loaded.model) + ending, None)
+        assert plain is None or isinstance(found, plain)
+        assert not [name for name, _ in found.named_modules() if "vision" in name or "mm_projector" in name]
+        assert not [text for text in caplog.messages if "vision_tower" in text or "mm_projector" in text]
+        body = getattr(found, found.base_model_prefix)
+        torch.testing.assert_close(body(input_ids=IDS).last_hidden_state, hidden)
+        assert found(input_ids=IDS).logits.shape[-1] == 3
+        found.save_pretrained(tmp_path / ending)
+        again = auto.from_pretrained(tmp_path / ending).eval()
+        torch.testing.assert_close(again(input_ids=IDS).logits, found(input_ids=IDS).logits)
 
 
-def test_new_rows_are_the_mean_and_heads_stay_tied(name: str, load_tiny, backbone_dirs: dict[str, Path]) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name])
-    loaded = load_tiny(name)
-    old, new = plain.get_input_embeddings().weight, loaded.model.get_input_embeddings().weight
-    assert torch.equal(new[: len(old)], old)
-    torch.testing.assert_close(new[len(old) :], old.mean(0).expand(len(VISUAL_TOKENS), -1))
-    tied = loaded.model.get_output_embeddings().weight is new
-    assert tied == loaded.model.config.tie_word_embeddings
-    if not tied:
-        head = plain.get_output_embeddings().weight
-        grown = loaded.model.get_output_embeddings().weight
-        torch.testing.assert_close(grown[len(head) :], head.mean(0).expand(len(VISUAL_TOKENS), -1))
+def _plain_prefix(model: torch.nn.Module) -> str:
+    decoder = model.get_model()
+    plain = next(base for base in type(decoder).__mro__ if base.__module__.startswith("transformers."))
+    return plain.__name__.removesuffix("Model")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_vocabulary_grows_with_tied_and_with_untied_heads(name, tied: bool, backbone_dirs, tower_dir, tmp_path) -> None:
-    config = AutoConfig.from_pretrained(backbone_dirs[name])
-    config.tie_word_embeddings = tied
-    torch.manual_seed(9)
-    plain = AutoModelForCausalLM.from_config(config).eval()
-    plain.save_pretrained(tmp_path)
-    for file in backbone_dirs[name].glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    loaded = load_model(str(tmp_path), vision_tower=str(tower_dir))
-    ids = text_ids(loaded)
-    with torch.no_grad():
-        grown = loaded.model.eval()(input_ids=ids).logits
-        assert torch.equal(grown[..., : config.vocab_size], plain(input_ids=ids).logits)
-    assert grown.shape[-1] == config.vocab_size + len(VISUAL_TOKENS)
-    loaded.model.save_pretrained(tmp_path / "again")
-    loaded.tokenizer.save_pretrained(tmp_path / "again")
-    for model in (loaded.model, load_model(str(tmp_path / "again")).model):
-        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-        with torch.no_grad():
-            assert torch.equal(model.eval()(input_ids=ids).logits, grown)
+UNPICKLE = """
+import pickle, sys
+import llava.model
+config, *classes = pickle.loads(sys.stdin.buffer.read())
+assert type(config).__name__ == "LlavaGPT2AlternatingConfig" and config.n_layer == 3
+from llava.model.language_model import llava_gpt2
+for found in classes:
+    assert found is getattr(llava.model, found.__name__) is getattr(llava_gpt2, found.__name__), found
+"""
 
 
-def test_spare_rows_serve_visual_tokens(name: str, backbone_dirs, tower_dir, tmp_path: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name])
-    size = plain.config.vocab_size
-    plain.resize_token_embeddings(size + 20)
-    plain.save_pretrained(tmp_path)
-    for file in backbone_dirs[name].glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    loaded = load_model(str(tmp_path), vision_tower=str(tower_dir))
-    weight = loaded.model.get_input_embeddings().weight
-    assert len(weight) == size + 20
-    assert min(loaded.vision.token_ids.values()) == size
-    torch.testing.assert_close(weight[size], plain.get_input_embeddings().weight[:size].mean(0))
+def test_derived_classes_are_found_by_name_in_any_process() -> None:
+    """Those with alternating attention and the classifiers, which no file writes out."""
+    from llava.model.language_model import llava_gpt2, llava_llama
+    from llava.model.language_model.llava_gpt2 import LlavaGPT2AlternatingConfig, LlavaGPT2AlternatingForCausalLM
+
+    endings = ("Config", "Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+    names = [f"LlavaGPT2{infix}{ending}" for infix in models.VARIANTS.values() for ending in endings]
+    classes = [getattr(models, name) for name in names]
+    assert classes == [getattr(llava_gpt2, name) for name in names]
+    assert LlavaGPT2AlternatingForCausalLM.config_class is LlavaGPT2AlternatingConfig
+    pickled = pickle.dumps([LlavaGPT2AlternatingConfig(n_layer=3), *classes])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", UNPICKLE], input=pickled, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for module in (models, llava_llama):
+        for name in ("LlavaGPT3AlternatingConfig", "LlavaGPT2AlternatingModul"):
+            with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+                getattr(module, name)
 
 
-def test_save_and_reload_are_exact(name: str, load_tiny, mixed_data: Path, tmp_path: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2, 4, 5])
-    loaded.model.eval().save_pretrained(tmp_path)
-    loaded.tokenizer.save_pretrained(tmp_path)
-    with torch.no_grad():
-        expected = loaded.model(**batch, return_logits=True)
-        again = load_model(str(tmp_path))
-        auto = AutoModelForCausalLM.from_pretrained(tmp_path)
-        for model in (again.model, auto):
-            output = model.eval()(**batch, return_logits=True)
-            assert torch.equal(output.logits, expected.logits)
-            assert torch.equal(output.loss, expected.loss)
-    assert again.new_parameters == []
-    assert again.vision == loaded.vision
-    assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
-    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (again.model, auto)]
-    assert tied == [loaded.model.config.tie_word_embeddings] * 2
-
-
-def test_every_trainable_parameter_gets_a_gradient(name: str, load_tiny, mixed_data: Path) -> None:
-    # Two slow frames of three: with as many slow frames as frames, a window of one key has nothing to choose.
-    loaded = load_tiny(name, slow_frames=2)
-    loaded.model.train()(**make_batch(loaded, mixed_data, [0, 1, 2, 4, 5])).loss.backward()
-    for key, parameter in loaded.model.named_parameters():
-        if ".vision_tower." in key:
-            assert parameter.grad is None, key
-        else:
-            assert parameter.grad is not None, key
-            assert parameter.grad.abs().sum() > 0 or key.endswith("k_proj.bias"), key
-
-
-def test_rows_of_visual_tokens_get_gradients_through_the_head(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    loaded.model.train()(**make_batch(loaded, mixed_data, [0])).loss.backward()
-    rows = loaded.model.get_output_embeddings().weight.grad[loaded.vision.visual_token_ids]
-    assert (rows.abs().sum(1) > 0).all()
-
-
-def test_supervised_positions_equal_the_full_computation(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, list(range(7)))
-    twin = copy.deepcopy(loaded.model)
-    loss = loaded.model(**batch).loss
-    loss.backward()
-    logits = twin(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    full = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    full.backward()
-    torch.testing.assert_close(loss, full, atol=5e-6, rtol=0)
-    for (key, one), other in zip(loaded.model.named_parameters(), twin.parameters(), strict=True):
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, atol=5e-6, rtol=0, msg=key)
-
-
-def test_logits_as_in_transformers_unless_they_are_declined(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 5])
-    shape = (*batch["input_ids"].shape, loaded.model.config.vocab_size)
-    assert loaded.model(**batch).logits.shape == shape
-    declined = loaded.model(**batch, return_logits=False)
-    assert declined.logits is None
-    assert torch.equal(declined.loss, loaded.model(**batch).loss)
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    assert loaded.model(**unlabelled).logits.shape == shape
-    assert loaded.model(**unlabelled, logits_to_keep=1).logits.shape == (2, 1, shape[-1])
-
-
-def test_batch_equals_single_samples(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    loaded.model.eval()
-    rows = [0, 2, 4, 6]
-    with torch.no_grad():
-        together = make_batch(loaded, mixed_data, rows)
-        logits = loaded.model(**together, return_logits=True).logits
-        for i, row in enumerate(rows):
-            alone = loaded.model(**make_batch(loaded, mixed_data, [row]), return_logits=True).logits[0]
-            torch.testing.assert_close(logits[i, : len(alone)], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_pixel_values_is_another_name_of_images(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2])
-    renamed = {**batch, "pixel_values": batch["images"]}
-    del renamed["images"]
-    assert torch.equal(loaded.model(**batch).loss, loaded.model(**renamed).loss)
-
-
-def test_normalised_floats_equal_uint8(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2])
-    tower = loaded.model.get_vision_tower()
-    floats = {**batch, "images": [tower.normalize(image) for image in batch["images"]]}
-    assert torch.equal(loaded.model(**batch).loss, loaded.model(**floats).loss)
-
-
-def test_variables_are_refused(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    with pytest.raises(ValueError, match="no coordinate tables"):
-        loaded.model(**make_batch(loaded, mixed_data, [0]), variables=[{"temporal_input_locations": [0.5]}])
-
-
-def test_gradient_checkpointing_agrees(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2, 5])
-    twin = copy.deepcopy(loaded.model).train()
-    twin.gradient_checkpointing_enable()
-    loaded.model.train()(**batch).loss.backward()
-    twin(**batch).loss.backward()
-    for one, other in zip(loaded.model.parameters(), twin.parameters(), strict=True):
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad)
-
-
-def test_eager_attention_agrees(name: str, load_tiny, mixed_data: Path) -> None:
-    sdpa, eager = load_tiny(name), load_tiny(name, attn_implementation="eager")
-    eager.model.load_state_dict(sdpa.model.state_dict())
-    batch = make_batch(sdpa, mixed_data, [0, 2, 5])
-    torch.testing.assert_close(sdpa.model.eval()(**batch).loss, eager.model.eval()(**batch).loss, atol=1e-5, rtol=1e-5)
-
-
-def test_folder_name_changes_nothing(name: str, backbone_dirs, tmp_path: Path) -> None:
-    for folder in ("qwen-gpt2-llama", "x"):
-        copied = tmp_path / folder
-        copied.mkdir()
-        for file in backbone_dirs[name].iterdir():
-            (copied / file.name).write_bytes(file.read_bytes())
-        assert load_model(str(copied)).model.config.model_type == name
-
-
-def test_config_is_written_with_its_visual_settings(name: str, load_tiny, tmp_path: Path) -> None:
-    load_tiny(name).model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == name
-    assert config["mm_resampler_type"] == "fast_slow_resampler"
-    assert config["mm_image_mean"] == [0.485, 0.456, 0.406]
+@pytest.mark.parametrize("model_type", sorted(AVAILABLE_MODELS))
+def test_configurations_have_the_familys_defaults(model_type: str, tmp_path: Path) -> None:
+    """LLaVA's own: greedy, with at most 1,024 new tokens. They neither stop a save nor stand in its files."""
+    config = AutoConfig.for_model(model_type)
+    assert (config.temperature, config.max_new_tokens, config.do_sample, config.top_p) == (0.0, 1024, False, None)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert not {"temperature", "max_new_tokens", "do_sample", "top_p"} & set(stored)
+    assert AutoConfig.from_pretrained(tmp_path).max_new_tokens == 1024
+    config.temperature = 0.7
+    with pytest.raises(ValueError, match="temperature"):
+        config.save_pretrained(tmp_path)

@@ -157,14 +157,11 @@ class AlternatingForCausalLM(AlternatingAttention, _LanguageModel):
 
 
 def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> type[Any]:
-    """A family with alternating attention: its configuration, decoder and language model with head.
+    """The language model with head of a family with alternating attention; it names its configuration and its decoder.
 
     Args:
         backbone: language model with head and causal attention.
         variant: "alternating" or "alternating_cross".
-
-    Returns:
-        The language model with head; it names its configuration and its decoder.
     """
     prefix = backbone.__name__.removesuffix("ForCausalLM") + VARIANTS[variant]
 

@@ -19,6 +19,7 @@ class LlavaGPT2Config(FamilyDefaults, GPT2Config):
 class LlavaGPT2Model(LlavaMetaModel, GPT2Model):
     config_class = LlavaGPT2Config
 
+    # As in the LLaVA family, whose code reads model and embed_tokens of every backbone.
     @property
     def model(self) -> LlavaGPT2Model:
         return self

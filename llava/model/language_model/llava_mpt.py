@@ -15,12 +15,13 @@ class LlavaMptConfig(FamilyDefaults, MptConfig):
     """MPT's configuration, with the ``mm_`` entries of ``VisionConfig``."""
 
     model_type = "llava_mpt"
+    # The data's token budget is read from max_position_embeddings.
     attribute_map: ClassVar = {**MptConfig.attribute_map, "max_position_embeddings": "max_seq_len"}
 
 
 class LlavaMptModel(LlavaMetaModel, MptModel):
     config_class = LlavaMptConfig
-    has_attention_interface = False
+    has_attention_interface = False  # MPT adds ALiBi biases to its scores itself.
 
 
 @register_backbone

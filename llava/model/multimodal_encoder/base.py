@@ -18,7 +18,7 @@ from llava.registry import Registry
 
 @dataclass(frozen=True)
 class TowerDescription:
-    """What a vision model's own files say: its configuration and how it wants its pixels.
+    """What a vision model's own files say: its configuration and how its pixels are prepared.
 
     The names are those of ``VisionConfig``.
     """
@@ -71,7 +71,7 @@ class VisionTower(nn.Module, ABC):
         """
 
     def freeze_unused(self) -> None:
-        """Freeze parameters that ``encode`` never uses; they would wait in vain for a gradient."""
+        """Freeze parameters that ``encode`` never uses, which would never get a gradient."""
 
     @property
     def trainable(self) -> bool:
@@ -117,14 +117,12 @@ def build_tower(vision: VisionConfig) -> VisionTower:
 
 
 def describe_tower(source: str) -> TowerDescription:
-    """Read ``config.json`` and, where present, ``preprocessor_config.json`` of a vision model.
+    """Describe a vision model, a folder or hub name, by its ``config.json`` and any ``preprocessor_config.json``.
 
-    Args:
-        source: a folder, or a name on the model hub. Of a model of images and text (CLIP, SigLIP) the
-            vision half is meant.
+    Of a model of images and text (CLIP, SigLIP) the vision half is meant.
 
     Raises:
-        ValueError: the source cannot be read, no tower is known for it, or its grid is no square of patches.
+        ValueError: it cannot be read, no tower is known for it, or its grid is no square of patches.
     """
     config = _read_config(locate_model(source, "--vision_tower"))
     return _find_tower(config.model_type, source).describe(source, config)

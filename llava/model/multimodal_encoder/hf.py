@@ -207,7 +207,7 @@ def count_layers(vision: VisionConfig, num_layers: int) -> int:
     return kept
 
 
-# How a vision model wants its images: squares of which side, cut and normalised how.
+# How a vision model's images are prepared: squares of which side, cut and normalised how.
 
 
 @dataclass(frozen=True)
@@ -229,11 +229,7 @@ class ImageFormat:
 
 
 def read_image_format(source: str, mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
-    """Read ``preprocessor_config.json`` of a vision model, where present.
-
-    Args:
-        source: a folder, or a name on the model hub.
-        mean, std: statistics that hold where the file has none.
+    """Read ``preprocessor_config.json`` of a vision model, where present; mean and deviation hold where it has none.
 
     Raises:
         ValueError: the processor makes images that are not square.
