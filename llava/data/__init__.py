@@ -14,6 +14,9 @@ placeholders.py   turns                 -> text with visual spans and the times 
 formats/          turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example
 dataset_stats.py  all Records           -> their lengths, media, coordinates and targets
+chunking.py       a long text           -> samples of the context's length
+samplers.py       indices of samples    -> steps in order, and each rank's share of them
 collator.py       Examples              -> Batch
+check.py          Records               -> which media are missing or cannot be decoded, also a command
 localized_narratives/ rows of Localized Narratives -> data files, a command
 """

@@ -312,11 +312,14 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
             dataset.tokenize(record)
 
 
+AnyDataset = SupervisedDataset | ChunkedDataset[SupervisedDataset]
+
+
 class DataModule(TypedDict):
     """What the trainer reads; a data set is None where no files were given for it."""
 
-    train_dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset] | None
-    eval_dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset] | None
+    train_dataset: AnyDataset | None
+    eval_dataset: AnyDataset | None
     data_collator: SupervisedCollator
 
 
@@ -346,7 +349,7 @@ def make_supervised_data_module(
 
     chosen = text_format or build_format(PLAIN_LM, tokenizer)
 
-    def build(flag: str) -> SupervisedDataset | ChunkedDataset[SupervisedDataset] | None:
+    def build(flag: str) -> AnyDataset | None:
         paths: Sequence[str] | None = getattr(data_args, flag)
         if not paths:
             return None

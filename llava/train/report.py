@@ -20,7 +20,7 @@ from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.check import MediaCheck, find_bad, find_missing
 from llava.data.chunking import ChunkedDataset
-from llava.data.dataset import DataModule, SupervisedDataset, check_room
+from llava.data.dataset import AnyDataset, DataModule, SupervisedDataset, check_room
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.data.index import Mixture
 from llava.data.placeholders import remove_placeholders
@@ -84,7 +84,7 @@ def check_and_report(
         print(supervision_table(given[0]), flush=True)
 
 
-def documents_of(dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset]) -> SupervisedDataset:
+def documents_of(dataset: AnyDataset) -> SupervisedDataset:
     """The samples as the data files have them."""
     return dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
 
@@ -297,7 +297,7 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
     return "\n".join(lines)
 
 
-def data_table(dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset]) -> str:
+def data_table(dataset: AnyDataset) -> str:
     """What the samples of each data file have, what is cut of them, and what nothing reads in them."""
     documents = documents_of(dataset)
     lines = [media_table(documents)]
@@ -356,7 +356,7 @@ def _by_source(records: Sequence[Record]) -> dict[str, NDArray[np.intp]]:
     return {label: np.concatenate(pieces) for label, pieces in indices.items()}
 
 
-def supervision_table(dataset: SupervisedDataset | ChunkedDataset[SupervisedDataset], num_samples: int = 3) -> str:
+def supervision_table(dataset: AnyDataset, num_samples: int = 3) -> str:
     """For the first samples, or chunks of them: tokens, how many are supervised, and the text that those cover."""
     lines = ["supervised tokens of the first samples"]
     documents = documents_of(dataset)
