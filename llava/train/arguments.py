@@ -27,13 +27,16 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
-from llava.train.parts import COORDINATES_PART, PARTS
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
 
 T = TypeVar("T")
 
 CONTENT, COORDINATES, INSTRUCTIONS = "1", "2", "3"
+PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
+"""Names of a model's parts, as ``--mm_tunable_parts`` spells them."""
+COORDINATES_PART = "mm_coordinates"
+"""The tables of coordinates, which train from stage 2 on."""
 DEFAULT_PARTS = "mm_mlp_adapter,mm_vision_resampler,mm_language_model"
 CHOICES: dict[str, Sequence[str]] = {
     "stage": (CONTENT, COORDINATES, INSTRUCTIONS),
@@ -371,11 +374,6 @@ class TrainingArguments(transformers.TrainingArguments):
         elif self.lora_weight_path:
             raise ValueError("--lora_weight_path was given without --lora_enable true; add it, or leave the path out")
 
-    @property
-    def half_precision(self) -> torch.dtype | None:
-        """The type that a run in mixed precision computes in; None for one in float32."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
-
     def part_learning_rates(self) -> dict[str, float]:
         """The learning rate of each part."""
         own = {
@@ -391,7 +389,7 @@ class TrainingArguments(transformers.TrainingArguments):
         """How ``--bits`` and its companions hold the frozen weights; None for as they come."""
         if self.bits == 16:
             return None
-        compute = self.half_precision or torch.float32
+        compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
         return Quantization(self.bits, self.quant_type, self.double_quant, compute, self.device)
 
 

@@ -11,14 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llava.model.coordinates import COORDINATES, CoordinateTables
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter
+from llava.model.loading import LoadedModel
+from llava.model.lora import describe_adapters, has_adapters, is_adapter_parameter, set_up_adapters
 from llava.model.quantization import count_weights
 from llava.model.visual import vision_module_of
-
-PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_vision_resampler", "mm_language_model")
-"""Names of the parts, as ``--mm_tunable_parts`` spells them."""
-COORDINATES_PART = "mm_coordinates"
-"""The tables of coordinates: in which stages they train, ``ModelArguments`` says."""
+from llava.train.arguments import COORDINATES_PART, PARTS, ModelArguments, TrainingArguments
 
 _MODULE_PARTS = {
     "vision_tower": "mm_vision_tower",
@@ -35,6 +32,31 @@ def part_of(parameter_name: str) -> str:
         if component in _MODULE_PARTS:
             return _MODULE_PARTS[component]
     return "mm_language_model"
+
+
+def set_up_parts(loaded: LoadedModel, model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Make a model ready to train: its adapters, which parts of it learn, and its experts in balance.
+
+    Raises:
+        ValueError: flags do not fit the model, each other, or the settings of adapters that it was loaded with.
+    """
+    if training_args.lora_enable:
+        if "mm_language_model" not in model_args.tunable_parts:
+            raise ValueError(
+                "--lora_enable adapts the language model, but --mm_tunable_parts is "
+                f"{','.join(model_args.tunable_parts)}; add mm_language_model, or leave --lora_enable out"
+            )
+        if loaded.transfer is not None:
+            raise ValueError(
+                "--lora_enable stores adapters and where their base model lies, but with --init_from_backbone that "
+                "model lies nowhere; leave one of the two out"
+            )
+        source = training_args.lora_weight_path or model_args.model_name_or_path
+        asked = {"r": training_args.lora_r, "alpha": training_args.lora_alpha, "dropout": training_args.lora_dropout}
+        set_up_adapters(loaded.model, source, asked)
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    set_trainable_parts(loaded.model, model_args.tunable_parts, model_args.freeze_embeddings, half)
+    balance_experts(loaded.model, training_args.router_aux_loss_coef)
 
 
 def set_trainable_parts(

@@ -26,9 +26,9 @@ from llava.data.index import Mixture
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes
 from llava.model.loading import LoadedModel
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.arguments import COORDINATES_PART, DataArguments, ModelArguments, TrainingArguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
-from llava.train.parts import COORDINATES_PART, parts_table
+from llava.train.parts import parts_table
 from llava.types import SKIP, BadSample, Example, MediaKind, Record
 
 if TYPE_CHECKING:

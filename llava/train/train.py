@@ -2,22 +2,22 @@
 
 The way of a sample, from its line of JSON to the loss::
 
-    main
-      parse_arguments                   train/command_line.py   flags and a recipe -> train/arguments.py
+    build_trainer
+      parse_arguments                   train/command_line.py   flags and a recipe -> the groups of train/arguments.py
       load_from_arguments               model/loading.py        -> model, tokenizer, VisionConfig
-      set_trainable_parts               train/parts.py          what learns
-      make_supervised_data_module       data/dataset.py         -> datasets, collator
-      check_data                        train/report.py         before the first step
+      set_up_parts                      train/parts.py          adapters, and what learns
+      make_supervised_data_module       data/dataset.py         -> datasets and collator
+        read_records                    data/records.py         each sample a Record, checked and indexed once
+      check_and_report                  train/report.py         what does not fit is an error before the first step
     SupervisedDataset[i]                data/dataset.py         in a worker process
-      read_records                      data/records.py         -> Record, checked
       load_media                        data/media.py           -> uint8 (frames, 3, height, width)
-      expand_placeholders               data/placeholders.py    <image>, <video> -> as many tokens as they take
-      encode                            data/formats/           -> ids and labels
+      expand_placeholders               data/placeholders.py    <image> and <video> -> as many tokens as they take
+      text_format.encode                data/formats/           -> ids and labels
     SupervisedCollator                  data/collator.py        -> Batch
-    LlavaTrainer                        train/trainer.py
+    LlavaTrainer.training_step          train/trainer.py
       LlavaMetaForCausalLM.forward      model/llava_arch.py
-        features into embeddings        model/visual.py         one scatter for the whole batch
-        the loss                        model/loss.py           at supervised positions alone
+        encode_visual, splice           model/visual.py         features take their places among the embeddings
+        supervised_loss                 model/loss.py           the head runs at supervised positions alone
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from llava.data.placeholders import preprocess_multimodal
 from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel, load_model
-from llava.model.lora import is_adapter_folder, set_up_adapters
+from llava.model.lora import is_adapter_folder
 from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -60,7 +60,7 @@ from llava.train.command_line import parse_arguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import build_identity, is_finished
-from llava.train.parts import balance_experts, set_trainable_parts
+from llava.train.parts import set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report
 from llava.train.run_folder import release_lock, take_folder, taking_folder
@@ -164,11 +164,10 @@ def build_trainer(
     }
     with taking_folder(training_args, sources):
         set_seed(training_args.seed)
-        loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
+        with loading_whole(training_args):
+            loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
+            set_up_parts(loaded, model_args, training_args)
         model, tokenizer = loaded.model, loaded.tokenizer
-        set_trainable_parts(model, model_args.tunable_parts, model_args.freeze_embeddings, training_args.half_precision)
-        balance_experts(model, training_args.router_aux_loss_coef)
-
         max_length = choose_max_length(training_args.model_max_length, model)
         data = make_supervised_data_module(
             tokenizer,
@@ -222,7 +221,7 @@ def load_from_arguments(
     variant: str | None = None,
     weights_from: str | None = None,
 ) -> LoadedModel:
-    """The model that the arguments describe, with the adapters that it is to have.
+    """The model that the arguments describe, with the adapters that are stored beside it.
 
     Args:
         training_args: None looks at the model alone, without adapters.
@@ -239,25 +238,22 @@ def load_from_arguments(
             path, base = adapters, path
         of_training["attn_implementation"] = training_args.attn_implementation
         of_training["quantization"] = training_args.quantization()
-    with loading_whole(training_args):
-        loaded = load_model(
-            path,
-            model_base=base,
-            variant=variant,
-            weights_from=weights_from,
-            grounding=model_args.choose_grounding(read_config(path).get("grounding")),
-            num_temporal_tokens=model_args.num_temporal_tokens,
-            num_spatial_tokens=model_args.num_spatial_tokens,
-            vision_tower=model_args.vision_tower,
-            save_vision_tower=model_args.save_vision_tower,
-            **model_args.vision_settings(),
-            **data_args.vision_settings(),
-            **of_training,
-        )
-        if training_args is not None and model_args.pretrain_mm_mlp_adapter:
-            load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
-        if training_args is not None and training_args.lora_enable:
-            adapt(loaded, path, model_args.tunable_parts, training_args)
+    loaded = load_model(
+        path,
+        model_base=base,
+        variant=variant,
+        weights_from=weights_from,
+        grounding=model_args.choose_grounding(read_config(path).get("grounding")),
+        num_temporal_tokens=model_args.num_temporal_tokens,
+        num_spatial_tokens=model_args.num_spatial_tokens,
+        vision_tower=model_args.vision_tower,
+        save_vision_tower=model_args.save_vision_tower,
+        **model_args.vision_settings(),
+        **data_args.vision_settings(),
+        **of_training,
+    )
+    if training_args is not None and model_args.pretrain_mm_mlp_adapter:
+        load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
     return loaded
 
 
@@ -278,21 +274,6 @@ def find_adapters(path: str, args: TrainingArguments) -> str | None:
             "give another folder"
         )
     return None
-
-
-def adapt(loaded: LoadedModel, path: str, parts: Sequence[str], args: TrainingArguments) -> None:
-    """Give a model fresh adapters, or check those that it was loaded with against the flags."""
-    if "mm_language_model" not in parts:
-        raise ValueError(
-            f"--lora_enable adapts the language model, but --mm_tunable_parts is {','.join(parts)}; add "
-            "mm_language_model, or leave --lora_enable out"
-        )
-    if loaded.transfer is not None:
-        raise ValueError(
-            "--lora_enable stores adapters and where their base model lies, but with --init_from_backbone that model "
-            "lies nowhere; leave one of the two out"
-        )
-    set_up_adapters(loaded.model, path, {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout})
 
 
 def build_bad_sample_log(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLog | None:

@@ -22,7 +22,8 @@ from llava.model.lora import add_adapters, has_adapters, is_adapter_parameter, l
 from llava.model.merge_lora import main as merge_main
 from llava.model.quantization import find_linear_layers
 from llava.model.visual import vision_module_of
-from llava.train.parts import PARTS, parameter_groups, part_of, parts_table, set_trainable_parts
+from llava.train.arguments import PARTS
+from llava.train.parts import parameter_groups, part_of, parts_table, set_trainable_parts
 
 every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
 

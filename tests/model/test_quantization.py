@@ -12,7 +12,8 @@ from llava.model import BACKBONES
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, is_adapter_parameter, merge_adapters
 from llava.model.quantization import Quantization, check_bitsandbytes, count_weights, find_linear_layers, quantized_bits
-from llava.train.parts import PARTS, parts_table, set_trainable_parts
+from llava.train.arguments import PARTS
+from llava.train.parts import parts_table, set_trainable_parts
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'llava-babylm[kbit]'"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava.train.parts import PARTS, parameter_groups, part_of, parts_table, set_trainable_parts
+from llava.train.arguments import PARTS
+from llava.train.parts import parameter_groups, part_of, parts_table, set_trainable_parts
 
 RATES = {"mm_vision_tower": 1e-6, "mm_mlp_adapter": 1e-3, "mm_vision_resampler": 2e-3, "mm_language_model": 3e-4}
 
