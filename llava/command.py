@@ -25,9 +25,11 @@ logger = logging.getLogger(__name__)
 FAILED = 2
 INTERRUPTED = 130
 """Exit statuses."""
-_TRUE = ("true", "yes", "on", "t", "y", "1")
-_FALSE = ("false", "no", "off", "f", "n", "0")
+_WORDS = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "f", "n", "0"), False
+)
 _LARGEST = 2**63
+"""Numbers from here on do not fit torch's int64."""
 
 
 class CommandLineError(ValueError):
@@ -89,6 +91,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _parse(self, words: list[str], namespace: Namespace | None) -> tuple[list[str], Namespace, list[str]]:
         """Names of required flags that are not there, values, and unknown words: a flag may be missing by a typo."""
+        # argparse would name what is missing first, and not the misspelled flag that was meant to give it.
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
@@ -109,6 +112,7 @@ class CommandParser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return f"unexpected {shorten(word)} on the command line; values follow a flag"
         name = word.partition("=")[0]
+        # A dash in place of an underscore is no difference.
         spelled = {flag.replace("-", "_"): flag for flag in [*self.flags, *others]}
         names = [spelled[flag] for flag in difflib.get_close_matches(name.replace("-", "_"), spelled, n=2)]
         return f"unknown flag {name}" + (f"; did you mean {' or '.join(names)}?" if names else "; see --help")
@@ -125,11 +129,11 @@ class CommandParser(argparse.ArgumentParser):
         for word in words:
             name, _, value = word.partition("=")
             action = self._option_string_actions.get(name)
-            if action is None:
+            if action is None:  # A value of the flag before it.
                 values.append(word)
             else:
                 values = [value] if value else []
-                if isinstance(action, argparse._StoreAction):
+                if isinstance(action, argparse._StoreAction):  # Switches may well be repeated.
                     given.setdefault(_name(action), []).append(values)
         for name, told in given.items():
             if any(values != told[0] for values in told):
@@ -139,6 +143,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse found wrong; the names of a flag are told once."""
+        # "argument --lr/--learning_rate: expected one argument" is what argparse says.
         message = re.sub(r"^argument (--?[\w-]+)(/--?[\w-]+)*: ", r"\1: ", message)
         flag, _, reason = message.partition(": ")
         if reason.startswith("expected ") and "argument" in reason:
@@ -150,13 +155,11 @@ class CommandParser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         if arg_string == "" and action.dest not in self.may_be_empty and action.type in (None, str):
             raise CommandLineError(f"{_name(action)} is empty; give a value, or leave the flag out")
-        kind = action.type
-        if kind is int:
-            return read_int(arg_string, _name(action))
-        if kind is float:
-            return read_float(arg_string, _name(action))
-        if kind is bool or getattr(kind, "__name__", "") == "string_to_bool":
-            return read_bool(arg_string, _name(action))
+        kind: object = action.type
+        if getattr(kind, "__name__", "") == "string_to_bool":  # What transformers makes of bool.
+            kind = bool
+        if kind in (int, float, bool):
+            return read_number(kind, arg_string, _name(action))
         try:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
         except argparse.ArgumentError as error:
@@ -174,34 +177,21 @@ def _name(action: argparse.Action) -> str:
     return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
 
 
-def read_int(text: str, name: str) -> int:
-    """The whole number that a text is; ``name`` is what an error calls it."""
+def read_number(kind: object, text: str, name: str) -> int | float | bool:
+    """The int, the finite float or the truth that a text is; ``name`` is what an error calls it."""
+    expected: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+    word = text.strip().lower()
     try:
-        number = int(text)
-    except ValueError as error:
-        raise CommandLineError(f"{name} is {shorten(text)}; expected a whole number") from error
-    if abs(number) >= _LARGEST:
+        if kind is bool:
+            return _WORDS[word]
+        number = int(text) if kind is int else float(text)
+    except (ValueError, KeyError) as error:
+        raise CommandLineError(f"{name} is {shorten(text)}; expected {expected[kind]}") from error
+    if kind is int and abs(number) >= _LARGEST:
         raise CommandLineError(f"{name} is {shorten(text)}; expected a whole number of at most 18 digits")
-    return number
-
-
-def read_float(text: str, name: str) -> float:
-    """The finite number that a text is; ``name`` is what an error calls it."""
-    try:
-        number = float(text)
-    except ValueError as error:
-        raise CommandLineError(f"{name} is {shorten(text)}; expected a number") from error
     if not math.isfinite(number):
         raise CommandLineError(f"{name} is {shorten(text)}; expected a finite number")
     return number
-
-
-def read_bool(text: str, name: str) -> bool:
-    """Whether a text says true or false; ``name`` is what an error calls it."""
-    word = text.strip().lower()
-    if word not in (*_TRUE, *_FALSE):
-        raise CommandLineError(f"{name} is {shorten(text)}; expected true or false")
-    return word in _TRUE
 
 
 def read_json_object(text: str, name: str) -> dict[str, object]:
@@ -236,6 +226,7 @@ def check_output_folder(path: str, flag: str, empty: bool = False) -> None:
         flag: its name, for the error.
         empty: whether it must hold nothing yet.
     """
+    # The nearest folder that exists is the one that new ones would be made in.
     folder = Path(path)
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not existing.is_dir():
@@ -257,6 +248,7 @@ def errors_of_users() -> tuple[type[Exception], ...]:
 
     A RuntimeError is one only if ``is_out_of_memory``. The HTTP libraries' errors, where loaded, are no OSError.
     """
+    # Looked up, not imported: a command that never asks a server should not load a library for it.
     servers = (sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
     return ValueError, OSError, RuntimeError, *servers
 
@@ -273,7 +265,7 @@ def run_command(run: Callable[[], int | None]) -> int:
     """
     try:
         return run() or 0
-    except BrokenPipeError:  # Whoever read the output, such as head, has seen enough.
+    except BrokenPipeError:  # The reader of the output, such as head, has seen enough; Python would write once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except errors_of_users() as error:

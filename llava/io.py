@@ -47,20 +47,15 @@ def write_beside(path: Path, *, durable: bool = True, shared: bool = False) -> I
         beside.unlink(missing_ok=True)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a whole file, atomically and durably; text as UTF-8."""
-    with write_beside(path) as beside:
-        beside.write_bytes(_encode(content) if isinstance(content, str) else content)
-
-
 def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
     """Write a value as indented JSON, atomically and durably."""
-    write_durably(path, json.dumps(value, ensure_ascii=False, indent=1, sort_keys=sort_keys) + "\n")
+    with write_beside(path) as beside:
+        beside.write_bytes(_encode(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=sort_keys)))
 
 
-def _encode(text: str) -> bytes:
+def _encode(value: str) -> bytes:
     # Names of files may hold halves of characters, which are no UTF-8; escaped so, JSON is still JSON.
-    return text.encode("utf-8", "backslashreplace")
+    return f"{value}\n".encode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:
@@ -82,7 +77,7 @@ def sync(path: Path) -> None:
 
 def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, object]]) -> None:
     """Append one line for each row to an open file; they are on the disk when this returns."""
-    file.write(b"".join(_encode(json.dumps(row, ensure_ascii=False) + "\n") for row in rows))
+    file.write(b"".join(_encode(json.dumps(row, ensure_ascii=False)) for row in rows))
     file.flush()
     os.fsync(file.fileno())
 

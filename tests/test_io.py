@@ -53,7 +53,7 @@ def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pyt
     synced: list[tuple[str, bool]] = []
     path = tmp_path / "file"
     monkeypatch.setattr(io, "sync", lambda it: synced.append((it.name, path.exists())))
-    io.write_durably(path, b"content")
+    io.write_json(path, "content")
     assert synced == [("file.part", False), (tmp_path.name, True)]
 
 
