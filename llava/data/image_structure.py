@@ -207,21 +207,22 @@ def _skip_blocks(data: bytes, at: int) -> int:
 
 
 def _walk_webp(data: bytes, limits: MediaLimits) -> Animation | None:
+    """WebP, RFC 9649: a RIFF file, whose chunks have a kind, a length and data filled up to an even number."""
     limits.check_picture(*_webp_size(data))
     size = struct.unpack_from("<I", data, 4)[0] + 8
     if size > len(data):
         raise _cut_off()
     seconds: list[float] = []
     for kind, body, end in _riff_chunks(data, 12, size):
-        if kind in (b"VP8 ", b"VP8L"):
-            _check_webp_zeros(kind, data[body:end], limits)
-        elif kind == b"ANMF":
+        chunks = iter([(kind, body, end)])
+        if kind == b"ANMF":  # a frame: its place, size, time and flags in 16 bytes, then chunks of its own
             milliseconds = int.from_bytes(data[body + 12 : body + 15], "little")
             seconds.append(milliseconds / 1000 or _NO_DELAY)
             limits.check_length(len(seconds))
-            for inner, start, stop in _riff_chunks(data, body + 16, end):
-                if inner in (b"VP8 ", b"VP8L"):
-                    _check_webp_zeros(inner, data[start:stop], limits)
+            chunks = _riff_chunks(data, body + 16, end)
+        for inner, start, stop in chunks:
+            if inner in (b"VP8 ", b"VP8L"):
+                _check_webp_zeros(inner, data[start:stop], limits)
     return Animation(tuple(seconds)) if len(seconds) > 1 else None
 
 
@@ -255,14 +256,12 @@ def _check_webp_zeros(kind: bytes, body: bytes, limits: MediaLimits) -> None:
     Where nothing changes, zeros may be right, and many thousands of them. Then all of the data are needed to the last
     bytes; behind zeros that are not its own, a decoder is through too early, or runs out of data.
     """
-    if _ZEROS in body and _is_decoded(kind, body[:-_WEBP_NEEDED], limits):
-        raise _zero_filled()
-
-
-def _is_decoded(kind: bytes, body: bytes, limits: MediaLimits) -> bool:
-    """Whether the data of a frame of a WebP make up a picture."""
     from PIL import Image
 
+    if _ZEROS not in body:
+        return
+    # A file of this frame alone, without its last bytes.
+    body = body[:-_WEBP_NEEDED]
     chunk = struct.pack("<4sI", kind, len(body)) + body + bytes(len(body) % 2)
     data = struct.pack("<4sI4s", b"RIFF", 4 + len(chunk), b"WEBP") + chunk
     limits.check_picture(*_webp_size(data))
@@ -270,8 +269,8 @@ def _is_decoded(kind: bytes, body: bytes, limits: MediaLimits) -> bool:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, ValueError, RuntimeError):
-        return False
-    return True
+        return
+    raise _zero_filled()
 
 
 def _walk_jpeg(data: bytes) -> None:
@@ -306,7 +305,7 @@ def _walk_jpeg(data: bytes) -> None:
 
 
 def _first_symbols(tables: bytes) -> dict[int, int]:
-    """The first symbol of each Huffman table of a segment."""
+    """The first symbol of each Huffman table of a segment (B.2.4.2): class and number, sixteen counts, symbols."""
     found, at = {}, 0
     while at + 17 < len(tables):
         found[tables[at]] = tables[at + 17]
@@ -315,7 +314,11 @@ def _first_symbols(tables: bytes) -> dict[int, int]:
 
 
 def _zeros_are_flat(scan: bytes, first_symbols: dict[int, int]) -> bool:
-    """Whether zeros in a scan say that nothing changes: no difference, and no more of the block."""
+    """Whether zeros in a scan say that nothing changes: no difference, and no more of the block.
+
+    The header of a scan (B.2.3) has the tables of each component, and which coefficients it holds: 0 is the mean of a
+    block (tables of class 0), others its details (class 1).
+    """
     selectors = scan[2 : 1 + 2 * scan[0] : 2]
     tables = {selector >> 4 for selector in selectors} | {0x10 | selector & 15 for selector in selectors}
     low, high = scan[1 + 2 * scan[0]], scan[2 + 2 * scan[0]]
