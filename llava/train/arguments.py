@@ -385,10 +385,8 @@ class TrainingArguments(transformers.TrainingArguments):
         parts = (*PARTS, COORDINATES_PART)
         return {part: rate if (rate := own.get(part)) is not None else self.learning_rate for part in parts}
 
-    def quantization(self) -> Quantization | None:
-        """How ``--bits`` and its companions hold the frozen weights; None for as they come."""
-        if self.bits == 16:
-            return None
+    def quantization(self) -> Quantization:
+        """How ``--bits`` 8 or 4 and its companions hold the frozen weights."""
         compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
         return Quantization(self.bits, self.quant_type, self.double_quant, compute, self.device)
 

@@ -191,7 +191,7 @@ def _recipe_words(path: Path, parser: CommandParser) -> list[str]:
     return words
 
 
-def _as_word(value: Any) -> str:
+def _as_word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -17,7 +17,6 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
-from transformers.trainer_utils import SchedulerType
 
 from llava.messages import shorten, shorten_text
 
@@ -307,11 +306,11 @@ def _check_schedule(args: TrainingArguments) -> None:
     kind = args.lr_scheduler_type
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
     try:
-        schedule: Any = get_scheduler(kind, optimizer, warmup, steps, settings)
-        if kind not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            for function in schedule.lr_lambdas:
-                for step in (0, warmup, (warmup + steps) // 2, steps):
-                    float(function(step))
+        schedule = get_scheduler(kind, optimizer, warmup, steps, settings)
+        # Those that follow the loss (reduce_lr_on_plateau, greedy) have no function of the step to try.
+        for function in getattr(schedule, "lr_lambdas", ()):
+            for step in (0, warmup, (warmup + steps) // 2, steps):
+                float(function(step))
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
             f"--lr_scheduler_type {getattr(kind, 'value', kind)} cannot be made with --lr_scheduler_kwargs {settings}: "

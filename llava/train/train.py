@@ -237,7 +237,7 @@ def load_from_arguments(
         if adapters := find_adapters(path, training_args):
             path, base = adapters, path
         of_training["attn_implementation"] = training_args.attn_implementation
-        of_training["quantization"] = training_args.quantization()
+        of_training["quantization"] = None if training_args.bits == 16 else training_args.quantization()
     loaded = load_model(
         path,
         model_base=base,

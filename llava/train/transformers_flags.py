@@ -320,7 +320,7 @@ def check_spelling(args: TrainingArguments) -> None:
         _check_choice(name, [getattr(args, name)], kind)
     for name in ("fsdp", "fsdp_config"):  # which transformers announces in the environment as it reads them
         _check_refusals(args, name)
-    debug: Any = args.debug
+    debug = args.debug
     _check_choice("debug", debug.split() if isinstance(debug, str) else debug or [], DebugOption)
     for name in (*_SETTINGS, *_FILES):
         value = getattr(args, name, None)
