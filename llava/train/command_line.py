@@ -71,7 +71,7 @@ Group = TypeVar("Group")
 
 def answer_at_once(words: Sequence[str]) -> int | None:
     """For a command line that asks for help or has an unknown flag: answer it, and give the exit status."""
-    if "--" in words:
+    if "--" in words:  # What follows is no flag: left to the parser.
         return None
     if any(word in ("-h", "--help") for word in words):
         print(_help_parser().format_help(), end="")
@@ -134,6 +134,7 @@ def build_parser(optional: Sequence[str] = ()) -> CommandParser:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
     groups: Any = (ModelArguments, DataArguments, TrainingArguments)
+    # transformers makes argparse actions of the fields; as a parent it gives them to our parser, with our errors.
     flags = HfArgumentParser(groups, add_help=False)
     parser = CommandParser(prog=PROGRAM, description=DESCRIPTION, parents=[flags], may_be_empty=MAY_BE_EMPTY)
     parser.add_argument("--config", help=CONFIG_HELP)
@@ -309,7 +310,15 @@ def _help_parser() -> CommandParser:
 
 
 class _Source:
-    """A module as its source has it: enough of it to read the fields of its dataclasses."""
+    """A module as its source has it: enough of it to read the fields of its dataclasses.
+
+    A flag is one of these::
+
+        mm_slow_frames: int | None = kept(VisionConfig.slow_frames)    None; help and default are the setting's
+        max_image_bytes: int = MediaLimits.max_image_bytes             the setting's default and help
+        stage: str = CONTENT                                           with its help as the docstring below
+        seed: int = field(default=42, metadata={"help": "..."})        as transformers writes them
+    """
 
     def __init__(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
@@ -351,7 +360,7 @@ class _Source:
         name, value = ast.unparse(node.target), node.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
             given = {keyword.arg: keyword.value for keyword in value.keywords}
-            if "init" in given:
+            if "init" in given:  # No flag: field(init=False) is set in __post_init__.
                 return None
             value = given.get("default")
             if isinstance(metadata := given.get("metadata"), ast.Dict):

@@ -53,6 +53,7 @@ def _check_precision(args: TrainingArguments) -> None:
     if args.fp16_full_eval and args.bf16_full_eval:
         raise ValueError("--fp16_full_eval and --bf16_full_eval are both true; choose one")
     on_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # fp16 needs a scaled loss, which accelerate has for GPUs alone; bf16 needs none.
     half = next((name for name in ("fp16", "fp16_full_eval") if getattr(args, name)), None)
     if half is not None and on_cpu:
         raise ValueError(
@@ -93,6 +94,7 @@ def _check_trackers(report_to: str | Sequence[str] | None) -> None:
             raise ValueError(f"--report_to is {shorten(name)}; {hint}: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
         if name in get_available_reporting_integrations():
             continue
+        # Not every integration tells whether its package is there; making its callback does.
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
@@ -300,6 +302,7 @@ def _check_schedule(args: TrainingArguments) -> None:
     The schedule is made and asked for rates along a run of as many steps; only for runs whose number of steps is
     not known yet (``--num_train_epochs``) it is one of 100,000.
     """
+    # Wrong settings show when a schedule is made or, for some, when its function is first called, hours later.
     steps = args.max_steps if args.max_steps > 0 else 100_000
     warmup = args.get_warmup_steps(steps)
     settings: Any = args.lr_scheduler_kwargs or {}  # transformers has read the text that a command line gives.

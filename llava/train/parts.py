@@ -28,6 +28,7 @@ _MODULE_PARTS = {
 
 def part_of(parameter_name: str) -> str:
     """The part that a parameter belongs to: what is in none of the others is the language model."""
+    # By whole components of the name, not by substrings: a backbone's layer may be called vision_tower_something.
     for component in parameter_name.split("."):
         if component in _MODULE_PARTS:
             return _MODULE_PARTS[component]
@@ -87,7 +88,7 @@ def set_trainable_parts(
     if tower is not None and "mm_vision_tower" in tunable_parts:
         tower.freeze_unused()
         model.keep_trained_tower()
-    # A tower whose weights join the checkpoint keeps them as they came.
+    # A tower whose weights join the checkpoint keeps them as they came: they would be stored rounded.
     is_apart = model.vision is not None and not model.vision.save_vision_tower
     if half is not None and is_apart and tower is not None and not tower.trainable:
         tower.to(half)
@@ -111,6 +112,7 @@ def balance_experts(model: LlavaMetaForCausalLM, weight: float | None) -> None:
             raise ValueError(f"--router_aux_loss_coef is {weight}, but {model.config.model_type} has no experts")
         return
     model.config.router_aux_loss_coef = own if weight is None else weight
+    # Without the routers' logits no backbone computes that loss.
     model.config.output_router_logits = model.config.router_aux_loss_coef > 0
 
 
@@ -130,6 +132,7 @@ def parameter_groups(
     groups: dict[tuple[str, str | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # By module too: a group whose module saw no media in a step sits that step out (model/grad_sync.py).
             key = (part_of(name), vision_module_of(name), parameter.ndim >= 2)
             groups.setdefault(key, []).append(parameter)
     return [
@@ -186,6 +189,7 @@ def put_in_force(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, setti
         group.update({name: value for name, value in own.items() if name != "lr"})
     if not hasattr(scheduler, "lr_lambdas"):
         return  # It sets the rate from what it has seen, not from the step.
+    # The rate of a step is the base rate times a function of the step: a new --learning_rate counts at once.
     scheduler.base_lrs = [own["initial_lr"] for own in settings]
     scheduler._last_lr = [
         base * factor(scheduler.last_epoch)
@@ -202,7 +206,7 @@ def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
     for name, parameter in model.named_parameters():
         part = part_of(name)
         total[part] = total.get(part, 0) + count_weights(parameter)
-        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
+        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad  # True counts as 1
     lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]
     for part in (part for part in (*PARTS, COORDINATES_PART) if part in total):
         rate = f"{learning_rates[part]:g}" if trainable[part] else "frozen"

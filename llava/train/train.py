@@ -232,10 +232,10 @@ def load_from_arguments(
             or write a whole model.
     """
     path, base = model_args.model_name_or_path, None
-    of_training: dict[str, Any] = {}
+    of_training: dict[str, Any] = {}  # what only a run asks of load_model
     if training_args is not None:
         if adapters := find_adapters(path, training_args):
-            path, base = adapters, path
+            path, base = adapters, path  # load_model reads the base first, then the adapters.
         of_training["attn_implementation"] = training_args.attn_implementation
         of_training["quantization"] = None if training_args.bits == 16 else training_args.quantization()
     loaded = load_model(

@@ -99,6 +99,7 @@ def _asks_of_accelerator(asked: Any, args: object) -> bool:
 _NO_WORKERS = "there are no workers; give --dataloader_num_workers"
 _NO_EVALUATION = "nothing is evaluated, so nothing is best; give --eval_strategy"
 
+# Enums of transformers are texts too, so that "no" compares to --eval_strategy without importing them.
 TOPICS: dict[str, dict[str, Flag]] = {
     "steps and order": {
         "output_dir": _works("folder of checkpoints and of the model"),
@@ -318,7 +319,8 @@ def check_spelling(args: TrainingArguments) -> None:
     }
     for name, kind in choices.items():
         _check_choice(name, [getattr(args, name)], kind)
-    for name in ("fsdp", "fsdp_config"):  # which transformers announces in the environment as it reads them
+    # Refused before all others: transformers announces FSDP in the environment as it reads these.
+    for name in ("fsdp", "fsdp_config"):
         _check_refusals(args, name)
     debug = args.debug
     _check_choice("debug", debug.split() if isinstance(debug, str) else debug or [], DebugOption)
