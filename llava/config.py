@@ -6,7 +6,7 @@ Each is validated once, as it is made, and written to and read from ``config.jso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -14,7 +14,8 @@ from typing import Any
 
 from llava.constants import AXES, VISUAL_TOKENS, Axis
 from llava.geometry import DEFAULT_PINPOINTS, FLAT, AnyRes, Letterbox
-from llava.token_layout import ProjectorSettings, ResamplerSettings, TokenLayout, build_layout, own_settings
+from llava.registry import PartSettings
+from llava.token_layout import ProjectorSettings, ResamplerSettings, TokenLayout, build_layout
 from llava.types import MediaKind
 
 LAPE, PLACEHOLDER, NO_GROUNDING = "lape", "placeholder", "none"
@@ -146,8 +147,8 @@ class VisionConfig:
             "projector": layout.projector,
             "resampler": layout.resampler,
             # With all defaults filled in: a plug-in may change them later, and a checkpoint keeps its own.
-            "projector_args": own_settings(layout.projector, settings),
-            "resampler_args": {} if layout.resampler is None else own_settings(layout.resampler, settings),
+            "projector_args": _own_settings(layout.projector, settings),
+            "resampler_args": {} if layout.resampler is None else _own_settings(layout.resampler, settings),
             "letterbox": partial(Letterbox.fit, side=self.image_size, pad=pad, resize=self.image_resize_size),
             "is_bounded": self.frames_upbound > 0 or not self.video_fps,
             "max_frames": (self.frames_upbound or _UNBOUNDED_FRAMES) if self.video_fps > 0 else self.num_frames,
@@ -198,6 +199,11 @@ class VisionConfig:
             if not entries[name]:
                 del entries[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+
+
+def _own_settings(part: PartSettings, settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that a part has beside those of the whole model."""
+    return {item.name: getattr(part, item.name) for item in fields(part) if item.name not in settings}
 
 
 _GROUNDING_ENTRIES = {

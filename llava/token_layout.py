@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from llava.constants import (
@@ -232,11 +232,6 @@ def _build_anyres(settings: Mapping[str, Any], layout: TokenLayout) -> AnyRes | 
         return None
     view_tokens = sum(layout.count_tokens("image"))
     return AnyRes(settings["image_size"], layout.grid_side, view_tokens, grids, merge_type, max_tiles)
-
-
-def own_settings(part: PartSettings, settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that a part has beside those of the whole model."""
-    return {item.name: getattr(part, item.name) for item in fields(part) if item.name not in settings}
 
 
 # The library's own projectors and resamplers. Each of their fields is a field, and so a flag, of ``VisionConfig``.

@@ -113,7 +113,8 @@ def fails(*more):
     except ValueError as error:
         return str(error)
 
-main([*words, *stride, "--max_steps", "2", "--save_steps", "1", "--output_dir", trained])
+open("recipe.yaml", "w").write("mm_resampler_args:\\n  stride: 2\\n")
+main([*words, "--config", "recipe.yaml", "--max_steps", "2", "--save_steps", "1", "--output_dir", trained])
 main([*words, *stride, "--max_steps", "3", "--output_dir", trained, "--resume_from_checkpoint", "auto"])
 print(fails("--max_steps", "4", "--output_dir", trained, "--resume_from_checkpoint", "auto"))
 print(fails("--output_dir", "other", "--mm_resampler_args", '{"rows": 2}'))
