@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
-from functools import cache as memoize
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,7 +20,6 @@ LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
 
 
-@memoize
 def cache_name() -> str:
     """What the installed transformers calls a decoder's cache: ``cache``, or ``past_key_values`` before 5.24.
 
@@ -31,16 +29,6 @@ def cache_name() -> str:
 
     names = {field.name for field in fields(BaseModelOutputWithPast)}
     return "cache" if "cache" in names else "past_key_values"
-
-
-def cache_argument(cache: Any) -> dict[str, Any]:
-    """A cache under the name that the installed transformers gives it, for a call or an output."""
-    return {cache_name(): cache}
-
-
-def cache_of(outputs: Any) -> Any:
-    """The cache of a decoder's output, None without one."""
-    return getattr(outputs, cache_name())
 
 
 def has_adapters(model: Any) -> bool:

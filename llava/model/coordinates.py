@@ -122,6 +122,7 @@ class CoordinateTables(nn.Module):
 
     def forward(self) -> CoordinateEmbeddings:
         """All tables for one step; every gradient is shared with neighbours."""
+        # Below one another in the order of AXES, which is also that of the bins' ids.
         inputs = [propagate(self.get_parameter(f"{name}_input")) for name in ("temporal", "height", "width")]
         outputs = [propagate(self.get_parameter(f"{name}_output")) for name in ("temporal", "height", "width")]
         return CoordinateEmbeddings(self.grounding, torch.cat(inputs), torch.cat(outputs))
@@ -157,11 +158,11 @@ def find_coordinate_tokens(
     if len(given) != len(input_ids):
         raise ValueError(f"variables has {len(given)} entries for a batch of {len(input_ids)}; pass one for each row")
     kinds = torch.tensor([grounding.token_ids[placeholder] for placeholder in LOCATIONS], device=input_ids.device)
-    matches = input_ids == kinds[:, None, None]  # (kinds, batch, length)
+    matches = input_ids == kinds[:, None, None]  # (kinds of placeholders, batch, length)
     counts = matches.sum(-1).tolist()  # The one wait for the device.
     flat, is_bin = input_ids.flatten(), (input_ids >= grounding.first_bin).flatten()
     positions = [is_bin.nonzero().squeeze(1)]
-    bins = flat[positions[0]] - grounding.first_bin
+    bins = flat[positions[0]] - grounding.first_bin  # a bin lies exactly on itself
     places = [BinPosition(bins, bins, torch.zeros(len(bins), device=bins.device))]
     for (placeholder, name), by_sample, match in zip(LOCATIONS.items(), counts, matches, strict=True):
         if not any(by_sample):
@@ -289,6 +290,7 @@ def _expectation(bins: Tensor, scores: Tensor) -> Tensor:
     """The expected position (...) over ``bins`` (...) and their neighbours, by scores (..., bins of the axis)."""
     last = scores.shape[-1] - 1
     near = bins.unsqueeze(-1) + torch.tensor([-1, 0, 1], device=bins.device)  # (..., 3)
+    # The first and the last bin have one neighbour.
     inside = (near >= 0) & (near <= last)
     near_scores = scores.gather(-1, near.clamp(0, last)).masked_fill(~inside, float("-inf"))
     return (near_scores.softmax(-1) * near).sum(-1) / last

@@ -75,6 +75,7 @@ class MultimodalGeneration(_LanguageModel):
             visual = vision.visual_token_ids
             if images is None and input_ids is not None and torch.isin(input_ids, input_ids.new_tensor(visual)).any():
                 raise ValueError("the prompt has places for images or videos, but no images were given")
+            # Never produced: visual positions need media, placeholders need coordinates that a prompt gives.
             placeholders = [] if grounding is None else grounding.filled_token_ids
             settings = kwargs.get("generation_config") or self.generation_config
             suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
@@ -125,6 +126,7 @@ class MultimodalGeneration(_LanguageModel):
         step_ids = model_inputs.get("input_ids")
         # With a cache, steps behind the first hold the newest token alone, and need no prompt.
         if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:
+            # (batch, prompt, width) and (batch, new, width): bins that were generated have no ids in the embeddings.
             generated = self._embed_generated(input_ids[:, prompt_embeds.shape[1] :])
             model_inputs["inputs_embeds"] = torch.cat([prompt_embeds, generated.to(prompt_embeds.dtype)], dim=1)
             model_inputs["input_ids"] = None
@@ -233,6 +235,7 @@ def _is_bin(grounding: GroundingConfig) -> Tensor:
 
 def _kinds_of_tokens(brackets: dict[int, str], grounding: GroundingConfig) -> Tensor:
     """The kind of each token as one that others follow, (vocabulary,)."""
+    # One table over the whole vocabulary: in a step of generation it is a single lookup on the device.
     kinds = torch.full((_size(grounding),), _OTHER)
     for i, text in brackets.items():
         kinds[i] = _KINDS.get(text[-1], _OTHER)

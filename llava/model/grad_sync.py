@@ -34,7 +34,7 @@ class _AllTrained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        own = gradients[1:]
+        own = gradients[1:]  # The first is the anchor's, which holds nothing.
         for name, gradient in zip(ctx.names, own, strict=True):
             if gradient is not None:
                 ctx.used.add(vision_module_of(name))
@@ -69,6 +69,7 @@ def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
     Returns:
         What ``encode_media`` gives and, last, an empty (0, width) tensor that ties all trained vision parameters in.
     """
+    # Frozen modules stay out: nobody waits for a gradient of theirs.
     width = decoder.get_input_embeddings().embedding_dim
     trained = {name: parameter for name, parameter in decoder.named_parameters() if _is_trained(name, parameter)}
     if not trained:
@@ -111,8 +112,9 @@ class UnusedVisionModules(TrainerCallback):
 
         ZeRO steps group by group, with flat shares of the parameters in the groups.
         """
-        if self._moving is None:
+        if self._moving is None:  # Once a step: ZeRO comes here for each group, and ranks must agree as often.
             self._moving = self._agree() if is_distributed() else _modules_with_gradients(optimizer)
+        # No gradient at all is the one way to tell AdamW to leave a parameter alone, its step count and decay included.
         for group in optimizer.param_groups:
             module = group["vision_module"]
             for parameter in group["params"] if module is not None else ():
@@ -123,6 +125,7 @@ class UnusedVisionModules(TrainerCallback):
 
     def _agree(self) -> set[str]:
         """The modules that were used on any rank."""
+        # A rank's own backward pass knows its own media alone; the maximum is whether any rank had some.
         flags = torch.tensor([module in self.used for module in VISION_MODULES], dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         return {module for module, flag in zip(VISION_MODULES, flags.tolist(), strict=True) if flag}

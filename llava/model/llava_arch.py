@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -44,7 +45,7 @@ from llava.model.coordinates import (
     two_hot_targets,
 )
 from llava.model.generation import MultimodalGeneration
-from llava.model.grad_sync import encode_in_step, is_distributed
+from llava.model.grad_sync import encode_in_step
 from llava.model.lora import has_adapters, save_adapters
 from llava.model.loss import add_balance_loss, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
@@ -58,7 +59,8 @@ if TYPE_CHECKING:  # What the mixin for a decoder is mixed into; at run time eac
 else:
     _Decoder = object
 
-_CACHE = cache_name()
+CACHE = cache_name()
+"""What the installed transformers calls a decoder's cache, as an argument and in outputs."""
 
 
 def choose_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -262,7 +264,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         balances = output_router_logits
         if balances is None:
             balances = getattr(self.config, "output_router_logits", False)
-        kwargs |= {_CACHE: choose_cache(cache, past_key_values), **({"output_router_logits": True} if balances else {})}
+        kwargs |= {CACHE: choose_cache(cache, past_key_values), **({"output_router_logits": True} if balances else {})}
         outputs = self.get_model()(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -278,7 +280,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         logits = None
         if targets is None or return_logits:
             logits = head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])  # (batch, kept, vocabulary)
-        others = {name: getattr(outputs, name) for name in (_CACHE, "hidden_states", "attentions")}
+        others = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
         result: Any = CausalLMOutputWithPast(loss=loss, logits=logits, **others)
         if balances:
             of_experts = (outputs.router_logits, self.config, attention_mask)
@@ -352,7 +354,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             embeddings = embed_tokens(input_ids, embed, tables, tokens)  # (batch, length, width)
         else:
             embeddings = embed(input_ids)
-        return splice(input_ids, embeddings, features, vision.visual_token_ids)
+        # Without ids, which load_model adds to the vocabulary, the property says so.
+        visual = list(vision.token_ids.values()) or vision.visual_token_ids
+        return splice(input_ids, embeddings, features, visual)
 
     def decoder_inputs(self, input_ids: Tensor | None) -> dict[str, Tensor]:
         """What a decoder takes beside the embeddings of a batch with media; most take nothing."""
@@ -360,7 +364,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
 
     def _is_rank(self) -> bool:
         """Whether this process is one of a group, whose other ranks may hold other modalities."""
-        return is_distributed()
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
     # --- checkpoints: a frozen tower is kept out of them, and found again by its source and its hash
 

@@ -186,6 +186,7 @@ def find_weights(name_or_path: str, model_base: str | None = None) -> str:
                 "(no adapter_config.json); leave the flag out"
             )
         return name_or_path
+    # The folder says where its base model was; on another machine it may be somewhere else.
     base = model_base or read_base(name_or_path)
     try:
         read_config(base, "--model_base")
@@ -265,6 +266,7 @@ def choose_device(name: str | None, flag: str = "--device") -> torch.device:
         found = torch.cuda.device_count()
         built = "" if torch.version.cuda else ", and this torch was built without CUDA"
         raise ValueError(f"{flag} is {shorten(name)}, but {found or 'no'} GPUs can be seen{built}; give cpu")
+    # A device of this name there is; whether it works (a driver, memory) shows when something is put on it.
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -321,6 +323,7 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
     if vision is None and tower is None:
         return None
     if vision is None:
+        # A plain language model gets a tower: its own files say side, grid and statistics.
         assert tower is not None
         source = os.path.abspath(tower) if os.path.isdir(tower) else tower
         return VisionConfig(vision_tower=source, **{**vars(describe_tower(tower)), **given})
@@ -348,6 +351,7 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
 
 def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
     """Names of the new parameters; anything but vision modules missing or left over is an error."""
+    # Vision modules may be new to a checkpoint, words and layers may not; nothing of it may be left over.
     missing = sorted(info["missing_keys"])
     foreign = [name for name in missing if not is_added(name)]
     unexpected = sorted(info["unexpected_keys"])
@@ -386,6 +390,7 @@ def _drop_unused_sampling(config: GenerationConfig, source: str) -> None:
     """
     if _can_be_saved(config):
         return
+    # Back to transformers' own defaults, but only if that is what makes the configuration one that can be saved.
     unused = [] if config.do_sample else [name for name in _SAMPLING if hasattr(config, name)]
     unused += [name for name in _BEAMS if (config.num_beams or 1) == 1]
     fresh = GenerationConfig()

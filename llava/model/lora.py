@@ -152,8 +152,8 @@ def save_adapters(model: MultimodalGeneration, folder: str, state: Mapping[str, 
         save_file(stored, Path(folder, file), metadata={"format": "pt"})
 
     adapter_config = copy.copy(_adapter_config(model))
-    adapter_config.inference_mode = True
-    if not isinstance(adapter_config.target_modules, str):
+    adapter_config.inference_mode = True  # As peft stores it: whoever loads it to train says so.
+    if not isinstance(adapter_config.target_modules, str):  # A set, whose order would differ from save to save.
         adapter_config.target_modules = sorted(adapter_config.target_modules)
     adapter_config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
@@ -205,6 +205,7 @@ def merge_adapters(model: MultimodalGeneration) -> None:
         raise ValueError("adapters cannot be merged into quantised weights; load the model without --bits")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # W + (alpha / rank) A B in place of W; a list, as the modules are replaced while it is gone through.
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)

@@ -101,7 +101,7 @@ def _other_linear_layers(model_class: type[MultimodalGeneration], config: Pretra
     # For the names of its layers alone: no memory, no random numbers.
     with torch.device("meta"), no_init_weights():
         skeleton = model_class(config)
-    quantized = set(find_linear_layers(skeleton))
+    quantized = set(find_linear_layers(skeleton))  # bitsandbytes would take every other one too, the tower's included
     linear = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return sorted(linear - quantized)
 

@@ -92,7 +92,7 @@ def copy_parameters(model: PreTrainedModel, backbone: str) -> TransferReport:
             if tensor is None:
                 tensors.append(TensorReport(name, tuple(parameter.shape), "new"))
                 continue
-            fits = tensor.shape == parameter.shape
+            fits = tensor.shape == parameter.shape  # Another vocabulary or width: left as it is, and reported.
             if fits:
                 parameter.copy_(tensor)
             status: Status = "copied" if fits else "shape mismatch"
@@ -201,6 +201,7 @@ def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     translated: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         parts = name.split(".")
+        # Names begin with whatever holds the decoder there: model., base_model.model.model., module. ...
         start = next((i for i, part in enumerate(parts) if part in _MODULES), None)
         if start is None:
             continue

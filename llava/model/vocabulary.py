@@ -83,6 +83,7 @@ def check_vocabulary(
             f"the tokenizer of {path!r} has {num_tokens} tokens{also}, but the model has embeddings for "
             f"{vocab_size}; {remedy}"
         )
+    # A tokenizer that leaves many embeddings unused may be another model's: its special tokens tell.
     if num_tokens < _FEWEST_USED * vocab_size:
         message = f"the tokenizer of {path!r} has {num_tokens} tokens, but the model has embeddings for {vocab_size}"
         own = {name: (special_ids or {}).get(name) for name in ("eos_token_id", "bos_token_id")}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Pret
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-from llava.compat import OwnAttention, cache_argument, cache_of
+from llava.compat import OwnAttention
 from llava.model.backbones import VARIANTS, variant_type
-from llava.model.llava_arch import LlavaMetaForCausalLM, choose_cache
+from llava.model.llava_arch import CACHE, LlavaMetaForCausalLM, choose_cache
 from llava.model.visual import VISION_MODULES
 
 if TYPE_CHECKING:  # What the mixins are mixed into; at run time each backbone brings its own.
@@ -122,9 +122,9 @@ class AlternatingModel(AlternatingAttention, _Decoder):
             else:
                 attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, cache, forbidden)
         outputs = super().forward(
-            attention_mask=attention_mask, inputs_embeds=inputs_embeds, **cache_argument(cache), **kwargs
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
-        if (filled := cache_of(outputs)) is not None:
+        if (filled := getattr(outputs, CACHE)) is not None:
             # The next step's tokens have to know which of those before them were visual.
             filled.modality_ids = modality_ids
         return outputs
@@ -235,9 +235,8 @@ def _pack_masks(
     forbidden: Tensor,
 ) -> Tensor:
     """Both masks as one bool (batch, 2, queries, keys), true where a key is hidden: causal, and restricted."""
-    added: Any = create_causal_mask(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **cache_argument(cache)
-    )
+    given: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
+    added = cast(Tensor, create_causal_mask(config=config, **given))  # 0 where seen, else the lowest number
     causal = added.to(torch.bool)  # (batch, 1, queries, keys)
     return torch.cat([causal, causal | forbidden], dim=1)
 

@@ -63,6 +63,7 @@ def make_classifiers(backbone: type[LlavaMetaForCausalLM]) -> list[type[Any]]:
     plain = plain_class(backbone.decoder_class)
     classifiers = []
     for ending, generic in _GENERIC.items():
+        # transformers' own classifier of the family where it has one, else its general one on the family's base class.
         own = getattr(transformers, plain.__name__.removesuffix("Model") + ending, None)
         bases = (generic, plain.__mro__[1]) if own is None else (own,)
         attributes = {

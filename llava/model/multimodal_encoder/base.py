@@ -82,7 +82,7 @@ class VisionTower(nn.Module, ABC):
         return next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> VisionTower:
-        super().train(mode and self.trainable)
+        super().train(mode and self.trainable)  # No dropout or stochastic depth in a frozen tower.
         return self
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -138,6 +138,7 @@ class HuggingFaceTower(VisionTower):
                 f"{error}. Give the folder that has its weights with --vision_tower; a checkpoint written with "
                 "--save_vision_tower holds them itself."
             ) from error
+        # In the stored dtype, so that the hash is that of the files whatever precision the model around it has.
         model_class: Any = type(self.vision_tower)
         config = copy.deepcopy(self.vision_tower.config)
         try:
@@ -239,6 +240,7 @@ def read_image_format(source: str, mean: Sequence[float], std: Sequence[float]) 
     except (OSError, ValueError):
         processor = {}
     size = processor.get("size")
+    # Two ways to a square: the picture stretched to "size", or its shorter side, and the centre cut to "crop_size".
     crop = processor.get("crop_size") if processor.get("do_center_crop") else None
     height, width = _height_and_width(crop or size)
     if height != width or (size and height is None):
@@ -246,7 +248,7 @@ def read_image_format(source: str, mean: Sequence[float], std: Sequence[float]) 
             f"--vision_tower {source!r} wants images of {height} x {width} pixels; only squares are supported: "
             "set one side for height and width in its preprocessor_config.json"
         )
-    if processor.get("do_normalize") is False:
+    if processor.get("do_normalize") is False:  # Pixels stay in [0, 1].
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return ImageFormat(
         side=height,

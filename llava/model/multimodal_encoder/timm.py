@@ -53,6 +53,7 @@ class TimmTower(HuggingFaceTower):
     def build_model(self, config: PretrainedConfig) -> PreTrainedModel:
         require_timm()
         model: Any = AutoModel.from_config(config, trust_remote_code=False)
+        # Blocks behind the selected one, the norm and the head are taken away, as from transformers' own models.
         kept = count_layers(self.vision, len(model.timm_model.feature_info))
         model.timm_model.prune_intermediate_layers([kept - 1], prune_norm=True, prune_head=True)
         return model
