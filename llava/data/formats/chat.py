@@ -224,7 +224,7 @@ class PieceEncoder:
         self._prefix_ids = prefix_ids
         newline, letter, both = tokenizer([_NEWLINE, "a", _NEWLINE + "a"], add_special_tokens=False)["input_ids"]
         self._newline_ids = newline if both != newline + letter else []
-        self._breaks = _break_points([token for token in _plain_added_tokens(tokenizer) if token in markup])
+        self._breaks = _break_points(tokenizer, markup)
 
     def encode_start(self, text: str) -> list[int]:
         """Ids of the text that a sample begins with: exactly one beginning of text, where the tokenizer has that."""
@@ -242,7 +242,6 @@ class PieceEncoder:
             texts: any number, tokenised in one call.
             inside: for each whether text stands before it.
         """
-        # split_special_tokens spares tokens that are added but not special: break those that people typed.
         pieces = [self._breaks.split(text) if self._breaks else [text] for text in texts]
         flags = [within or i > 0 for of_text, within in zip(pieces, inside, strict=True) for i in range(len(of_text))]
         encoded = iter(self._encode([piece for of_text in pieces for piece in of_text], flags, typed=True))
@@ -272,13 +271,13 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _plain_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that were added without being declared special: splitting special ones leaves them whole."""
-    return [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and len(t.content.strip()) > 1]
+def _break_points(tokenizer: PreTrainedTokenizerBase, markup: str) -> re.Pattern[str] | None:
+    """Matches, with no width, behind the first character of each token of the markup that is added but not special.
 
-
-def _break_points(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches, with no width, behind the first character of each token in a text."""
+    ``split_special_tokens`` spares such tokens, so that one that people typed would become markup.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    tokens = [token for token in added if len(token.strip()) > 1 and token in markup]
     points = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
     return re.compile("|".join(points)) if points else None
 
