@@ -19,7 +19,6 @@ from llava.command import CommandParser
 from llava.data.files import count_samples, find_entries, read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.pretrained import read_config
-from llava.model.transfer import TransferReport
 from llava.train import preemption
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.callbacks import ThroughputCallback
@@ -101,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.inspect_weights:
         inspect_weights(values, loading)
     if not inspecting:
-        run(words, loading, own.throughput_log_steps)
+        trainer = build_trainer(words, **loading)
+        if own.throughput_log_steps is not None:
+            trainer.add_callback(ThroughputCallback(own.throughput_log_steps))
+        train(trainer)
     return 0
 
 
@@ -144,22 +146,10 @@ def inspect_weights(values: dict[str, Any], loading: dict[str, str | None]) -> N
     report = load_from_arguments(*arguments, None, **loading).transfer
     assert report is not None
     print(report)
-    write_manifest(report, values["output_dir"] or ".")
-
-
-def write_manifest(report: TransferReport, folder: str) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / MANIFEST
-    report.write(path)
-    print(f"every tensor: {path}")
-
-
-def run(words: Sequence[str], loading: dict[str, str | None], throughput_log_steps: int | None) -> None:
-    """Train."""
-    trainer = build_trainer(words, **loading)
-    if throughput_log_steps is not None:
-        trainer.add_callback(ThroughputCallback(throughput_log_steps))
-    train(trainer)
+    folder = Path(values["output_dir"] or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(folder / MANIFEST)
+    print(f"every tensor: {folder / MANIFEST}")
 
 
 if __name__ == "__main__":
