@@ -19,18 +19,13 @@ ON_BAD_SAMPLE = (ERROR, SKIP)
 
 @dataclass(frozen=True)
 class Media:
-    """An image or a video of a record: its kind and the resolved path of its file.
-
-    ``root`` is how many characters of the path name the folder that the file may not lie outside of,
-    links followed; 0 lets it lie anywhere. A clip that is given as its frames has the path of each in ``frames``
-    (``path`` is the first) and their ``fps``, 0 if it is not given.
-    """
+    """An image or a video of a record, not loaded yet."""
 
     kind: MediaKind
-    path: str
-    root: int = 0
-    frames: tuple[str, ...] = ()
-    fps: float = 0.0
+    path: str  # resolved; of a clip that is given as its frames, that of the first
+    root: int = 0  # characters of the path that name the folder which the file must lie in, links followed; 0: any
+    frames: tuple[str, ...] = ()  # the path of each frame, of a clip that is given as its frames
+    fps: float = 0.0  # of these frames; 0 where it is not given
 
 
 @dataclass(frozen=True)
@@ -43,10 +38,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The coordinates of a sample, each list in the order in which its placeholders stand in the text.
-
-    What a data file calls ``variables``.
-    """
+    """The coordinates of a sample, ``variables`` in a data file: each list in the order of its placeholders."""
 
     temporal_input_locations: tuple[float, ...] = ()
     temporal_output_locations: tuple[float, ...] = ()
@@ -74,23 +66,16 @@ NO_COORDINATES = Coordinates()
 
 @dataclass(frozen=True)
 class Record:
-    """One validated sample of a data file.
-
-    ``source`` names the file and the place in it ("captions.json, sample 12"), for error messages.
-    ``split`` is the first and last frame of the clip that the sample speaks of, or None. ``fault`` is
-    what is wrong with a bad sample, whose record has no turns and no media; None for a good one.
-    ``coordinates`` are in the picture that they speak of, as the data file has them. ``data_file`` is its full path,
-    which ``source`` alone may share with other files' names; "" where it is not known.
-    """
+    """One validated sample of a data file."""
 
     id: str
     turns: tuple[Turn, ...]
     media: tuple[Media, ...] = ()
-    source: str = ""
-    split: tuple[int, int] | None = None
-    fault: str | None = None
-    coordinates: Coordinates = NO_COORDINATES
-    data_file: str = field(default="", compare=False)
+    source: str = ""  # the file and the place in it, for errors: "captions.json, sample 12"
+    split: tuple[int, int] | None = None  # first and last frame of the part of the clip that is meant; None for all
+    fault: str | None = None  # what is wrong with a bad sample, which has no turns and no media
+    coordinates: Coordinates = NO_COORDINATES  # in the image or video, not yet in the tower's square
+    data_file: str = field(default="", compare=False)  # its full path: other files may have the name in source
 
     def __str__(self) -> str:
         return f"sample {self.id!r} ({self.source})" if self.source else f"sample {self.id!r}"
@@ -98,48 +83,36 @@ class Record:
 
 @dataclass(frozen=True)
 class VisualInput:
-    """Decoded media, ready for the tower.
-
-    ``frames`` is uint8, (frames, 3, side, side), one frame for an image, or the views of an anyres
-    image. ``original_size`` is (height, width) in pixels before resizing; ``times`` are the frames'
-    times in seconds from the first frame of a video, ``duration`` the seconds that all of it lasts.
-    """
+    """A decoded image or video, ready for the tower."""
 
     kind: MediaKind
-    frames: Tensor
-    original_size: tuple[int, int]
-    times: tuple[float, ...] = ()
-    duration: float = 0.0
+    frames: Tensor  # uint8 (frames, 3, side, side): one frame of an image, or its views with anyres
+    original_size: tuple[int, int]  # (height, width) in pixels, before resizing
+    times: tuple[float, ...] = ()  # of the frames, in seconds from the video's first
+    duration: float = 0.0  # seconds of the whole video
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample: equal-length ids and labels, its media in reading order, and coordinates in the square.
-
-    ``num_cut`` is how many tokens of its text were cut off, for which the context had no room.
-    """
+    """One tokenised sample."""
 
     id: str
     input_ids: list[int]
-    labels: list[int]
-    media: list[VisualInput] = field(default_factory=list)
-    coordinates: Coordinates = NO_COORDINATES
-    num_cut: int = 0
+    labels: list[int]  # as many as ids
+    media: list[VisualInput] = field(default_factory=list)  # in reading order
+    coordinates: Coordinates = NO_COORDINATES  # in the tower's square
+    num_cut: int = 0  # tokens of the text that were cut off, for which the context had no room
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used, in place of its ``Example``.
-
-    ``file`` is the image or video at fault, empty where no file is; ``reason`` is one line, without
-    the id, the source and the file. ``data_file`` is the full path of the data file, as in ``Record``.
-    """
+    """A sample that cannot be used, in place of its ``Example``."""
 
     id: str
-    source: str
-    file: str
-    reason: str
-    data_file: str = ""
+    source: str  # as in Record
+    file: str  # the image or video at fault; "" where no file is
+    reason: str  # one line, without id, source and file
+    data_file: str = ""  # as in Record
 
     @classmethod
     def from_error(cls, record: Record, error: ValueError) -> BadSample:
@@ -170,25 +143,17 @@ class BadSampleError(ValueError):
 
 
 class Batch(TypedDict, total=False):
-    """What the collator returns and, but for the last two, ``forward`` takes.
+    """What the collator returns and, but for the last three, ``forward`` takes; rows are samples."""
 
-    ``input_ids`` and ``labels`` are int64 (batch, length), ``attention_mask`` is int64 of the same
-    shape with ones exactly over each sample's own length. ``images`` holds one uint8
-    (frames, 3, side, side) tensor for each image or video, over the whole batch in reading order, ``modalities``
-    their kinds and ``image_sizes`` their original (height, width); the three are absent from a
-    batch without media. ``variables`` has the coordinates of each row, in the tower's square; it is absent
-    from a batch without any. ``sample_ids`` are the ids of the rows, none of an empty batch's one;
-    ``bad_samples``, absent where there are none, are those that got no row; ``num_cut``, absent where nothing was
-    cut, are the tokens that rows have lost. The trainer takes these three out.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor
-    images: list[Tensor]
+    input_ids: Tensor  # int64 (batch, length)
+    labels: Tensor  # int64 (batch, length)
+    attention_mask: Tensor  # int64 (batch, length), ones exactly over each sample's own length
+    # Three lists with an entry for each image or video of the batch, in reading order; absent without any.
+    images: list[Tensor]  # uint8 (frames, 3, side, side) each
     modalities: list[MediaKind]
-    image_sizes: list[tuple[int, int]]
-    variables: list[dict[str, list[float]]]
-    sample_ids: list[str]
-    bad_samples: list[BadSample]
-    num_cut: list[int]
+    image_sizes: list[tuple[int, int]]  # original (height, width)
+    variables: list[dict[str, list[float]]]  # coordinates of each row, in the tower's square; absent without any
+    # For the trainer, which takes them out.
+    sample_ids: list[str]  # of the rows; none for the one row of an empty batch
+    bad_samples: list[BadSample]  # those that have no row; absent without any
+    num_cut: list[int]  # tokens that each row has lost; absent where nothing was cut
