@@ -63,7 +63,7 @@ class BadSampleLog(TrainerCallback):
         if self.num_bad > self.max_share * self.num_seen:
             raise self._too_many()
 
-    def record(self, num_good: int, bad: Sequence[BadSample]) -> None:
+    def record(self, num_used: int, bad: Sequence[BadSample]) -> None:
         """Take in what every rank met in a step; all ranks call this together.
 
         Raises:
@@ -72,7 +72,7 @@ class BadSampleLog(TrainerCallback):
                 deviations above what the share makes likely: a few early ones end no run by chance.
         """
         # Summed over ranks before anything is decided, so that all of them end or none does.
-        counts = torch.tensor([num_good + len(bad), len(bad)], device=PartialState().device)
+        counts = torch.tensor([num_used + len(bad), len(bad)], device=PartialState().device)
         seen, num_bad = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
         self.num_seen += seen
         self.num_bad += num_bad

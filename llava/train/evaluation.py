@@ -86,7 +86,7 @@ class EvaluationMeter:
     """The mean loss over all tokens that an evaluation predicts, its samples, and the bad ones among them.
 
     However samples are split into batches and over ranks, the mean is the same; transformers' is one over batches,
-    where one without a good sample would count as a perfect zero.
+    where one without any usable sample would count as a perfect zero.
 
     Attributes:
         num_rows: samples in the newest batch of this rank; an empty batch has a row of padding all the same.

@@ -132,8 +132,8 @@ class LlavaTrainer(Trainer):
         """
         batches = list(islice(epoch_iterator, num_batches))
         if self.bad_sample_log is not None:
-            num_good = sum(len(batch["sample_ids"]) for batch in batches)
-            self.bad_sample_log.record(num_good, [bad for batch in batches for bad in batch.get("bad_samples", ())])
+            num_used = sum(len(batch["sample_ids"]) for batch in batches)
+            self.bad_sample_log.record(num_used, [bad for batch in batches for bad in batch.get("bad_samples", ())])
         if self.cut is None:
             self.cut = CutCounter(self.train_dataset)
         self.cut.add(batches)
