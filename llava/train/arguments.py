@@ -307,6 +307,9 @@ class TrainingArguments(transformers.TrainingArguments):
     others."""
     do_train: bool = True
     """Train; false evaluates the model as it is, with --do_eval (default true)."""
+    stop_on_bad_numbers: bool = True
+    """Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch in
+    OUTPUT_DIR/bad_step-N with the command that replays it (default true)."""
 
     # --- evaluation ---
     do_eval: bool | None = None  # type: ignore[assignment]
@@ -327,9 +330,6 @@ class TrainingArguments(transformers.TrainingArguments):
     resume_changed: bool = False
     """Go on from a checkpoint of another run: with another model, data or settings, which then count; or from one that
     does not say of which run it is."""
-    stop_on_bad_numbers: bool = True
-    """Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch in
-    OUTPUT_DIR/bad_step-N with the command that replays it (default true)."""
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -347,11 +347,6 @@ class TrainingArguments(transformers.TrainingArguments):
         self.do_eval = asked_to_evaluate
         check_flags(self)
         check_optimization(self)
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.n_gpu} GPUs; start one for each with torchrun --nproc_per_node {self.n_gpu} "
-                "-m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
-            )
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.
             self.logging_nan_inf_filter = False

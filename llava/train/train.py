@@ -155,7 +155,7 @@ def build_trainer(
     """
     model_args, data_args, training_args = parse_arguments(argv)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
-    check_places(model_args, data_args, training_args)
+    check_start(model_args, data_args, training_args)
     sources = {
         "model_name_or_path": model_args.model_name_or_path,
         "lora_weight_path": training_args.lora_weight_path,
@@ -196,8 +196,18 @@ def build_trainer(
     return trainer
 
 
-def check_places(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """A ValueError for a folder that is not there or cannot be written to; names of models become folders."""
+def check_start(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """See that a run can start where it is; names of models become folders.
+
+    Raises:
+        ValueError: one process would drive several GPUs, whose batches of media cannot be scattered, or a folder is
+            not there or cannot be written to.
+    """
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {training_args.n_gpu} GPUs; start one for each with "
+            f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
+        )
     check_output_folder(str(training_args.output_dir), "--output_dir")
     check_media_folders(data_args.image_folder, data_args.video_folder)
     model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")

@@ -143,6 +143,12 @@ def test_compiling_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_arguments([*REQUIRED, "--torch_compile", "true"])
 
 
+def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="one process sees 2 GPUs; start one for each with torchrun"):
+        build_trainer(REQUIRED)
+
+
 # Warm-up and schedules.
 
 
