@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 S = TypeVar("S", bound="PartSettings")
@@ -16,18 +16,26 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the parts are, in words for error messages ("projector", "resampler").
+        settings: where the settings of the parts are registered, if they have any; known without the parts.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, settings: Registry[Any] | None = None) -> None:
         self.kind = kind
+        self._settings = settings
         self._parts: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files a part under ``name``; a name taken already is a ValueError."""
+    def register(self, name: str, settings: type[PartSettings] | None = None) -> Callable[[T], T]:
+        """Decorator that files a part under ``name``; a name taken already is a ValueError.
+
+        ``settings`` are registered with it, of a part that has some (the library's own are in ``llava.token_layout``).
+        """
 
         def decorate(part: T) -> T:
             if name in self._parts:
                 raise ValueError(f"the {self.kind} {name!r} is registered twice")
+            if settings is not None:
+                assert self._settings is not None, f"a {self.kind} has no settings"
+                self._settings.register(name)(settings)
             self._parts[name] = part
             return part
 

@@ -235,7 +235,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler import Resampler, register_resampler
+from llava.model.multimodal_resampler import RESAMPLERS, Resampler
 from llava.token_layout import ResamplerSettings
 from llava.types import MediaKind
 
@@ -249,7 +249,7 @@ class RowMeanSettings(ResamplerSettings):
         return (num_frames * side // self.stride,)
 
 
-@register_resampler("row_mean", RowMeanSettings)
+@RESAMPLERS.register("row_mean", RowMeanSettings)
 class RowMean(Resampler):
     """Makes one token of so many rows of a frame's grid: the mean of their patches, through linear layers."""
 

@@ -1,24 +1,23 @@
-"""The projectors: from the tower's width to the language model's, how one is registered, and how it is built."""
+"""Projectors: from the features of the tower's width to those of the language model's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
 from llava.registry import Registry
-from llava.token_layout import PROJECTOR_SETTINGS, PoolerSettings, ProjectorSettings
+from llava.token_layout import PROJECTOR_SETTINGS, PoolerSettings
 
 Builder = Callable[[VisionConfig, int], nn.Module]
 """From the visual settings and the width of the language model to a projector, which maps (frames, tower's patches,
 ``vision.hidden_size``) to (frames, ``vision.grid_side`` squared, width)."""
-B = TypeVar("B", bound=Builder)
 
-PROJECTORS: Registry[Builder] = Registry("projector")
+PROJECTORS: Registry[Builder] = Registry("projector", PROJECTOR_SETTINGS)
 """Builders by exact name; the names of MLPs are a pattern, see ``parse_mlp``."""
 
 MLP_NAMES = ("mlpNx_gelu", "mlpNx_resMx_gelu (N, M >= 1)")
@@ -26,31 +25,13 @@ MLP_NAMES = ("mlpNx_gelu", "mlpNx_resMx_gelu (N, M >= 1)")
 _MLP_NAME = re.compile(r"mlp([1-9]\d*)x(?:_res([1-9]\d*)x)?_gelu")
 
 
-def register_projector(name: str, settings: type[ProjectorSettings] | None = None) -> Callable[[B], B]:
-    """Decorator that files a builder under ``name``, for ``--mm_projector_type``.
-
-    Args:
-        name: that no other has.
-        settings: its settings, of one that pools the grid or has some of its own; not given where
-            ``llava.token_layout`` has them already.
-    """
-
-    def register(builder: B) -> B:
-        if settings is not None:
-            PROJECTOR_SETTINGS.register(name)(settings)
-        PROJECTORS.register(name)(builder)
-        return builder
-
-    return register
-
-
-@register_projector("linear")
+@PROJECTORS.register("linear")
 def build_linear(vision: VisionConfig, hidden_size: int) -> nn.Module:
     """One linear layer."""
     return nn.Linear(vision.hidden_size, hidden_size)
 
 
-@register_projector("identity")
+@PROJECTORS.register("identity")
 def build_identity(vision: VisionConfig, hidden_size: int) -> nn.Module:
     """Nothing at all, for a tower that is as wide as the language model; another one is a ValueError."""
     if vision.hidden_size != hidden_size:
@@ -61,7 +42,7 @@ def build_identity(vision: VisionConfig, hidden_size: int) -> nn.Module:
     return nn.Identity()
 
 
-@register_projector("pooler")
+@PROJECTORS.register("pooler")
 class Pooler(nn.Module):
     """Makes one feature of each 2 x 2 patches, by a strided convolution, GELU and a linear layer.
 

@@ -1,7 +1,7 @@
 """Resamplers: from patch features of frames to the tokens of an image or a video."""
 
 from llava.model.multimodal_resampler import perceiver, pooling, qformer, token_packer
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, build_resampler, register_resampler
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, build_resampler
 
 __all__ = [
     "RESAMPLERS",
@@ -10,6 +10,5 @@ __all__ = [
     "perceiver",
     "pooling",
     "qformer",
-    "register_resampler",
     "token_packer",
 ]

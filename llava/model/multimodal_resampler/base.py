@@ -1,10 +1,9 @@
-"""The contract of a resampler, and how one is registered and built."""
+"""The contract of a resampler."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +12,6 @@ from llava.config import VisionConfig
 from llava.registry import Registry
 from llava.token_layout import RESAMPLER_SETTINGS, ResamplerSettings
 from llava.types import MediaKind
-
-R = TypeVar("R", bound="type[Resampler]")
 
 
 class Resampler(nn.Module, ABC):
@@ -69,24 +66,7 @@ class Resampler(nn.Module, ABC):
         return tokens
 
 
-RESAMPLERS: Registry[type[Resampler]] = Registry("resampler")
-
-
-def register_resampler(name: str, settings: type[ResamplerSettings] | None = None) -> Callable[[R], R]:
-    """Decorator that files a resampler under ``name``, for ``--mm_resampler_type``.
-
-    Args:
-        name: that no other has.
-        settings: what says how many tokens it makes; not given where ``llava.token_layout`` has it already.
-    """
-
-    def register(resampler: R) -> R:
-        if settings is not None:
-            RESAMPLER_SETTINGS.register(name)(settings)
-        RESAMPLERS.register(name)(resampler)
-        return resampler
-
-    return register
+RESAMPLERS: Registry[type[Resampler]] = Registry("resampler", RESAMPLER_SETTINGS)
 
 
 def build_resampler(vision: VisionConfig, hidden_size: int) -> Resampler | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import Resampler, register_resampler
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
 from llava.token_layout import PerceiverSettings
 from llava.types import MediaKind
 
@@ -69,7 +69,7 @@ class PerceiverLayer(nn.Module):
         return latents + self.mlp(latents)
 
 
-@register_resampler("perceiver")
+@RESAMPLERS.register("perceiver")
 class Perceiver(Resampler):
     """Makes ``perceiver_latents`` tokens of each frame, in ``perceiver_depth`` layers."""
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.multimodal_resampler.base import Resampler, register_resampler, resize
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
 from llava.token_layout import MaskedDropSettings, SpatialPoolSettings
 from llava.types import MediaKind
 
 
-@register_resampler("spatial_pool")
+@RESAMPLERS.register("spatial_pool")
 class SpatialPool(Resampler):
     """Makes one token of ``spatial_pool_stride`` x ``spatial_pool_stride`` patches of a frame."""
 
@@ -44,7 +44,7 @@ class SpatialPool(Resampler):
         return pool(grids, stride, ceil_mode=True)
 
 
-@register_resampler("masked_drop")
+@RESAMPLERS.register("masked_drop")
 class MaskedDrop(Resampler):
     """Keeps ``mask_drop_ratio`` of each frame's patches: random ones while training, else evenly spread ones."""
 

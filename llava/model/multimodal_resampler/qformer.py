@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import Resampler, register_resampler
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler
 from llava.token_layout import QFormerSettings
 from llava.types import MediaKind
 
 
-@register_resampler("qformer")
+@RESAMPLERS.register("qformer")
 class QFormer(Resampler):
     """Makes ``qformer_latents`` tokens of each frame, in ``qformer_depth`` layers."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.model.multimodal_resampler.base import Resampler, register_resampler, resize
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
 from llava.token_layout import FastSlowSettings
 from llava.types import MediaKind
 
@@ -121,7 +121,7 @@ class WindowAttention(nn.Module):
         return x.index_select(1, index.flatten()).unflatten(1, index.shape).unflatten(-1, (self.num_heads, -1))
 
 
-@register_resampler("fast_slow_resampler")
+@RESAMPLERS.register("fast_slow_resampler")
 class TokenPacker(Resampler):
     """Compresses videos into a fast span (many frames, few cells) and a slow one (few, many)."""
 
