@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -292,3 +292,28 @@ def evaluate_as_due(trainer: Any) -> None:
     trainer.control.should_evaluate = True
     epoch = trainer.state.epoch or 0
     trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())
+
+
+def gather_and_keep(parameters: Sequence[Any], modules: Iterable[Any]) -> None:
+    """Let all ranks of ZeRO-3 gather parameters at once, and keep them whole until the optimizer's step.
+
+    DeepSpeed gathers what a module needs when it runs, which must be in the same order on every rank, and a rank
+    without media does not run the vision modules at all. ``ds_status`` marks a parameter that is shared out,
+    ``ds_persist`` one that stays whole from its first use to the optimizer's step.
+
+    Args:
+        parameters: those not shared out are left alone.
+        modules: that hold them, whose own hooks of DeepSpeed are removed.
+    """
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
+    if not shared:
+        return
+    if not all(parameter.ds_persist for parameter in shared):
+        for module in modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
+                    del hooks[key]
+        for parameter in shared:
+            parameter.ds_persist = True
+    # Does nothing for those that are whole; which ones these are is the same on every rank.
+    shared[0].all_gather(param_list=shared)

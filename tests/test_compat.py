@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 
 import pytest
 import torch
+from transformers import Trainer
 
 from llava.compat import cache_name
 from llava.model.llava_arch import choose_cache
+from llava.train.trainer import LlavaTrainer
 
 
 def test_a_cache_is_taken_by_either_name(load_tiny) -> None:
@@ -47,3 +50,40 @@ def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
     with pytest.raises(ValueError, match=r"need peft 0\.21 or newer, and 0\.20\.0 is installed"):
         check_peft()
+
+
+OVERRIDDEN = {
+    "_finalize_training",
+    "_get_grad_norm",
+    "_init_training_state",
+    "_issue_warnings_after_load",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_save_checkpoint",
+}
+"""Private methods of transformers' trainer that ours overrides: no more than these, and all of them still exist."""
+
+
+def test_few_private_methods_of_transformers_are_overridden() -> None:
+    theirs = {name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")}
+    assert theirs & set(vars(LlavaTrainer)) == OVERRIDDEN
+
+
+PUBLIC = {"get_batch_samples", "training_step", "compute_loss", "prediction_step", "log", "save_model", "train"}
+
+
+@pytest.mark.parametrize("name", sorted(OVERRIDDEN | PUBLIC))
+def test_what_is_overridden_takes_the_same_arguments(name: str) -> None:
+    theirs, ours = (inspect.signature(getattr(owner, name)).parameters for owner in (Trainer, LlavaTrainer))
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in ours.values())
+    assert takes_all or list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_load_rng_state", "_maybe_log_save_evaluate", "_push_from_checkpoint", "_save_optimizer_and_scheduler",
+     "_save_rng_state", "_save_scaler"],
+)  # fmt: skip
+def test_private_methods_that_are_called_exist(name: str) -> None:
+    assert callable(getattr(Trainer, name))

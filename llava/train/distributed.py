@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as integration
 
+from llava.compat import gather_and_keep
 from llava.model.coordinates import COORDINATES
 from llava.model.grad_sync import is_distributed
 from llava.model.visual import VISION_MODULES, is_added
@@ -115,30 +116,13 @@ def gather_added_together(model: Any) -> None:
     """
     decoder = model.get_model()
     names = [name for name, _ in decoder.named_parameters() if is_added(name)]
+    parts = (getattr(decoder, name, None) for name in (*VISION_MODULES, COORDINATES))
+    modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
 
     @torch.no_grad()
-    def gather(*args: Any) -> None:
+    def gather(*args: object) -> None:
         own = dict(decoder.named_parameters())
-        shared: list[Any] = [own[name] for name in names if hasattr(own[name], "ds_status")]
-        if not shared:
-            return
-        if not all(parameter.ds_persist for parameter in shared):
-            _release_from_engine(decoder)
-            for parameter in shared:
-                # DeepSpeed's word for what stays whole from the first use to the optimizer's step.
-                parameter.ds_persist = True
-        # Does nothing for those that are whole; which ones these are is the same on every rank.
-        shared[0].all_gather(param_list=shared)
+        gather_and_keep([own[name] for name in names], modules)
 
     if names:
         model.register_forward_pre_hook(gather)
-
-
-def _release_from_engine(decoder: nn.Module) -> None:
-    """Remove the hooks that DeepSpeed has put on the modules that were added to the language model."""
-    parts = (getattr(decoder, name, None) for name in (*VISION_MODULES, COORDINATES))
-    modules = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
-    for module in modules:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
-                del hooks[key]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.files import DataEntry, find_entries
-from llava.io import hash_file
+from llava.io import hash_file, hash_json
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -139,8 +139,8 @@ class RunIdentity:
         wrong, allowed, names = [], [], set()
         for name in sorted(theirs["fixed"].keys() & mine["fixed"].keys()):
             old, new = theirs["fixed"][name], mine["fixed"][name]
-            if name in _RATES and _follows_learning_rate(name, theirs["fixed"], mine["fixed"]):
-                continue
+            if name in _RATES and all(run["fixed"][name] == run["fixed"]["learning_rate"] for run in (mine, theirs)):
+                continue  # It was not given, and so is said of --learning_rate already.
             if _key(old) != _key(new):
                 if name == "data_content" and data_may_change:
                     allowed.append(_describe(name, old, new))
@@ -189,7 +189,7 @@ def check_resumed(
         )
     found = Differences([], [], frozenset())
     if identity is not None:
-        found = broadcast_from_rank0(lambda: compare_runs(identity, checkpoint, args.ignore_data_skip))
+        found = broadcast_from_rank0(lambda: _compare_with(checkpoint, identity, args.ignore_data_skip))
     wrong = [] if args.resume_changed else found.wrong
     if found.wrong and not wrong and is_first_rank():
         logger.warning("going on from %s as another run (--resume_changed): %s", checkpoint, "; ".join(found.wrong))
@@ -232,8 +232,7 @@ def is_finished(mine: RunIdentity, folder: Path, args: TrainingArguments) -> boo
     return False
 
 
-def compare_runs(mine: RunIdentity, checkpoint: Path, data_may_change: bool = False) -> Differences:
-    """How a run differs from the one that wrote a checkpoint; one that says nothing of its run is a difference too."""
+def _compare_with(checkpoint: Path, mine: RunIdentity, data_may_change: bool) -> Differences:
     before = RunIdentity.read(checkpoint)
     if before is None:
         note = f"it has no {RUN_IDENTITY} (an earlier version wrote it), so nothing tells whether it is of this run"
@@ -272,13 +271,14 @@ def build_identity(
             if field.name not in _LEFT_OUT:
                 place = free if field.name in _FREE or field.name.startswith(_FREE_PREFIXES) else fixed
                 place[field.name] = _plain(getattr(group, field.name))
-    fixed |= _model_settings(model, model_args)
+    rates = vars(training_args)
+    fixed |= _model_settings(model)
     fixed |= {
         "model_max_length": max_length,
         "version": data_args.format_name,
         "tokenizer": {"source": sources.get("model_name_or_path"), "sha256": hash_tokenizer(tokenizer)},
         "learning_rate": training_args.learning_rate,
-        **_part_rates(training_args),
+        **{name: training_args.learning_rate if rates[name] is None else rates[name] for name in _RATES},
     }
     fixed |= hash_sources(sources)
     entries = find_entries(data_args.data_path)
@@ -288,7 +288,7 @@ def build_identity(
     return RunIdentity(fixed, free, {})
 
 
-def _model_settings(model: Any, model_args: ModelArguments) -> dict[str, Any]:
+def _model_settings(model: Any) -> dict[str, Any]:
     """Settings that the model knows better than the flags, which may have been left to their defaults."""
     settings: dict[str, Any] = {"model_type": model.config.model_type, "vision_tower": None}
     trained = [(part_of(name), p.numel()) for name, p in model.named_parameters() if p.requires_grad]
@@ -300,8 +300,7 @@ def _model_settings(model: Any, model_args: ModelArguments) -> dict[str, Any]:
         for name, value in entries.items():
             settings[name if name in on_command_line else name.removeprefix("mm_")] = _plain(value)
         structure = {k: v for k, v in model.vision.vision_config.items() if k not in _CONFIG_NOISE}
-        what = json.dumps([model.vision.vision_tower_hash, _plain(structure)], sort_keys=True)
-        digest = hashlib.sha256(what.encode()).hexdigest()
+        digest = hash_json([model.vision.vision_tower_hash, _plain(structure)])
         settings["vision_tower"] = {"source": model.vision.vision_tower, "sha256": digest}
     if model.grounding is not None:
         settings |= {
@@ -314,14 +313,6 @@ def _model_settings(model: Any, model_args: ModelArguments) -> dict[str, Any]:
     if hasattr(model.config, "router_aux_loss_coef"):
         settings["router_aux_loss_coef"] = model.config.router_aux_loss_coef
     return settings
-
-
-def _part_rates(args: TrainingArguments) -> dict[str, float]:
-    return {name: args.learning_rate if (rate := getattr(args, name)) is None else rate for name in _RATES}
-
-
-def _follows_learning_rate(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return old[name] == old["learning_rate"] and new[name] == new["learning_rate"]
 
 
 # --- content ----------------------------------------------------------------------------------------
@@ -383,16 +374,10 @@ def hash_data(entries: Sequence[DataEntry]) -> str:
     with ThreadPoolExecutor(_READERS) as readers:
         described = []
         for entry in entries:
-            files = [file for name in entry.files for file in _files_of(Path(name))]
+            places = [place for name in entry.files for place in (Path(name), *sorted(Path(name).rglob("*")))]
+            files = [place for place in places if place.is_file()]
             described.append([list(readers.map(hash_file, files)), entry.sampling, entry.source])
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def _files_of(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.is_file())
-    elif path.is_file():
-        yield path
+    return hash_json(described)
 
 
 # --- words ------------------------------------------------------------------------------------------
