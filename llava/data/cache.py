@@ -46,6 +46,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
         if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES]) != checksum:
             raise DamagedFileError("it is damaged")
         try:
+            # NumPy reads no further than its header says: the checksum behind the numbers is none of them.
             found = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise DamagedFileError("it is damaged") from error
@@ -71,6 +72,7 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
         return open_file()
 
     _check_own_folder(path.parent)
+    # The usual case needs no lock: a file has its name only when it is complete.
     with suppress(DamagedFileError, OSError):
         return open_own()
     try:
@@ -84,6 +86,7 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
             except (DamagedFileError, PermissionError) as error:
                 logger.warning("%s is made anew: %s", path, error)
             if alone:
+                # What processes that were killed have left: with the lock, nobody is writing any of it now.
                 for left in path.parent.glob(f"{path.name}.*.part"):
                     left.unlink(missing_ok=True)
             with write_beside(path, durable=False, shared=True) as part:

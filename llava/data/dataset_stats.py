@@ -110,7 +110,8 @@ def _bound_lengths(dataset: TokenizedRecords) -> NDArray[np.int64]:
     """Tokens that samples cannot have more of, if the tokenizer makes at most one of a byte."""
     shortest = dataset.text_format.count_tokens([(Turn("user", "a"), Turn("assistant", "a"))])[0]
     images, videos, turns, text_bytes = (_numbers(dataset.records, name).astype(np.int64) for name in NUMBERS[:4])
-    most = text_bytes + (turns + 1) * shortest
+    # Markup around a turn, or at both ends, takes no more than a whole conversation of two short turns.
+    most = text_bytes + (turns + 1) * shortest  # (samples,)
     if dataset.vision is not None:
         most += images * dataset.vision.layout.most_image_tokens
         most += videos * dataset.vision.layout.num_tokens("video", dataset.vision.max_frames)
@@ -149,7 +150,7 @@ def _ask_all(
     def compute() -> NDArray[Any]:
         from tqdm import tqdm
 
-        good = np.ones(len(records), bool) if choose is None else choose()
+        good = np.ones(len(records), bool) if choose is None else choose()  # (samples,)
         good[_find_bad(records)] = False
         indices = np.flatnonzero(good)
         answers = np.full(len(records), otherwise, np.int64)
@@ -160,6 +161,7 @@ def _ask_all(
                 try:
                     answers[block] = ask(asked)
                 except ValueError:
+                    # One bad sample spoils its block: ask for each alone, and leave out those that fail.
                     if dataset.on_bad_sample == ERROR:
                         raise
                     answers[block] = [ask_one(record) for record in asked]

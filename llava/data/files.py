@@ -107,7 +107,7 @@ def expand_braces(pattern: str, name: str) -> list[str]:
 def _find_files(pattern: str, name: str) -> list[str]:
     """The data files of a path, a folder of ``datasets`` or a brace pattern; each must be there."""
     files = [file for path in expand_braces(pattern, name) for file in _open_folder(path, name)]
-    for file in files:
+    for file in files:  # All are checked before the first is read.
         _check_data_file(file, name if file == pattern else f"{name}: {file}")
     return files
 
@@ -154,6 +154,7 @@ def _parse_entry(entry: object, home: Path, name: str) -> DataEntry:
     for key in ("source", "data_folder"):
         if not isinstance(entry.get(key), str | None):
             raise ValueError(f"{name}: {key} must be the name of a folder, found {entry[key]!r}")
+    # "first:10%" matches as ("first:10%", "10%"), "all" as ("all", None).
     sampling = entry.get("sampling_strategy", "all")
     match = _SAMPLING.fullmatch(sampling) if isinstance(sampling, str) else None
     amount = (match[2] or "1") if match else "0"
@@ -244,12 +245,9 @@ def _check_data_file(path: str, name: str) -> None:
 def read_samples(path: str, keep_errors: bool = False) -> Iterator[tuple[Any, str]]:
     """The raw samples of a file, each with the words that say where it stands.
 
-    Args:
-        path: of the file.
-        keep_errors: whether the ValueError about a line that is no JSON takes the place of its sample.
-
     Raises:
-        ValueError: the file or a line of it is not what it should be; names it.
+        ValueError: the file or a line of it is not what it should be; names it. With ``keep_errors`` one about a line
+            that is no JSON takes the place of its sample instead.
     """
     _check_data_file(path, path)
     file = Path(path)
@@ -301,6 +299,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, ``LONGEST_SAMPLE`` bytes and one more."""
     while line := file.readline(LONGEST_SAMPLE + 1):
         yield line
+        # The rest of a line that is too long is read over in pieces.
         while len(line) > LONGEST_SAMPLE and not line.endswith(b"\n"):
             line = file.readline(LONGEST_SAMPLE + 1)
 
@@ -344,7 +343,7 @@ def iterate_list(path: Path) -> Iterator[Any]:
     text = _Text(path)
     if not text.skip_space():
         raise ValueError(f"{path}: the file is empty; expected a list of samples")
-    if text.peek() != "[":
+    if text.peek() != "[":  # One object, or lines of them.
         found = text.decode_value()
         raise ValueError(f"{path}: expected a list of samples, found {type(found).__name__}; use .jsonl for one a line")
     text.take("[")
@@ -364,6 +363,7 @@ class _Text:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._chunks = _decode_chunks(path)
+        # The text before the position has been read; so many line ends came before the buffer.
         self._buffer, self._position, self._lines = "", 0, 0
         self._decoder = json.JSONDecoder()
 

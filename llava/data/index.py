@@ -91,14 +91,13 @@ class RecordSequence(Sequence[Record]):
 class RecordStore(RecordSequence):
     """The records of a data file.
 
-    A million small Python objects would be copied into every worker as reference counts touch them;
-    pages of a mapped file are shared, by forked and by spawned processes alike, and the buffers of a table in
-    memory by forked ones.
-
     Args:
         data: the Arrow stream, or the file that begins with it.
         footer: what is known of it.
     """
+
+    # Why a table: a million small Python objects would be copied into every worker as reference counts touch them.
+    # Pages of a mapped file are shared by forked and spawned processes, buffers of a table in memory by forked ones.
 
     def __init__(self, data: Path | pa.Buffer, footer: Footer) -> None:
         from datasets import Dataset
@@ -129,6 +128,7 @@ class RecordStore(RecordSequence):
         with pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb") as sink:
             faults, hashes = _write_stream(records, sink)
             data = sink.getvalue() if path is None else path
+        # Ids are compared when all are written: no set of a million of them is held meanwhile.
         draft = cls(data, Footer())
         footer = Footer(origin or {}, faults, _find_repeated(draft, faults, hashes), notes or {})
         if path is not None:
@@ -163,7 +163,7 @@ def _write_stream(records: Iterable[Record], sink: pa.NativeFile) -> tuple[dict[
     faults: dict[int, str] = {}
     hashes: array[int] = array("q")
     schema = pa.schema({"record": pa.large_string(), **dict.fromkeys(NUMBERS, pa.int32())})
-    numbered = enumerate(records)
+    numbered = enumerate(records)  # Records come one by one; no more than a batch of them is in memory.
     with pa.ipc.new_stream(sink, schema) as writer:
         while chunk := list(islice(numbered, _RECORDS_AT_ONCE)):
             faults |= {row: record.fault for row, record in chunk if record.fault is not None}
@@ -187,13 +187,10 @@ def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]
     import numpy as np
 
     rows = np.delete(np.arange(len(store)), list(faults))
-    values = np.frombuffer(hashes, np.int64)
-    order = np.argsort(values, kind="stable")
-    same = np.flatnonzero(np.diff(values[order]) == 0)
-    # Equal hashes are only likely to be equal ids.
-    candidates = sorted({int(rows[order[i]]) for pair in same for i in (pair, pair + 1)})
+    _, inverse, counts = np.unique(np.frombuffer(hashes, np.int64), return_inverse=True, return_counts=True)
     repeated, seen = {}, dict[str, int]()
-    for row in candidates:
+    # Equal hashes are only likely to be equal ids, so the few records that have one are read again.
+    for row in rows[counts[inverse] > 1].tolist():
         first = seen.setdefault(store[row].id, row)
         if first != row:
             repeated[row] = first
@@ -267,7 +264,7 @@ class Mixture(RecordSequence):
 
     def _make_record(self, position: int) -> Record:
         """A record with its data file; where several files have one name, the whole path stands in its source."""
-        number = bisect_right(self._ends, position)
+        number = bisect_right(self._ends, position)  # The part that holds this position.
         part = self.parts[number]
         row = int(part.rows[position - self._ends[number] + len(part.rows)])
         record, fault, name = part.store[row], part.faults.get(row), os.path.basename(part.label)
@@ -308,7 +305,7 @@ class Mixture(RecordSequence):
         places = np.flatnonzero(self.numbers("num_images") + self.numbers("num_videos"))
         for part, end in zip(self.parts, self._ends, strict=True):
             start = end - len(part.rows)
-            of_part = places[slice(*np.searchsorted(places, [start, end]))]
+            of_part = places[slice(*np.searchsorted(places, [start, end]))]  # Those of this part, from its start on.
             rows = np.asarray(part.rows)[of_part - start].tolist()
             for place, row, media in zip(of_part.tolist(), rows, part.store.media(rows), strict=True):
                 if row not in part.faults:
@@ -364,6 +361,7 @@ def open_store(
     def write_index(part: Path) -> None:
         logger.info("indexing %s", file)
         RecordStore.write(read(), part, origin, notes)
+        # Somebody may still be writing it: the index would say that half a file is all of it.
         if _describe(file) != origin:
             raise ValueError(f"{file}: it changed while it was read; start again when it is complete")
 
@@ -374,12 +372,10 @@ def open_store(
 
 
 def _describe(file: Path) -> dict[str, str]:
-    """What tells whether a data file is still the same: a hash of all of its bytes, some 5 GB a second from memory.
-
-    Size and time do not tell: an editor or ``rsync`` may keep both.
-    """
+    """What tells whether a data file is still the same."""
     import xxhash
 
+    # Size and time do not tell: an editor or rsync may keep both. Hashing takes a second for 5 GB in memory.
     hasher = xxhash.xxh3_128()
     hasher.update(f".\0{file.stat().st_size}\0".encode())
     with file.open("rb", buffering=0) as stream:

@@ -1,4 +1,8 @@
-"""Data files: each sample read and validated once."""
+"""From data files to Records: each sample read, brought into one form and validated once.
+
+read_records   files, patterns, mixtures -> a Mixture, out of the index where it is there
+parse_record   one raw sample            -> a Record, or the error that names file, sample and remedy
+"""
 
 from __future__ import annotations
 
@@ -102,7 +106,7 @@ def _absolute(folder: str) -> str:
 
 def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
     """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
-    notes: Notes = {"unread": {}, "without_id": 0}
+    notes: Notes = {"unread": {}, "without_id": 0}  # Counted as samples are read, kept with the index.
 
     def read() -> Iterator[Record]:
         for sample, source in read_samples(path, keep_errors=True):
@@ -113,6 +117,7 @@ def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_s
             except ValueError as error:
                 if on_bad_sample == "error":
                     raise
+                # It keeps its place, so that rows, and with them the order of the data, are those of the file.
                 identity = sample.get("id", "") if isinstance(sample, dict) else ""
                 yield Record(str(identity)[:_LONGEST_ID], (), source=source, fault=str(error))
 
@@ -167,6 +172,7 @@ def parse_record(
         root = image_folder if kind == "image" else video_folder
         return read_medium(value, kind, root, folder, allow_outside_paths, media_dir, where)
 
+    # 1. All spellings of turns and media in one form; 2. each medium as a file; 3. what must fit together.
     raw = read_raw(sample, where, ignore_keys)
     turns = tuple(_parse_turns(raw.turns, where))
     shown = [kind for turn in turns for kind in placeholder_kinds(turn.text)]
@@ -174,7 +180,7 @@ def parse_record(
     frame_rate = _parse_frame_rate(sample.get("meta"), clips, where)
     media = [read(value, "image") for value in raw.media["image"]]
     for clip in clips:
-        if isinstance(clip, list) and clip:
+        if isinstance(clip, list) and clip:  # A clip that is given as its frames.
             frames = [read(frame, "video") for frame in clip]
             media.append(replace(frames[0], frames=tuple(frame.path for frame in frames), fps=frame_rate))
         else:
@@ -236,6 +242,7 @@ def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> Iterator[Tu
 def _gather_frames(values: Sequence[object], num_clips: int, where: str) -> Sequence[object]:
     """The clips of a sample; a list of pictures becomes the frames of one clip where the text has one ``<video>``."""
     names = [value for value in values if isinstance(value, str) and is_picture_name(value)]
+    # A single picture is a clip of its own: an animation, or one frame.
     if len(values) < 2 or len(names) < len(values):
         return values
     if num_clips == 1:

@@ -90,6 +90,7 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
     sample = {key: value for key, value in sample.items() if key not in ignored}
     unread = [key for key, value in sample.items() if key not in _READ_KEYS and not _is_empty(value)]
     turns: list[tuple[object, str]] = []
+    # What the sample lists beside its turns waits for placeholders, and parts, that bring no medium of their own.
     waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
     given: dict[MediaKind, list[object]] = {"image": [], "video": []}
     own: dict[MediaKind, list[object]] = {"image": [], "video": []}
@@ -104,6 +105,7 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
             elif waiting[piece.kind]:
                 given[piece.kind].append(waiting[piece.kind].pop(0))
         turns.append((role, _join(pieces)))
+    # What is left over makes the numbers differ, which parse_record refuses.
     for kind, rest in waiting.items():
         # Some files list beside the turns what stands in their parts already.
         given[kind] += [] if rest == own[kind] else rest
@@ -161,8 +163,9 @@ def _looks_like_media(key: str, value: object) -> bool:
         return _kind_of_name(key) is not None or bool(first.get("bytes"))
     if not isinstance(first, str):
         return isinstance(first, bytes) or hasattr(first, "tobytes")
-    if _kind_of_name(key) is None:
+    if _kind_of_name(key) is None:  # The name of a file in a key of any name; an address may be where text is from.
         return bool(_MEDIA_FILE.fullmatch(first)) and "://" not in first
+    # In "image" or "frames" any words count; in "image_name" or "clip" they must look like a path, or like data.
     plain = re.sub(r"[^a-z]", "", key.lower()).removesuffix("s") in ("image", "img", "video", "frame", "photo")
     return bool(first.strip()) and (plain or bool(re.search(r"[/\\.]|^data:", first)) or len(first) > 200)
 
@@ -230,7 +233,7 @@ def _read_part(part: object, where: str, unread: list[str]) -> Iterator[_Piece]:
     if not isinstance(part, dict):
         raise ValueError(f"{where}: expected a part with a type, found {name_type(part)}")
     named = part.get("type")
-    if named is None:
+    if named is None:  # {"image": "a.jpg"} or {"text": "..."}, as some processors take them.
         named = next((key for key in ("text", *_MEDIA_PARTS) if not _is_empty(part.get(key))), None)
     if named in _TEXT_PARTS:
         text = part.get("text")
@@ -243,6 +246,8 @@ def _read_part(part: object, where: str, unread: list[str]) -> Iterator[_Piece]:
     if kind is None:
         known = ", ".join((*_TEXT_PARTS[:1], *_MEDIA_PARTS))
         raise ValueError(f"{where}: a part has the unknown type {shorten(named)}; known: {known}")
+    # {"type": "image", "image": "a.jpg"}, {"type": "image", "path": "a.jpg"}, or
+    # {"type": "image_url", "image_url": {"url": "a.jpg"}}, whose object is read with all other media.
     own = [key for key, its_kind in _MEDIA_PARTS.items() if its_kind == kind]
     _note(unread, "part", part, ("type", *own, *_PART_SOURCES))
     sources = {key: part[key] for key in (*own, *_PART_SOURCES) if not _is_empty(part.get(key))}
