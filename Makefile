@@ -15,7 +15,7 @@ NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_ba
 	tests/model/language_model/test_alternating.py tests/model/test_llava_arch.py tests/model/test_generation.py \
 	tests/model/test_loading.py tests/train/test_training.py tests/train/test_checkpoint.py
 
-.PHONY: help install install-newest demo demo-grounding test test-newest lint types docs clean
+.PHONY: help install install-newest demo picture demo-grounding test test-newest lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## train a tiny model that describes videos in Italian
 	$(BIN)/python -m llava.demo
+
+picture: demo ## make the picture of the README, docs/demo.png
+	cp demo_output/captions.png docs/demo.png
 
 demo-grounding: $(INSTALLED) ## train a tiny model that says where in a picture and when in a video
 	$(BIN)/python -m llava.demo.grounding

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
@@ -93,6 +94,15 @@ def test_readme_sample_reads(tmp_path: Path) -> None:
     records = read_records(str(path))
     assert [bool(record.media) for record in records] == [True, False]
     assert json.loads(path.read_text())[0]["video"] == "clips/1.mp4"
+
+
+def test_readme_begins_with_a_small_picture() -> None:
+    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:25])
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", first_screen)
+    assert (ROOT / picture).stat().st_size < 300_000
+    with Image.open(ROOT / picture) as image:
+        assert image.width > 600
+    assert picture in (ROOT / "Makefile").read_text(), "a target makes it"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
