@@ -191,7 +191,7 @@ class CoordinateSyntax(LogitsProcessor):
         """
         if scores.shape[1] != self._forbidden.shape[1]:
             raise ValueError(
-                f"the model scores {scores.shape[1]} tokens, but its grounding speaks of {self._forbidden.shape[1]}; "
+                f"the model scores {scores.shape[1]} tokens, but its grounding counts {self._forbidden.shape[1]}; "
                 "load model and tokenizer from one checkpoint"
             )
         return scores.masked_fill(self._forbidden[self._states(input_ids)], float("-inf"))

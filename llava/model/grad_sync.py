@@ -69,7 +69,7 @@ def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
     Returns:
         What ``encode_media`` gives and, last, an empty (0, width) tensor that ties all trained vision parameters in.
     """
-    # Frozen modules stay out: nobody waits for a gradient of theirs.
+    # Frozen modules stay out: no collective waits for a gradient of theirs.
     width = decoder.get_input_embeddings().embedding_dim
     trained = {name: parameter for name, parameter in decoder.named_parameters() if _is_trained(name, parameter)}
     if not trained:

@@ -224,7 +224,7 @@ def fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
 
 
 def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]) -> int:
-    """Rows of the embeddings that a ``config.json`` speaks of, or that its class takes for granted."""
+    """Number of embeddings that a ``config.json`` says, or the default of its class."""
     return config_dict.get("vocab_size", config_class().vocab_size)
 
 
@@ -371,7 +371,7 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
 
 
 def _prepare_generation(model: LlavaMetaForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Let the configurations speak of the tokenizer's special tokens, and of nothing that cannot be saved again."""
+    """Give the configurations the tokenizer's special tokens, and take from them what could not be saved again."""
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id

@@ -152,7 +152,7 @@ def save_adapters(model: MultimodalGeneration, folder: str, state: Mapping[str, 
         save_file(stored, Path(folder, file), metadata={"format": "pt"})
 
     adapter_config = copy.copy(_adapter_config(model))
-    adapter_config.inference_mode = True  # As peft stores it: whoever loads it to train says so.
+    adapter_config.inference_mode = True  # As peft stores it; loading to train says otherwise.
     if not isinstance(adapter_config.target_modules, str):  # A set, whose order would differ from save to save.
         adapter_config.target_modules = sorted(adapter_config.target_modules)
     adapter_config.save_pretrained(folder)
