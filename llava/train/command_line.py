@@ -123,7 +123,8 @@ def parse_values(
     before = [] if recipe is None else _recipe_words(recipe, parser)
     known = parser.parse_words(_translate(words), also, before)
     # Before any group looks at its values: they may be names that a plugin registers.
-    import_plugins(known.plugins)
+    if known.plugins:
+        import_plugins(known.plugins)
     return vars(known)
 
 
