@@ -223,7 +223,7 @@ def names_left_out(model: Any) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager[Any]) -> tuple[float, int]:
+def save_training_state(trainer: Any, folder: str, failure: AbstractContextManager[Any]) -> tuple[float, int]:
     """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
 
     Its ``_save_checkpoint`` writes these among other files, and stops at the first that cannot be written, on which
@@ -232,35 +232,35 @@ def save_training_state(trainer: Any, folder: str, guard: AbstractContextManager
     Args:
         trainer: on every rank.
         folder: of the checkpoint.
-        guard: keeps an error of this rank.
+        failure: keeps an error of this rank.
 
     Returns:
         What ``restore_loop`` needs beside: the sum of losses that no line of the log has yet, and the last line's step.
     """
-    with guard, _guarded_engine(trainer, guard):
+    with failure, _forgiving_engine(trainer, failure):
         trainer._save_optimizer_and_scheduler(folder)
-    with guard:
+    with failure:
         trainer._save_scaler(folder)
         trainer._save_rng_state(folder)
     return trainer._tr_loss.item(), trainer._globalstep_last_logged
 
 
 @contextmanager
-def _guarded_engine(trainer: Any, guard: AbstractContextManager[Any]) -> Iterator[None]:
-    """Let ``guard`` keep the errors of DeepSpeed's files, which its engine writes between meetings of its own."""
+def _forgiving_engine(trainer: Any, failure: AbstractContextManager[Any]) -> Iterator[None]:
+    """Let ``failure`` keep the errors of DeepSpeed's files, which its engine writes between meetings of its own."""
     if not trainer.is_deepspeed_enabled:
         yield
         return
     writer = trainer.model_wrapped.checkpoint_engine
     save = writer.save
 
-    def save_guarded(state: Any, path: str) -> None:
-        with guard:
+    def save_forgiving(state: Any, path: str) -> None:
+        with failure:
             save(state, path)
             return
         Path(path).unlink(missing_ok=True)  # Room for the small files that follow.
 
-    writer.save = save_guarded
+    writer.save = save_forgiving
     try:
         yield
     finally:

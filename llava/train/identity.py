@@ -172,7 +172,7 @@ def check_resumed(
     What differs is an error, or with ``--resume_changed`` a warning.
 
     Args:
-        identity: of this run; None where nobody says.
+        identity: of this run; None where a program does not say.
         checkpoint: to go on from.
         args: of this run.
         data: are told their place.

@@ -64,7 +64,7 @@ class CheckpointWriter:
         trainer: whose model, optimizer and state are written.
         data: trained on; a checkpoint has the place in them.
         stop_request: a checkpoint that it asks for has everything to go on from.
-        identity: what this run is; None where nobody says.
+        identity: what this run is; None where a program does not say.
     """
 
     trainer: Any  # transformers' types know of no model's config
@@ -279,13 +279,13 @@ class CheckpointWriter:
             )
         optimizer: Any = trainer.optimizer
         scheduler: Any = trainer.lr_scheduler
-        wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if changes.names & OPTIMIZER_SETTINGS:
             logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
             scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
         else:
             load(checkpoint)
-        put_in_force(optimizer, scheduler, wanted)
+        put_in_force(optimizer, scheduler, settings)
         if is_first_rank():
             rates = dict.fromkeys(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
             logger.info("learning rates that the run goes on with: %s", ", ".join(rates))

@@ -1,4 +1,4 @@
-"""What commands and runs say, and what they leave: nothing that nobody asked for, everything that is wrong."""
+"""What commands and runs say, and what they leave: nothing needless, everything that is wrong."""
 
 from __future__ import annotations
 
