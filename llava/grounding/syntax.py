@@ -14,7 +14,6 @@ from typing import Literal
 from llava.config import GroundingConfig
 from llava.constants import AXES, Axis
 from llava.geometry import Box, TimeSpan
-from llava.types import Coordinates
 
 Direction = Literal["INPUT", "OUTPUT"]
 
@@ -66,28 +65,6 @@ def span_text(direction: Direction = "OUTPUT") -> str:
 def find_placeholders(text: str) -> list[str]:
     """The coordinate placeholders of a text, in reading order."""
     return [match.group() for match in _PLACEHOLDER.finditer(text)]
-
-
-def nearest_bin(position: float, num_bins: int) -> int:
-    """The bin whose position, index / (number - 1), is nearest to a position in [0, 1]."""
-    return min(max(round(position * (num_bins - 1)), 0), num_bins - 1)
-
-
-def write_bins(text: str, coordinates: Coordinates, grounding: GroundingConfig) -> str:
-    """Put the nearest bin in the place of each placeholder, as a model would write the text.
-
-    Raises:
-        ValueError: there are fewer coordinates than placeholders.
-    """
-    waiting = {placeholder: iter(getattr(coordinates, name)) for placeholder, name in LOCATIONS.items()}
-
-    def write(match: re.Match[str]) -> str:
-        position = next(waiting[match.group()], None)
-        if position is None:
-            raise ValueError(f"{LOCATIONS[match.group()]} is shorter than the text's {match.group()}")
-        return bin_token(match[1], nearest_bin(position, grounding.num_bins(match[1])))
-
-    return _PLACEHOLDER.sub(write, text)
 
 
 def count_bins(text: str) -> int:

@@ -17,7 +17,8 @@ from PIL import Image
 from llava.config import GroundingConfig
 from llava.data.localized_narratives.__main__ import main
 from llava.data.records import read_records
-from llava.grounding.syntax import LOCATIONS, box_text, find_placeholders, parse_boxes, write_bins
+from llava.grounding.syntax import LOCATIONS, box_text, find_placeholders, parse_boxes
+from tests.model.grounded_tokenizers import write_bins
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = GOLDEN / "narratives_rows.jsonl"

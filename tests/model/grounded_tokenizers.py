@@ -1,14 +1,17 @@
-"""Tokenizers of several kinds that know the tokens of coordinates."""
+"""Tokenizers of several kinds that know the tokens of coordinates, and texts that a model would write with these."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llava.config import GroundingConfig
+from llava.grounding.syntax import LOCATIONS, bin_token
 from llava.model.vocabulary import add_coordinate_tokens, load_tokenizer
+from llava.types import Coordinates
 
 WORDS = ["il gatto dorme sul divano", "una stella gialla", "il cane guarda la strada"]
 KINDS = ("byte-level", "pieces", "bytes", "words")
@@ -44,3 +47,14 @@ def build_tokenizer(kind: str, tokenizer_dir: Path):
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         tokenizer.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<s>", pad_token="<s>")
+
+
+def write_bins(text: str, coordinates: Coordinates, grounding: GroundingConfig) -> str:
+    """A text with the nearest bin in the place of each placeholder, as a model would write it."""
+    waiting = {placeholder: iter(getattr(coordinates, name)) for placeholder, name in LOCATIONS.items()}
+
+    def write(match: re.Match[str]) -> str:
+        last = grounding.num_bins(match[1]) - 1
+        return bin_token(match[1], min(max(round(next(waiting[match.group()]) * last), 0), last))
+
+    return re.sub(r"<(TEMP|HEIGHT|WIDTH)-(?:INPUT|OUTPUT)>", write, text)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from grounded_tokenizers import add_coordinates, build_tokenizer
+from grounded_tokenizers import add_coordinates, build_tokenizer, write_bins
 
 from llava.geometry import Box, Letterbox, TimeSpan
-from llava.grounding.syntax import BOX_AXES, box_text, parse_boxes, parse_spans, span_text, write_bins
+from llava.grounding.syntax import BOX_AXES, box_text, parse_boxes, parse_spans, span_text
 from llava.types import Coordinates
 
 NUM_BOXES = 10_000
