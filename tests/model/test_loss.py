@@ -47,12 +47,12 @@ def test_a_batch_that_predicts_nothing_has_a_loss_of_zero_and_no_gradient(head, 
 
 
 def test_an_evaluation_counts_tokens_not_batches() -> None:
-    tally = EvaluationMeter()
-    assert math.isnan(tally.mean_loss())
+    meter = EvaluationMeter()
+    assert math.isnan(meter.mean_loss())
     nothing = {"labels": torch.full((2, 3), IGNORE_INDEX)}
-    tally.add(nothing, torch.tensor(0.0))
-    assert math.isnan(tally.mean_loss()), "nothing was predicted: there is no mean, least of all a perfect zero"
-    tally.add({"labels": torch.tensor([[1, 2, 3]])}, torch.tensor(2.0))
-    tally.add(nothing, torch.tensor(0.0))
-    tally.add({"labels": torch.tensor([[9, 9, 9, 9, IGNORE_INDEX]])}, torch.tensor(7.0))
-    assert tally.mean_loss() == pytest.approx((2 * 2.0 + 3 * 7.0) / 5)
+    meter.add(nothing, torch.tensor(0.0))
+    assert math.isnan(meter.mean_loss()), "nothing was predicted: there is no mean, least of all a perfect zero"
+    meter.add({"labels": torch.tensor([[1, 2, 3]])}, torch.tensor(2.0))
+    meter.add(nothing, torch.tensor(0.0))
+    meter.add({"labels": torch.tensor([[9, 9, 9, 9, IGNORE_INDEX]])}, torch.tensor(7.0))
+    assert meter.mean_loss() == pytest.approx((2 * 2.0 + 3 * 7.0) / 5)
