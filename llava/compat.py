@@ -218,11 +218,6 @@ def hush_imports() -> None:
 # transformers' trainer and DeepSpeed's engine: parts of a checkpoint, and numbers of the loop, have no public names.
 
 
-def names_left_out(model: Any) -> set[str]:
-    """Names of the weights that ``save_pretrained`` leaves out, ``_keys_to_ignore_on_save`` of transformers."""
-    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-
-
 def save_training_state(trainer: Any, folder: str, failure: AbstractContextManager[Any]) -> tuple[float, int]:
     """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     Font = FreeTypeFont | ImageFont
 
 Colour = tuple[int, int, int]
+Place = Box | TimeSpan | Tube
 
 REFERENCE_COLOUR: Colour = (0, 170, 60)
 ANSWER_COLOUR: Colour = (225, 40, 40)
@@ -33,9 +34,6 @@ _GOLDEN_RATIO = 0.618034
 _FONT_SIZE = 15
 _LINE_HEIGHT = 22
 _GAP = 8
-
-
-Place = Box | TimeSpan | Tube
 
 
 # A case: where the reference and the answer say that something is.

@@ -21,7 +21,7 @@ from llava.data.formats.base import ContextError
 from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
-from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, placeholder_kinds, stand_in
+from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, in_reading_order, stand_in
 from llava.data.records import read_records
 from llava.grounding.samples import move_to_square
 from llava.types import (
@@ -140,8 +140,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if len({medium.kind for medium in loaded}) < 2:
             return loaded
         # Records list images and videos apart; the text says in which order the model reads them.
-        waiting = {kind: iter([m for m in loaded if m.kind == kind]) for kind in ("image", "video")}
-        return [next(waiting[kind]) for turn in record.turns for kind in placeholder_kinds(turn.text)]
+        return in_reading_order(loaded, [turn.text for turn in record.turns])
 
     def _place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
         """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""

@@ -47,7 +47,7 @@ _LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if i
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-# --- entries ------------------------------------------------------------------------------------------
+# What --data_path names: entries of data files.
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
     return range(cut.start - start, cut.stop - start) if isinstance(cut, range) else cut - start
 
 
-# --- raw samples --------------------------------------------------------------------------------------
+# The raw samples of a data file.
 
 
 def _check_data_file(path: str, name: str) -> None:

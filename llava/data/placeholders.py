@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER
-from llava.types import MediaKind, Turn, VisualInput
+from llava.types import Media, MediaKind, Turn, VisualInput
 
 T = TypeVar("T")
+Shown = TypeVar("Shown", Media, VisualInput)
 
 PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDEO_TOKEN: "video"}
 
@@ -30,6 +31,12 @@ def literal_text(text: str) -> str:
 def remove_placeholders(text: str) -> str:
     """A text without its placeholders, as it reads."""
     return literal_text(PLACEHOLDER.sub("", text))
+
+
+def in_reading_order(media: Sequence[Shown], texts: Iterable[str]) -> list[Shown]:
+    """Media of both kinds in the order of their placeholders in texts; those of one kind are in order already."""
+    waiting = {kind: iter([medium for medium in media if medium.kind == kind]) for kind in PLACEHOLDERS.values()}
+    return [next(waiting[kind]) for text in texts for kind in placeholder_kinds(text)]
 
 
 def expand_placeholders(

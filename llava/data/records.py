@@ -21,7 +21,7 @@ from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_medi
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.spellings import name_type, read_raw, suggest
 from llava.grounding.samples import parse_variables
-from llava.types import Media, MediaKind, Record, Role, Turn
+from llava.types import ERROR, Media, MediaKind, Record, Role, Turn
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -44,7 +44,7 @@ def read_records(
     *,
     cache_dir: str | None = None,
     seed: int = 42,
-    on_bad_sample: str = "error",
+    on_bad_sample: str = ERROR,
     allow_duplicate_ids: bool = False,
     allow_outside_paths: bool = False,
     ignore_keys: Sequence[str] = (),
@@ -115,7 +115,7 @@ def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_s
                     raise sample
                 yield parse_record(sample, source, **settings, notes=notes)
             except ValueError as error:
-                if on_bad_sample == "error":
+                if on_bad_sample == ERROR:
                     raise
                 # It keeps its place, so that rows, and with them the order of the data, are those of the file.
                 identity = sample.get("id", "") if isinstance(sample, dict) else ""
@@ -133,7 +133,7 @@ def _find_faults(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bo
                 f"{store[row]}: {store[first].source} has the same id; give each its own, or allow it with "
                 "--allow_duplicate_ids"
             )
-    if faults and on_bad_sample == "error":
+    if faults and on_bad_sample == ERROR:
         raise ValueError(faults[min(faults)])
     return faults
 

@@ -23,8 +23,14 @@ from llava.eval.tasks import Task
 from llava.io import write_json
 from llava.types import BadSample
 
+logger = logging.getLogger(__name__)
+
 UNPARSABLE = "unparsable"
 """The score that every task has: the share of answers that do not hold what was asked for."""
+_FRAMES_SHOWN = 8
+"""Of a video, where it is not known which frames the model saw."""
+_MOST_FRAMES = 16
+_SCORES_SHOWN = 4
 
 
 class Report(TypedDict):
@@ -87,13 +93,6 @@ def format_report(content: Report) -> str:
 
 
 # The best and the worst answers, drawn.
-
-logger = logging.getLogger(__name__)
-
-_FRAMES_SHOWN = 8
-"""Of a video, where it is not known which frames the model saw."""
-_MOST_FRAMES = 16
-_SCORES_SHOWN = 4
 
 
 def write_pictures(

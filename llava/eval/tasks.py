@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava.config import GroundingConfig
+from llava.draw import Place
 from llava.eval.metrics import (
     CaptionScorer,
     bootstrap,
@@ -35,7 +36,6 @@ FIELDS = (EXPRESSION, SPAN, BOX)
 _FIELD = re.compile(r"(\{\w*\})")
 
 Scores = dict[str, float]
-Place = Box | TimeSpan | Tube
 
 
 class Task(ABC):

@@ -20,7 +20,8 @@ Direction = Literal["INPUT", "OUTPUT"]
 BOX_AXES: tuple[Axis, ...] = ("WIDTH", "HEIGHT", "WIDTH", "HEIGHT")
 SPAN_AXES: tuple[Axis, ...] = ("TEMP", "TEMP")
 
-_PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
+COORDINATE_PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
+"""Any placeholder of a coordinate; its first group is the axis."""
 _BIN = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(\d{3})>")
 _LOCATED = re.compile(
     r"\[\s*(?:<WIDTH-\d{3}>\s*<HEIGHT-\d{3}>\s*){2}\]|\{\s*(?:<TEMP-\d{3}>\s*){2}\}"
@@ -28,7 +29,6 @@ _LOCATED = re.compile(
 
 Positions = Sequence[float | None]
 """The exact position of each bin of a text, in reading order; None where only the number of the bin is known."""
-
 
 LOCATIONS: dict[str, str] = {
     "<TEMP-INPUT>": "temporal_input_locations",
@@ -64,7 +64,7 @@ def span_text(direction: Direction = "OUTPUT") -> str:
 
 def find_placeholders(text: str) -> list[str]:
     """The coordinate placeholders of a text, in reading order."""
-    return [match.group() for match in _PLACEHOLDER.finditer(text)]
+    return [match.group() for match in COORDINATE_PLACEHOLDER.finditer(text)]
 
 
 def count_bins(text: str) -> int:
@@ -124,6 +124,6 @@ def write_numbers(text: str, boxes: Sequence[Box], spans: Sequence[TimeSpan]) ->
 
 def strip_coordinates(text: str) -> str:
     """A text without its boxes and spans, loose bins and placeholders, and the spaces that these leave doubled."""
-    for coordinates in (_LOCATED, _BIN, _PLACEHOLDER):
+    for coordinates in (_LOCATED, _BIN, COORDINATE_PLACEHOLDER):
         text = coordinates.sub(" ", text)
     return " ".join(text.split())

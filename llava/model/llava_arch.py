@@ -366,7 +366,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         """Whether this process is one of a group, whose other ranks may hold other modalities."""
         return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    # --- checkpoints: a frozen tower is kept out of them, and found again by its source and its hash
+    # Checkpoints: a frozen tower is kept out of them, and found again by its source and its hash.
 
     @classmethod
     def from_pretrained(cls, *args: Any, vision_tower: str | None = None, **kwargs: Any) -> Any:

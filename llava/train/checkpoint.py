@@ -42,7 +42,7 @@ def staging_of(folder: Path) -> Path:
     return folder.with_name(_STAGING + folder.name)
 
 
-# --- writing ----------------------------------------------------------------------------------------
+# Writing: files beside their place, then their checksums, then the name.
 
 
 def write_checksums(folder: Path) -> None:
@@ -104,7 +104,12 @@ def replace_files(staged: Path, folder: Path) -> None:
     sync(folder)
 
 
-# --- finding ----------------------------------------------------------------------------------------
+# Finding the one to go on from.
+
+
+def is_auto(asked: str | bool | None) -> bool:
+    """Whether a value of ``--resume_from_checkpoint`` means the last complete checkpoint, wherever it stands."""
+    return asked in ("auto", "true", "True")
 
 
 def is_resume_asked(asked: str | bool | None) -> bool:
@@ -143,7 +148,7 @@ def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified
     """
     if not is_resume_asked(asked):
         return None
-    if asked not in ("auto", "true", "True"):
+    if not is_auto(asked):
         folder = Path(str(asked))
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give one, or auto for the last one")
@@ -233,7 +238,7 @@ def _step(folder: Path) -> int:
     return int(found[1])
 
 
-# --- the best one -----------------------------------------------------------------------------------
+# The best one, by its evaluation.
 
 
 def store_best(best: str | None, output_dir: str | Path) -> str | None:
@@ -258,7 +263,7 @@ def find_best(checkpoint: str | Path) -> tuple[str | None, str | None]:
     return stored, stored if Path(stored).is_absolute() and Path(stored).is_dir() else None
 
 
-# --- removing ---------------------------------------------------------------------------------------
+# Removing: what was left half-written, and what is more than --save_total_limit.
 
 
 def clear_leftovers(output_dir: str | Path) -> None:

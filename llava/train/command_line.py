@@ -151,7 +151,7 @@ def build_group(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})  # type: ignore[attr-defined]
 
 
-# --- recipes and older spellings, as words of today's command line ---
+# Recipes and older spellings, as words of today's command line.
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -274,7 +274,7 @@ def _translate_grouping(switches: dict[str, bool]) -> list[str]:
     return ["--train_sampling_strategy", strategy]
 
 
-# --- the flags as the source has them ---
+# The flags as the source has them.
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _check_trackers(report_to: str | Sequence[str] | None) -> None:
             ) from error
 
 
-# --- DeepSpeed ---
+# DeepSpeed.
 
 SHIPPED = tuple(sorted(file.stem for file in (Path(__file__).parent / "deepspeed").glob("*.json")))
 """Names that ``--deepspeed`` takes in place of a file."""
@@ -180,7 +180,7 @@ def check_engine(state: AcceleratorState) -> None:
         check_deepspeed_config(plugin.deepspeed_config)
 
 
-# --- optimizers and schedules ---
+# Optimizers and schedules.
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +179,11 @@ def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
             )
 
 
+def keeping_random_states(device: torch.device) -> AbstractContextManager[None]:
+    """Within it random numbers may be drawn, and training draws those that it would have drawn all the same."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else [])
+
+
 def check_best_metric(trainer: Any) -> None:
     """Evaluate one batch, where only a program's ``compute_metrics`` knows whether ``--metric_for_best_model`` exists.
 
@@ -194,8 +200,7 @@ def check_best_metric(trainer: Any) -> None:
     if trainer.is_deepspeed_enabled:
         return
     few = Subset(data, range(min(len(data), args.eval_batch_size * args.world_size)))
-    devices = [torch.cuda.current_device()] if args.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with keeping_random_states(args.device):
         loader = trainer.get_eval_dataloader(few)
         metrics = trainer.evaluation_loop(loader, description="Metrics", metric_key_prefix="eval").metrics
     known = [*(metric.removeprefix("eval_") for metric in metrics), *_BUILT_IN[1:]]

@@ -315,7 +315,7 @@ def _model_settings(model: Any) -> dict[str, Any]:
     return settings
 
 
-# --- content ----------------------------------------------------------------------------------------
+# The content of weights, tokenizers and data, as hashes.
 
 
 def hash_sources(sources: Mapping[str, str | None]) -> dict[str, Any]:
@@ -380,7 +380,7 @@ def hash_data(entries: Sequence[DataEntry]) -> str:
     return hash_json(described)
 
 
-# --- words ------------------------------------------------------------------------------------------
+# Settings as they are stored, compared and shown.
 
 
 def _plain(value: Any) -> Any:

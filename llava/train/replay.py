@@ -20,6 +20,7 @@ from llava.train.nan_check import (
     RankBatch,
     RunSettings,
     describe_samples,
+    random_states,
     read_batch,
     read_run,
     set_random_states,
@@ -88,7 +89,7 @@ def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: to
     set_random_states(batch.random_states, device)
     found = False
     for i, micro_batch in enumerate(batch.micro_batches):
-        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        before = random_states(device)
         run_step = _step(model, micro_batch, batch.num_items, settings, device)
         model.zero_grad()
         with watch_activations(model) as activations:
@@ -98,16 +99,10 @@ def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: to
         gradients = bad_names((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         print_names("gradients that are not finite", gradients)
         if gradients:
-            _set_states(before, device)
+            set_random_states(before, device)
             print_first_bad_operation(run_step)
         found = found or bool(gradients) or not bool(loss.isfinite())
     return found
-
-
-def _set_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
 
 
 def _step(

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llava.train import preemption
 from llava.train.arguments import TrainingArguments, scheduler_job
 from llava.train.bad_samples import BAD_SAMPLES_FILE
-from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_resume_asked, list_checkpoints, remove_leftovers
+from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_auto, is_resume_asked, list_checkpoints, remove_leftovers
 from llava.train.distributed import broadcast_from_rank0
 from llava.train.nan_check import BAD_STEP_RUN
 
@@ -152,7 +152,7 @@ def describe_run(folder: Path) -> str | None:
 
 def goes_on_inside(resume: str, folder: Path) -> bool:
     """Whether a run that resumes so goes on with what its own folder holds."""
-    return resume in ("auto", "true", "True") or Path(resume).resolve().parent == folder.resolve()
+    return is_auto(resume) or Path(resume).resolve().parent == folder.resolve()
 
 
 def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
@@ -382,7 +382,7 @@ def _set_aside(path: Path, stale: Holder) -> bool:
     return False
 
 
-# --- processes --------------------------------------------------------------------------------------
+# Processes: this one, and whether another still runs.
 
 
 def _describe_process(job: str, restart: int) -> Holder:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from llava.compat import (
     evaluate_as_due,
-    names_left_out,
+    kept_out_of_checkpoints,
     push_checkpoint,
     restore_loop,
     save_training_state,
@@ -185,7 +185,7 @@ class CheckpointWriter:
     def _estimate_size(self, with_optimizer: bool = True) -> int:
         """Bytes of a checkpoint: the parameters that it holds and, with AdamW, two moments of each trained one."""
         model, optim = self.trainer.model, self.trainer.args.optim
-        left_out, only_trained = names_left_out(model), has_adapters(model)
+        left_out, only_trained = kept_out_of_checkpoints(model), has_adapters(model)
         moments = 8 if with_optimizer and str(getattr(optim, "value", "")).startswith("adamw_torch") else 0
         size = 0
         for name, p in model.named_parameters():

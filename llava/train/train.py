@@ -55,7 +55,7 @@ from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
-from llava.train.checkpoint import find_checkpoint, plain_tensors_only
+from llava.train.checkpoint import find_checkpoint, is_auto, plain_tensors_only
 from llava.train.command_line import parse_arguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
@@ -317,7 +317,7 @@ def choose_format(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretrai
 def take_finished(trainer: LlavaTrainer) -> bool:
     """Whether ``auto`` finds this very run finished, without a checkpoint of its end; its model is read then."""
     args, folder, identity = trainer.args, Path(str(trainer.args.output_dir)), trainer.checkpoints.identity
-    if args.resume_from_checkpoint not in ("auto", "true", "True") or identity is None:
+    if not is_auto(args.resume_from_checkpoint) or identity is None:
         return False
     mine = replace(identity, length=trainer.data.describe_length())
     if not broadcast_from_rank0(lambda: is_finished(mine, folder, args)):

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava.compat import names_left_out
+from llava.compat import kept_out_of_checkpoints
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
@@ -44,7 +44,13 @@ from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader
 from llava.train.distributed import gather_added_together, is_first_rank
 from llava.train.engines import check_engine
-from llava.train.evaluation import NOT_PREDICTIONS, CutCounter, EvaluationMeter, check_best_metric
+from llava.train.evaluation import (
+    NOT_PREDICTIONS,
+    CutCounter,
+    EvaluationMeter,
+    check_best_metric,
+    keeping_random_states,
+)
 from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
@@ -98,7 +104,7 @@ class LlavaTrainer(Trainer):
             if callback is not None:
                 self.add_callback(callback)
 
-    # --- data ---
+    # Data.
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's batches of the training data, in their exact order."""
@@ -146,7 +152,7 @@ class LlavaTrainer(Trainer):
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items.float()
 
-    # --- a step ---
+    # A step.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, over groups with a learning rate for each part."""
@@ -200,12 +206,11 @@ class LlavaTrainer(Trainer):
             logs |= self.cut.counts
         super().log(logs, start_time)
 
-    # --- evaluation ---
+    # Evaluation.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; training does not feel whether and when it was done, which draws random numbers."""
-        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with keeping_random_states(self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +250,7 @@ class LlavaTrainer(Trainer):
             self.meter.add(inputs, loss)
         return loss, logits, labels
 
-    # --- a run: from a checkpoint, to a checkpoint ---
+    # A run: from a checkpoint, to a checkpoint.
 
     def train(
         self,
@@ -314,7 +319,7 @@ class LlavaTrainer(Trainer):
         """Write ``trainer_state.json`` in the output folder, whole or not at all."""
         self.checkpoints.write_state()
 
-    # --- private methods of transformers, where no callback and no public method is given what is needed ---
+    # Private methods of transformers, where no callback and no public method is given what is needed.
 
     def _init_training_state(
         self,
@@ -362,7 +367,7 @@ class LlavaTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # transformers would warn of a tower that lies elsewhere, and of a tied head.
-        meant = {*names_left_out(self.model), *self.model.all_tied_weights_keys}
+        meant = {*kept_out_of_checkpoints(self.model), *self.model.all_tied_weights_keys}
         missing = sorted(set(load_result.missing_keys) - meant)
         for what, names in (("lacks", missing), ("has too much", sorted(load_result.unexpected_keys))):
             if names:

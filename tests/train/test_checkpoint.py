@@ -194,6 +194,20 @@ def test_a_leftover_does_not_replace_a_checkpoint_of_its_name(tmp_path: Path) ->
     assert not (kept / "other").exists()
 
 
+def test_a_checkpoint_has_its_checksums_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-2"
+    staged = write_checkpoint(staging_of(folder), 2, finalized=False)
+    rename = Path.rename
+
+    def rename_whole(path: Path, target: Path) -> Path:
+        assert find_damage(path) is None
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_whole)
+    finalize(staged, folder)
+    assert find_damage(folder) is None
+
+
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     old, new = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path / "beside", 2)
     (old / "old").touch()

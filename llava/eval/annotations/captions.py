@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from llava.config import GroundingConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from llava.data.placeholders import literal_text, placeholder_kinds
+from llava.data.placeholders import in_reading_order, literal_text
 from llava.data.records import read_records
 from llava.eval.annotations.entries import (
     IMAGE_KEYS,
@@ -27,14 +27,20 @@ from llava.eval.annotations.entries import (
 from llava.eval.annotations.videos import find_video
 from llava.eval.store import EvalSample, Reference
 from llava.geometry import Box, TimeSpan
-from llava.grounding.syntax import LOCATIONS, bin_token, find_placeholders, parse_places, strip_coordinates
-from llava.types import Coordinates, Media, Record
+from llava.grounding.syntax import (
+    COORDINATE_PLACEHOLDER,
+    LOCATIONS,
+    bin_token,
+    find_placeholders,
+    parse_places,
+    strip_coordinates,
+)
+from llava.types import Coordinates, Record
 
 if TYPE_CHECKING:
     from llava.constants import Axis
 
 _LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")
-_PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(?:INPUT|OUTPUT)>")
 
 
 def read_captions(files: Sequence[str], folders: MediaFolders) -> list[EvalSample]:
@@ -120,7 +126,7 @@ def _sample(record: Record) -> EvalSample:
     return EvalSample(
         record.id,
         record.source,
-        _in_reading_order(record, question),
+        tuple(in_reading_order(record.media, [question])),
         Reference(
             tuple(place for place in places if isinstance(place, Box)),
             spans[0] if spans else None,
@@ -132,12 +138,6 @@ def _sample(record: Record) -> EvalSample:
         system=system,
         split=record.split,
     )
-
-
-def _in_reading_order(record: Record, text: str) -> tuple[Media, ...]:
-    """The media in the order of their placeholders."""
-    waiting = {kind: iter([m for m in record.media if m.kind == kind]) for kind in ("image", "video")}
-    return tuple(next(waiting[kind]) for kind in placeholder_kinds(text))
 
 
 def _take(text: str, waiting: dict[str, list[float]]) -> list[tuple[str, float]]:
@@ -152,7 +152,7 @@ def _places(text: str, taken: Sequence[tuple[str, float]]) -> list[Box | TimeSpa
 
 def _with_bins(text: str) -> str:
     """A text with some bin in the place of each placeholder."""
-    return _PLACEHOLDER.sub(lambda match: bin_token(cast("Axis", match[1]), 0), text)
+    return COORDINATE_PLACEHOLDER.sub(lambda match: bin_token(cast("Axis", match[1]), 0), text)
 
 
 def _coordinates(taken: Sequence[tuple[str, float]]) -> Coordinates:

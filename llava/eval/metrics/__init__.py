@@ -5,9 +5,9 @@ task     scores of each sample               scores of all samples
 =======  ==================================  ======================================================
 rec      ``score_rec``                       ``bootstrap(rows)``
 tvg      ``score_tvg``                       ``bootstrap(rows)``
-stvg     ``parse_tube``, ``score_stvg``      ``bootstrap(rows)``
-svg      ``parse_tube``, ``score_svg``       ``bootstrap(rows)``
-elc      ``parse_tube``, ``score_elc``       ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
+stvg     ``find_tube``, ``score_stvg``       ``bootstrap(rows)``
+svg      ``find_tube``, ``score_svg``        ``bootstrap(rows)``
+elc      ``find_tube``, ``score_elc``        ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
 caption  ``score_caption``                   ``bootstrap(rows) | bootstrap(CaptionScorer(...))``
 =======  ==================================  ======================================================
 
