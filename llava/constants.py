@@ -33,6 +33,8 @@ VISUAL_TOKENS = (
     SLOW_VIDEO_END,
 )
 """The tokens that visual spans are made of, in the order in which they join a vocabulary."""
+VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
+"""Any of them, in a text."""
 
 Axis = Literal["TEMP", "HEIGHT", "WIDTH"]
 AXES: tuple[Axis, ...] = ("TEMP", "HEIGHT", "WIDTH")

@@ -7,14 +7,13 @@ parse_record   one raw sample            -> a Record, or the error that names fi
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKEN
 from llava.data.files import choose_rows, find_entries, read_samples
 from llava.data.index import Mixture, Part, RecordStore, open_store
 from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_medium
@@ -27,7 +26,6 @@ _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _LONGEST_ID = 1000
-_RESERVED = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 
 
 class Notes(TypedDict):
@@ -224,7 +222,7 @@ def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> Iterator[Tu
     for number, (role, text) in enumerate(turns, start=1):
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{where}, turn {number}: unknown role {role!r:.80}; known: {', '.join(_ROLES)}")
-        if reserved := _RESERVED.search(text):
+        if reserved := VISUAL_TOKEN.search(text):
             raise ValueError(
                 f"{where}, turn {number}: has {reserved.group()!r}, a name kept for visual tokens; "
                 f"write {DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} where media stand"

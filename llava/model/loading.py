@@ -250,27 +250,27 @@ def check_weights(model: nn.Module, path: str) -> None:
         )
 
 
-def choose_device(name: str | None, flag: str = "--device") -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     """The device of a name such as "cpu" or "cuda:1"; by default a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device here; ``flag`` is what the error calls it.
+        ValueError: there is no such device here.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{flag} is {shorten(name)}; expected cpu, cuda, or cuda:N for GPU N") from error
+        raise ValueError(f"--device is {shorten(name)}; expected cpu, cuda, or cuda:N for GPU N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         built = "" if torch.version.cuda else ", and this torch was built without CUDA"
-        raise ValueError(f"{flag} is {shorten(name)}, but {found or 'no'} GPUs can be seen{built}; give cpu")
+        raise ValueError(f"--device is {shorten(name)}, but {found or 'no'} GPUs can be seen{built}; give cpu")
     # A device of this name there is; whether it works (a driver, memory) shows when something is put on it.
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{flag} is {shorten(name)}, which cannot be used here ({error}); give cpu") from error
+        raise ValueError(f"--device is {shorten(name)}, which cannot be used here ({error}); give cpu") from error
     return device
 
 

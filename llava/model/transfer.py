@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llava.messages import list_names
 from llava.model.generation import MultimodalGeneration
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
@@ -26,6 +27,7 @@ from llava.model.pretrained import (
 from llava.model.visual import vision_module_of
 
 Status = Literal["copied", "new", "shape mismatch"]
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TransferReport:
         lines = [f"weights from {self.backbone}"]
         for status in ("copied", "new", "shape mismatch"):
             lines.append(f"  {status:<15}{len(self.names(status)):>6} tensors{self._examples(status)}")
-        unused = f": {_some(self.unused)}" if self.unused else ""
+        unused = f": {list_names(self.unused, _MOST_NAMED)}" if self.unused else ""
         return "\n".join([*lines, f"  {'unused':<15}{len(self.unused):>6} tensors{unused}"])
 
     def _examples(self, status: Status) -> str:
@@ -67,7 +69,7 @@ class TransferReport:
             for tensor in self.tensors
             if tensor.status == status
         ]
-        return f": {_some(named)}" if named and status != "copied" else ""
+        return f": {list_names(named, _MOST_NAMED)}" if named and status != "copied" else ""
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON: ``{"backbone", "tensors": [{"name", "shape", "status", ...}], "unused"}``."""
@@ -102,7 +104,7 @@ def copy_parameters(model: PreTrainedModel, backbone: str) -> TransferReport:
     if not report.names("copied"):
         raise ValueError(
             f"--backbone_model {backbone!r}: none of its {len(source)} tensors fits {model.config.model_type}; "
-            f"they begin with {_some(sorted(source))}"
+            f"they begin with {list_names(sorted(source), _MOST_NAMED)}"
         )
     return report
 
@@ -130,10 +132,6 @@ def _files_of_tensors(path: str) -> dict[str, str]:
         with safe_open(file, "pt") as tensors:
             files |= dict.fromkeys(tensors.keys(), file.name)
     return files
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # Weights of projector, image newline and resampler from another checkpoint.

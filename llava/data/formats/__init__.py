@@ -8,6 +8,6 @@ templates.py  the named templates, as data
 from __future__ import annotations
 
 from llava.data.formats import chat, templates
-from llava.data.formats.base import BUILT_IN, CHAT, FORMATS, PLAIN_LM, Format, build_format
+from llava.data.formats.base import CHAT, FORMATS, PLAIN_LM, Format, build_format
 
-__all__ = ["BUILT_IN", "CHAT", "FORMATS", "PLAIN_LM", "Format", "build_format", "chat", "templates"]
+__all__ = ["CHAT", "FORMATS", "PLAIN_LM", "Format", "build_format", "chat", "templates"]

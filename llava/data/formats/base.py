@@ -14,7 +14,7 @@ from llava.constants import (
     ESCAPED_PLACEHOLDER,
     IGNORE_INDEX,
     PLACEHOLDER,
-    VISUAL_TOKENS,
+    VISUAL_TOKEN,
 )
 from llava.registry import Registry
 from llava.types import Turn
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 PLAIN_LM = "plain_lm"
 CHAT = "chat"
-VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 _VISUAL_RUN = re.compile(f"((?:{VISUAL_TOKEN.pattern}|{PLACEHOLDER.pattern})+)")
 
 
@@ -105,9 +104,6 @@ class Format(ABC):
     def count_tokens(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
         """How many tokens ``encode`` makes of each conversation, its media (placeholders here) left out."""
 
-
-BUILT_IN = ("chat", "gemma", "llama_2", "llama_v3", "mpt", "plain", "plain_lm", "qwen", "v1")
-"""Formats that come with the library, for ``--help``, which loads none of them."""
 
 FORMATS: Registry[Callable[[PreTrainedTokenizerBase], Format]] = Registry("--version (preprocessing format)")
 """Formats by name; each is called with the tokenizer."""
