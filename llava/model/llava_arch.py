@@ -1,4 +1,4 @@
-"""The mixins that give any decoder-only language model eyes.
+"""The mixins that add vision to any decoder-only language model.
 
 ``LlavaMetaModel`` adds tower, projector and resampler to a decoder; ``LlavaMetaForCausalLM`` gives
 the model with its head one ``forward``, the same for every backbone. With media it runs

@@ -108,7 +108,7 @@ def replace_files(staged: Path, folder: Path) -> None:
 
 
 def is_auto(asked: str | bool | None) -> bool:
-    """Whether a value of ``--resume_from_checkpoint`` means the last complete checkpoint, wherever it stands."""
+    """Whether a value of ``--resume_from_checkpoint`` means the last complete checkpoint of the run's folder."""
     return asked in ("auto", "true", "True")
 
 

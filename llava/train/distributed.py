@@ -1,4 +1,4 @@
-"""Ranks that decide together, a choice of the first one, a mistake of any, a wish of any; and their parting."""
+"""Several ranks: what the first decides, failures and flags of any, the end of the process group, and ZeRO-3's shares."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def is_any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def leave_process_group() -> None:
-    """End what this rank has in common with the others; to be called once a run needs them no more.
+    """End this rank's part in the process group; to be called once a run needs the other ranks no more.
 
     A thread of gloo may still hold the tensors of the last exchange, and it needs the interpreter to let go of
     them. One that asks for it after the interpreter has begun to end aborts the process. Neither
@@ -91,7 +91,7 @@ def leave_process_group() -> None:
         time.sleep(0.5)
 
 
-# ZeRO-3, which shares out the parameters themselves: what loading and the vision modules need to fit it.
+# ZeRO-3, which splits the parameters themselves among ranks: what loading and the vision modules need for it.
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
 
 
 def keeping_random_states(device: torch.device) -> AbstractContextManager[None]:
-    """Within it random numbers may be drawn, and training draws those that it would have drawn all the same."""
+    """Within it random numbers may be drawn; afterwards the generators are as they were before."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else [])
 
 

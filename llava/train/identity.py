@@ -175,7 +175,7 @@ def check_resumed(
         identity: of this run; None where a program does not say.
         checkpoint: to go on from.
         args: of this run.
-        data: are told their place.
+        data: whose position is set to the checkpoint's.
         uses_deepspeed: whether this run does.
 
     Raises:

@@ -92,7 +92,7 @@ def _leave(number: int) -> None:
         with contextlib.suppress(OSError):
             os.write(2, said.encode())
     finally:
-        os._exit(PREEMPTED)  # Ranks and threads need no parting: none has begun anything.
+        os._exit(PREEMPTED)  # Ranks and threads are not ended in order: none has begun anything.
 
 
 @dataclass

@@ -191,7 +191,7 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
 
 
 def _is_own_run(folder: Path) -> bool:
-    """Whether a run of this program left something in a folder, rather than somebody a model."""
+    """Whether a run of this program left something in a folder; otherwise a model there is somebody's own."""
     marked = any((folder / mark).is_file() for mark in _MARKS)
     return marked or any(_is_checkpoint(path) for path in list_checkpoints(folder))
 

@@ -3,9 +3,9 @@
 What a run owns beside transformers' trainer are plain objects, to which the trainer hands the events of the loop::
 
     data           data_order.py    which samples come next, and where in them the run stands
-    checkpoints    saving.py        folders that are whole, or have no name
+    checkpoints    saving.py        a folder has its name only when it is complete
     stop_request   preemption.py    a signal ends the run after its step
-    nan_check      nan_check.py     numbers that are none stop it before the step
+    nan_check      nan_check.py     a NaN or an infinity stops it before the optimizer's step
     bad_sample_log bad_samples.py   what was skipped
 
 Public methods are overridden where there are any. The eight private ones come last in the class, each with its reason.
@@ -170,7 +170,7 @@ class LlavaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of a micro-batch, watched for numbers that are none."""
+        """Forward and backward pass of a micro-batch, checked for NaN and infinity."""
         if self.nan_check is not None:
             self.nan_check.begin(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -209,7 +209,7 @@ class LlavaTrainer(Trainer):
     # Evaluation.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; training does not feel whether and when it was done, which draws random numbers."""
+        """As in transformers; the random numbers that it draws are not taken from those of training."""
         with keeping_random_states(self.args.device):
             return super().evaluate(*args, **kwargs)
 
@@ -331,7 +331,7 @@ class LlavaTrainer(Trainer):
     ) -> tuple[int, int]:
         # transformers takes the place in the data from the number of steps alone, which is wrong once they changed.
         quiet = contextlib.nullcontext() if resume_from_checkpoint is None else quiet_transformers()
-        with quiet:  # It looks where the best one was, and warns of changes that are none of its business.
+        with quiet:  # It looks where the best one was, and warns of changes that are checked elsewhere.
             epoch, micro_batches = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )

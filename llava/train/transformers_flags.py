@@ -329,7 +329,7 @@ def check_spelling(args: TrainingArguments) -> None:
         if isinstance(value, str):
             _check_settings(name, value)
     asked = args.accelerator_config
-    if isinstance(asked, str) and asked.startswith("{"):  # transformers makes an object of it, and stumbles
+    if isinstance(asked, str) and asked.startswith("{"):  # transformers makes an object of it, and fails
         known = [field.name for field in fields(AcceleratorConfig)]
         if unknown := sorted(json.loads(asked).keys() - set(known)):
             raise ValueError(f"--accelerator_config has the unknown setting {unknown[0]!r}; known: {', '.join(known)}")

@@ -1,6 +1,6 @@
 """Alternating attention: every other layer looks at one modality only.
 
-Layers are counted from 0. Even layers and the last one are causal, as ever. In the others a token
+Layers are counted from 0. Even layers and the last one are causal as usual. In the others a token
 sees, of what a causal layer shows it,
 
 - ``alternating``: the tokens of its own modality (text, or images and videos);
