@@ -1,4 +1,4 @@
-"""Several ranks: what the first decides, failures and flags of any, the end of the process group, and ZeRO-3's shares."""
+"""Several ranks: what the first decides, failures and flags of any, the end of the group, and ZeRO-3's shares."""
 
 from __future__ import annotations
 
