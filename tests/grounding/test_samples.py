@@ -1,4 +1,4 @@
-"""Coordinates of samples, moved from their picture to the square that the tower sees."""
+"""Coordinates of samples, moved from their picture to the square that the tower sees: llava.grounding.samples."""
 
 from __future__ import annotations
 
