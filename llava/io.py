@@ -75,11 +75,12 @@ def sync(path: Path) -> None:
 # Files to which a line of JSON is appended at a time. A process that is killed leaves half a line at most.
 
 
-def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, object]]) -> None:
-    """Append one line for each row to an open file; they are on the disk when this returns."""
+def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, object]], *, durable: bool = True) -> None:
+    """Append one line for each row to an open file; if ``durable``, they are on the disk when this returns."""
     file.write(b"".join(_encode(json.dumps(row, ensure_ascii=False)) for row in rows))
-    file.flush()
-    os.fsync(file.fileno())
+    if durable:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -226,7 +227,7 @@ def lock_file(file: IO[Any], wait: bool) -> bool:
 
 def _lock_on_windows(file: IO[Any], wait: bool) -> bool:
     try:
-        windows: Any = import_module("msvcrt")
+        windows = import_module("msvcrt")
     except ImportError:
         return False
     place = os.lseek(file.fileno(), 0, os.SEEK_CUR)

@@ -15,23 +15,38 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from llava.command import CommandParser, check_output_folder, run_command
+from llava.io import append_json_lines, write_beside, write_json
 
 ID, CAPTION, FOLDER, URL = "videoid", "name_it", "page_dir", "contentUrl"
 REQUIRED = (ID, CAPTION)
+
+Row = Mapping[str, object]
+"""A row by the names of its columns: of a CSV file all values are texts."""
+
+
+class _TextSample(TypedDict):
+    id: str
+    conversations: list[dict[str, str]]
+
+
+class Sample(_TextSample, total=False):
+    """An entry of a data file, see docs/data.md."""
+
+    video: str
 
 
 @dataclass
 class Outcome:
     """Samples of both files, in step, and the rows of ``left_out.jsonl``."""
 
-    text: list[dict[str, Any]] = field(default_factory=list)
-    video: list[dict[str, Any]] = field(default_factory=list)
+    text: list[Sample] = field(default_factory=list)
+    video: list[Sample] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -90,7 +105,7 @@ def convert(args: argparse.Namespace) -> None:
     print(summarise(outcome, len(rows), args.out, args.video_dir))
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
+def read_rows(path: str) -> list[Row]:
     """The rows of a CSV or JSONL file.
 
     Raises:
@@ -113,7 +128,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+def _read_csv(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         _check_columns(reader.fieldnames or (), f"--rows {file}")
@@ -124,7 +139,7 @@ def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"--rows {file}, line {number}"
@@ -140,15 +155,13 @@ def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _check_columns(found: Any, where: str) -> None:
+def _check_columns(found: Collection[str], where: str) -> None:
     missing = [column for column in REQUIRED if column not in found]
     if missing:
         raise ValueError(f"{where}: lacks {', '.join(missing)}; found {', '.join(map(str, found)) or 'nothing'}")
 
 
-def build_samples(
-    rows: Sequence[dict[str, Any]], video_dir: str, max_samples: int | None, require_video: bool
-) -> Outcome:
+def build_samples(rows: Sequence[Row], video_dir: str, max_samples: int | None, require_video: bool) -> Outcome:
     """Samples of both files, in the order of the rows.
 
     A row without a caption, with an id that an earlier sample has, or with a caption that cannot be
@@ -177,7 +190,7 @@ def build_samples(
     return outcome
 
 
-def find_clip(row: dict[str, Any], identity: str, video_dir: str) -> tuple[str, str]:
+def find_clip(row: Row, identity: str, video_dir: str) -> tuple[str, str]:
     """The path of a row's clip below the folder, and why it cannot be used ("" if it can)."""
     from llava.data.media import MediaError, sample_video
 
@@ -212,23 +225,20 @@ def _explain_unusable(identity: str, caption: str, used: set[str]) -> str:
     return ""
 
 
-def _sample(identity: str, caption: str, clip: str | None) -> dict[str, Any]:
+def _sample(identity: str, caption: str, clip: str | None) -> Sample:
     turns = [{"from": "human", "value": "<video>" if clip else ""}, {"from": "gpt", "value": caption}]
-    return {"id": identity, **({"video": clip} if clip else {}), "conversations": turns}
+    if clip is None:
+        return {"id": identity, "conversations": turns}
+    return {"id": identity, "video": clip, "conversations": turns}
 
 
 def write_files(outcome: Outcome, folder: str) -> None:
-    """Write the three files, each beside its place first, so that none is ever half written."""
+    """Write the three files, none of which is ever half written."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    texts = {
-        "webvid_t_it.json": json.dumps(outcome.text, ensure_ascii=False, indent=1) + "\n",
-        "webvid_vi_it.json": json.dumps(outcome.video, ensure_ascii=False, indent=1) + "\n",
-        "left_out.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.left_out),
-    }
-    for name, text in texts.items():
-        unfinished = Path(folder, name + ".part")
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        unfinished.replace(Path(folder, name))
+    write_json(Path(folder, "webvid_t_it.json"), outcome.text)
+    write_json(Path(folder, "webvid_vi_it.json"), outcome.video)
+    with write_beside(Path(folder, "left_out.jsonl")) as beside, beside.open("wb") as file:
+        append_json_lines(file, outcome.left_out)
 
 
 def count_reasons(left_out: Sequence[dict[str, str]]) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava.command import CommandParser, check_at_least, run_command
 from llava.data.dataset_stats import count_media
 from llava.data.index import Mixture
-from llava.data.media import check_links, load_image, sample_video
+from llava.data.media import decode_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
@@ -64,23 +64,10 @@ class MediaCheck(Dataset["BadSample | None"]):
 
     def decode(self, record: Record) -> None:
         """A ValueError over the first of a record's media that cannot be decoded."""
+        sampling = (self.num_frames, self.video_fps, self.frames_upbound)
         for media in record.media:
             try:
-                check_links(media)
-                if media.kind == "image":
-                    load_image(media.path, self.limits)
-                else:
-                    sample_video(
-                        media.path,
-                        self.num_frames,
-                        fps=self.video_fps,
-                        max_frames=self.frames_upbound,
-                        split=record.split,
-                        timeout=self.decode_timeout,
-                        limits=self.limits,
-                        frame_files=media.frames,
-                        frame_rate=media.fps,
-                    )
+                decode_media(media, *sampling, record.split, self.decode_timeout, self.limits)
             except MediaError as error:
                 raise MediaError(str(error), media.path) from error
 
@@ -107,9 +94,9 @@ def find_missing(records: Sequence[Record]) -> list[str]:
     No file is decoded: a million of them take seconds.
     """
     if isinstance(records, Mixture):
-        waiting = ((i, medium) for i, media in records.media() for medium in media)
+        waiting = ((i, file) for i, media in records.media() for file in media)
     else:
-        waiting = ((i, medium) for i, record in enumerate(records) for medium in record.media)
+        waiting = ((i, file) for i, record in enumerate(records) for file in record.media)
     chunks = iter(lambda: list(islice(waiting, _FILES_AT_ONCE)), [])
     first: dict[int, str] = {}
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -52,11 +52,11 @@ class SupervisedCollator:
         # Ranks step together: one without examples computes an exact zero instead of waiting.
         batch = self._pad(examples or [Example("", [self.pad_token_id], [IGNORE_INDEX])])
         batch["sample_ids"] = [example.id for example in examples]
-        media = [medium for example in examples for medium in example.media]
+        media = [item for example in examples for item in example.media]
         if media:
-            batch["images"] = [medium.frames for medium in media]
-            batch["modalities"] = [medium.kind for medium in media]
-            batch["image_sizes"] = [medium.original_size for medium in media]
+            batch["images"] = [item.frames for item in media]
+            batch["modalities"] = [item.kind for item in media]
+            batch["image_sizes"] = [item.original_size for item in media]
         # Keys are there only if a row has something for them: forward's defaults stand for the others.
         if any(example.coordinates != NO_COORDINATES for example in examples):
             batch["variables"] = [example.coordinates.to_variables() for example in examples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +137,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
                 loaded.append(load_media(media, self.vision, record.split, self.decode_timeout, self.limits))
             except MediaError as error:
                 raise MediaError(f"{record}: {error}", media.path) from error
-        if len({medium.kind for medium in loaded}) < 2:
+        if len({media.kind for media in loaded}) < 2:
             return loaded
         # Records list images and videos apart; the text says in which order the model reads them.
         return in_reading_order(loaded, [turn.text for turn in record.turns])
@@ -322,9 +322,27 @@ class DataModule(TypedDict):
     data_collator: SupervisedCollator
 
 
+class DataSettings(Protocol):
+    """What is read of ``DataArguments``, which belong to training and are not imported here."""
+
+    data_path: list[str]
+    eval_data_path: list[str] | None
+    image_folder: str | None
+    video_folder: str | None
+    data_cache_dir: str | None
+    on_bad_sample: str
+    allow_duplicate_ids: bool
+    allow_outside_paths: bool
+    ignore_keys: list[str] | None
+    early_mix_text: bool
+    decode_timeout: float
+    media_limits: MediaLimits
+    text_chunking: str
+
+
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase,
-    data_args: Any,
+    data_args: DataSettings,
     vision: VisionConfig | None,
     max_length: int,
     text_format: Format | None = None,
@@ -348,8 +366,7 @@ def make_supervised_data_module(
 
     chosen = text_format or build_format(PLAIN_LM, tokenizer)
 
-    def build(flag: str) -> AnyDataset | None:
-        paths: Sequence[str] | None = getattr(data_args, flag)
+    def build(flag: str, paths: list[str] | None) -> AnyDataset | None:
         if not paths:
             return None
         records = read_records(
@@ -381,7 +398,7 @@ def make_supervised_data_module(
         return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
     return {
-        "train_dataset": build("data_path"),
-        "eval_dataset": build("eval_data_path"),
+        "train_dataset": build("data_path", data_args.data_path),
+        "eval_dataset": build("eval_data_path", data_args.eval_data_path),
         "data_collator": SupervisedCollator(tokenizer.pad_token_id),
     }

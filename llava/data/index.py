@@ -149,7 +149,7 @@ class RecordStore(RecordSequence):
         """The media of some rows; many times faster than the records themselves."""
         for start in range(0, len(rows), _RECORDS_AT_ONCE):
             for text in self._column.take(rows[start : start + _RECORDS_AT_ONCE]).to_pylist():
-                yield [_load_media(*medium) for medium in json.loads(text)[2]]
+                yield [_load_media(*fields) for fields in json.loads(text)[2]]
 
     def numbers(self, name: str) -> NDArray[np.int32]:
         """One of the columns ``NUMBERS``, int32 (records,); zero at bad samples."""
@@ -200,8 +200,8 @@ def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]
 def _dump(record: Record) -> str:
     turns = [[turn.role, turn.text] for turn in record.turns]
     media = [
-        [medium.kind, medium.path, medium.root, *([medium.frames, medium.fps] if medium.frames or medium.fps else [])]
-        for medium in record.media
+        [file.kind, file.path, file.root, *([file.frames, file.fps] if file.frames or file.fps else [])]
+        for file in record.media
     ]
     coordinates = vars(record.coordinates) if any(vars(record.coordinates).values()) else None
     return json.dumps([record.id, turns, media, record.source, record.split, record.fault, coordinates])
@@ -212,7 +212,7 @@ def _load(row: str) -> Record:
     return Record(
         id=identity,
         turns=tuple(Turn(*turn) for turn in turns),
-        media=tuple(_load_media(*medium) for medium in media),
+        media=tuple(_load_media(*fields) for fields in media),
         source=source,
         split=None if split is None else (split[0], split[1]),
         fault=fault,

@@ -58,28 +58,48 @@ def load_media(
     Raises:
         MediaError: the file is missing, empty, too large, outside its folder, or cannot be decoded.
     """
-    check_links(media)
-    if media.kind == "image":
-        picture = load_image(media.path, limits)  # (height, width, 3)
-        views = fit_frames(picture[None], vision) if vision.anyres is None else cut_views(picture, vision)
-        return VisualInput("image", views, (picture.shape[0], picture.shape[1]), (0.0,))
-    if vision.add_time_instruction and not media.fps and (media.frames or os.path.isdir(media.path)):
+    is_frames = media.kind == "video" and (media.frames or os.path.isdir(media.path))
+    if is_frames and vision.add_time_instruction and not media.fps:
         raise MediaError(
             f"{media.path}: is given as frames without their rate, and --add_time_instruction is set; give meta.fps"
         )
-    video = sample_video(
+    sampling = (vision.num_frames, vision.video_fps, vision.frames_upbound)
+    decoded = decode_media(media, *sampling, split, timeout, limits)
+    frames, size = decoded.frames, (decoded.frames.shape[1], decoded.frames.shape[2])
+    if media.kind == "image":
+        # Under anyres the frames are the views of one picture: (1 + tiles, 3, side, side).
+        views = fit_frames(frames, vision) if vision.anyres is None else cut_views(frames[0], vision)
+        return VisualInput("image", views, size, (0.0,))
+    return VisualInput("video", fit_frames(frames, vision), size, decoded.times, decoded.duration)
+
+
+def decode_media(
+    media: Media,
+    num_frames: int,
+    fps: float,
+    max_frames: int,
+    split: tuple[int, int] | None = None,
+    timeout: float = 0.0,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> SampledVideo:
+    """The frames of a record's video, or its image as a single frame, at their own size.
+
+    The arguments and errors are those of ``sample_video``; a link out of the folder of media is an error too.
+    """
+    check_links(media)
+    if media.kind == "image":
+        return SampledVideo(load_image(media.path, limits)[None], (0,), (0.0,), 0.0)
+    return sample_video(
         media.path,
-        vision.num_frames,
-        fps=vision.video_fps,
-        max_frames=vision.frames_upbound,
+        num_frames,
+        fps=fps,
+        max_frames=max_frames,
         split=split,
         timeout=timeout,
         limits=limits,
         frame_files=media.frames,
         frame_rate=media.fps,
     )
-    _, height, width, _ = video.frames.shape
-    return VisualInput("video", fit_frames(video.frames, vision), (height, width), video.times, video.duration)
 
 
 def check_links(media: Media) -> None:

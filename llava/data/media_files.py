@@ -173,14 +173,14 @@ DEFAULT_LIMITS = MediaLimits()
 
 _DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,")
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
-_MEDIUM_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
-"""Keys of an object that stands for a medium."""
+_MEDIA_KEYS = ("bytes", "path", "url", "image", "video", "image_url", "video_url", "file")
+"""Keys of an object that stands for an image or a video."""
 
 
-def read_medium(
+def read_media(
     value: object, kind: MediaKind, root: str, source: str, anywhere: bool, media_dir: Path | None, where: str
 ) -> Media:
-    """The file of a medium as a data file has it: a path, bytes, a ``data:`` address, a picture or an object of these.
+    """The file of an image or a video, given as a path, bytes, a ``data:`` address, a picture or an object of these.
 
     Args:
         value: what the sample has.
@@ -192,7 +192,7 @@ def read_medium(
         ValueError: it is none of these, or its path leads out of the root.
     """
     try:
-        data, path = _split_medium(value)
+        data, path = _split_value(value)
         if data is not None:
             folder = media_dir or _temporary_folder()
             return Media(kind, _write_media(data, path, folder), len(str(folder)))
@@ -204,8 +204,8 @@ def read_medium(
     return find_media(os.path.join(source, path), kind, root, anywhere, where)
 
 
-def _split_medium(value: object) -> tuple[bytes | None, str]:
-    """The bytes of a medium, if they were given, and its path or name."""
+def _split_value(value: object) -> tuple[bytes | None, str]:
+    """The bytes of an image or a video, if they were given, and its path or name."""
     if isinstance(value, bytes):
         return value, ""
     if hasattr(value, "save") and hasattr(value, "tobytes"):  # A picture of Pillow: a PNG loses nothing of it.
@@ -213,7 +213,7 @@ def _split_medium(value: object) -> tuple[bytes | None, str]:
         value.save(file, "PNG")
         return file.getvalue(), ".png"
     if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if key in _MEDIUM_KEYS and item}
+        given = {key: item for key, item in value.items() if key in _MEDIA_KEYS and item}
         if isinstance(data := given.pop("bytes", None), bytes):
             return data, str(given.get("path", ""))
         value = next(iter(given.values())) if len(given) == 1 else None

@@ -127,7 +127,7 @@ Clip = tuple[float, tuple[float, ...]]
 
 def clips_of(media: Iterable[VisualInput]) -> list[Clip]:
     """The clips that decoded media have, in order."""
-    return [(medium.duration, medium.times) for medium in media if medium.kind == "video"]
+    return [(item.duration, item.times) for item in media if item.kind == "video"]
 
 
 def stand_in(num_frames: int) -> Clip:

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKEN
 from llava.data.files import choose_rows, find_entries, read_samples
 from llava.data.index import Mixture, Part, RecordStore, open_store
-from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_medium
+from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_media
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.spellings import name_type, read_raw, suggest
 from llava.grounding.samples import parse_variables
@@ -168,9 +168,9 @@ def parse_record(
 
     def read(value: object, kind: MediaKind) -> Media:
         root = image_folder if kind == "image" else video_folder
-        return read_medium(value, kind, root, folder, allow_outside_paths, media_dir, where)
+        return read_media(value, kind, root, folder, allow_outside_paths, media_dir, where)
 
-    # 1. All spellings of turns and media in one form; 2. each medium as a file; 3. what must fit together.
+    # 1. All spellings of turns and media in one form; 2. each image or video as a file; 3. what must fit together.
     raw = read_raw(sample, where, ignore_keys)
     turns = tuple(_parse_turns(raw.turns, where))
     shown = [kind for turn in turns for kind in placeholder_kinds(turn.text)]
@@ -277,9 +277,9 @@ def _parse_split(meta: object, where: str) -> tuple[int, int] | None:
 
 
 def _check_placeholders(shown: Sequence[MediaKind], media: Sequence[Media], unread: Sequence[str], where: str) -> None:
-    """A ValueError unless each medium has its placeholder, and each placeholder its medium."""
+    """A ValueError unless each image or video has its placeholder, and each placeholder its file."""
     for placeholder, kind in PLACEHOLDERS.items():
-        wanted, given = shown.count(kind), sum(medium.kind == kind for medium in media)
+        wanted, given = shown.count(kind), sum(item.kind == kind for item in media)
         if wanted == given:
             continue
         if wanted > given:

@@ -1,7 +1,7 @@
 """The spellings of the field: a raw sample with media beside its text, in its turns or in parts of them -> one form.
 
-What is read, in words: ``docs/data.md``. A text keeps a placeholder wherever a medium stands, and the media come in the
-order of their placeholders, each as the file has it (a path, bytes, an object of either).
+What is read, in words: ``docs/data.md``. A text keeps a placeholder wherever an image or a video stands, and the media
+come in the order of their placeholders, each as the file has it (a path, bytes, an object of either).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MEDIA_PARTS: dict[str, MediaKind] = {
     "input_video": "video",
 }  # fmt: skip
 _PART_SOURCES = ("path", "url", "bytes", "base64")
-"""Keys of a part, beside the name of its kind, that say where its medium is."""
+"""Keys of a part, beside the name of its kind, that say where its image or video is."""
 _PART_OPTIONS = ("type", "detail")
 
 _MEDIA_NAME = re.compile(
@@ -67,7 +67,7 @@ class RawSample:
 
 @dataclass
 class _Piece:
-    """A stretch of text, or a medium: its kind, and what it is unless the sample's own list says so."""
+    """A stretch of text, or an image or a video: its kind, and what it is unless the sample's own list says so."""
 
     text: str = ""
     kind: MediaKind | None = None
@@ -90,7 +90,7 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
     sample = {key: value for key, value in sample.items() if key not in ignored}
     unread = [key for key, value in sample.items() if key not in _READ_KEYS and not _is_empty(value)]
     turns: list[tuple[object, str]] = []
-    # What the sample lists beside its turns waits for placeholders, and parts, that bring no medium of their own.
+    # What the sample lists beside its turns waits for placeholders, and parts, that bring no file of their own.
     waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
     given: dict[MediaKind, list[object]] = {"image": [], "video": []}
     own: dict[MediaKind, list[object]] = {"image": [], "video": []}
@@ -143,7 +143,7 @@ def _check_not_blind(sample: Mapping[str, object], unread: Sequence[str], where:
             meant = suggest(key).removeprefix("; ") or 'media are read from "image" and "video".'
             raise ValueError(
                 f'{where}: has no media, but "{key}" ({shorten(value)}), which nothing reads: it would be trained on '
-                f"blind; {meant} If it is no medium, {remedy}"
+                f"blind; {meant} If it is no image or video, {remedy}"
             )
 
 
@@ -220,9 +220,9 @@ def _shown_first(turn: Mapping[str, object], pieces: Sequence[_Piece], where: st
     for kind, keys in MEDIA_KEYS.items():
         media = _only_value(turn, keys, where, _as_list)
         places = [piece for piece in pieces if piece.kind == kind and piece.given is None]
-        for piece, medium in zip(places, media, strict=False):
-            piece.given = medium
-        yield from (_Piece(kind=kind, given=medium, is_part=True) for medium in media[len(places) :])
+        for piece, value in zip(places, media, strict=False):
+            piece.given = value
+        yield from (_Piece(kind=kind, given=value, is_part=True) for value in media[len(places) :])
 
 
 def _read_part(part: object, where: str, unread: list[str]) -> Iterator[_Piece]:
@@ -252,7 +252,7 @@ def _read_part(part: object, where: str, unread: list[str]) -> Iterator[_Piece]:
     _note(unread, "part", part, ("type", *own, *_PART_SOURCES))
     sources = {key: part[key] for key in (*own, *_PART_SOURCES) if not _is_empty(part.get(key))}
     if sources.keys() <= {"path", "bytes"}:
-        # Together they are one medium: bytes, and the name they had.
+        # Together they are one file: bytes, and the name they had.
         yield _Piece(kind=kind, given=sources or None, is_part=True)
     elif len(sources) == 1:
         yield _Piece(kind=kind, given=next(iter(sources.values())), is_part=True)
@@ -270,7 +270,7 @@ def _cut(text: str) -> Iterator[_Piece]:
 
 
 def _join(pieces: Sequence[_Piece]) -> str:
-    """The text of a turn. Parts are joined as the LLaVA family writes them: a line for a medium before words."""
+    """The text of a turn. Parts are joined as the LLaVA family does: an image or a video has a line before words."""
     names = {kind: placeholder for placeholder, kind in PLACEHOLDERS.items()}
     text, behind_part = "", False
     for piece in pieces:
@@ -278,7 +278,7 @@ def _join(pieces: Sequence[_Piece]) -> str:
             text += "\n" if behind_part and not piece.text[:1].isspace() else ""
             text += piece.text
         else:
-            # A backslash that ends a text is its own, and does not escape the medium behind it.
+            # A backslash that ends a text is its own, and does not escape the placeholder behind it.
             text += "\n" if piece.is_part and text.endswith("\\") else ""
             text += names[piece.kind]
         behind_part = piece.is_part

@@ -49,30 +49,15 @@ class Adjective:
         return self.feminine if noun.gender == "f" else self.masculine
 
 
-SHAPES: dict[str, Noun] = {
-    word: Noun(word, gender)
-    for word, gender in {
-        "cerchio": "m",
-        "quadrato": "m",
-        "triangolo": "m",
-        "stella": "f",
-        "croce": "f",
-        "luna": "f",
-    }.items()
-}
+_MASCULINE_SHAPES = ("cerchio", "quadrato", "triangolo")
+_FEMININE_SHAPES = ("stella", "croce", "luna")
+# The order is the class numbers of the tower's heads: a new shape or colour goes to the end.
+SHAPES = {word: Noun(word, "m") for word in _MASCULINE_SHAPES} | {word: Noun(word, "f") for word in _FEMININE_SHAPES}
 
-COLOURS: dict[str, Adjective] = {
-    masculine: Adjective(masculine, feminine)
-    for masculine, feminine in {
-        "rosso": "rossa",
-        "giallo": "gialla",
-        "bianco": "bianca",
-        "verde": "verde",
-        "blu": "blu",
-        "viola": "viola",
-        "rosa": "rosa",
-        "arancione": "arancione",
-    }.items()
+_CHANGING_COLOURS = {"rosso": "rossa", "giallo": "gialla", "bianco": "bianca"}
+_INVARIABLE_COLOURS = ("verde", "blu", "viola", "rosa", "arancione")
+COLOURS = {
+    word: Adjective(word, _CHANGING_COLOURS.get(word, word)) for word in (*_CHANGING_COLOURS, *_INVARIABLE_COLOURS)
 }
 
 Pair = tuple[str, str]

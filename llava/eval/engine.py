@@ -156,12 +156,12 @@ def _build_request(
     if sample.fault is not None:
         raise ValueError(sample.fault)
     media: list[VisualInput] = []
-    for medium in sample.media:
+    for file in sample.media:
         assert answerer.vision is not None
         try:
-            media.append(load_media(medium, answerer.vision, sample.split, asking.decode_timeout))
+            media.append(load_media(file, answerer.vision, sample.split, asking.decode_timeout))
         except MediaError as error:
-            raise MediaError(str(error), medium.path) from error
+            raise MediaError(str(error), file.path) from error
     return Request(media, question, sample.system, coordinates)
 
 

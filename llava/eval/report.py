@@ -15,7 +15,7 @@ from PIL import Image
 
 import llava
 from llava.config import VisionConfig
-from llava.data.media import load_image, sample_video
+from llava.data.media import decode_media
 from llava.data.media_files import MediaError
 from llava.draw import draw_case
 from llava.eval.store import EvalSample, Prediction, Row, Settings
@@ -168,18 +168,13 @@ def _draw(sample: EvalSample, row: Row, task: Task, vision: VisionConfig | None)
 
 def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image.Image], list[float] | None]:
     """The image, or the frames of the video that the model saw, at most 16 of them, with their places in its time."""
-    medium = sample.media[-1]  # Of several it is the last that places speak of.
-    if medium.kind == "image":
-        return [Image.fromarray(load_image(medium.path).numpy())], None
-    video = sample_video(
-        medium.path,
-        vision.num_frames if vision is not None else _FRAMES_SHOWN,
-        fps=vision.video_fps if vision is not None else 0.0,
-        max_frames=vision.frames_upbound if vision is not None else 0,
-        split=sample.split,
-        frame_files=medium.frames,
-        frame_rate=medium.fps,
-    )
+    media = sample.media[-1]  # Of several it is the last that places speak of.
+    sampling = (_FRAMES_SHOWN, 0.0, 0)
+    if vision is not None:
+        sampling = (vision.num_frames, vision.video_fps, vision.frames_upbound)
+    video = decode_media(media, *sampling, sample.split)
+    if media.kind == "image":
+        return [Image.fromarray(video.frames[0].numpy())], None
     chosen = list(range(len(video.frames)))
     if len(chosen) > _MOST_FRAMES:
         chosen = [round(i * (len(video.frames) - 1) / (_MOST_FRAMES - 1)) for i in range(_MOST_FRAMES)]

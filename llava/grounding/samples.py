@@ -12,7 +12,7 @@ from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS
 from llava.types import Coordinates, Turn
 
 _NAMES = [field.name for field in fields(Coordinates)]
-_MEDIUM_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
+_MEDIA_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
 
 
 def parse_variables(variables: object, text: str, where: str) -> Coordinates:
@@ -78,13 +78,13 @@ def move_to_square(
     squares = [vision.letterbox(size) for size in sizes]
     waiting = {name: iter(numbers) for name, numbers in coordinates.to_variables().items()}
     moved: dict[str, list[float]] = {name: [] for name in waiting}
-    medium = -1
-    for found in _MEDIUM_OR_PLACE.findall(" ".join(turn.text for turn in turns)):
+    seen = -1  # The number of the image or video that was read last.
+    for found in _MEDIA_OR_PLACE.findall(" ".join(turn.text for turn in turns)):
         name = LOCATIONS.get(found)
         if name is None:
-            medium += 1
+            seen += 1
             continue
-        number, letterbox = next(waiting[name]), squares[max(medium, 0)]
+        number, letterbox = next(waiting[name]), squares[max(seen, 0)]
         if "width" in name:
             number, _ = letterbox.to_square(number, 0)
         elif "height" in name:

@@ -67,6 +67,11 @@ def find_placeholders(text: str) -> list[str]:
     return [match.group() for match in COORDINATE_PLACEHOLDER.finditer(text)]
 
 
+def stand_in_bins(text: str) -> str:
+    """A text with some bin in the place of each placeholder, as ``parse_places`` reads it."""
+    return COORDINATE_PLACEHOLDER.sub(lambda match: bin_token(match[1], 0), text)
+
+
 def count_bins(text: str) -> int:
     """How many bins stand in a text."""
     return len(_BIN.findall(text))

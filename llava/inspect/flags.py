@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
+from llava.inspect import table
 from llava.train.engines import OPTIMIZERS, OptimizerRule
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 
@@ -62,12 +62,6 @@ All that work run over the same groups: a learning rate for each part, weight de
 keep the state of embeddings in 32.
 
 {table(("optimizer", "", "`--optim_args`"), rows)}"""
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

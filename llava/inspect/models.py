@@ -13,6 +13,7 @@ from llava.command import CommandParser, run_command
 from llava.config import VisionConfig
 from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, ASPECT_RATIOS, PATCH_MERGE_TYPES
+from llava.inspect import table
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
 from llava.model.multimodal_encoder.base import TOWERS
 from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
@@ -115,11 +116,6 @@ def first_line(part: object) -> str:
 def both(names: Iterable[str]) -> str:
     *first, last = (f"`{name}`" for name in names)
     return f"{', '.join(first)} and {last}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,8 @@ from llava.model.coordinates import CoordinateTokens, Variables, embed_tokens
 from llava.types import MediaKind
 
 if TYPE_CHECKING:  # What the mixin is mixed into; at run time each backbone brings its own.
+    from typing import Self
+
     from transformers import PreTrainedModel as _LanguageModel
 else:
     _LanguageModel = object
@@ -30,6 +32,8 @@ class MultimodalGeneration(_LanguageModel):
         embed_multimodal: Callable[..., Tensor | None]
 
         def get_model(self) -> Any: ...
+
+        def to(self, *args: object, **kwargs: object) -> Self: ...  # type: ignore[override] # Lost by a decorator.
 
         @property
         def vision(self) -> VisionConfig | None: ...
@@ -112,7 +116,7 @@ class MultimodalGeneration(_LanguageModel):
         input_ids: Tensor,
         prompt_embeds: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, Any]:
         """As in transformers, with ``prompt_embeds`` (batch, prompt, width) in place of the prompt's ids.
 

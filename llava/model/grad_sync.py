@@ -11,7 +11,8 @@ A gradient of zero is not none, though: ``UnusedVisionModules`` keeps the optimi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed
@@ -19,25 +20,64 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import TrainerCallback
 
+from llava.model.coordinates import CoordinateEmbeddings
 from llava.model.visual import VISION_MODULES, vision_module_of
+from llava.types import MediaKind
+
+MediaArguments = tuple[
+    list[Tensor] | Tensor, list[MediaKind] | None, list[tuple[int, int]] | None, CoordinateEmbeddings | None
+]
+"""Arguments of ``encode_media``: images, modalities, image sizes and the tables of coordinates."""
+
+
+class SeeingDecoder(Protocol):
+    """What is needed of a decoder with vision modules, which is a ``LlavaMetaModel``."""
+
+    used_vision_modules: set[str]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def encode_media(
+        self,
+        images: list[Tensor] | Tensor,
+        modalities: list[MediaKind] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        tables: CoordinateEmbeddings | None = None,
+    ) -> list[Tensor]: ...
+
+
+class _Context(Protocol):
+    """What autograd keeps between the two passes of ``_AllTrained``."""
+
+    used: set[str]
+    names: list[str]
+    parameters: tuple[Tensor, ...]
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 class _AllTrained(torch.autograd.Function):
     """Hands parameters on as they are, with an empty (0, width) tensor that ties them to the loss of any batch."""
 
     @staticmethod
-    def forward(ctx: Any, used: set[str], width: int, names: list[str], *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, used: set[str], width: int, names: list[str], *parameters: Tensor) -> tuple[Tensor, ...]:
         # None says that nothing was encoded with a parameter; a gradient of zeros would not.
         ctx.set_materialize_grads(False)
         ctx.used, ctx.names, ctx.parameters = used, names, parameters
         return parameters[0].new_empty((0, width)), *(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         own = gradients[1:]  # The first is the anchor's, which holds nothing.
         for name, gradient in zip(ctx.names, own, strict=True):
-            if gradient is not None:
-                ctx.used.add(vision_module_of(name))
+            module = vision_module_of(name)
+            if gradient is not None and module is not None:
+                ctx.used.add(module)
         pairs = zip(own, ctx.parameters, strict=True)
         complete = [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
         return None, None, None, *complete
@@ -46,16 +86,15 @@ class _AllTrained(torch.autograd.Function):
 class _Encoder(nn.Module):
     """``encode_media`` of a decoder as a module, which can be called with other tensors for its parameters."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: SeeingDecoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, *media: Any) -> list[Tensor]:
-        encode: Any = self.decoder.encode_media
-        return encode(*media)
+    def forward(self, *media: object) -> list[Tensor]:
+        return self.decoder.encode_media(*media)  # type: ignore[arg-type] # functional_call hands MediaArguments on.
 
 
-def encode_in_step(decoder: Any, media: tuple[Any, ...] | None) -> list[Tensor]:
+def encode_in_step(decoder: SeeingDecoder, media: MediaArguments | None) -> list[Tensor]:
     """Encode the media of one rank among several, so that the gradients of all ranks stay in step.
 
     Call it before anything else of the step is computed: what enters a graph first leaves its backward
@@ -103,11 +142,11 @@ class UnusedVisionModules(TrainerCallback):
         self.device = device
         self._moving: set[str] | None = None
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
         self.used.clear()
         self._moving = None
 
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer, *args: object) -> None:
         """Hook for ``Optimizer.register_step_pre_hook``; groups say in ``vision_module`` what they hold.
 
         ZeRO steps group by group, with flat shares of the parameters in the groups.

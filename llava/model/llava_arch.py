@@ -18,19 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from llava.compat import (
-    ModulesFilledLater,
-    cache_name,
-    keep_out_of_checkpoints,
-    mark_unfilled,
-)
+from llava.compat import ModulesFilledLater, cache_name, keep_out_of_checkpoints, mark_unfilled
 from llava.config import GroundingConfig, VisionConfig
 from llava.geometry import SPATIAL_UNPAD
 from llava.io import apply_umask
@@ -45,7 +39,7 @@ from llava.model.coordinates import (
     two_hot_targets,
 )
 from llava.model.generation import MultimodalGeneration
-from llava.model.grad_sync import encode_in_step
+from llava.model.grad_sync import encode_in_step, is_distributed
 from llava.model.lora import has_adapters, save_adapters
 from llava.model.loss import add_balance_loss, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
@@ -104,7 +98,7 @@ class LlavaMetaModel(_Decoder):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained`` for the decoder alone; a frozen tower comes from its own source."""
-        loaded: Any = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.vision is not None:
             model.vision_tower.requires_grad_(False)
@@ -144,8 +138,8 @@ class LlavaMetaModel(_Decoder):
             raise ValueError(
                 "this model has no vision modules; load it with --vision_tower to give it images or videos"
             )
-        # A single image (3, side, side) is a medium of one frame; a stack is a video, unless it is said to be an
-        # anyres image, whose frames are its views.
+        # An image (3, side, side) has one frame; a stack is a video, unless it is said to be an anyres image, whose
+        # frames are its views.
         media = [(image.unsqueeze(0) if image.ndim == 3 else image).to(self.device) for image in images]
         told: list[MediaKind] = ["image" if image.ndim == 3 else "video" for image in images]
         kinds = told if modalities is None else modalities
@@ -216,8 +210,8 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[object, ...]:
         """One step of the language model over text, images and videos.
 
         Args:
@@ -228,7 +222,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             inputs_embeds: (batch, length, width) in place of ``input_ids``; media are then in it already.
             labels: int64 (batch, length), -100 where nothing is predicted.
             use_cache: whether to return the cache.
-            images: one entry a medium over the batch in reading order, (3, side, side) for an image
+            images: one entry for each image or video over the batch in reading order, (3, side, side)
                 or (frames, 3, side, side), the frames of an anyres image being its views; uint8, or
                 floats normalised already. ``pixel_values`` is another name of it.
             modalities: "image" or "video" for each entry; by default told from its axes.
@@ -257,7 +251,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         if inputs_embeds is None:
             inputs_embeds = self.embed_multimodal(input_ids, images, modalities, image_sizes, tables, tokens)
             if inputs_embeds is not None:  # (batch, length, width); plain text goes on as ids
-                kwargs = self.decoder_inputs(input_ids) | kwargs
+                kwargs = {**self.decoder_inputs(input_ids), **kwargs}
                 input_ids = None
         elif images is not None:
             raise ValueError("pass either inputs_embeds or input_ids with images, not both")
@@ -281,10 +275,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         if targets is None or return_logits:
             logits = head(hidden[:, slice(-kept, None) if isinstance(kept, int) else kept])  # (batch, kept, vocabulary)
         others = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions")}
-        result: Any = CausalLMOutputWithPast(loss=loss, logits=logits, **others)
-        if balances:
-            of_experts = (outputs.router_logits, self.config, attention_mask)
-            result = add_balance_loss(result, *of_experts, labels, num_items_in_batch)
+        plain = CausalLMOutputWithPast(loss=loss, logits=logits, **others)
+        counted = (attention_mask, labels, num_items_in_batch)
+        result = add_balance_loss(plain, outputs.router_logits, self.config, *counted) if balances else plain
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _head_and_targets(
@@ -341,13 +334,13 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             raise ValueError("pass input_ids or inputs_embeds")
         model, vision = self.get_model(), self.vision
         media = (images, modalities, image_sizes, tables) if images is not None and len(images) else None
-        if media is None and tables is None and (vision is None or not self._is_rank()):
+        if media is None and tables is None and (vision is None or not is_distributed()):
             return None
         # The media before the text: their gradients then come last, behind the language model's, on every rank.
-        if self._is_rank() and self.training and torch.is_grad_enabled():
+        if is_distributed() and self.training and torch.is_grad_enabled():
             features = encode_in_step(model, media)
         else:
-            features = [] if media is None else model.encode_media(*media)  # one (tokens, width) a medium
+            features = [] if media is None else model.encode_media(*media)  # one (tokens, width) for each
         assert vision is not None
         embed = self.get_input_embeddings()
         if tables is not None and tokens is not None:
@@ -362,10 +355,6 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         """What a decoder takes beside the embeddings of a batch with media; most take nothing."""
         return {}
 
-    def _is_rank(self) -> bool:
-        """Whether this process is one of a group, whose other ranks may hold other modalities."""
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
-
     # Checkpoints: a frozen tower is kept out of them, and found again by its source and its hash.
 
     @classmethod
@@ -376,11 +365,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             vision_tower: another place of the same tower, where it has moved; its weights must hash
                 to what the checkpoint says.
         """
-        loaded: Any = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.vision is not None:
             # Loading replaces parameters, and with them what the structure said about gradients.
-            model.get_vision_tower().requires_grad_(False)
+            model.get_model().vision_tower.requires_grad_(False)
             if not model.vision.save_vision_tower:
                 model.load_vision_tower(vision_tower)
         return loaded

@@ -54,7 +54,7 @@ class LoadedModel:
     ``transfer`` says what was taken over from another model, if one was asked for.
     """
 
-    model: Any
+    model: LlavaMetaForCausalLM
     tokenizer: PreTrainedTokenizerBase
     vision: VisionConfig | None
     new_parameters: list[str]
@@ -77,7 +77,7 @@ def load_model(
     num_spatial_tokens: int | None = None,
     flag: str = "--model_name_or_path",
     allow_bad_weights: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> LoadedModel:
     """Load a plain language model or a multimodal checkpoint, with its tokenizer.
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from packaging.version import Version
@@ -22,6 +22,9 @@ from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adap
 from llava.model.generation import MultimodalGeneration
 from llava.model.quantization import find_linear_layers, quantized_bits
 from llava.model.visual import is_added
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -97,10 +100,8 @@ def set_up_adapters(model: MultimodalGeneration, base: str, asked: Mapping[str, 
             raise ValueError(f"--lora_{name} is {value}, but the adapters in {base!r} have {has}; leave the flag out")
 
 
-def _adapter_config(model: nn.Module) -> Any:
-    """peft's ``LoraConfig`` of a model's adapters."""
-    configs: Any = model.peft_config
-    return configs[_ADAPTER]
+def _adapter_config(model: nn.Module) -> LoraConfig:
+    return cast("dict[str, LoraConfig]", model.peft_config)[_ADAPTER]
 
 
 def adapter_settings(model: nn.Module) -> dict[str, int | float]:
@@ -153,7 +154,7 @@ def save_adapters(model: MultimodalGeneration, folder: str, state: Mapping[str, 
 
     adapter_config = copy.copy(_adapter_config(model))
     adapter_config.inference_mode = True  # As peft stores it; loading to train says otherwise.
-    if not isinstance(adapter_config.target_modules, str):  # A set, whose order would differ from save to save.
+    if isinstance(adapter_config.target_modules, set | list):  # A set, whose order would differ from save to save.
         adapter_config.target_modules = sorted(adapter_config.target_modules)
     adapter_config.save_pretrained(folder)
     config = copy.deepcopy(model.config)
@@ -213,7 +214,7 @@ def merge_adapters(model: MultimodalGeneration) -> None:
     forget_adapters(model)
 
 
-def _inject(model: MultimodalGeneration, config: Any, base: str) -> None:
+def _inject(model: MultimodalGeneration, config: LoraConfig, base: str) -> None:
     layers = [model.get_submodule(name) for name in find_linear_layers(model)]
     # GPT-2's layers hold their weights transposed, except in k bits.
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers)

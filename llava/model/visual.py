@@ -49,24 +49,24 @@ def encode_visual(
         tower: frames to (frames, patches, tower width).
         projector: tower width to the language model's width; may pool the patches' grid.
         resampler: see ``Resampler.forward``; None keeps every patch.
-        media: one (frames, 3, side, side) tensor a medium, the frames of an anyres image being its views.
-        modalities: the kind of each medium.
-        image_sizes: original (height, width) of each medium; needed for anyres images alone.
+        media: one (frames, 3, side, side) tensor for each image or video; the frames of an anyres image are its views.
+        modalities: which of the two each is.
+        image_sizes: original (height, width) of each; needed for anyres images alone.
         merger: puts the views of anyres images together; None where an image is one frame.
         positions: from a number of frames to (frames, patches, width) embeddings of where and when the patches are,
             added before the resampler; None adds nothing.
 
     Returns:
-        One (tokens, width) tensor a medium, in order.
+        One (tokens, width) tensor for each image or video, in order.
     """
     if len(media) != len(modalities):
         raise ValueError(f"{len(media)} images or videos came with {len(modalities)} modalities; pass one for each")
     if merger is not None:
         merger.check(media, modalities, image_sizes)
     features = projector(tower(torch.cat(media)))  # (all frames, patches, width)
-    by_medium = features.split([len(frames) for frames in media])  # (frames, patches, width) each
+    by_media = features.split([len(frames) for frames in media])  # (frames, patches, width) each
     if positions is not None:
-        by_medium = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in by_medium)
+        by_media = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in by_media)
     # The resampler takes media of one shape together. Each view of an image is resampled on its own, and so all images
     # are one group; the frames of a video are together.
     groups: dict[tuple[MediaKind, int], list[int]] = {}
@@ -74,7 +74,7 @@ def encode_visual(
         groups.setdefault((kind, 1 if kind == "image" else len(frames)), []).append(i)
     encoded: dict[int, Tensor] = {}
     for (kind, length), members in groups.items():
-        group = torch.cat([by_medium[i] for i in members]).unflatten(0, (-1, length))  # (media, frames, patches, width)
+        group = torch.cat([by_media[i] for i in members]).unflatten(0, (-1, length))  # (media, frames, patches, width)
         tokens = group.flatten(1, 2) if resampler is None else resampler(group, kind)  # (media, tokens, width)
         for i, parts in zip(members, tokens.split([len(media[i]) // length for i in members]), strict=True):
             if kind == "image" and merger is not None:
@@ -94,7 +94,7 @@ def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual
     Args:
         input_ids: int64 (batch, length).
         embeddings: (batch, length, width) embeddings of ``input_ids``.
-        features: one (tokens, width) tensor a medium, over the batch in reading order.
+        features: one (tokens, width) tensor for each image or video, over the batch in reading order.
         visual_token_ids: the ids of all visual tokens.
 
     Returns:
@@ -110,7 +110,7 @@ def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual
         by_sample = is_visual.sum(1).tolist()
         raise ValueError(
             f"the text has {len(positions)} visual positions (by sample: {by_sample}), but the media give "
-            f"{num_features} features (by medium: {[len(feature) for feature in features]}); pass exactly the "
+            f"{num_features} features (by image or video: {[len(feature) for feature in features]}); pass exactly the "
             "media whose placeholders stand in the text, with the number of frames they were expanded for"
         )
     if not features:

@@ -97,7 +97,7 @@ def describe(args: argparse.Namespace) -> None:
             raise ValueError(f"--draw {args.draw!r} cannot be written: {error.strerror or error}") from error
 
 
-def draw_answer(answer: Answer, medium: Media, vision: VisionConfig) -> Image:
+def draw_answer(answer: Answer, media: Media, vision: VisionConfig) -> Image:
     """An image with the boxes of an answer, or the sampled frames of a video side by side, each with its own.
 
     The boxes of a video are taken as a tube: evenly spaced in time over the answer's first span, or over the
@@ -112,11 +112,11 @@ def draw_answer(answer: Answer, medium: Media, vision: VisionConfig) -> Image:
     from llava.draw import draw_box, side_by_side
     from llava.geometry import Box
 
-    if medium.kind == "image":
-        frames = [Image.fromarray(load_image(medium.path).numpy())]
+    if media.kind == "image":
+        frames = [Image.fromarray(load_image(media.path).numpy())]
         shown_on = [0] * len(answer.boxes)
     else:
-        frames = _read_frames(medium, vision)
+        frames = _read_frames(media, vision)
         start, end = answer.spans[0] if answer.spans else (0.0, 1.0)
         steps = max(len(answer.boxes) - 1, 1)
         times = [start + (end - start) * i / steps for i in range(len(answer.boxes))]
@@ -129,13 +129,13 @@ def draw_answer(answer: Answer, medium: Media, vision: VisionConfig) -> Image:
     return side_by_side(frames)
 
 
-def _read_frames(medium: Media, vision: VisionConfig) -> list[Image]:
+def _read_frames(media: Media, vision: VisionConfig) -> list[Image]:
     """The sampled frames of a video as the model saw them, brought back to their shape; black where they were cut."""
     from PIL import Image
 
     from llava.data.media import load_media
 
-    video = load_media(medium, vision)
+    video = load_media(media, vision)
     height, width = video.original_size
     letterbox = vision.letterbox((height, width))
     corners = (letterbox.left, letterbox.top, letterbox.left + letterbox.width, letterbox.top + letterbox.height)

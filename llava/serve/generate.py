@@ -100,7 +100,7 @@ class Request:
 
     def __str__(self) -> str:
         """Its files and the beginning of its prompt, to name it in a message."""
-        files = [medium.path for medium in self.media if isinstance(medium, Media)]
+        files = [item.path for item in self.media if isinstance(item, Media)]
         return ", ".join([*files, repr(self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:60]}...")])
 
 
@@ -145,24 +145,24 @@ class PromptWriter:
             ValueError: a file cannot be read, the model does not see, or the coordinates are not those of the
                 prompt or are given to a model that has none.
         """
-        media = [self.load(medium) for medium in request.media]
+        media = [self.load(item) for item in request.media]
         turns = self._write_turns(request, media)
         ids, coordinates = self._encode(turns, media), self._place(request, turns, media)
         if self.vision is None or not media:
             return Prompt(ids, media, coordinates)
         return Prompt(ids, media, coordinates, self.vision.letterbox(media[-1].original_size))
 
-    def load(self, medium: Media | VisualInput) -> VisualInput:
+    def load(self, item: Media | VisualInput) -> VisualInput:
         """Load an image or a video, if that is not done yet."""
-        if isinstance(medium, VisualInput):
-            return medium
+        if isinstance(item, VisualInput):
+            return item
         if self.vision is None:
-            raise ValueError(f"{medium.path}: this model was trained on text alone and cannot look at {medium.kind}s")
-        return load_media(medium, self.vision)
+            raise ValueError(f"{item.path}: this model was trained on text alone and cannot look at {item.kind}s")
+        return load_media(item, self.vision)
 
     def _write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
-        kinds, shown = [medium.kind for medium in media], placeholder_kinds(request.prompt)
+        kinds, shown = [item.kind for item in media], placeholder_kinds(request.prompt)
         if shown and shown != kinds:
             raise ValueError(f"the prompt {request.prompt!r} shows {shown}, but the request has {kinds}; or show none")
         words = [*([] if shown else [_PLACEHOLDERS[kind] for kind in kinds]), request.prompt.strip()]
@@ -359,7 +359,7 @@ class Captioner:
             attention_mask[row, longest - len(prompt.ids) :] = 1
         batch: dict[str, Any] = {"input_ids": input_ids.to(self.device)}
         batch["attention_mask"] = attention_mask.to(self.device)
-        media = [medium for prompt in prompts for medium in prompt.media]
+        media = [item for prompt in prompts for item in prompt.media]
         if media:
             batch |= {"images": [m.frames for m in media], "modalities": [m.kind for m in media]}
             batch["image_sizes"] = [m.original_size for m in media]

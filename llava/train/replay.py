@@ -75,8 +75,8 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
     trainable = set(settings.trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in trainable
-    tower = model.get_vision_tower()
-    if tower is not None and not tower.trainable and not model.vision.save_vision_tower:
+    vision, tower = model.vision, model.get_vision_tower()
+    if vision is not None and tower is not None and not tower.trainable and not vision.save_vision_tower:
         tower.to(dtype)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

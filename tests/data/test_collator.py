@@ -11,7 +11,7 @@ from llava.types import BadSample, Example, VisualInput
 EOS = PAD = 0
 
 
-def medium(kind: str, num_frames: int, value: int) -> VisualInput:
+def visual(kind: str, num_frames: int, value: int) -> VisualInput:
     return VisualInput(kind, torch.full((num_frames, 3, 4, 4), value, dtype=torch.uint8), (480, 640 + value))
 
 
@@ -30,9 +30,9 @@ def test_text_only_batch_has_no_media_keys():
 
 def test_media_of_a_mixed_batch_stand_in_reading_order():
     examples = [
-        Example("both", [1, EOS], [1, EOS], [medium("video", 3, 1), medium("image", 1, 2)]),
+        Example("both", [1, EOS], [1, EOS], [visual("video", 3, 1), visual("image", 1, 2)]),
         Example("text", [1, 2, 3, EOS], [1, 2, 3, EOS]),
-        Example("image", [1, EOS], [1, EOS], [medium("image", 1, 3)]),
+        Example("image", [1, EOS], [1, EOS], [visual("image", 1, 3)]),
     ]
     batch = SupervisedCollator(PAD)(examples)
     assert batch["modalities"] == ["video", "image", "image"]

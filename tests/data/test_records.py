@@ -204,8 +204,8 @@ def test_real_files(shared_data):
     videos = read_records(str(shared_data / "real_video_it.json"))
     images = read_records(str(shared_data / "real_image_it.json"))
     assert (len(videos), len(images)) == (16, 80)
-    assert {medium.kind for record in videos for medium in record.media} == {"video"}
-    assert all(Path(medium.path).is_file() for record in [*videos, *images] for medium in record.media)
+    assert {file.kind for record in videos for file in record.media} == {"video"}
+    assert all(Path(file.path).is_file() for record in [*videos, *images] for file in record.media)
 
 
 def documented(language: str) -> list[str]:

@@ -41,7 +41,7 @@ def asked(*parts, **beside) -> dict:
 
 
 def names(record) -> list[str]:
-    return [Path(medium.path).name for medium in record.media]
+    return [Path(file.path).name for file in record.media]
 
 
 SPELLINGS = {
@@ -76,7 +76,7 @@ def test_spelling_is_read_with_its_media(case):
     record = parse(SPELLINGS[case], notes=notes)
     kinds = placeholder_kinds(record.turns[0].text)
     assert names(record) == (["a.png"] if kinds == ["image"] else ["c.mp4"])
-    assert [medium.kind for medium in record.media] == kinds
+    assert [file.kind for file in record.media] == kinds
     assert record.turns[1].role == "assistant"
     assert notes == {"unread": {}, "without_id": 0}
 
@@ -210,9 +210,9 @@ def test_a_number_of_thousands_of_digits_is_one_line(tmp_path, name):
 )
 def test_bytes_become_a_file_of_their_own(tmp_path, value):
     record = parse({"image": value, "conversations": turns("<image>", "x")}, media_dir=tmp_path)
-    (medium,) = record.media
-    assert Path(medium.path).read_bytes() == png()
-    assert medium.path[: medium.root] == str(tmp_path)
+    (file,) = record.media
+    assert Path(file.path).read_bytes() == png()
+    assert file.path[: file.root] == str(tmp_path)
     again = parse({"images": [value], "conversations": turns("<image>", "x")}, media_dir=tmp_path)
     assert again.media == record.media
 

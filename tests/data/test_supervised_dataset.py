@@ -276,8 +276,8 @@ def test_worker_processes_give_the_same_examples(mixed):
     for i, example in enumerate(loader):
         expected = mixed[i]
         assert (example.id, example.input_ids, example.labels) == (expected.id, expected.input_ids, expected.labels)
-        for found, medium in zip(example.media, expected.media, strict=True):
-            assert torch.equal(found.frames, medium.frames)
+        for found, wanted in zip(example.media, expected.media, strict=True):
+            assert torch.equal(found.frames, wanted.frames)
 
 
 @pytest.mark.parametrize(("fps", "bound", "frames"), [(2, 32, 3), (8, 32, 12), (4, 32, 6), (4, 5, 5), (0.1, 32, 1)])

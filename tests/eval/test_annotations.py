@@ -324,7 +324,7 @@ def test_media_are_shown_where_the_question_shows_them(tmp_path: Path) -> None:
         "video": ["a.mp4", "c.mp4"],
     }
     (read,) = read_annotations("captions", [write(tmp_path / "data.json", [sample])])
-    assert [Path(medium.path).name for medium in read.media] == ["a.mp4", "b.png", "c.mp4"]
+    assert [Path(file.path).name for file in read.media] == ["a.mp4", "b.png", "c.mp4"]
     assert read.question == "In <video> and <image>, and in <video>?"
 
 

@@ -13,6 +13,7 @@ from test_visual import batch_of
 
 from llava.data.media import cut_views
 from llava.geometry import AnyRes, parse_pinpoints
+from llava.model import llava_arch
 from llava.model.loading import load_model
 from llava.model.transfer import load_adapter
 from llava.model.visual import ViewMerger
@@ -121,7 +122,7 @@ def test_image_video_and_text_in_one_batch(load_tiny, mixed_data: Path, settings
 
 def test_a_rank_without_images_gives_the_newline_a_gradient_of_zero(load_tiny, mixed_data, monkeypatch) -> None:
     loaded = load_tiny(**UNPADDED)
-    monkeypatch.setattr(type(loaded.model), "_is_rank", lambda model: True)
+    monkeypatch.setattr(llava_arch, "is_distributed", lambda: True)
     loaded.model.train()(**batch_of(loaded, mixed_data, [0, 5])).loss.backward()
     assert torch.equal(loaded.model.get_model().image_newline.grad, torch.zeros(32))
 

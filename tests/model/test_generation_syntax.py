@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fond import Fond
 from grounded_tokenizers import KINDS, add_coordinates, build_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llava.config import GroundingConfig
 from llava.grounding.syntax import bin_tokens, parse_boxes, parse_spans
@@ -133,18 +134,6 @@ def test_scores_of_another_vocabulary_are_refused(byte_level) -> None:
     tokenizer, grounding = byte_level
     with pytest.raises(ValueError, match="scores 12 tokens"):
         CoordinateSyntax(tokenizer, grounding)(torch.tensor([[0]]), torch.zeros(1, 12))
-
-
-class Fond(LogitsProcessor):
-    """A model that likes some tokens."""
-
-    def __init__(self, ids: list[int], by: float) -> None:
-        self.ids, self.by = ids, by
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.ids] += self.by
-        return scores
 
 
 @pytest.mark.parametrize(

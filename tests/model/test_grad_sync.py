@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llava.model import llava_arch
 from llava.model.grad_sync import UnusedVisionModules, encode_in_step
 from llava.model.multimodal_projector.projectors import PROJECTORS
 from llava.model.multimodal_resampler.base import RESAMPLERS
@@ -21,9 +22,9 @@ every_projector = pytest.mark.parametrize("projector", PROJECTOR_NAMES)
 
 
 @pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Lets a model take itself for one rank among several, or no longer."""
-    return lambda model, rank=True: monkeypatch.setattr(type(model), "_is_rank", lambda _: rank)
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets models take this process for one rank among several."""
+    return lambda: monkeypatch.setattr(llava_arch, "is_distributed", lambda: True)
 
 
 def text_batch(loaded: Any) -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ def test_text_gives_zeros_whatever_the_vision_modules_hold(
         for parameter in module.parameters():
             parameter.data.fill_(float("inf"))
     loss, expected = step(loaded.model, text_batch(loaded))
-    as_rank(loaded.model)
+    as_rank()
     rank_loss, gradients = step(loaded.model, text_batch(loaded))
     assert torch.equal(loss, rank_loss)
     of_vision = {id(parameter) for module in vision for parameter in module.parameters()}
@@ -78,7 +79,7 @@ def test_text_gives_zeros_whatever_the_vision_modules_hold(
 def test_a_video_gives_the_gradients_of_one_process(load_tiny, as_rank, resampler: str | None) -> None:
     loaded = load_tiny(resampler_type=resampler, **SMALL)
     loss, expected = step(loaded.model, video_batch(loaded))
-    as_rank(loaded.model)
+    as_rank()
     rank_loss, gradients = step(loaded.model, video_batch(loaded))
     assert torch.equal(loss, rank_loss)
     assert all(torch.equal(gradients[name], grad) for name, grad in expected.items() if grad is not None)
@@ -89,7 +90,7 @@ def test_a_video_gives_the_gradients_of_one_process(load_tiny, as_rank, resample
 
 def test_vision_gradients_follow_the_language_models_in_one_order(load_tiny, as_rank) -> None:
     loaded = load_tiny(resample_images=True)
-    as_rank(loaded.model)
+    as_rank()
     arrived: list[str] = []
     for name, parameter in loaded.model.named_parameters():
         if parameter.requires_grad:

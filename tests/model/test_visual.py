@@ -1,4 +1,4 @@
-"""Each medium's features land at its own positions, and counts must agree."""
+"""The features of each image and video land at its own positions, and counts must agree."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_mixed_lengths_of_video_encode_as_alone(load_tiny, mixed_data: Path) -> 
     frames = batch_of(load_tiny(), mixed_data, [0])["images"][0]
     media, kinds = [frames, frames[:1], frames[:2], frames], ["video", "image", "video", "video"]
     together = model.get_model().encode_media(media, kinds)
-    for medium, kind, encoded in zip(media, kinds, together, strict=True):
-        alone = model.get_model().encode_media([medium], [kind])[0]
+    for frames, kind, encoded in zip(media, kinds, together, strict=True):
+        alone = model.get_model().encode_media([frames], [kind])[0]
         torch.testing.assert_close(encoded, alone, atol=1e-6, rtol=1e-5)
-        assert len(encoded) == model.vision.layout.num_tokens(kind, len(medium))
+        assert len(encoded) == model.vision.layout.num_tokens(kind, len(frames))
 
 
 def test_wrong_number_of_modalities_is_an_error(load_tiny, mixed_data: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from fond import Fond
+from transformers import LogitsProcessorList
 
 from llava.config import GroundingConfig
 from llava.geometry import Box, Letterbox, TimeSpan
@@ -20,18 +21,6 @@ from llava.types import Coordinates, Media
 WHOLE = re.compile(r"\[(<WIDTH-\d{3}><HEIGHT-\d{3}>){2}\]|\{(<TEMP-\d{3}>){2}\}")
 BEGUN = re.compile(r"(\[(<(WIDTH|HEIGHT)-\d{3}>){0,4}|\{(<TEMP-\d{3}>){0,2})$")
 BINS = {"num_temporal_tokens": 21, "num_spatial_tokens": 41}
-
-
-class Fond(LogitsProcessor):
-    """A model that likes some tokens."""
-
-    def __init__(self, ids: list[int], by: float) -> None:
-        self.ids, self.by = ids, by
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.ids] += self.by
-        return scores
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import stat
 import string
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from llava.data.localized_narratives.boxes import (
     GROUNDED,
@@ -23,7 +22,7 @@ from llava.data.localized_narratives.boxes import (
 )
 from llava.data.localized_narratives.preview import PreviewChoice
 from llava.data.localized_narratives.rows import Finding, Narrative, RowError, parse_narrative, read_rows
-from llava.io import write_beside
+from llava.io import append_json_lines, write_beside
 
 LEFT_OUT = "left_out.jsonl"
 REPEATED = "an earlier row has the same dataset, image and annotator: the id got a number"
@@ -105,10 +104,13 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     summary, ids = Summary(), set[str]()
     with ExitStack() as files:
-        left_out = files.enter_context((out / LEFT_OUT).open("w", encoding="utf-8", errors="backslashreplace"))
-        samples = {
-            kind: files.enter_context(_open_beside(out / f"{name}_{kind}.jsonl")) for kind in (TEXT, IMAGE, GROUNDED)
-        }
+        # Kept where nothing is left of the rows: the error points to it.
+        left_out = files.enter_context((out / LEFT_OUT).open("wb"))
+        samples: dict[str, BinaryIO] = {}
+        for kind in (TEXT, IMAGE, GROUNDED):
+            # Closed before it takes its name: the stack unwinds from its end. Not durable: it can be made again.
+            beside = files.enter_context(write_beside(out / f"{name}_{kind}.jsonl", durable=False))
+            samples[kind] = files.enter_context(beside.open("wb"))
         for row, where in read_rows(rows):
             summary.rows += 1
             findings: list[Finding] = []
@@ -121,14 +123,14 @@ def prepare(
                 sample = _name_apart(sample, ids, findings)
                 summary.count(sample)
                 for kind, built in sample.build().items():
-                    _write_line(samples[kind], built)
+                    append_json_lines(samples[kind], [built], durable=False)
                 preview.offer(sample)
             reasons = summary.left_out if sample is None else summary.reduced
             of_row = {key: row.get(key) if isinstance(row, dict) else None for key in ("image_id", "annotator_id")}
             for finding in findings:
                 reasons[finding.reason] += 1
                 told = {"kept": sample is not None, "reason": finding.reason, "details": list(finding.details)}
-                _write_line(left_out, {"row": where, **of_row, **told})
+                append_json_lines(left_out, [{"row": where, **of_row, **told}], durable=False)
         if not summary.samples:
             reason = _most_frequent_first(summary.left_out)[0][0] if summary.left_out else "they are empty"
             raise ValueError(
@@ -171,17 +173,6 @@ def _name_apart(sample: NarrativeSample, ids: set[str], findings: list[Finding])
     if number > 1:
         findings.append(Finding(REPEATED, (identity,)))
     return replace(sample, identity=identity)
-
-
-@contextmanager
-def _open_beside(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name when all of it is written, and is gone if that fails."""
-    with write_beside(path, durable=False) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
-        yield file
-
-
-def _write_line(file: TextIO, value: Mapping[str, object]) -> None:
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

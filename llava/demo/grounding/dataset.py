@@ -239,15 +239,15 @@ class Amounts:
 def write_dataset(folder: Path, *, seed: int, train: Amounts, held_out: Amounts) -> GroundingData:
     """Write pictures, clips and data files; the same seed gives the same data."""
 
-    def write(split: str, kind: str, write_medium: Callable[..., list[Sample]], number: int) -> Path:
+    def write(split: str, kind: str, write_one: Callable[..., list[Sample]], number: int) -> Path:
         (folder / split / kind).mkdir(parents=True, exist_ok=True)
-        written = run_on_all_cores(partial(write_medium, folder, split, seed), number)
+        written = run_on_all_cores(partial(write_one, folder, split, seed), number)
         return write_samples(folder / f"{split}_{kind}.json", chain.from_iterable(written))
 
     train_pictures, train_clips, held_out_pictures, held_out_clips = (
-        write(split, kind, write_medium, getattr(amounts, kind))
+        write(split, kind, write_one, getattr(amounts, kind))
         for split, amounts in ((TRAIN, train), (HELD_OUT, held_out))
-        for kind, write_medium in (("pictures", _write_picture), ("clips", _write_clip))
+        for kind, write_one in (("pictures", _write_picture), ("clips", _write_clip))
     )
     return GroundingData((train_pictures, train_clips), held_out_pictures, held_out_clips)
 

@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         file: the picture or the clip.
-        question: as it was asked, with the placeholder of its medium.
+        question: as it was asked, with the placeholder of its picture or clip.
         reference: where or when it is.
         answer: the model's text, with numbers for bins.
         found: the first place of the answer; None of one that tells none.

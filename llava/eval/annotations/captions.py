@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
 
 from llava.config import GroundingConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
@@ -27,18 +26,8 @@ from llava.eval.annotations.entries import (
 from llava.eval.annotations.videos import find_video
 from llava.eval.store import EvalSample, Reference
 from llava.geometry import Box, TimeSpan
-from llava.grounding.syntax import (
-    COORDINATE_PLACEHOLDER,
-    LOCATIONS,
-    bin_token,
-    find_placeholders,
-    parse_places,
-    strip_coordinates,
-)
+from llava.grounding.syntax import LOCATIONS, find_placeholders, parse_places, stand_in_bins, strip_coordinates
 from llava.types import Coordinates, Record
-
-if TYPE_CHECKING:
-    from llava.constants import Axis
 
 _LEADING_MEDIA = re.compile(rf"^(?:\s*(?:{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}))*\s*")
 
@@ -122,7 +111,7 @@ def _sample(record: Record) -> EvalSample:
     spans = [place for place in places if isinstance(place, TimeSpan)]
     # Where the time is given (SVG), it stands in the question.
     spans = spans or [place for place in _places(question, asked) if isinstance(place, TimeSpan)]
-    caption = strip_coordinates(_with_bins(literal_text(turns[1].text)))
+    caption = strip_coordinates(stand_in_bins(literal_text(turns[1].text)))
     return EvalSample(
         record.id,
         record.source,
@@ -147,12 +136,7 @@ def _take(text: str, waiting: dict[str, list[float]]) -> list[tuple[str, float]]
 
 def _places(text: str, taken: Sequence[tuple[str, float]]) -> list[Box | TimeSpan]:
     """The boxes and spans of a text whose placeholders stand for numbers."""
-    return parse_places(_with_bins(text), GroundingConfig(), [number for _, number in taken])
-
-
-def _with_bins(text: str) -> str:
-    """A text with some bin in the place of each placeholder."""
-    return COORDINATE_PLACEHOLDER.sub(lambda match: bin_token(cast("Axis", match[1]), 0), text)
+    return parse_places(stand_in_bins(text), GroundingConfig(), [number for _, number in taken])
 
 
 def _coordinates(taken: Sequence[tuple[str, float]]) -> Coordinates:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.compat import OwnAttention
 from llava.model.backbones import VARIANTS, variant_type
@@ -38,6 +39,13 @@ else:
     _Decoder = _LanguageModel = object
 
 _PREFIX = "alternating_"
+
+
+class AttentionLayer(Protocol):
+    """What is needed of a layer's attention module in transformers."""
+
+    layer_idx: int
+    config: PretrainedConfig
 
 
 def is_restricted(layer: int, num_layers: int) -> bool:
@@ -108,8 +116,8 @@ class AlternatingModel(AlternatingAttention, _Decoder):
         inputs_embeds: Tensor | None = None,
         modality_ids: Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
         cache = choose_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -165,7 +173,7 @@ def make_variant(backbone: type[LlavaMetaForCausalLM], variant: str) -> type[Any
     """
     prefix = backbone.__name__.removesuffix("ForCausalLM") + VARIANTS[variant]
 
-    def derive(name: str, *bases: type, **attributes: Any) -> Any:
+    def derive(name: str, *bases: type, **attributes: object) -> Any:
         doc = f"``{bases[-1].__name__}`` with the attention of ``llava.model.language_model.alternating``."
         return type(prefix + name, bases, {"__module__": "llava.model", "__doc__": doc, **attributes})
 
@@ -199,16 +207,16 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     forbidden: Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for ``AttentionInterface``: ``attention_function`` under the layer's own mask."""
-    layer: Any = module
+    layer = cast(AttentionLayer, module)
     if forbidden is not None and is_restricted(layer.layer_idx, layer.config.num_hidden_layers):
         attention_mask = _restrict(attention_mask, forbidden, key.shape[2])
     return attention_function(module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _eager_attention(module: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     """The eager attention of the model that a layer belongs to; each model of transformers has its own."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
@@ -241,11 +249,13 @@ def _pack_masks(
     return torch.cat([causal, causal | forbidden], dim=1)
 
 
-def _take_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_layers: int) -> Any:
+def _take_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], num_layers: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hook before a layer's attention: of two packed masks, the one for this layer."""
     mask = kwargs["attention_mask"]
     if mask is not None and mask.shape[1] == 2:
-        row = int(is_restricted(module.layer_idx, num_layers))
+        row = int(is_restricted(cast(AttentionLayer, module).layer_idx, num_layers))
         kwargs["attention_mask"] = mask[:, row : row + 1]
     return args, kwargs
 

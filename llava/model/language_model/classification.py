@@ -44,7 +44,7 @@ class TextClassifier:
         r"^(lm_head|embed_out)\.",
     ]
 
-    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         super().__init__(text_config(config), *args, **kwargs)  # type: ignore[call-arg]
 
 

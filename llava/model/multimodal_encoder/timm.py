@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, require_timm
 from llava.model.multimodal_encoder.hf import HuggingFaceTower, count_layers, count_patches, square_side
+
+
+class TimmModel(Protocol):
+    """What is used of a model of timm, which has no types."""
+
+    pretrained_cfg: Mapping[str, object]
+    feature_info: Sequence[Mapping[str, int]]
+
+    def forward_intermediates(
+        self, x: Tensor, *, indices: int, output_fmt: str, intermediates_only: bool
+    ) -> Sequence[Tensor]: ...
 
 
 @TOWERS.register("timm_wrapper")
@@ -52,20 +64,20 @@ class TimmTower(HuggingFaceTower):
 
     def build_model(self, config: PretrainedConfig) -> PreTrainedModel:
         require_timm()
-        model: Any = AutoModel.from_config(config, trust_remote_code=False)
+        model = AutoModel.from_config(config, trust_remote_code=False)
         # Blocks behind the selected one, the norm and the head are taken away, as from transformers' own models.
         kept = count_layers(self.vision, len(model.timm_model.feature_info))
         model.timm_model.prune_intermediate_layers([kept - 1], prune_norm=True, prune_head=True)
         return model
 
     def encode(self, pixels: Tensor) -> Tensor:
-        model: Any = self.vision_tower.timm_model
+        model = cast(TimmModel, self.vision_tower.timm_model)
         # Maps (frames, width, rows, columns) are the one form that every architecture gives.
         features = model.forward_intermediates(pixels, indices=1, output_fmt="NCHW", intermediates_only=True)[-1]
         return features.flatten(2).transpose(1, 2)  # (frames, patches, width)
 
 
-def _build_on_meta(source: str, config: PretrainedConfig) -> Any:
+def _build_on_meta(source: str, config: PretrainedConfig) -> TimmModel:
     """The timm model without weights, to ask it for its shape."""
     import timm
 
@@ -78,7 +90,7 @@ def _build_on_meta(source: str, config: PretrainedConfig) -> Any:
         ) from error
 
 
-def _width_and_patch(source: str, config: PretrainedConfig, model: Any) -> tuple[int, int]:
+def _width_and_patch(source: str, config: PretrainedConfig, model: TimmModel) -> tuple[int, int]:
     """Width of a model's features and side of its patches in pixels, the same at every layer."""
     layers = model.feature_info if hasattr(model, "prune_intermediate_layers") else []
     shapes = {(layer["num_chs"], layer["reduction"]) for layer in layers}
@@ -90,7 +102,7 @@ def _width_and_patch(source: str, config: PretrainedConfig, model: Any) -> tuple
     return shapes.pop()
 
 
-def _resolve_images(config: PretrainedConfig, model: Any) -> dict[str, Any]:
+def _resolve_images(config: PretrainedConfig, model: TimmModel) -> dict[str, Any]:
     """input_size (channels, height, width), mean, std, crop_pct and crop_mode.
 
     What config.json says in pretrained_cfg comes before the architecture's own defaults.
@@ -103,5 +115,5 @@ def _resolve_images(config: PretrainedConfig, model: Any) -> dict[str, Any]:
     return resolve_data_config(pretrained_cfg={**model.pretrained_cfg, **own_format, **own})
 
 
-def _patch_embed(model: nn.Module) -> Any:
+def _patch_embed(model: TimmModel) -> object:
     return getattr(model, "patch_embed", None)
