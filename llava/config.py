@@ -137,6 +137,7 @@ class VisionConfig:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
         if self.frames_upbound < 0:
             raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
+        # Without the computed fields below, which are made of these.
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
         layout = build_layout(settings)
         pad = self.image_aspect_ratio == "pad"
@@ -160,6 +161,7 @@ class VisionConfig:
         """Changes of flags that make the spans of such media shorter, as in "lower --num_frames"."""
         ways = []
         if "video" in kinds:
+            # The one of the two that counts: with a rate the number of frames follows from the length.
             flag = "frames_upbound" if self.video_fps > 0 else "num_frames"
             ways.append(f"{'lower' if self.is_bounded else 'set'} --{flag}")
         if "image" in kinds and self.anyres is not None:
@@ -194,6 +196,7 @@ class VisionConfig:
 
     def to_model_config(self) -> dict[str, Any]:
         """The entries that ``from_model_config`` reads, as plain values; those of plug-ins where there are any."""
+        # Copied: whoever edits a configuration must not change the settings of a model.
         entries = {"mm_" + item.name: deepcopy(getattr(self, item.name)) for item in fields(self) if item.init}
         for name in ("mm_projector_args", "mm_resampler_args"):  # So that files without plug-ins stay as they were.
             if not entries[name]:
@@ -249,6 +252,7 @@ class GroundingConfig:
         for name in ("num_temporal", "num_spatial"):
             if not 2 <= getattr(self, name) <= _MOST_BINS:
                 raise ValueError(f"--{name}_tokens is {getattr(self, name)}; it must be 2 to {_MOST_BINS}")
+        # Frozen for callers, computed once: both are asked for at every step.
         object.__setattr__(self, "has_tables", self.mode == LAPE)
         object.__setattr__(self, "total_bins", self.num_temporal + 2 * self.num_spatial if self.has_tables else 0)
 
@@ -269,6 +273,7 @@ class GroundingConfig:
     @classmethod
     def from_model_config(cls, config: object) -> GroundingConfig | None:
         """Read the entries of a Hugging Face config; None for a model without coordinates."""
+        # Checkpoints from before there were coordinates have no such entry.
         if getattr(config, "grounding", NO_GROUNDING) == NO_GROUNDING:
             return None
         return cls(**{name: getattr(config, entry) for name, entry in _GROUNDING_ENTRIES.items()})
@@ -303,6 +308,7 @@ def choose_grounding(
         ("--num_temporal_tokens", num_temporal, trained.num_temporal),
         ("--num_spatial_tokens", num_spatial, trained.num_spatial),
     ):
+        # The number of bins is the size of trained tables.
         if asked is not None and asked != has:
             raise ValueError(f"{flag} is {asked}, but the checkpoint was trained with {has}; leave the flag out")
     return trained

@@ -81,6 +81,7 @@ def draw_case(
         times = [i / max(len(frames) - 1, 1) for i in range(len(frames))]
     if len(times) != len(frames):
         raise ValueError(f"there are {len(frames)} frames, but {len(times)} times")
+    # One picture may fill the page; several stand four a row.
     width, height = _LARGEST_PICTURE
     if len(frames) > 1:
         width = (_WIDTH - (_COLUMNS - 1) * _GAP) // _COLUMNS
@@ -91,6 +92,7 @@ def draw_case(
             (answer, ANSWER_COLOUR, _ANSWER_LINE),
         ):
             for place in places:
+                # None outside of a tube's span.
                 box = place.box_at(time) if isinstance(place, Tube) else place
                 if isinstance(box, Box):
                     draw_box(frame, box, colour, line)
@@ -113,6 +115,7 @@ def _lay_out(frames: Sequence[Image], times: Sequence[float]) -> Image:
     """The frames in rows, with their times below where there are any."""
     cell_width = frames[0].width + _GAP
     cell_height = max(frame.height for frame in frames) + (_LINE_HEIGHT if times else 0) + _GAP
+    # Rounded up.
     num_rows = -(-len(frames) // _COLUMNS)
     page, draw = _blank(_WIDTH, num_rows * cell_height - _GAP)
     for number, frame in enumerate(frames):
@@ -131,6 +134,7 @@ def _draw_bar(spans: Sequence[tuple[Sequence[TimeSpan], Colour]], times: Sequenc
         bottom = top + _BAR_HEIGHT - 1
         draw.rectangle((0, top, _WIDTH - 1, bottom), fill=_TRACK)
         for span in of_one:
+            # Sorted: a reversed span is drawn too, hollow.
             left, right = (round(time * (_WIDTH - 1)) for time in sorted(span))
             hollow = span.start > span.end
             draw.rectangle((left, top, right, bottom), fill=None if hollow else colour, outline=colour)
@@ -144,6 +148,7 @@ def _draw_texts(texts: Mapping[str, str]) -> Image:
     """Texts beside their labels."""
     paragraphs = {}
     for label, text in texts.items():
+        # Models say long nonsense: words are broken and lines counted.
         lines = wrap_text(bare_letters(text), _WIDTH - _LABEL_WIDTH, break_words=True)
         paragraphs[label] = lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "..."]
     page, draw = _blank(_WIDTH, sum(map(len, paragraphs.values())) * _LINE_HEIGHT)
@@ -172,6 +177,7 @@ def draw_captions(cards: Sequence[tuple[Sequence[Image], Mapping[str, str], bool
             right.
         title: above them all.
     """
+    # As wide as the text: the page grows to its widest part.
     heading, draw = _blank(round(_font(22).getlength(title)) + 1, 28)
     draw.text((0, 0), title, INK, _font(22))
     drawn = [_draw_card(*card) for card in cards]
@@ -184,6 +190,7 @@ def _draw_card(frames: Sequence[Image], lines: Mapping[str, str], is_right: bool
     texts, draw = _blank(strip.width, len(lines) * 26)
     indent = max(round(_font(14).getlength(label)) for label in lines) + 14
     for number, (label, text) in enumerate(lines.items()):
+        # The model's line comes last and says by its colour whether it is right.
         last = number == len(lines) - 1
         draw.text((0, number * 26 + 3), label, FAINT, _font(14))
         colour = INK if not last else REFERENCE_COLOUR if is_right else ANSWER_COLOUR
@@ -196,6 +203,7 @@ def _draw_card(frames: Sequence[Image], lines: Mapping[str, str], is_right: bool
 
 def draw_box(picture: Image, box: Box, colour: Colour | str, line: int, label: str = "") -> None:
     """Draw a box into a picture, one that is reversed with a diagonal, its label inside of its upper left corner."""
+    # Edges at 1 lie on the last pixel, not behind it.
     right, lower = picture.width - 1, picture.height - 1
     x1, y1, x2, y2 = box.x1 * right, box.y1 * lower, box.x2 * right, box.y2 * lower
     draw = _on(picture)
@@ -203,6 +211,7 @@ def draw_box(picture: Image, box: Box, colour: Colour | str, line: int, label: s
     if x1 > x2 or y1 > y2:
         draw.line((x1, y1, x2, y2), fill=colour, width=line)
     if label:
+        # A stroke of paper around the letters: they are read on any picture.
         draw.text((x1 + 5, y1 + 3), label, colour, _font(), stroke_width=2, stroke_fill=PAPER)
 
 
@@ -220,6 +229,7 @@ def draw_legend(heading: str, entries: Sequence[tuple[str, Colour | None]], widt
     """A list of texts with a square in the colour of each; one without a colour is faint, its square empty."""
     swatch, line_height = 14, 21
     indent = swatch + 8
+    # Text is wrapped first: the height of the page depends on it.
     head = wrap_text(heading, width, 13)
     paragraphs = [wrap_text(text, width - indent) for text, _ in entries]
     page, draw = _blank(width, (len(head) + 1 + sum(map(len, paragraphs))) * line_height)
@@ -236,6 +246,7 @@ def draw_legend(heading: str, entries: Sequence[tuple[str, Colour | None]], widt
 
 def choose_colour(number: int) -> Colour:
     """The colour of one of several things; hues of neighbours are far apart."""
+    # Steps of the golden ratio never come near an earlier hue soon.
     red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN_RATIO % 1, 0.85, 0.9)
     return int(red * 255), int(green * 255), int(blue * 255)
 
@@ -244,6 +255,7 @@ def fit(picture: Image, width: int, height: int) -> Image:
     """An RGB copy of a picture, as large as it can be within so many pixels."""
     from PIL.Image import Resampling
 
+    # The side that is too long decides; a small picture is enlarged.
     scale = min(width / picture.width, height / picture.height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     return picture.convert("RGB").resize(size, Resampling.BICUBIC)
@@ -284,6 +296,7 @@ def wrap_text(text: str, width: int, font_size: int = _FONT_SIZE, *, break_words
         if font.getlength(longer) <= width:
             lines[-1] = longer
             continue
+        # A new line, unless this one is empty still.
         lines += [""] if lines[-1] else []
         if not break_words:
             lines[-1] = word
@@ -297,7 +310,10 @@ def wrap_text(text: str, width: int, font_size: int = _FONT_SIZE, *, break_words
 def bare_letters(text: str) -> str:
     """A text without accents: the font that comes with Pillow has none, and would draw empty boxes."""
     return "".join(
-        character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character)
+        # NFKD splits an accented letter into the letter and its accent.
+        character
+        for character in unicodedata.normalize("NFKD", text)
+        if not unicodedata.combining(character)
     )
 
 

@@ -66,6 +66,7 @@ def span_iou(span: TimeSpan, other: TimeSpan) -> float:
 
     A reversed span (start > end) holds nothing, and two spans without any length have 0, even where they are equal.
     """
+    # From the later start to the earlier end, if that is a stretch at all.
     shared = max(min(span.end, other.end) - max(span.start, other.start), 0.0)
     union = max(span.end - span.start, 0.0) + max(other.end - other.start, 0.0) - shared
     return min(shared / union, 1.0) if union > 0 else 0.0
@@ -105,7 +106,7 @@ class Tube:
         corners = np.array(self.boxes)  # (boxes, 4)
         if self.span.start >= self.span.end:  # No time passes, in which it could move.
             return np.repeat(corners[:1], len(times), axis=0)
-        known = np.linspace(self.span.start, self.span.end, len(corners))
+        known = np.linspace(self.span.start, self.span.end, len(corners))  # (boxes,)
         return np.stack([np.interp(times, known, column) for column in corners.T], axis=-1)
 
 

@@ -122,6 +122,7 @@ def hash_file(path: Path) -> str:
 
 def hash_json(value: object, num_digits: int = 64) -> str:
     """SHA-256 of a value as JSON with sorted keys; what JSON does not know counts as its ``str``."""
+    # Sorted keys: equal values have equal hashes, in whatever order they were put together.
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:num_digits]
 
 
@@ -251,6 +252,7 @@ def apply_umask(folder: str | os.PathLike[str]) -> None:
 
     safetensors writes them for their owner alone.
     """
+    # It can only be asked for by setting it.
     umask = os.umask(0o077)
     os.umask(umask)
     for path in Path(folder).rglob("*.safetensors"):

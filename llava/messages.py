@@ -20,6 +20,7 @@ class _Shortener(reprlib.Repr):
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = 4
 
     def repr_int(self, x: int, level: int) -> str:
+        # log10(2) digits a bit. Python refuses to write a number of more than 4,300 digits.
         digits = int(x.bit_length() * 0.30103) + 1
         return super().repr_int(x, level) if digits < 1000 else f"a number of about {digits:,} digits"
 
@@ -45,10 +46,12 @@ def shorten_text(text: str, limit: int = _LONGEST_LINE) -> str:
 def explain_error(error: BaseException) -> str:
     """What an error says, on one line; of an error of the system, the file and its reason."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        # Of a rename that failed both names count.
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return shorten_text(f"{' -> '.join(names)}: {error.strerror}")
     if is_out_of_memory(error):
         return shorten_text(
+            # The first sentence: torch goes on with a page about its allocator.
             f"{str(error).partition('. ')[0]}; take a smaller batch (--per_device_train_batch_size, --batch_size), "
             "fewer frames or a smaller model"
         )

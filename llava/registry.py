@@ -35,6 +35,7 @@ class Registry(Generic[T]):
                 raise ValueError(f"the {self.kind} {name!r} is registered twice")
             if settings is not None:
                 assert self._settings is not None, f"a {self.kind} has no settings"
+                # First the settings: where they are refused the part is not there either.
                 self._settings.register(name)(settings)
             self._parts[name] = part
             return part
@@ -83,6 +84,7 @@ def build_settings(kind: type[S], shared: Mapping[str, object], own: Mapping[str
         ValueError: ``own`` has a name that the part does not know, a value of another kind than its default, or
             lacks one that has no default.
     """
+    # A subclass without the decorator inherits the fields of its parent, and would lose its own without a word.
     if "__dataclass_fields__" not in vars(kind):
         raise TypeError(f"{kind.__name__} holds settings; it needs the decorator @dataclass(frozen=True)")
     known = {
@@ -99,6 +101,7 @@ def build_settings(kind: type[S], shared: Mapping[str, object], own: Mapping[str
         value = own.get(name, default)
         if value is MISSING:
             raise ValueError(f'{flag} lacks {name!r}, which has no default; give {{"{name}": ...}}')
+        # JSON writes 1 for 1.0.
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not MISSING and default is not None and type(value) is not type(default):
@@ -124,10 +127,12 @@ def import_plugins(names: Sequence[str] | None) -> None:
         if not name or name.startswith("."):
             raise ValueError(f"--plugins {name!r}: expected the whole name of a module, such as my_parts")
         try:
+            # Importing it runs its decorators, which is all that is needed.
             import_module(name)
         except SyntaxError as error:
             raise ValueError(f"--plugins {name}: {error.filename}, line {error.lineno}: {error.msg}") from error
         except ModuleNotFoundError as error:
+            # A module that is there but imports one that is not is another mistake, and its own error names it.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
             raise ValueError(

@@ -52,6 +52,7 @@ class Span:
 
     @property
     def text(self) -> str:
+        # The markers are two of the ``length`` tokens, not besides them.
         return self.start + self.patch * (self.length - 2) + self.end
 
 
@@ -121,6 +122,7 @@ class TokenLayout:
 
     def resamples(self, kind: MediaKind) -> bool:
         """Whether media of a kind pass the resampler; the others keep one token a patch."""
+        # It is videos that take too many tokens; images keep their patches unless --mm_resample_images is set.
         return self.resampler is not None and (kind == "video" or self.resample_images)
 
     def count_tokens(self, kind: MediaKind, num_frames: int = 1) -> tuple[int, ...]:
@@ -140,6 +142,7 @@ class TokenLayout:
                 raise ValueError(
                     "how many tokens an anyres image takes depends on its size; pass the (height, width) of each image"
                 )
+            # All views of an anyres image are one span.
             lengths = (self.anyres.num_tokens(image_size),)
         markers = _IMAGE_MARKERS if kind == "image" else _VIDEO_MARKERS
         if not 1 <= len(lengths) <= len(markers):
@@ -149,6 +152,7 @@ class TokenLayout:
             )
         # strict=False: a video of one span has no slow one.
         spans = [Span(*marker, length) for marker, length in zip(markers, lengths, strict=False)]
+        # Markers are overwritten with features too (see ``visual.splice``): a span counts them in.
         short = [span for span in spans if span.length < 2]
         if short:
             raise ValueError(
@@ -209,6 +213,7 @@ def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
 
 def _build_anyres(settings: Mapping[str, Any], layout: TokenLayout) -> AnyRes | None:
     aspect_ratio, merge_type = settings["image_aspect_ratio"], settings["patch_merge_type"]
+    # "anyres_max_9" is (True, 9), "anyres" (True, None), "square" and "pad" (False, None).
     tiled, max_tiles = parse_aspect_ratio(aspect_ratio)
     if not tiled and aspect_ratio not in ASPECT_RATIOS:
         known = ", ".join([*ASPECT_RATIOS, ANYRES, f"{ANYRES}_max_N"])
@@ -230,6 +235,7 @@ def _build_anyres(settings: Mapping[str, Any], layout: TokenLayout) -> AnyRes | 
         )
     if not tiled:
         return None
+    # A view is an image of its own to the resampler.
     view_tokens = sum(layout.count_tokens("image"))
     return AnyRes(settings["image_size"], layout.grid_side, view_tokens, grids, merge_type, max_tiles)
 
@@ -298,11 +304,13 @@ class FastSlowSettings(AttentionSettings):
 
     def num_slow(self, num_frames: int) -> int:
         """Temporal length of a video's slow span."""
+        # A video shorter than that keeps every frame: time is pooled, never stretched.
         return min(self.slow_frames or num_frames, num_frames)
 
     def count_tokens(self, side: int, kind: MediaKind, num_frames: int) -> tuple[int, ...]:
         if kind == "image":
             return (self.perceiver_latents,)
+        # The fast span first, as in LLaVA-ST (arXiv 2501.08282).
         return num_frames * self.perceiver_latents_fast, self.num_slow(num_frames) * self.perceiver_latents
 
 
@@ -373,4 +381,5 @@ class MaskedDropSettings(ResamplerSettings):
             )
 
     def frame_tokens(self, side: int) -> int:
+        # At least one patch: a frame without any would leave a span of nothing.
         return max(1, round(side**2 * self.mask_drop_ratio))

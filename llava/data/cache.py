@@ -41,6 +41,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
     import numpy as np
 
     def read_array() -> NDArray[Any]:
+        # All of it is read once, which also brings it into the system's cache for the map below.
         content = path.read_bytes()
         checksum = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
         if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES]) != checksum:
@@ -121,6 +122,7 @@ def read_footer(path: Path, version: int, origin: Mapping[str, str]) -> dict[str
     """
     tail = _CHECKSUM_BYTES + _LENGTH_BYTES + len(_MAGIC)
     with path.open("rb") as file:
+        # From the end: magic number, length, checksum, JSON.
         size = file.seek(0, 2)
         file.seek(max(size - tail, 0))
         checksum = int.from_bytes(file.read(_CHECKSUM_BYTES), "little")
@@ -159,6 +161,7 @@ def _check_own_folder(folder: Path) -> None:
         owner = folder.stat().st_uid
     except OSError:
         return  # It is made, or making it says what is wrong.
+    # In /tmp anybody can make a folder of the name that we would take.
     if not _is_own(owner):
         raise ValueError(
             f"{folder}: the folder of indexes belongs to another user (number {owner}); give one of your own with "

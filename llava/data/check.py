@@ -93,6 +93,7 @@ def find_missing(records: Sequence[Record]) -> list[str]:
 
     No file is decoded: a million of them take seconds.
     """
+    # The index has the media apart: no record is made of its JSON.
     if isinstance(records, Mixture):
         waiting = ((i, file) for i, media in records.media() for file in media)
     else:
@@ -113,6 +114,7 @@ def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:
     found = []
     for index, media in chunk:
         try:
+            # A folder of frames is looked into when it is decoded.
             if not (media.kind == "video" and os.path.isdir(media.path)):
                 check_file(media.path)
         except MediaError as error:
@@ -156,15 +158,18 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
         file: where bad samples are written as they are found, as lines of JSON, and at the end the report; without
             it they are printed.
     """
+    # Counted from the index, before anything is opened.
     images, videos = count_media(check.records).sum(axis=1).tolist()
     media = {kind: count for kind, count in (("image", images), ("video", videos)) if count}
     report = Report(len(check), media, num_workers)
     start = time.perf_counter()
     for bad in find_bad(check, num_workers):
+        # One reason for all sizes and frame numbers, so that it can be counted.
         report.bad[re.sub(r"\d+(\.\d+)?", "N", bad.reason)] += 1
         if file is None:
             print(bad)
         else:
+            # At once: a check of hours that is stopped has told what it found.
             print(json.dumps(bad.to_json(), ensure_ascii=False), file=file, flush=True)
     report.seconds = round(time.perf_counter() - start, 3)
     if file is not None:
@@ -214,6 +219,7 @@ def check_files(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: a data file cannot be used, or the report not be written.
     """
+    # Bad samples do not stop a check: they are what it looks for.
     records = read_records(
         args.data,
         args.image_folder,

@@ -166,6 +166,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             frame_counts = [len(m.frames) for m in media if m.kind == "video"]
             image_sizes = [m.original_size for m in media if m.kind == "image"]
         try:
+            # Sentences with times first: they go before the placeholders of the turn, and these become spans.
             turns = expand_placeholders(self.write_turns(record, media), self.vision, frame_counts, image_sizes)
             ids, labels, num_cut = self.text_format.encode_sample(turns, self.max_length)
         except ContextError as error:
@@ -193,6 +194,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
 
     def mask_input_coordinates(self, labels: list[int]) -> list[int]:
         """Labels that are -100 at coordinates of the input, which are given and not to be written."""
+        # Coordinates of a question inside an answer too: a model could only guess them.
         given = self._input_coordinate_ids
         return [IGNORE_INDEX if label in given else label for label in labels] if given else labels
 
@@ -220,6 +222,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             if self.on_bad_sample == SKIP:
                 return 0
             raise
+        # A video that was not opened counts with the most frames it can have.
         layout, frames = self.vision.layout, self.vision.max_frames
         images = sum(layout.num_tokens("image", image_size=size) for size in sizes)
         return images + sum(layout.num_tokens("video", frames) for kind in kinds if kind == "video")
@@ -260,6 +263,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
         if self.early_mix_text:
             return self.lengths
+        # LLaVA's convention: the sampler keeps samples with and without media in batches of their own.
         return np.where(count_media(self.records).any(axis=0), self.lengths, -self.lengths)
 
 
@@ -282,6 +286,7 @@ def check_samples(dataset: SupervisedDataset) -> None:
         ValueError: names the samples.
     """
     if dataset.grounding is None:
+        # The first one is enough to say what is missing.
         for i in np.flatnonzero(count_coordinates(dataset.records))[:1].tolist():
             dataset.check_model(dataset.records[i])
     if dataset.on_bad_sample == SKIP:
@@ -293,6 +298,7 @@ def check_samples(dataset: SupervisedDataset) -> None:
             "an answer is empty, only the end of text would be learned: give them text, take them out, or leave them "
             "out with --on_bad_sample skip"
         )
+    # plain_lm learns all of its text, so that what is left of a cut one still teaches.
     if dataset.text_format.has_prompts:
         check_room(dataset, count_cut_tokens(dataset) > 0)
 

@@ -93,6 +93,7 @@ def describe_lengths(dataset: TokenizedRecords) -> list[Any]:
     """What lengths depend on beside the records, as plain values."""
     tokenizer = dataset.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    # All that a fast tokenizer does is in its JSON; of a slow one at least the words.
     vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     words = [type(tokenizer).__name__, vocabulary, tokenizer.bos_token, tokenizer.eos_token]
     vision = None if dataset.vision is None else asdict(dataset.vision)
@@ -109,10 +110,12 @@ def _numbers(records: Sequence[Record], name: str) -> NDArray[np.int32]:
 def _bound_lengths(dataset: TokenizedRecords) -> NDArray[np.int64]:
     """Tokens that samples cannot have more of, if the tokenizer makes at most one of a byte."""
     shortest = dataset.text_format.count_tokens([(Turn("user", "a"), Turn("assistant", "a"))])[0]
+    # All from the index: no record is made for a bound.
     images, videos, turns, text_bytes = (_numbers(dataset.records, name).astype(np.int64) for name in NUMBERS[:4])
     # Markup around a turn, or at both ends, takes no more than a whole conversation of two short turns.
     most = text_bytes + (turns + 1) * shortest  # (samples,)
     if dataset.vision is not None:
+        # An upper bound for any size of picture and length of video.
         most += images * dataset.vision.layout.most_image_tokens
         most += videos * dataset.vision.layout.num_tokens("video", dataset.vision.max_frames)
     return most

@@ -135,6 +135,7 @@ def choose_frames(times: Sequence[float], clip_fps: float, request: FrameRequest
         wanted = max(round(seconds * fps), 1)
         num_frames = min(wanted, request.max_frames or len(shown))
     if constant:
+        # LLaVA's sampling: evenly from the first frame to the last, both included.
         return np.linspace(first, last, num_frames).round().astype(int).tolist()
     even = np.linspace(shown[0], shown[-1], num_frames)
     if fps > 0 and num_frames == wanted:  # no bound was met: one frame every 1 / fps seconds
@@ -186,6 +187,7 @@ class DecoderProcess:
         Raises:
             MediaError: also where decoding took too long or brought the process down, which is then no more.
         """
+        # The child ends itself a little later, should nobody be there any more to kill it.
         line = json.dumps(asdict(request) | {"limit": timeout + _GRACE}).encode() + b"\n"
         try:
             self._requests.write(line)
@@ -202,6 +204,7 @@ class DecoderProcess:
         reply = json.loads(header)
         if "error" in reply:
             raise MediaError(reply["error"])
+        # Read straight into the array: frames of gigabytes are not held twice.
         pixels = np.empty(reply.pop("pixels"), np.uint8)
         if self._replies.readinto(pixels.data.cast("B")) < pixels.nbytes:  # type: ignore[attr-defined]
             raise self._crashed(request)

@@ -106,6 +106,7 @@ class RecordStore(RecordSequence):
         self.footer = footer
         dataset = Dataset.from_file(str(data)) if isinstance(data, Path) else Dataset.from_buffer(data)
         self._table = dataset.data
+        # A view of the mapped file: nothing is read before a record is asked for.
         self._column = self._table.column("record")
 
     @classmethod
@@ -143,6 +144,7 @@ class RecordStore(RecordSequence):
         return len(self._column)
 
     def _make_record(self, position: int) -> Record:
+        # Parsed when it is asked for, by the worker that needs it.
         return _load(self._column[position].as_py())
 
     def media(self, rows: Sequence[int]) -> Iterator[list[Media]]:
@@ -186,6 +188,7 @@ def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]
     """Rows whose id stands in an earlier row, each with the first such row."""
     import numpy as np
 
+    # Bad samples have no id to be repeated.
     rows = np.delete(np.arange(len(store)), list(faults))
     _, inverse, counts = np.unique(np.frombuffer(hashes, np.int64), return_inverse=True, return_counts=True)
     repeated, seen = {}, dict[str, int]()
@@ -204,6 +207,7 @@ def _dump(record: Record) -> str:
         for file in record.media
     ]
     coordinates = vars(record.coordinates) if any(vars(record.coordinates).values()) else None
+    # A list, not an object: names of keys in a million rows would be half of the file.
     return json.dumps([record.id, turns, media, record.source, record.split, record.fault, coordinates])
 
 
@@ -254,6 +258,7 @@ class Mixture(RecordSequence):
         self._ends = list(accumulate(len(part.rows) for part in self.parts))
         self.faults: dict[int, str] = {}
         for part, end in zip(self.parts, self._ends, strict=True):
+            # Rows of a random sample are ascending: whether a bad one was drawn is a search.
             for row, fault in sorted(part.faults.items()):
                 at = bisect_left(part.rows, row)
                 if at < len(part.rows) and part.rows[at] == row:
@@ -270,6 +275,7 @@ class Mixture(RecordSequence):
         record, fault, name = part.store[row], part.faults.get(row), os.path.basename(part.label)
         source = record.source
         if name in self._shared_names:
+            # Two files named train.json: only the whole path tells them apart.
             source = source.replace(name, part.label, 1)
             fault = fault and fault.replace(f"{name}, ", f"{part.label}, ", 1)
         data_file = os.path.abspath(part.label) if part.label else ""
@@ -330,6 +336,7 @@ class Mixture(RecordSequence):
         """
         if self.cache_dir is None:
             return compute().astype(dtype, copy=False)
+        # The key is in the name: other settings have a file of their own beside it.
         path = self.cache_dir / f"{name}-{hash_json([self.fingerprint, *key], _HASH_DIGITS)}.npy"
         return open_array(path, len(self) if length is None else length, dtype, compute)
 

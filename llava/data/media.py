@@ -110,11 +110,13 @@ def check_links(media: Media) -> None:
     if not media.root:
         return
     root = media.path[: media.root]
+    # Every frame is a file that may be a link.
     paths = list(media.frames) or [media.path]
     if media.kind == "video" and not media.frames and os.path.isdir(media.path):
         with os.scandir(media.path) as entries:
             paths += [entry.path for entry in entries if entry.is_symlink()]
     for path in paths:
+        # Both sides resolved: the folder itself may be reached by a link.
         real = os.path.realpath(path)
         if Path(os.path.realpath(root)) not in Path(real).parents:
             raise MediaError(
@@ -154,6 +156,7 @@ def sample_video(
     request = FrameRequest(
         local_path(path), num_frames, fps, max_frames, split, limits, tuple(map(local_path, frame_files)), frame_rate
     )
+    # The process that decodes costs a copy of the frames; without a limit there is no need of it.
     frames = decode_within(request, timeout) if timeout > 0 else decode_frames(request)
     return SampledVideo(torch.from_numpy(frames.pixels), frames.indices, frames.times, frames.duration)
 
@@ -177,6 +180,7 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     Returns:
         uint8 (frames, 3, side, side).
     """
+    # The same letterbox moves coordinates, so that a box stays on its thing.
     box = vision.letterbox((frames.shape[1], frames.shape[2]))
     is_cut = min(box.top, box.left) < 0
     if is_cut and box.height * box.width > _MOST_RESIZED * box.side**2:
@@ -237,6 +241,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def _pad_around(pixels: Tensor, height: int, width: int, vision: VisionConfig) -> Tensor:
     """Pixels (frames, 3, rows, columns) in the middle of (frames, 3, height, width) of the mean colour."""
+    # LLaVA's expand2square: int() cuts, as there.
     mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
     padded = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
     top, left = (height - pixels.shape[-2]) // 2, (width - pixels.shape[-1]) // 2

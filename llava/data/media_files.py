@@ -46,6 +46,7 @@ def local_path(path: str) -> str:
             f"{path[:100]}{'...' if len(path) > 100 else ''}: is an address ({address.group()}), and only files are "
             "read, so that a run does not depend on a server; fetch it and give its path"
         )
+    # Somebody's base64 without its "data:"; the system's own error would print all of it.
     if len(path) > _LONGEST_PATH:
         raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
     return os.path.expanduser(path)  # noqa: PTH111
@@ -64,6 +65,7 @@ def check_file(path: str) -> tuple[str, int]:
     """
     path = local_path(path)
     try:
+        # One call answers all three: there, a file, not empty.
         status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError as error:
         raise MediaError(f"{path}: no such file") from error
@@ -101,9 +103,11 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
     except MediaError as error:
         raise ValueError(f"{where}: its {kind} {error}") from error
     root = os.path.abspath(os.path.expanduser(root))  # noqa: PTH111
+    # normpath resolves ".." in the text alone, without a look at the disk.
     found = os.path.normpath(os.path.join(root, path))
     if anywhere:
         return Media(kind, found)
+    # With the separator: "/data/images2" does not lie in "/data/images".
     if not found.startswith(root.rstrip(os.sep) + os.sep):
         raise ValueError(
             f"{where}: its {kind} {path!r} lies outside the folder {root}; give the folder that has it with "
@@ -216,6 +220,7 @@ def _split_value(value: object) -> tuple[bytes | None, str]:
         given = {key: item for key, item in value.items() if key in _MEDIA_KEYS and item}
         if isinstance(data := given.pop("bytes", None), bytes):
             return data, str(given.get("path", ""))
+        # Two of them would be two media, or one said twice: neither can be told.
         value = next(iter(given.values())) if len(given) == 1 else None
     if not isinstance(value, str):
         return None, ""
@@ -234,6 +239,7 @@ def _temporary_folder() -> Path:
     import atexit
     import shutil
 
+    # Without an index folder there is nowhere else, and no process reads it but this one and its workers.
     folder = tempfile.mkdtemp(prefix="llava-media-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -252,9 +258,11 @@ def _write_media(data: bytes, name: str, folder: Path) -> str:
     """
     if not data:
         raise ValueError("its bytes are empty")
+    # Named after their content: a million samples may show one picture.
     digest = hashlib.sha256(data).hexdigest()
     suffix = Path(name).suffix.lower()
     path = folder / digest[:2] / (digest + (suffix if _SUFFIX.fullmatch(suffix) else ""))
+    # Written by an earlier run or another worker.
     if path.is_file() and path.stat().st_size == len(data):
         return str(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,7 @@ def _one_for_each(placeholder: str, shown: Sequence[MediaKind], given: Sequence[
     """What was given for the placeholders of one kind, in order; a ValueError if it is more or less than one each."""
     kind = PLACEHOLDERS[placeholder]
     found = shown.count(kind)
+    # Lengths are counted before any video is opened: then each has the most frames.
     if given is None:
         return repeat(default, found)
     if len(given) != found:
@@ -104,6 +105,7 @@ def preprocess_multimodal(
         raise ValueError(f"{len(sources)} conversations came with image sizes for {len(sizes)}; pass a list for each")
     expanded = []
     for source, of_source in zip(sources, sizes, strict=True):
+        # Both spellings of the field; each turn keeps its own.
         keys = ["value" if "value" in turn else "content" for turn in source]
         turns = [Turn("user", turn[key]) for turn, key in zip(source, keys, strict=True)]
         written = expand_placeholders(turns, vision, image_sizes=of_source)  # Roles are not looked at.

@@ -87,6 +87,7 @@ def read_records(
         # changes with its neighbours, nor its folder, which changes with the machine.
         names = "/".join(Path(file).name for file in entry.files)
         try:
+            # Over all files of an entry together: "first:100" of two files are 100 samples.
             chosen = choose_rows(entry.sampling, [len(store) for store in stores], f"{seed} {names} {drawn[names]}")
         except ValueError as error:
             raise ValueError(f"{entry.name}: {error}") from error
@@ -124,6 +125,7 @@ def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_s
 
 def _find_faults(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
     """What is wrong with rows of a store, repeated ids among it; the first is raised if bad samples are an error."""
+    # A copy: the footer is the index's own, and repeated ids may be allowed the next time.
     faults = dict(store.footer.faults)
     if not allow_duplicate_ids:
         for row, first in store.footer.repeated.items():
@@ -198,8 +200,10 @@ def parse_record(
 def _parse_id(value: object, source: str) -> str:
     """The id of a sample; one that has none is named after its file and its place there."""
     if value is None:
+        # "captions.json, sample 12" becomes "captions.json:12".
         file, _, place = source.rpartition(", ")
         return f"{file}:{place.rpartition(' ')[2]}"
+    # pandas turns a column of whole numbers with a gap into 1.0, 2.0 ...
     if isinstance(value, float) and value.is_integer():
         raise ValueError(
             f'{source}: "id" is {value!r}, a number with a point; write {int(value)}, or "{value!r}" in quotes'
@@ -255,6 +259,7 @@ def _gather_frames(values: Sequence[object], num_clips: int, where: str) -> Sequ
 
 def _parse_frame_rate(meta: object, clips: Sequence[object], where: str) -> float:
     """Frames a second of clips that are lists or folders of frames; 0 where the sample has none or does not say."""
+    # A video file knows its own rate; only frames have to be told theirs.
     fps = meta.get("fps") if isinstance(meta, dict) else None
     if fps is None or not any(
         isinstance(clip, list) or (isinstance(clip, str) and not Path(clip).suffix) for clip in clips

@@ -158,6 +158,7 @@ def _values_of(sample: Mapping[str, object], level: str, name: str) -> Iterator[
 
 
 def _looks_like_media(key: str, value: object) -> bool:
+    # The first of a list tells for all.
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict):
         return _kind_of_name(key) is not None or bool(first.get("bytes"))
@@ -171,6 +172,7 @@ def _looks_like_media(key: str, value: object) -> bool:
 
 
 def _turns_of(sample: Mapping[str, object], unread: Sequence[str], where: str) -> list[object]:
+    # "conversations" of LLaVA, "messages" of OpenAI and TRL: two that differ are no sample.
     turns = _only_value(sample, CONVERSATION_KEYS, where, lambda value: value)
     if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
         # A sequence of objects, as ``datasets`` stores it: an object of lists.
@@ -204,6 +206,7 @@ def _read_turn(turn: object, where: str, unread: list[str]) -> tuple[object, lis
     """The role of a turn and its pieces."""
     if not isinstance(turn, dict):
         raise ValueError(f"{where}: expected an object, found {name_type(turn)}")
+    # ShareGPT says from and value, OpenAI role and content.
     role, content = _first(turn, "from", "role"), _first(turn, "value", "content")
     _note(unread, "turn", turn, _TURN_KEYS)
     if isinstance(content, str):

@@ -72,16 +72,19 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"--data {path}: no such file")
+    # Stops at the first text.
     if not any(True for path in paths for _ in read_texts(path)):
         raise ValueError(f"--data {' '.join(paths)}: no text in it")
 
     bpe = Tokenizer(models.BPE())
+    # As GPT-2's: a text begins without a space.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=[END_OF_TEXT],
+        # All 256 bytes, so that nothing is ever unknown.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
@@ -103,6 +106,7 @@ def read_texts(path: str) -> Iterator[str]:
         # Media are not opened, wherever they are said to lie.
         for sample, source in read_samples(path):
             record = parse_record(sample, source, "", "", allow_outside_paths=True)
+            # Samples as a model learns them, without what stands for pixels.
             text = text_without_media(record)
             if text := strip_coordinates(text) if record.coordinates else text:
                 yield text
@@ -114,6 +118,7 @@ def read_texts(path: str) -> Iterator[str]:
             yield from filter(None, map(str.strip, lines))
     except UnicodeDecodeError as error:
         raise ValueError(f"--data {path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    # What gzip raises for a file that was cut off or is none.
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"--data {path}: cannot be read to its end: {error}") from error
 

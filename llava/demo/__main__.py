@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
             "clips": [asdict(clip) for clip in clips],
         },
     )
+    # By topic and not by score: what is shown is no selection of good ones.
     examples = common.choose_examples(clips, _ROWS_OF_TABLE, lambda clip: clip.topic)
     draw_captions(examples[:_CLIPS_OF_PICTURE]).save(output / "captions.png", optimize=True)
     print(f"\n{caption_table(examples)}\n\n{score_lines(scores, len(clips))}")

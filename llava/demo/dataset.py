@@ -53,11 +53,13 @@ def write_dataset(folder: Path, *, seed: int, num_train_clips: int, num_held_out
 def clip_scene(split: str, seed: int, index: int) -> Scene:
     """The scene of one clip, the same however many clips there are."""
     stream, pairs = _SPLITS[split]
+    # A generator for each clip: they are drawn on all cores, in any order, and come out the same.
     return sample_scene(np.random.default_rng((stream, seed, index)), pairs)
 
 
 def _write_sample(folder: Path, split: str, seed: int, index: int) -> Sample:
     scene = clip_scene(split, seed, index)
+    # Relative to the data file, so that the folder can be moved.
     name = f"{split}/{index:05d}.mp4"
     write_clip(folder / name, render_clip(scene))
     return {"id": f"{split}-{index:05d}", "video": name, "conversations": turns("<video>", scene.caption)}
@@ -70,6 +72,7 @@ def text_samples() -> list[Sample]:
         for noun in (*SHAPES.values(), *OTHER_NOUNS)
         for colour in COLOURS
         for movement in MOVEMENTS
+        # The words of held-out pairs are all learned, but never side by side.
         if (noun.word, colour) not in HELD_OUT_PAIRS
     ]
     return [{"id": f"text-{i:05d}", "conversations": turns("", sentence)} for i, sentence in enumerate(sentences)]

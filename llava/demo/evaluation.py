@@ -52,7 +52,9 @@ def caption_clips(captioner: Captioner, data_file: Path) -> list[CaptionedClip]:
     samples = json.loads(data_file.read_text(encoding="utf-8"))
     videos = [str(data_file.parent / sample["video"]) for sample in samples]
     references = [sample["conversations"][-1]["value"] for sample in samples]
+    # If captions are as good with another clip's video, the model does not look.
     other_videos = [videos[other] for other in choose_others(references)]
+    # The same model and settings for both: only the pixels differ.
     captions, other_captions = (_describe(captioner, shown) for shown in (videos, other_videos))
     return [CaptionedClip(*row) for row in zip(videos, references, captions, other_videos, other_captions, strict=True)]
 
@@ -69,6 +71,7 @@ def choose_others(references: Sequence[str]) -> list[int]:
     """For each clip the next one, in a circle, that is described otherwise."""
     others = []
     for index, reference in enumerate(references):
+        # The next in a circle, so that every video is shown about as often.
         following = [*range(index + 1, len(references)), *range(index)]
         different = [other for other in following if references[other] != reference]
         if not different:
@@ -96,6 +99,7 @@ def caption_table(clips: Sequence[CaptionedClip]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    # Below the headings.
     lines.insert(1, "-+-".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
 

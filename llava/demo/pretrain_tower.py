@@ -136,8 +136,8 @@ def encode_positions(width: int) -> Tensor:
     """Sines and cosines of the rows and columns of the patch grid: (P, width)."""
     side = FRAME_SIZE // PATCH_SIZE
     frequencies = torch.linspace(0.5, 4.0, width // 4) * math.pi / side
-    angles = (torch.arange(side) + 0.5)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * _POSITION_SCALE
+    angles = (torch.arange(side) + 0.5)[:, None] * frequencies  # (side, width / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * _POSITION_SCALE  # (side, width / 2)
     columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1)
 
@@ -185,9 +185,9 @@ def _render_labelled_frame(
     frame = int(rng.integers(FRAMES_PER_CLIP))
     coverage = render_coverage(scene, frame)
     side = FRAME_SIZE // PATCH_SIZE
-    blocks = coverage.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2)
+    blocks = coverage.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2)  # (row, column, y, x)
     by_patch = blocks.reshape(side * side, PATCH_SIZE**2)  # (P, pixels of a patch), patches in reading order
-    foreground = by_patch.mean(axis=1) >= FOREGROUND_SHARE
+    foreground = by_patch.mean(axis=1) >= FOREGROUND_SHARE  # (P,)
     shape, colour = 1 + list(SHAPES).index(scene.shape), 1 + list(COLOURS).index(scene.colour)
     return (
         composite(render_background(scene.background), coverage, scene.rgb),
@@ -216,7 +216,7 @@ def labelling_loss(predictions: Predictions, frames: LabelledFrames) -> Tensor:
 
 def _class_loss(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
     """Cross entropy of logits (B, P, C) over the classes that ``allowed`` (B, C) holds."""
-    foreground = labels != 0
+    foreground = labels != 0  # (B, P)
     weights = torch.where(foreground, 0.5 / foreground.sum(), 0.5 / (~foreground).sum())
     masked = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
     by_patch = functional.cross_entropy(masked.flatten(0, 1), labels.flatten(), reduction="none")

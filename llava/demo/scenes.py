@@ -113,6 +113,7 @@ def recolour(rng: np.random.Generator, scene: Scene) -> Scene:
     A colour that would make a held-out pair is drawn again.
     """
     while True:
+        # Bright and not gray: value from 0.6, saturation from 0.2.
         red, green, blue = (int(255 * v) for v in colorsys.hsv_to_rgb(*rng.uniform((0, 0.2, 0.6), (1, 1, 1))))
         name = nearest_colour((red, green, blue))
         if (scene.shape, name) not in HELD_OUT_PAIRS:
@@ -128,16 +129,19 @@ def _sample_path(rng: np.random.Generator, movement: str, radius: float) -> tupl
     """Centres of a path that keeps the whole shape inside the frame."""
     steps = np.linspace(0.0, 1.0, FRAMES_PER_CLIP)
     if movement == "circle":
+        # A whole turn would end where it began, and the last frame would repeat the first.
         turn = float(rng.choice([-1.0, 1.0])) * 2 * math.pi * (FRAMES_PER_CLIP - 1) / FRAMES_PER_CLIP
         angles = rng.uniform(0, 2 * math.pi) + turn * steps
-        offsets = rng.uniform(*_ORBIT_RANGE) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        offsets = rng.uniform(*_ORBIT_RANGE) * np.stack([np.cos(angles), np.sin(angles)], axis=1)  # (frames, 2)
     elif movement == "still":
         offsets = np.zeros((FRAMES_PER_CLIP, 2))
     else:
         along = np.array(_DIRECTIONS[movement], dtype=np.float64)
+        # A little across the way, so that directions are not told by one coordinate alone.
         drift = rng.uniform(-_MAX_DRIFT, _MAX_DRIFT) * along[::-1]
         offsets = steps[:, None] * (rng.uniform(*_TRAVEL_RANGE) * along + drift)
     margin = radius + 1.0
+    # Where the first centre may lie for the whole path to stay inside; the middle where there is no room.
     lowest = margin - offsets.min(axis=0)
     highest = FRAME_SIZE - margin - offsets.max(axis=0)
     middle = (lowest + highest) / 2
@@ -175,7 +179,7 @@ def render_clip(scene: Scene) -> NDArray[np.uint8]:
 
 def composite(background: NDArray[np.float32], coverage: NDArray[np.float32], rgb: RGB) -> NDArray[np.uint8]:
     """Lay the shape over the background: uint8 (height, width, 3)."""
-    alpha = coverage[..., None]
+    alpha = coverage[..., None]  # (height, width, 1)
     pixels = background * (1 - alpha) + np.asarray(rgb, dtype=np.float32) * alpha
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
@@ -196,6 +200,7 @@ def paint_mask(shape: str, centre: Point, radius: float, tilt: float) -> Image.I
 
 def cover_pixels(mask: Image.Image) -> NDArray[np.float32]:
     """Share of each pixel of a frame that a mask covers: float (height, width) in [0, 1]."""
+    # The mean of 4 x 4 fine pixels is the share that is covered: edges without steps.
     return np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255)
 
 
@@ -203,7 +208,7 @@ def render_background(background: Background) -> NDArray[np.float32]:
     """The empty scene: float (height, width, 3) in [0, 255]."""
     axis = (np.arange(FRAME_SIZE, dtype=np.float32) + 0.5) / FRAME_SIZE - 0.5
     along = math.cos(background.angle) * axis[None, :] + math.sin(background.angle) * axis[:, None]
-    blend = np.clip(along + 0.5, 0, 1)[..., None].astype(np.float32)
+    blend = np.clip(along + 0.5, 0, 1)[..., None].astype(np.float32)  # (height, width, 1)
     first = np.asarray(background.first, dtype=np.float32)
     last = np.asarray(background.last, dtype=np.float32)
     return first * (1 - blend) + last * blend + _render_texture(background)[..., None]
@@ -214,6 +219,7 @@ def _render_texture(background: Background) -> NDArray[np.float32]:
     rng = np.random.default_rng(background.texture_seed)
     coarse = rng.normal(0, background.texture_strength, (_TEXTURE_GRID, _TEXTURE_GRID))
     image = Image.fromarray(coarse.astype(np.float32))
+    # Coarse noise enlarged is smooth noise.
     smooth = image.resize((FRAME_SIZE, FRAME_SIZE), Image.Resampling.BICUBIC)
     return np.asarray(smooth, dtype=np.float32)
 
@@ -232,9 +238,11 @@ def _paint_shape(draw: ImageDraw.ImageDraw, shape: str, centre: Point, radius: f
         draw.ellipse(_square_around(centre, 0.9 * radius), fill=255)
     elif shape == "luna":
         draw.ellipse(_square_around(centre, radius), fill=255)
+        # A crescent: a disc with a smaller one taken out of its side.
         bite = _polar(centre, 0.55 * radius, tilt - math.pi / 6)
         draw.ellipse(_square_around(bite, 0.78 * radius), fill=0)
     elif shape == "croce":
+        # Half an arm as an angle, so that all its corners lie on the circle.
         half_width = math.atan2(0.28, 0.95)
         for angle in (tilt, tilt + math.pi / 2):
             corners = (angle - half_width, angle + half_width)
@@ -266,7 +274,9 @@ def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        # Threads would make other bytes of the same frames.
         stream.thread_count = 1
+        # Good enough that colours survive, and small: a training set has 24,000 clips.
         stream.options = {"crf": "20", "preset": "veryfast"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")

@@ -16,6 +16,7 @@ class Noun:
     def article(self) -> str:
         """The indefinite article: un, uno (before z, or s and a consonant), una, un'."""
         if self.gender == "f":
+            # Elision: un'ape, but un uccello without the apostrophe.
             return "un'" if self._starts_with_vowel else "una "
         return "uno " if self._starts_impure else "un "
 
@@ -34,6 +35,7 @@ class Noun:
 
     @property
     def _starts_impure(self) -> bool:
+        # lo zaino, lo specchio, but il sole.
         return self.word[0] == "z" or (self.word[0] == "s" and self.word[1] not in "aeiou")
 
 
@@ -91,6 +93,7 @@ MOVEMENTS: dict[str, Adjective] = {
 
 OTHER_NOUNS: tuple[Noun, ...] = tuple(
     Noun(word, gender)
+    # None of these is a shape: a clip never shows them.
     for gender, words in {
         "f": ("palla", "barca", "macchina", "nuvola", "foglia", "ape"),
         "m": ("treno", "gatto", "fiore", "uccello", "zaino", "pesce"),

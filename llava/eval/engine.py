@@ -111,6 +111,7 @@ def answer_batches(
     with path.open("ab") as file:
         for batch in batches:
             if asking.options.get("do_sample"):
+                # By the place of the batch: whichever process answers it, and whatever was answered before.
                 torch.manual_seed(asking.seed + batch.start)
             rows = _answer_batch([samples[index] for index in batch], answerer, asking)
             append_json_lines(file, [{"index": index, **row} for index, row in zip(batch, rows, strict=True)])
@@ -119,10 +120,12 @@ def answer_batches(
 
 def _answer_batch(samples: Sequence[EvalSample], answerer: Answerer, asking: Asking) -> list[Row]:
     """The rows of a batch, in order."""
+    # A row for every sample, asked or not, so that scores count all of them.
     rows: list[Row] = []
     requests: dict[int, Request] = {}
     outcomes: dict[int, Answer | BadReason] = {}
     for place, sample in enumerate(samples):
+        # A faulty sample may lack what a template wants: it keeps its words, and its row says what is wrong.
         question, coordinates = sample.expression, sample.coordinates
         if sample.fault is None:
             question, coordinates = TASKS.get(asking.task).ask(sample, asking.template)
@@ -171,6 +174,7 @@ def _ask_model(
     """The answer to each request, by the place of its sample in the batch, or why there is none."""
     if not requests:
         return {}
+    # All of a batch in one call: one padding, and so the same answers every time.
     together = list(requests.values())
     try:
         answers = answerer.answer(together, len(together), sub_bin=asking.sub_bin, **asking.options)
@@ -193,6 +197,7 @@ def _ask_model(
 
 def _tell_reason(error: ValueError, sample: EvalSample, asking: Asking) -> BadReason:
     """Why a sample cannot be used; where bad samples are an error, it is raised with the sample's name."""
+    # The file has a field of its own in the row; the reason does not repeat it.
     file = error.path if isinstance(error, MediaError) else ""
     reason = BadReason(file=file, reason=" ".join(str(error).removeprefix(f"{file}: ").splitlines()))
     if asking.on_bad_sample == ERROR:
@@ -264,6 +269,7 @@ def run_shares(shares: Sequence[Share], on_batch: Callable[[int], None]) -> None
     if len(shares) == 1:
         shares[0].answer(on_batch)
         return
+    # CUDA cannot be used in a process that was forked from one that used it.
     context = multiprocessing.get_context("spawn")
     messages: Queue[int | str | None] = context.Queue()
     processes = [context.Process(target=_work, args=(share, messages, os.getpid()), daemon=True) for share in shares]
@@ -273,6 +279,7 @@ def run_shares(shares: Sequence[Share], on_batch: Callable[[int], None]) -> None
         _follow(processes, messages, on_batch)
     finally:
         for process in processes:
+            # Also after an error or ^C here: a share that goes on would hold its GPU.
             if process.is_alive():
                 process.terminate()
         for process in processes:
@@ -296,6 +303,7 @@ def _follow(
             continue
         if isinstance(message, str):
             raise ValueError(message)
+        # None is the last word of a process, a number what it has done since.
         finished += message is None
         on_batch(message or 0)
 
@@ -319,6 +327,7 @@ def _work(share: Share, messages: Queue[int | str | None], parent: int) -> None:
             os._exit(1)
 
     try:
+        # A spawned process begins with nothing registered.
         import_plugins(share.plugins)
         share.answer(on_batch)
         messages.put(None)

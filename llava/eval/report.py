@@ -67,6 +67,7 @@ def write_report(
         "num_samples": len(rows),
         "unparsable": report[UNPARSABLE]["value"],
         "scores": {name: score for name, score in report.items() if name != UNPARSABLE},
+        # How the intervals were drawn, so that they can be drawn again.
         "bootstrap": bootstrap,
         "bad_samples": [BadSample(row["id"], row["source"], **row["bad"]).to_json() for row in rows if "bad" in row],
         "settings": settings,
@@ -111,6 +112,7 @@ def write_pictures(
         num_cases: of the best answers, and of the worst.
         vision: of the model, which says what frames of a video it saw.
     """
+    # What an earlier scoring drew may no longer be among the best and worst.
     shutil.rmtree(folder, ignore_errors=True)
     written = []
     for name, index in choose_cases(rows, task, num_cases):
@@ -130,10 +132,12 @@ def choose_cases(rows: Sequence[Row], task: Task, num_cases: int) -> list[tuple[
 
     None is both. Bad samples, of which there is nothing to draw, are left out; of equals the first come first.
     """
+    # sorted is stable: of equal scores the earlier sample comes first, on every machine.
     usable = [index for index, row in enumerate(rows) if "bad" not in row]
     order = sorted(usable, key=lambda index: -rows[index]["scores"][task.main_score])
     num_best = min(num_cases, (len(order) + 1) // 2)
     num_worst = min(num_cases, len(order) - num_best)
+    # Worst first, as best first.
     best, worst = order[:num_best], order[len(order) - num_worst :][::-1]
     return [
         (f"{kind}_{place:02d}_{_file_name(rows[index]['id'])}", index)
@@ -148,6 +152,7 @@ def _file_name(identity: str) -> str:
 
 def _draw(sample: EvalSample, row: Row, task: Task, vision: VisionConfig | None) -> Image.Image:
     prediction = Prediction.from_row(row)
+    # The score that ranks comes first: only some are shown.
     scores = {task.main_score: row["scores"][task.main_score], **row["scores"]}
     texts = {
         "sample": sample.id,
@@ -177,6 +182,7 @@ def _frames(sample: EvalSample, vision: VisionConfig | None) -> tuple[list[Image
         return [Image.fromarray(video.frames[0].numpy())], None
     chosen = list(range(len(video.frames)))
     if len(chosen) > _MOST_FRAMES:
+        # Evenly spread from the first to the last, both of which stay.
         chosen = [round(i * (len(video.frames) - 1) / (_MOST_FRAMES - 1)) for i in range(_MOST_FRAMES)]
     first, last = video.times[0], video.times[-1]
     times = [(video.times[i] - first) / (last - first) if last > first else 0.0 for i in chosen]

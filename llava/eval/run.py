@@ -102,10 +102,12 @@ def evaluate(args: argparse.Namespace, source: AnswererSource | None = None) -> 
 
     import_plugins(args.plugins)
     task = TASKS.get(args.task)
+    # In this order: annotations are checked, then the folder is taken, then the model is loaded.
     samples = read_samples(args, task)
     settings = describe(args, task, samples)
     store = PredictionStore(args.out, settings, args.overwrite)
     rows = answer_all(args, samples, store, source)
+    # From the rows, not from what was just said: a run that goes on scores in the same way.
     predictions = [Prediction.from_row(row) for row in rows]
     scored = score_all(task, predictions, samples, _NUM_RESAMPLES, args.seed)
     rows = [
@@ -126,6 +128,7 @@ def read_samples(args: argparse.Namespace, task: Task) -> list[EvalSample]:
     folders = MediaFolders(args.image_folder, args.video_folder, args.allow_outside_paths)
     samples = read_annotations(task.layout, args.data, folders, args.box_format, args.split)[: args.limit]
     if args.prompt is not None:
+        # Before a model is loaded, which may take minutes.
         task.check_template(args.prompt)
     for sample in samples:
         task.check_reference(sample)
@@ -144,7 +147,9 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
     model = Path(locate_model(args.model_path, "--model_path"))
     if not model.is_dir():
         raise ValueError(f"--model_path {args.model_path!r} is no folder; give that of a checkpoint")
+    # Sorted: the order of a folder differs from one file system to the next.
     weights = sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
+    # Where a sample stands and whether its file is there may change; what is asked may not.
     aside = {"source": None, "fault": None} | ({"reference": None} if task.fields == (EXPRESSION,) else {})
     decoding = decoding_options(args, _MAX_NEW_TOKENS)
     return {
@@ -155,6 +160,7 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
             [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights], _DIGITS
         ),
         "model_base": args.model_base and os.path.abspath(args.model_base),
+        # As given, not resolved: the samples' hash tells whether they are the same.
         "data": list(args.data),
         "limit": args.limit,
         "prompt": args.prompt,
@@ -174,6 +180,7 @@ def read_vision(model_path: str) -> VisionConfig | None:
     config = Path(model_path, "config.json")
     if not config.is_file():
         return None
+    # No model is loaded for it: only which frames it saw is of interest here.
     return VisionConfig.from_model_config(SimpleNamespace(**json.loads(config.read_bytes())))
 
 
@@ -182,6 +189,7 @@ def answer_all(
 ) -> list[Row]:
     """The rows of all samples: those of the store, and where there is none, or a bad one is an error, new ones."""
     rows = store.read()
+    # Without skip, bad samples are asked again: their files may have been mended meanwhile.
     done = {index for index, row in rows.items() if "bad" not in row or args.on_bad_sample != ERROR}
     if len(done) < len(samples):
         _answer_missing(args, samples, done, store, source)
@@ -226,6 +234,7 @@ def _answer_missing(
         seed=args.seed,
     )
     source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
+    # Processes on one CPU would each start as many threads as it has cores.
     threads = max(num_cores() // len(devices), 1) if len(devices) > 1 else 0
     shares = [
         Share(
@@ -252,6 +261,7 @@ def _evaluate_and_print(args: argparse.Namespace) -> None:
 
     from llava.eval.report import format_report
 
+    # Standard output is the table's alone.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     content = evaluate(args)

@@ -171,8 +171,10 @@ class PredictionStore:
             raise ValueError(f"--out {folder}: not a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.predictions = self.folder / PREDICTIONS
+        # Kept open as long as the store lives: closing the file would let the lock go.
         self._lock = self._take_lock()
         if overwrite:
+            # The settings go first: a process killed here leaves predictions without any, which is refused below.
             (self.folder / SETTINGS).write_bytes(b"")
             for path in (self.folder / SCORES, *self._files()):
                 path.unlink(missing_ok=True)
@@ -181,6 +183,7 @@ class PredictionStore:
 
     def _take_lock(self) -> BinaryIO:
         """The settings file, which one process at a time may hold; it is let go when the process ends."""
+        # For appending: opening must not empty what another process has written.
         file = (self.folder / SETTINGS).open("ab")
         try:
             lock_file(file, wait=False)
@@ -204,6 +207,7 @@ class PredictionStore:
         elif found is None:
             raise ValueError(f"--out {self.folder}: has predictions without settings; begin anew with --overwrite")
         else:
+            # The first that differs is enough to see what the other evaluation was.
             name = next(key for key in (*settings, *found) if found.get(key) != settings.get(key))
             there, here = (shorten_text(json.dumps(of.get(name), ensure_ascii=False), 200) for of in (found, settings))
             raise ValueError(
@@ -227,10 +231,12 @@ class PredictionStore:
             try:
                 values = read_json_lines(path)
                 for number, row in enumerate(values, start=1):
+                    # Another program's lines, or an edited file.
                     if not (isinstance(row, dict) and isinstance(row.get("index"), int)):
                         raise ValueError(f"{path}, line {number}: it is no prediction")
             except ValueError as error:
                 raise ValueError(f"{error}; delete the line, or begin anew with --overwrite") from error
+            # A later file wins: a sample that was asked again has its newest answer.
             rows |= {row["index"]: row for row in values}
         return rows
 
@@ -242,5 +248,6 @@ class PredictionStore:
         """Put all rows in one file and delete the parts."""
         with write_beside(self.predictions) as beside, beside.open("wb") as file:
             append_json_lines(file, rows)
+        # Only now: until the one file is whole and on the disk, the parts are all there is.
         for path in self.folder.glob(_PARTS):
             path.unlink()

@@ -67,6 +67,7 @@ class Task(ABC):
 
     def answered_places(self, prediction: Prediction, reference: Reference) -> list[Place]:
         """What is to be drawn of an answer: what of it is scored."""
+        # The first of each: others are not scored.
         return [*prediction.boxes[:1], *prediction.spans[:1]]
 
     def check_reference(self, sample: EvalSample) -> None:
@@ -77,6 +78,7 @@ class Task(ABC):
             "span": sample.reference.span is not None,
             "caption": bool(sample.reference.captions),
         }
+        # A sample whose file is missing may lack the rest for that reason.
         missing = [what for what in self.needs if not found[what]]
         if missing and sample.fault is None:
             has = f"{len(sample.reference.boxes)} boxes, {'a' if found['span'] else 'no'} span and " + (
@@ -97,9 +99,11 @@ class Task(ABC):
         """
         if template is None and sample.question is not None:
             return sample.question, sample.coordinates
+        # What is asked is written anew, field by field; numbers are gathered in the same order.
         template = self.template if template is None else template
         text: list[str] = []
         numbers: dict[str, list[float]] = {name: [] for name in LOCATIONS.values()}
+        # The pattern has a group: split keeps the fields between the words.
         for piece in _FIELD.split(template):
             words, coordinates = _fill(piece, sample)
             text.append(words)
@@ -115,6 +119,7 @@ def _fill(piece: str, sample: EvalSample) -> tuple[str, Coordinates]:
         return sample.expression, sample.coordinates
     if piece == SPAN:
         assert reference.span is not None
+        # As placeholders, not as bins: the model gets the exact numbers of the reference.
         return span_text("INPUT"), Coordinates(temporal_input_locations=tuple(reference.span))
     if piece == BOX:
         numbers = list(zip(BOX_AXES, reference.boxes[0], strict=True))
@@ -165,6 +170,7 @@ class TubeTask(Task):
             return None  # The model has no coordinates: what looks like one is a word.
         boxes, spans = iter(prediction.boxes), iter(prediction.spans)
         places = [next(boxes) if isinstance(place, Box) else next(spans) for place in order]
+        # For SVG the question has told the time, and any span of the answer is passed over.
         return find_tube(places, reference.span if self.gives_span else None)
 
     def reference_places(self, reference: Reference) -> list[Place]:
@@ -257,12 +263,15 @@ def score_all(
 ) -> Scored:
     """Score the answers of a task; an empty prediction is unparsable and counts 0."""
     references = [sample.reference if sample.fault is None else _UNKNOWN for sample in samples]
+    # Captions are scored as a corpus, below: BLEU and CIDEr are no means over samples.
     rows = [task.score(*pair) for pair in zip(predictions, references, strict=True)]
     report = bootstrap(rows, seed, num_resamples)
     if task.has_captions:
         scorer = CaptionScorer.from_texts(
             [prediction.text for prediction in predictions], [sample.reference.captions for sample in samples]
         )
+        # The same seed draws the same resamples, so that intervals can be compared.
         report |= bootstrap(scorer, seed, num_resamples)
+        # Both kinds in one row: a picture shows where an answer is, and what it says.
         rows = [row | more for row, more in zip(rows, scorer.rows, strict=True)]
     return Scored(rows, report)

@@ -23,6 +23,7 @@ def parse_variables(variables: object, text: str, where: str) -> Coordinates:
         text: of all turns, with a placeholder for each number.
         where: the sample, for errors.
     """
+    # Columns of Parquet files have null where a sample has none.
     variables = {} if variables is None else variables
     if not isinstance(variables, dict):
         raise ValueError(f'{where}: "variables" must be an object of lists, found {type(variables).__name__}')
@@ -75,7 +76,9 @@ def move_to_square(
     """
     if not coordinates or not sizes:
         return coordinates
+    # Each picture lies in its square in its own way.
     squares = [vision.letterbox(size) for size in sizes]
+    # Numbers are taken from the front, as their placeholders are met in the text.
     waiting = {name: iter(numbers) for name, numbers in coordinates.to_variables().items()}
     moved: dict[str, list[float]] = {name: [] for name in waiting}
     seen = -1  # The number of the image or video that was read last.

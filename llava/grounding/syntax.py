@@ -48,6 +48,7 @@ def bin_token(axis: str, index: int) -> str:
 
 def bin_tokens(grounding: GroundingConfig) -> list[str]:
     """The names of all bins, in the order of their ids; none without tables."""
+    # This order is that of their ids, and so of the rows of all tables.
     axes = AXES if grounding.has_tables else ()
     return [bin_token(axis, i) for axis in axes for i in range(grounding.num_bins(axis))]
 
@@ -88,6 +89,7 @@ def parse_places(text: str, grounding: GroundingConfig, positions: Positions | N
     Raises:
         ValueError: there are not as many positions as bins.
     """
+    # Bins are counted over all of the text, loose ones too: positions are given for each.
     order = {match.start(): i for i, match in enumerate(_BIN.finditer(text))}
     if positions is not None and len(positions) != len(order):
         raise ValueError(f"the text has {len(order)} bins, but {len(positions)} positions were given")
@@ -96,7 +98,9 @@ def parse_places(text: str, grounding: GroundingConfig, positions: Positions | N
         numbers = []
         for match in _BIN.finditer(text, located.start(), located.end()):
             known = None if positions is None else positions[order[match.start()]]
+            # Bin i of N stands for i / (N - 1), the inverse of ``coordinates.locate``.
             numbers.append(int(match[2]) / (grounding.num_bins(match[1]) - 1) if known is None else known)
+        # In the text's order, which is x1 y1 x2 y2, and start, end.
         places.append(Box(*numbers) if located.group()[0] == "[" else TimeSpan(*numbers))
     return places
 
@@ -124,6 +128,7 @@ def write_numbers(text: str, boxes: Sequence[Box], spans: Sequence[TimeSpan]) ->
         opening, closing = match.group()[0], match.group()[-1]
         return f"{opening}{' '.join(f'{number:.2f}' for number in next(waiting[opening]))}{closing}"
 
+    # Loose bins stay as they are: they are part of no box.
     return _LOCATED.sub(write, text)
 
 

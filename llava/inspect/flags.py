@@ -49,6 +49,7 @@ def describe_optimizers() -> str:
     """Every optimizer that ``--optim`` names."""
     together: dict[OptimizerRule, list[str]] = {}
     for optimizer, rule in OPTIMIZERS.items():
+        # Optimizers with the same rules share a line.
         together.setdefault(rule, []).append(f"`{optimizer}`")
     rows = []
     for rule, names in together.items():

@@ -69,6 +69,7 @@ EXAMPLE_FRAMES = 4
 def describe_models() -> str:
     """The whole page."""
     backbones = []
+    # Sorted: the page must not change with the order in which parts were registered.
     for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
         model_class = find_class(AVAILABLE_MODELS[backbone][2])
         attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
@@ -93,6 +94,7 @@ def describe_models() -> str:
 
 def count_tokens(resampler: str | None) -> tuple[str, str]:
     """Tokens of an image and of a video behind a resampler, span by span."""
+    # A 16 x 16 grid is that of CLIP ViT-L/14 at 224 pixels, the family's smallest tower.
     vision = VisionConfig(
         vision_tower="",
         vision_config={},

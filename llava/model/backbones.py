@@ -86,6 +86,7 @@ def variant_type(backbone: str, variant: str) -> str:
 def split_type(model_type: str) -> tuple[str, str]:
     """The family and the variant of a model type: the inverse of ``variant_type``."""
     for variant in VARIANTS:
+        # "base" has no suffix, which every name would end with.
         suffix = variant_type("", variant)
         if suffix and model_type.endswith(suffix):
             return model_type.removesuffix(suffix), variant
@@ -112,6 +113,7 @@ def register_backbone(backbone: LanguageModel) -> LanguageModel:
         ValueError: another family has this model type, or loads the same plain one.
     """
     model_type, plain_type = backbone.config_class.model_type, plain_class(backbone.config_class).model_type
+    # A plain checkpoint says "qwen2" and nothing else: two families for it could not be told apart.
     if PLAIN_TYPES.setdefault(plain_type, model_type) != model_type:
         raise ValueError(f"{plain_type!r} is wrapped by {PLAIN_TYPES[plain_type]!r} and by {model_type!r}; keep one")
     names = (backbone.config_class.__name__, backbone.decoder_class.__name__, backbone.__name__)
@@ -155,6 +157,7 @@ def find_class(name: str) -> type[Any]:
     """
     if name not in _MODEL_TYPES:
         raise AttributeError(f"llava.model has no attribute {name!r}, and no model type such a class")
+    # The family's file is loaded here and not before: with all ten, ``--help`` would take seconds.
     family, _ = split_type(_MODEL_TYPES[name])
     import_module(BACKBONES[family].module)  # Registers its language model, the first time.
     backbone = _LANGUAGE_MODELS[family]
@@ -172,6 +175,7 @@ def _derive_classes(family: str) -> dict[str, type[Any]]:
     variants = [make_variant(backbone, variant) for variant in VARIANTS if variant != "base"]
     classes: list[type[Any]] = []
     for language_model in (backbone, *variants):
+        # In this order a class is there before another names it as its own.
         classes += [language_model.config_class, language_model.decoder_class, language_model]
         classes += make_classifiers(language_model)
     return {derived.__name__: derived for derived in classes}
@@ -196,6 +200,7 @@ class _WhenLoaded(MetaPathFinder):
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
+            # Wrapped, not replaced: reading and compiling stay Python's own.
             loader.exec_module = self._then_extend(loader.exec_module)
         return spec
 
@@ -219,6 +224,7 @@ if _when_loaded.awaited:
 def _extend(tables: ModuleType, model_type: str) -> None:
     """Add a model type to one of transformers' modules of tables."""
     config, decoder, language_model = AVAILABLE_MODELS[model_type]
+    # The tables hold names, not classes: transformers looks these up in ``llava.model`` when one is asked for.
     kind, here = tables.__name__.removeprefix(_AUTO), sys.modules["llava.model"]
     if kind == "configuration_auto":
         add_to_auto_configs(tables, model_type, config, here)

@@ -50,7 +50,7 @@ class BinPosition(NamedTuple):
 
 def locate(positions: Tensor, num_bins: int) -> BinPosition:
     """Where positions in [0, 1] lie among bins: of e = p (N - 1) the floor, the ceiling and the rest."""
-    exact = positions.clamp(0, 1) * (num_bins - 1)
+    exact = positions.clamp(0, 1) * (num_bins - 1)  # (positions,), in bins
     lower = exact.floor()
     return BinPosition(lower.long(), exact.ceil().long(), exact - lower)
 
@@ -74,7 +74,7 @@ class CoordinateEmbeddings:
 
     def _embed(self, axis: Axis, positions: Tensor) -> Tensor:
         """What is added to visual features at positions on an axis, (positions, width): the mean of both tables."""
-        first = self.grounding.first_bin_of(axis) - self.grounding.first_bin_of(AXES[0])
+        first = self.grounding.first_bin_of(axis) - self.grounding.first_bin_of(AXES[0])  # its row in the joined tables
         at = locate(positions, self.grounding.num_bins(axis)).shifted(first)
         return (self.interpolate(self.inputs, at) + self.interpolate(self.outputs, at)) / 2
 
@@ -97,7 +97,7 @@ class CoordinateEmbeddings:
         """A head whose logits are those of the vocabulary, up to the first bin, and then those of the bins."""
 
         def logits(hidden: Tensor) -> Tensor:
-            words = head(hidden)[..., : self.grounding.first_bin]
+            words = head(hidden)[..., : self.grounding.first_bin]  # (..., words)
             return torch.cat([words, F.linear(hidden, self.outputs)], dim=-1)  # (..., words + bins)
 
         return logits
@@ -194,7 +194,7 @@ def embed_tokens(input_ids: Tensor, embed: nn.Module, tables: CoordinateEmbeddin
     assert tables.grounding.first_bin is not None
     # Bins lie behind the vocabulary: looked up as word 0, and overwritten.
     words = input_ids.masked_fill(input_ids >= tables.grounding.first_bin, 0)
-    embeddings = embed(words)
+    embeddings = embed(words)  # (batch, length, width)
     own = tables.interpolate(tables.inputs, tokens.at).to(embeddings.dtype)  # (tokens, width)
     return embeddings.flatten(0, 1).index_copy(0, tokens.positions, own).view_as(embeddings)
 
@@ -279,7 +279,7 @@ def expected_positions(
     for axis in AXES:
         start, num_bins = grounding.first_bin_of(axis), grounding.num_bins(axis)
         of_axis = scores[..., start - first_bin : start - first_bin + num_bins]
-        bins = tokens - start
+        bins = tokens - start  # (texts, steps), of this axis where in its range
         on_axis = (bins >= 0) & (bins < num_bins)
         # (texts, steps): of the steps on another axis the bin is a stand-in, and its position is not taken.
         result = torch.where(on_axis, _expectation(bins.clamp(0, num_bins - 1), of_axis), result)

@@ -183,6 +183,7 @@ class CoordinateSyntax(LogitsProcessor):
         forbidden = [_is_bin(grounding), *(~_may_be(part, brackets, grounding) for _, part in begun)]
         self._kinds = _kinds_of_tokens(brackets, grounding).to(device)
         self._endings = torch.tensor(endings, device=device)
+        # A row for each state, so that a step of generation is one lookup: (1 + endings, vocabulary).
         self._forbidden = torch.stack(forbidden).to(device)
         self._lengths = [0, *(len(parts) for parts, _ in begun)]
 
@@ -207,7 +208,7 @@ class CoordinateSyntax(LogitsProcessor):
 
     def _states(self, input_ids: Tensor) -> Tensor:
         """For each text the number of the ending that it has, from 1 on, or 0 if it is in no box and no span."""
-        recent = self._kinds[input_ids[:, -_LONGEST:]]
+        recent = self._kinds[input_ids[:, -_LONGEST:]]  # (texts, at most 5)
         recent = F.pad(recent, (_LONGEST - recent.shape[1], 0), value=_OTHER)  # (texts, 5)
         fits = (recent.unsqueeze(1) == self._endings) | (self._endings == _ANY)  # (texts, endings, 5)
         # At most one fits: an opening bracket is the first part of an ending, and of no other part's kind.
@@ -253,7 +254,7 @@ def _kinds_of_tokens(brackets: dict[int, str], grounding: GroundingConfig) -> Te
 
 def _may_be(part: str, brackets: dict[int, str], grounding: GroundingConfig) -> Tensor:
     """Whether each token may stand for a part of a box or a span: an axis or a closing bracket; (vocabulary,)."""
-    may = torch.zeros(_size(grounding), dtype=torch.bool)
+    may = torch.zeros(_size(grounding), dtype=torch.bool)  # (vocabulary,)
     for axis in AXES:
         if axis == part:
             may[_bins_of(axis, grounding)] = True

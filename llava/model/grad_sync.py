@@ -115,9 +115,11 @@ def encode_in_step(decoder: SeeingDecoder, media: MediaArguments | None) -> list
         encoded = [] if media is None else decoder.encode_media(*media)
         return [*encoded, torch.empty((0, width), device=decoder.device)]
     names = list(trained)
+    # One node for all parameters: their gradients come out in one order on every rank, whatever its batch shows.
     anchor, *tensors = _AllTrained.apply(decoder.used_vision_modules, width, names, *trained.values())
     if media is None:
         return [anchor]
+    # The modules compute with these stand-ins, so that every gradient passes the node above.
     joined = {f"decoder.{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
     return [*functional_call(_Encoder(decoder), joined, media), anchor]
 

@@ -144,7 +144,7 @@ class LlavaMetaModel(_Decoder):
         told: list[MediaKind] = ["image" if image.ndim == 3 else "video" for image in images]
         kinds = told if modalities is None else modalities
         merger = None if self.vision.anyres is None else ViewMerger(self.vision.anyres, self.image_newline)
-        modules = (self.vision_tower, self.mm_projector, self.vision_resampler)
+        modules = (self.vision_tower, self.mm_projector, self.vision_resampler)  # in the order of the data
         positions = None if tables is None else partial(tables.patch_positions, grid_side=self.vision.grid_side)
         return encode_visual(*modules, media, kinds, image_sizes, merger, positions)
 
@@ -255,6 +255,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
                 input_ids = None
         elif images is not None:
             raise ValueError("pass either inputs_embeds or input_ids with images, not both")
+        # None asks the configuration; a caller's False holds against it.
         balances = output_router_logits
         if balances is None:
             balances = getattr(self.config, "output_router_logits", False)
@@ -346,7 +347,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         if tables is not None and tokens is not None:
             embeddings = embed_tokens(input_ids, embed, tables, tokens)  # (batch, length, width)
         else:
-            embeddings = embed(input_ids)
+            embeddings = embed(input_ids)  # (batch, length, width)
         # Without ids, which load_model adds to the vocabulary, the property says so.
         visual = list(vision.token_ids.values()) or vision.visual_token_ids
         return splice(input_ids, embeddings, features, visual)
@@ -414,6 +415,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
                 f"--grounding lape tells every patch where it is, and the tiles of --image_aspect_ratio "
                 f"{vision.image_aspect_ratio} are not placed; use pad or square"
             )
+        # The decoder acts on the settings, and config.json takes them along with a checkpoint.
         decoder.vision = vision
         self.config.update(vision.to_model_config())
         self.keep_tower_weights_out(not vision.save_vision_tower)

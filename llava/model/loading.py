@@ -154,6 +154,7 @@ def choose_classes(
     model_type: str, path: str, variant: str | None = None
 ) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
     """Configuration and model class for a model type and, where one is asked for, a variant."""
+    # "gpt2" is loaded as "llava_gpt2"; a type of this library is itself.
     name = PLAIN_TYPES.get(model_type, model_type)
     if name not in AVAILABLE_MODELS:
         raise ValueError(
@@ -219,6 +220,7 @@ def fit_to_base(config_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
             f"{base!r} is not the base model of the adapters in {path!r}: it has {what}; "
             "give the right one with --model_base"
         )
+    # The base is read first, and in its own size; new tokens are added to it as when it was trained.
     config_dict["vocab_size"] = vocab_size(settings, config_class)
     return set(tokens)
 
@@ -231,6 +233,7 @@ def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]
 def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any], path: str) -> PretrainedConfig:
     """A configuration of a ``config.json``'s entries; a ValueError, beginning with ``path``, if they do not fit."""
     try:
+        # A copy, which transformers may change.
         return config_class.from_dict(dict(settings))
     except (TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise ValueError(f"{path}: its config.json does not fit {config_class.__name__}: {error}") from error
@@ -259,6 +262,7 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # "cuda:9" is a device to torch until something is put on it.
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device is {shorten(name)}; expected cpu, cuda, or cuda:N for GPU N") from error
@@ -343,6 +347,7 @@ def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, 
                     f"{trained[name]!r}; leave it out"
                 )
         given[part] = trained | asked
+    # The rest may change from run to run (frames, pooling without parameters), and is told.
     changed = {name: value for name, value in given.items() if value != getattr(vision, name)}
     for name, value in changed.items():
         logger.info("%s: %r here, %r in the checkpoint", name, value, getattr(vision, name))
@@ -372,6 +377,7 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
 
 def _prepare_generation(model: LlavaMetaForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Give the configurations the tokenizer's special tokens, and take from them what could not be saved again."""
+    # GPT-2 ships with ids of its own vocabulary in both files, and ``generate`` goes by them.
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id

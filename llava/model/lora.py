@@ -73,6 +73,7 @@ def add_adapters(model: MultimodalGeneration, base: str, rank: int, alpha: int, 
     check_peft()
     from peft import LoraConfig
 
+    # By full names: peft matches short ones as endings, and would find layers of the tower too.
     layers = find_linear_layers(model)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, bias="none"
@@ -91,6 +92,7 @@ def set_up_adapters(model: MultimodalGeneration, base: str, asked: Mapping[str, 
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if not has_adapters(model):
+        # Only what was asked for is compared below: defaults may change between releases, checkpoints do not.
         fresh = LoraSettings(**given)
         add_adapters(model, base, fresh.r, fresh.alpha, fresh.dropout)
         return
@@ -189,6 +191,7 @@ def load_adapter_weights(model: MultimodalGeneration, folder: str) -> None:
     tables = _token_tables(model)
     for name, tensor in _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS).items():
         if name in tables:
+            # Rows of a table (tokens, width); all others stay the base model's.
             state[tables[name]][_new_token_ids(model)] = tensor.to(state[tables[name]])
         else:
             state[name].copy_(tensor)
@@ -236,6 +239,7 @@ def _other_weights(model: MultimodalGeneration, state: Mapping[str, Tensor]) -> 
     if model.vision is None:
         return {}
     left_out = kept_out_of_checkpoints(model)
+    # What config.json keeps out (a frozen tower) is found again by its source, here as in a whole checkpoint.
     weights = {name: tensor for name, tensor in state.items() if is_added(name) and name not in left_out}
     embeddings = {name: state[table][_new_token_ids(model)] for name, table in _token_tables(model).items()}
     return weights | embeddings
@@ -249,6 +253,7 @@ def _new_token_ids(model: MultimodalGeneration) -> list[int]:
 
 def _token_tables(model: MultimodalGeneration) -> dict[str, str]:
     """Embeddings and head (once where they are tied), by what their part for visual tokens is called in a file."""
+    # A tied head is the embeddings' own tensor, which named_parameters lists once, under the first name.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tables = {
         "visual_tokens.input": model.get_input_embeddings(),
@@ -267,6 +272,7 @@ def _read_like(own: Mapping[str, Tensor], folder: str, file: str) -> dict[str, T
         raise ValueError(f"{folder!r} is no complete checkpoint with adapters: it has no {file}")
     stored = load_file(path)
     shapes = {name: [tuple(t[name].shape) if name in t else None for t in (stored, own)] for name in {*stored, *own}}
+    # All are compared before the first is copied: a model half of one checkpoint is worse than an error.
     wrong = sorted(name for name, (there, here) in shapes.items() if there != here)
     if wrong:
         there, here = shapes[wrong[0]]

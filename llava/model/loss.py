@@ -40,7 +40,7 @@ def supervised_loss(
     Returns:
         The fp32 loss; zero, with a graph, for a batch that predicts nothing.
     """
-    ids = labels.lower if isinstance(labels, TwoHot) else labels
+    ids = labels.lower if isinstance(labels, TwoHot) else labels  # (batch, length)
     predicted = ids[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
     # The head in the model's own precision, the loss in fp32: (predicted, width) -> (predicted, vocabulary).
     logits = head(hidden[:, :-1][predicted]).float()

@@ -39,6 +39,7 @@ def merge_checkpoint(
     check_output_folder(output_dir, "--output_dir")
     if not is_adapter_folder(model_path):
         raise ValueError(f"--model_path {model_path!r} holds no adapters (no adapter_config.json); nothing to merge")
+    # Its adapter_config.json would stay, and make the merged model one with adapters again.
     if is_adapter_folder(output_dir):
         raise ValueError(f"--output_dir {output_dir!r} holds adapters already; give another folder")
     loaded = load_model(model_path, model_base=model_base, vision_tower=vision_tower, flag="--model_path")
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         args = build_parser().parse_args(argv)
+        # The checkpoint may be of a family, or have a resampler, of the user's own.
         import_plugins(args.plugins)
         merge_checkpoint(args.model_path, args.output_dir, args.model_base, args.vision_tower)
 

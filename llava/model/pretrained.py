@@ -52,6 +52,7 @@ def locate_model(name_or_path: str, flag: str) -> str:
 
 def _find_sign_of_path(name: str) -> str | None:
     """What makes a name that is no folder a path all the same, as the end of an error; None for a hub's name."""
+    # "checkpoints/modle" is no name of the hub if "checkpoints/model" lies here, though it looks like one.
     folder, _, last = name.rstrip("/").rpartition("/")
     near = _find_near(folder or ".", last)
     hint = f"; did you mean {near}?" if near else ""
@@ -88,6 +89,7 @@ def _ask_hub(name: str, flag: str) -> None:
         RevisionNotFoundError,
     )
 
+    # What was downloaded before needs no answer from the hub.
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     what = f"{flag} {shorten(name)} is no folder here"
@@ -214,6 +216,7 @@ def _is_local(value: object) -> bool:
 def forget_implementations(config: PretrainedConfig) -> PretrainedConfig:
     """A configuration, and those within it, that leaves the choice of an implementation to the loader."""
     for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+        # The field behind the property, whose setter would reach into the configurations within.
         for name in _IMPLEMENTATIONS:
             if getattr(part, f"_{name}", None) not in (None, *_LOCAL_IMPLEMENTATIONS):
                 setattr(part, f"_{name}_internal", None)

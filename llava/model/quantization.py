@@ -66,6 +66,7 @@ def quantization_options(
     """
     from transformers import BitsAndBytesConfig
 
+    # bitsandbytes quantises while it moves weights to the device: there is no later moment for it.
     device = torch.device(quantization.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -88,6 +89,7 @@ def quantized_bits(model: nn.Module) -> int | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return None
+    # transformers keeps what loaded the weights on the model.
     return 4 if quantizer.quantization_config.load_in_4bit else 8
 
 

@@ -62,6 +62,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     from llava.model.pretrained import forget_implementations, locate_model, quiet_transformers
     from llava.model.vocabulary import check_vocabulary, load_tokenizer
 
+    # All is checked before the folder is made: an error leaves nothing behind.
     model_path = locate_model(model_path, "--model_path")
     if not Path(model_path, "config.json").is_file():
         raise ValueError(f"--model_path {model_path}: expected a folder with a config.json")
@@ -84,6 +85,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
+    # A tokenizer of one's own brings its own special tokens, which replace those of the configuration below.
     special_ids = None if tokenizer_path else config.to_dict()
     check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path, special_ids=special_ids)
     if tokenizer_path is not None:
@@ -100,6 +102,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
         model.save_pretrained(output_dir)
     apply_umask(output_dir)
     tokenizer.save_pretrained(output_dir)
+    # With another tokenizer its ids would stand for other tokens.
     generation = Path(model_path, "generation_config.json")
     if generation.is_file() and tokenizer_path is None:
         shutil.copyfile(generation, target / generation.name)

@@ -86,10 +86,12 @@ def copy_parameters(model: PreTrainedModel, backbone: str) -> TransferReport:
     """
     source = _read_language_model(backbone)
     files = _files_of_tensors(backbone)
+    # For parameters that transformers puts together of several stored ones, as a mixture's experts.
     every_file = ", ".join(sorted(set(files.values()))) or None
     tensors = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # The other model may see too; its tower and projector fit its own features, not ours.
             tensor = None if vision_module_of(name) else source.get(name)
             if tensor is None:
                 tensors.append(TensorReport(name, tuple(parameter.shape), "new"))
@@ -160,6 +162,7 @@ def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
         ValueError: no such file, no such weights in it, or weights of another shape.
     """
     weights = _translate(_read_weights(path))
+    # Names from the decoder on: what stands before it differs from library to library.
     decoder = model.get_model()
     own = {name: p for name, p in decoder.named_parameters() if name.split(".")[0] in _MODULES}
     wrong = [
@@ -167,6 +170,7 @@ def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
         for name in weights
         if name in own and weights[name].shape != own[name].shape
     ]
+    # A projector of another type has other names, and no part of it would do.
     unknown = sorted(set(weights) - set(own))
     if not weights or wrong or unknown:
         what = f"weights unknown here: {unknown[:3]}" if unknown else "no projector"
@@ -188,6 +192,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
             weights |= load_file(file)
             continue
         try:
+            # LLaVA's mm_projector.bin is a pickle; nothing but tensors is taken from one.
             weights |= torch.load(file, map_location="cpu", weights_only=True)
         except UNSAFE_WEIGHTS as error:
             raise ValueError(f"--pretrain_mm_mlp_adapter {path!r}: {NOT_JUST_TENSORS}") from error

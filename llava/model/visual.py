@@ -82,6 +82,7 @@ def encode_visual(
                 encoded[i] = merger(parts, image_sizes[i])  # (views, tokens, width) -> (tokens, width)
             else:
                 encoded[i] = parts.flatten(0, 1)
+    # Groups were encoded in an order of their own: the features go back to that of the text.
     return [encoded[i] for i in range(len(media))]
 
 
@@ -153,9 +154,9 @@ class ViewMerger:
         rows, columns = self.anyres.choose_grid(image_size)
         side = self.anyres.patches_per_side
         grid = tiles.view(rows, columns, side, side, -1).transpose(1, 2)  # (tile row, row, tile column, column, width)
-        whole = grid.reshape(rows * side, columns * side, -1)
+        whole = grid.reshape(rows * side, columns * side, -1)  # (rows, columns, width) of patches
         top, left, size = self.anyres.patches_without_padding(image_size)
-        shown = whole[top : top + size.height, left : left + size.width]
+        shown = whole[top : top + size.height, left : left + size.width]  # without the canvas around the picture
         wanted = self.anyres.without_excess(size)
         if wanted == size:
             return shown

@@ -101,6 +101,7 @@ def add_tokens(
     tokenizer: PreTrainedTokenizerBase, vision: VisionConfig, grounding: GroundingConfig | None
 ) -> tuple[VisionConfig, GroundingConfig | None]:
     """Add what the tokenizer lacks of visual tokens and, behind these, of coordinates; both settings with the ids."""
+    # In this order: bins have to be the last of all tokens.
     vision = replace(vision, token_ids=add_visual_tokens(tokenizer))
     return vision, None if grounding is None else add_coordinate_tokens(tokenizer, grounding)
 
@@ -160,4 +161,4 @@ def grow_vocabulary(model: PreTrainedModel, new_ids: Sequence[int]) -> None:
     with torch.no_grad():
         for weight in {id(module.weight): module.weight for module in modules}.values():  # Once where they are tied.
             old = weight[: min(*new_ids, old_size)]  # (old tokens, width)
-            weight[list(new_ids)] = old.mean(0, dtype=torch.float32).to(weight.dtype)
+            weight[list(new_ids)] = old.mean(0, dtype=torch.float32).to(weight.dtype)  # (width,)

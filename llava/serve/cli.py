@@ -77,7 +77,9 @@ def describe(args: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # For sampling; greedy and beam search draw nothing.
     set_seed(args.seed)
+    # Images before videos, whatever the order of the flags.
     media = [Media("image", path) for path in args.image] + [Media("video", path) for path in args.video]
     options = decoding_options(args, MAX_NEW_TOKENS)
     import_plugins(args.plugins)
@@ -120,6 +122,7 @@ def draw_answer(answer: Answer, media: Media, vision: VisionConfig) -> Image:
         start, end = answer.spans[0] if answer.spans else (0.0, 1.0)
         steps = max(len(answer.boxes) - 1, 1)
         times = [start + (end - start) * i / steps for i in range(len(answer.boxes))]
+        # Frame i of n lies at i / (n - 1), as the model was told.
         shown_on = [round(time * (len(frames) - 1)) for time in times]
     for i, (box, frame) in enumerate(zip(answer.boxes, shown_on, strict=True)):
         picture = frames[frame]
@@ -138,6 +141,7 @@ def _read_frames(media: Media, vision: VisionConfig) -> list[Image]:
     video = load_media(media, vision)
     height, width = video.original_size
     letterbox = vision.letterbox((height, width))
+    # The square in the picture's own shape again: padding is cut off, what was cut off stays black.
     corners = (letterbox.left, letterbox.top, letterbox.left + letterbox.width, letterbox.top + letterbox.height)
     squares = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.frames]
     return [square.crop(corners).resize((width, height)) for square in squares]

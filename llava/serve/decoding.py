@@ -78,6 +78,7 @@ def decoding_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str,
     """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}
     if args.generation_config == MODEL:
+        # First the file, then the flags, which take the place of single settings.
         options |= read_settings(args.model_path)
     for name, (_, least, most, _) in _FLAGS.items():
         value = getattr(args, name)

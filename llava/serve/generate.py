@@ -73,6 +73,7 @@ def read_answer(
         positions = None
     boxes = parse_boxes(text, grounding, positions)
     if letterbox is not None:
+        # The model speaks of its square, people of their picture.
         boxes = [Box(*letterbox.from_square(*box[:2]), *letterbox.from_square(*box[2:])) for box in boxes]
     return Answer(text, boxes, parse_spans(text, grounding, positions))
 
@@ -147,6 +148,7 @@ class PromptWriter:
         """
         media = [self.load(item) for item in request.media]
         turns = self._write_turns(request, media)
+        # From the same turns: coordinates go by the placeholders before these are expanded.
         ids, coordinates = self._encode(turns, media), self._place(request, turns, media)
         if self.vision is None or not media:
             return Prompt(ids, media, coordinates)
@@ -167,6 +169,7 @@ class PromptWriter:
             raise ValueError(f"the prompt {request.prompt!r} shows {shown}, but the request has {kinds}; or show none")
         words = [*([] if shown else [_PLACEHOLDERS[kind] for kind in kinds]), request.prompt.strip()]
         turns = [Turn("system", request.system)] if request.system else []
+        # Media first, then the words, as in training samples of the family.
         turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
         if self.vision is not None and self.vision.add_time_instruction:
             turns = add_time_instruction(turns, clips_of(media))
@@ -232,6 +235,7 @@ class Captioner:
         self.vision: VisionConfig | None = loaded.vision
         self.grounding: GroundingConfig | None = self.model.grounding
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
+        # GPT-2's n_positions has this name too.
         self._context = int(self.model.config.max_position_embeddings)
         self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding)
         self.syntax: CoordinateSyntax | None = None
@@ -302,6 +306,7 @@ class Captioner:
         sub_bin = sub_bin and self.syntax is not None
         answers: list[list[Answer]] = [[] for _ in requests]
         too_long: dict[int, str] = {}
+        # Set per group below, where a prompt leaves less room.
         wanted = options.pop("max_new_tokens", MAX_NEW_TOKENS)
         for start in range(0, len(requests), batch_size):
             prompts: dict[int, Prompt] = {}
@@ -331,6 +336,7 @@ class Captioner:
     ) -> list[list[Answer]]:
         """The answers to each of the prompts, of at most ``room`` tokens."""
         longest = max(len(prompt.ids) for prompt in prompts)
+        # Formats end answers with tokens of their own, which the model's configuration does not name.
         options = {"do_sample": False, "eos_token_id": self.text_format.stop_token_ids, **options}
         options["max_new_tokens"] = room
         if "min_new_tokens" in options:
@@ -346,6 +352,7 @@ class Captioner:
             assert self.grounding is not None
             beams = output.get("beam_indices")
             positions = expected_positions(generated, output.logits, self.grounding, beams).tolist()
+        # num_return_sequences; the answers to one prompt stand together.
         each = len(generated) // len(prompts)
         rows = zip(generated.tolist(), positions, strict=True)
         return [[self._read(prompt, *next(rows)) for _ in range(each)] for prompt in prompts]
@@ -376,6 +383,7 @@ class Captioner:
         if self.grounding is None or positions is None:
             return read_answer(text, self.grounding, prompt.letterbox)
         assert self.grounding.first_bin is not None
+        # Of bins in the prompt only the number is known: no logits were made for them.
         known = [None for i in begun if i >= self.grounding.first_bin]
         finer = [position for position in positions if not math.isnan(position)]
         return read_answer(text, self.grounding, prompt.letterbox, [*known, *finer])

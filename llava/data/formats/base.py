@@ -93,6 +93,7 @@ class Format(ABC):
     def encode_sample(self, turns: Sequence[Turn], max_length: int) -> tuple[list[int], list[int], int]:
         """Ids and labels of a whole sample, text cut to a length, and how many tokens were cut."""
         segments = self.encode(turns)
+        # Counted before the cut: the report says how much text was lost.
         num_cut = max(sum(len(segment.ids) for segment in segments) - max_length, 0)
         return *label_segments(truncate_segments(segments, max_length)), num_cut
 

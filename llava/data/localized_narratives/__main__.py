@@ -48,6 +48,7 @@ def build_parser() -> CommandParser:
         metavar="N",
         help="join utterances until N words are together or punctuation ends a phrase (default 1: none are joined)",
     )
+    # A flag for each field, with the field's default and help.
     for setting in fields(BoxSettings):
         assert setting.default is not None
         parser.add_argument(
@@ -73,6 +74,7 @@ def write_files(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_at_least(args, {"preview": 0})
     check_rows(args.rows)
+    # All is checked before the folder is made.
     boxes = BoxSettings(**{setting.name: getattr(args, setting.name) for setting in fields(BoxSettings)})
     settings = Settings(boxes, args.words_per_box, args.keep_without_image)
     choice = PreviewChoice(args.preview)
@@ -92,6 +94,7 @@ def check_rows(paths: Sequence[str]) -> None:
     for number, path in enumerate(map(Path, paths)):
         if not path.is_file():
             raise ValueError(f"ROWS {path}: {'not a file' if path.exists() else 'no such file'}")
+        # Under two names too: its rows would all be repeated.
         if any(path.samefile(other) for other in paths[:number]):
             raise ValueError(f"ROWS {path}: given twice")
 

@@ -67,6 +67,7 @@ def form_box(points: Sequence[Point], settings: BoxSettings) -> Box | None:
 def _find_edges(positions: Sequence[float], settings: BoxSettings) -> tuple[float, float]:
     """The two edges of a box on one axis."""
     ordered = sorted(positions)
+    # Not minimum and maximum: a pointer on its way to the next thing leaves what is spoken of.
     low, high = compute_quantile(ordered, settings.quantile), compute_quantile(ordered, 1 - settings.quantile)
     if high - low < settings.min_size:
         # Around the middle, but within the image.
@@ -209,6 +210,7 @@ def group_utterances(utterances: Sequence[Utterance], words_per_box: int) -> Ite
 
 
 def _join(group: Sequence[Utterance]) -> Utterance:
+    # From the first start to the last end; a part without a time does not spoil those that have one.
     intervals = [part.interval for part in group if part.interval is not None]
     interval = (min(start for start, _ in intervals), max(end for _, end in intervals)) if intervals else None
     return Utterance(" ".join(part.text for part in group), interval)
@@ -222,6 +224,7 @@ def _ground(utterance: Utterance, end: int | None, points: Sequence[Point], sett
     # The points are in order of time.
     first = bisect_left(points, utterance.interval[0] - settings.padding, key=attrgetter("t"))
     last = bisect_right(points, utterance.interval[1] + settings.padding, key=attrgetter("t"))
+    # People point a little before they speak and go on behind it: hence the padding.
     taken = tuple(points[first:last])
     box = form_box(taken, settings)
     return GroundedUtterance(utterance.text, end, taken, box, lacks=WITHOUT_POINTS if box is None else "")

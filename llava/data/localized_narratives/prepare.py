@@ -125,6 +125,7 @@ def prepare(
                 for kind, built in sample.build().items():
                     append_json_lines(samples[kind], [built], durable=False)
                 preview.offer(sample)
+            # One list for both: what was left out, and what was kept with less.
             reasons = summary.left_out if sample is None else summary.reduced
             of_row = {key: row.get(key) if isinstance(row, dict) else None for key in ("image_id", "annotator_id")}
             for finding in findings:
@@ -159,6 +160,7 @@ def make_sample(row: object, finder: ImageFinder, settings: Settings, findings: 
         utterances = ground_utterances(narrative, settings.boxes, settings.words_per_box)
         # Without a trace no utterance has points: that is said once.
         findings += narrative.findings or find_ungrounded(utterances)
+    # An id that says where a sample is from, and is the same in all three files.
     names = (narrative.dataset_id, narrative.image_id, narrative.annotator_id)
     return NarrativeSample("_".join(filter(None, names)), narrative, image, utterances)
 
@@ -205,9 +207,11 @@ class ImageFinder:
         if self.patterns:
             names = [pattern.format(image_id=image_id, dataset_id=narrative.dataset_id) for pattern in self.patterns]
         else:
+            # COCO: image 9 is 000000000009.jpg. Open Images and Flickr30k name images by their ids.
             stems = dict.fromkeys([image_id.zfill(COCO_DIGITS), image_id] if image_id.isdecimal() else [image_id])
             names = [stem + suffix for stem in stems for suffix in SUFFIXES]
         for name in names:
+            # Ids are what somebody typed: none may name a file outside of the folder.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise RowError("the name of the image leads out of --images", name)
             try:
@@ -218,12 +222,14 @@ class ImageFinder:
                 if not status.st_size:
                     raise RowError("the image is an empty file", name)
                 return name
+        # The first name is the most likely one to have been meant.
         raise RowError("no image of that name", names[0])
 
 
 def _check_pattern(pattern: str) -> None:
     expected = "write it as '{image_id:0>12}.jpg' or '{dataset_id}/{image_id}.jpg'"
     try:
+        # Known fields only: "{0.__class__}" is a format too.
         fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
         if "image_id" not in fields or not fields <= _PATTERN_FIELDS:
             raise ValueError(f"it names {', '.join(sorted(fields)) or 'no field'}")

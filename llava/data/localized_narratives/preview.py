@@ -38,6 +38,7 @@ class PreviewChoice:
     def offer(self, sample: NarrativeSample) -> None:
         """Keep a sample if it has an image and is one of the first so far."""
         if self._size and sample.image is not None:
+            # A hash for chance: no generator whose state depends on the rows before.
             digest = int.from_bytes(hashlib.sha256(sample.identity.encode()).digest(), "big")
             # The heap's smallest entry is the one to go.
             entry = (any(utterance.box for utterance in sample.utterances), -digest, sample)
@@ -98,6 +99,7 @@ def draw_sample(sample: NarrativeSample, images: Path) -> Image.Image:
         (number, utterance, draw.choose_colour(number - 1) if utterance.box else None)
         for number, utterance in enumerate(sample.utterances, start=1)
     ]
+    # From the whole to its parts: grey trace, coloured stretches, boxes.
     draw.draw_trace(photograph, [point[:2] for point in sample.narrative.points], draw.FAINT, 1)
     for _, utterance, colour in coloured:
         draw.draw_trace(photograph, [point[:2] for point in utterance.points], colour or draw.FAINT, 2)

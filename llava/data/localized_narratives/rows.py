@@ -87,12 +87,14 @@ def read_rows(paths: Sequence[str]) -> Iterator[tuple[Any, str]]:
     """
     from tqdm import tqdm
 
+    # Of compressed files the compressed bytes: how far they are read is known, how much they hold is not.
     total = sum(Path(path).stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading rows", disable=None) as bar:
         behind = 0
         for path in paths:
             with Path(path).open("rb") as file:
                 for number, line in enumerate(_read_lines(path, file), start=1):
+                    # By the place in the file as it lies on the disk.
                     bar.update(behind + file.tell() - bar.n)
                     if line.strip():
                         where = f"{Path(path).name}, line {number}"
@@ -154,6 +156,7 @@ def _parse_caption(caption: object) -> str:
     if not _is_unicode(caption):
         raise RowError("the caption has half a character")
     kept = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, *VISUAL_TOKENS)
+    # Such a name in a caption would become an image that is not there.
     reserved = [name for name in kept if name in caption] + find_placeholders(caption)
     if reserved or count_bins(caption):
         raise RowError("the caption has a name kept for images, videos or coordinates", *reserved)
@@ -166,9 +169,11 @@ def _parse_utterances(value: object, findings: list[Finding]) -> tuple[Utterance
         return ()
     utterances = []
     for entry in value if isinstance(value, list) else [value]:
+        # All or none: a list with a hole could not be aligned with the caption.
         if not isinstance(entry, dict) or not isinstance(words := entry.get("utterance"), str):
             findings.append(Finding("timed_caption is not a list of utterances"))
             return ()
+        # A reversed interval is no time: the utterance stays and gets no box.
         start, end = entry.get("start_time"), entry.get("end_time")
         interval = (float(start), float(end)) if _is_number(start) and _is_number(end) and start <= end else None
         # An utterance is only shown and compared: half a character does no harm once it is none.
@@ -185,6 +190,7 @@ def _parse_traces(value: object, findings: list[Finding]) -> tuple[Point, ...]:
         points += [Point(float(point["x"]), float(point["y"]), float(point["t"])) for point in segment]
     if not points:
         findings.append(Finding("no trace"))
+    # Segments may overlap in time; boxes.py cuts by time.
     return tuple(sorted(points, key=lambda point: point.t))
 
 

@@ -80,9 +80,11 @@ def run(args: argparse.Namespace) -> None:
             held_out=Amounts(args.num_held_out_pictures, args.num_held_out_clips),
         )
     with phase("tokenizer and model", seconds):
+        # Through the library's own reader: the tokenizer learns the texts that training sees.
         records = read_records([str(path) for path in data.train])
         questions = [turn.text for record in records for turn in record.turns if turn.role == "user"]
         write_base_model(output / "base_model", questions, args.seed)
+    # LAPE first: its checkpoint is the one that is shown.
     modes = [LAPE, *([PLACEHOLDER] if args.compare_placeholder else [])]
     cases = {mode: train_and_ask(args, data, mode, seconds) for mode in modes}
     write_json(

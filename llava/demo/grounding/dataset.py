@@ -78,6 +78,7 @@ class Figure:
         mask = paint_mask(self.pair[0], self.centre, self.radius, self.tilt)
         bounds = mask.getbbox()
         assert bounds is not None
+        # Of what is painted, not of the circle around it: a star's box is smaller.
         return Box(*(bound / mask.width for bound in bounds))
 
 
@@ -107,6 +108,7 @@ def render_picture(figures: Sequence[Figure], background: Background) -> NDArray
     pixels = np.clip(render_background(background) + 0.5, 0, 255).astype(np.uint8)
     for figure in figures:
         mask = paint_mask(figure.pair[0], figure.centre, figure.radius, figure.tilt)
+        # One figure over the other; they never meet.
         pixels = composite(pixels.astype(np.float32), cover_pixels(mask), figure.rgb)
     return pixels
 
@@ -120,6 +122,7 @@ def sample_picture(rng: np.random.Generator, pairs: Sequence[Pair]) -> Picture:
     """Draw a picture whose first shape is one of ``pairs``; the others are pairs of training."""
     chosen = [_choose(rng, pairs)]
     while len(chosen) < NUM_FIGURES:
+        # Neither a shape nor a colour twice: the question must fit one figure only.
         taken = set(chain.from_iterable(chosen))
         chosen.append(_choose(rng, [pair for pair in TRAINING_PAIRS if not taken & {*pair}]))
     return Picture(_place(rng, chosen), sample_background(rng))
@@ -144,6 +147,7 @@ def _place(rng: np.random.Generator, pairs: Sequence[Pair]) -> tuple[Figure, ...
 
 
 def _sample_figure(rng: np.random.Generator, pair: Pair) -> Figure:
+    # The order of the draws is part of the data: another order is another data set.
     radius = float(rng.uniform(*_PICTURE_RADII))
     margin = radius + 1.0
     x, y = (float(value) for value in rng.uniform(margin, FRAME_SIZE - margin, size=2))
@@ -152,6 +156,7 @@ def _sample_figure(rng: np.random.Generator, pair: Pair) -> Figure:
 
 def _are_apart(one: Figure, other: Figure) -> bool:
     """Whether the squares around two shapes have a gap between them."""
+    # Chebyshev's distance: squares, as boxes are, are apart if they are on one axis.
     distance = max(abs(a - b) for a, b in zip(one.centre, other.centre, strict=True))
     return distance >= one.radius + other.radius + _GAP
 
@@ -171,6 +176,7 @@ def _sample_rest(rng: np.random.Generator) -> TimeSpan:
     length = float(rng.uniform(*_REST_RANGE))
     if rng.random() < _SHARE_OF_LAST_RESTS:
         return TimeSpan(1.0 - length, 1.0)
+    # Movement before and behind it has to be seen, in two frames at least.
     start = float(rng.uniform(_LEAST_MOTION, 1.0 - _LEAST_MOTION - length))
     return TimeSpan(start, start + length)
 
@@ -180,12 +186,14 @@ def _sample_path(rng: np.random.Generator, rest: TimeSpan, radius: float) -> lis
     moved = (NUM_FRAMES - 1) * time_moved(np.linspace(0.0, 1.0, NUM_FRAMES), rest)
     lowest, highest = radius + 1.0, FRAME_SIZE - radius - 1.0
     while True:
+        # Drawn again until each step is seen.
         way, angle = rng.uniform(*_STRIDE_RANGE) * moved, rng.uniform(0, 2 * math.pi)
         if rng.random() < 0.5:
-            line = way[:, None] * np.array([math.cos(angle), math.sin(angle)])
+            line = way[:, None] * np.array([math.cos(angle), math.sin(angle)])  # (frames, 2)
             centres = reflect(rng.uniform(lowest, highest, size=2) + line, lowest, highest)
         else:
             orbit = rng.uniform(*_ORBIT_RANGE)
+            # An arc as long as the way: the speed is that of a line.
             angles = angle + rng.choice([-1.0, 1.0]) * way / orbit
             centre = rng.uniform(lowest + orbit, highest - orbit, size=2)
             centres = centre + orbit * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -198,11 +206,13 @@ def _sample_path(rng: np.random.Generator, rest: TimeSpan, radius: float) -> lis
 def reflect(positions: NDArray[np.float64], lowest: float, highest: float) -> NDArray[np.float64]:
     """Where something at ``positions`` is if walls at ``lowest`` and ``highest`` throw it back."""
     width = highest - lowest
+    # A triangle wave of period 2 * width.
     return lowest + width - np.abs((positions - lowest) % (2 * width) - width)
 
 
 def time_moved(times: NDArray[np.float64], rest: TimeSpan) -> NDArray[np.float64]:
     """For how long a shape has moved at times in [0, 1]: it stands still during its rest."""
+    # Time up to the rest, and time behind it; none in between.
     return np.minimum(times, rest.start) + np.maximum(times - rest.end, 0.0)
 
 
@@ -241,6 +251,7 @@ def write_dataset(folder: Path, *, seed: int, train: Amounts, held_out: Amounts)
 
     def write(split: str, kind: str, write_one: Callable[..., list[Sample]], number: int) -> Path:
         (folder / split / kind).mkdir(parents=True, exist_ok=True)
+        # Each draws from a seed of its own, so the cores' order does not matter.
         written = run_on_all_cores(partial(write_one, folder, split, seed), number)
         return write_samples(folder / f"{split}_{kind}.json", chain.from_iterable(written))
 
@@ -294,6 +305,7 @@ def _write_clip(folder: Path, split: str, seed: int, index: int) -> list[Sample]
     conversation = turns(ask_when(scene.pair), span_text())
     boxes = [figure.box for figure in scene.figures] if split == TRAIN else []
     if boxes:
+        # Where it is in each frame teaches what moves and what rests; held-out clips are not asked.
         conversation += turns(ASK_WHERE_IN_EACH_FRAME, box_text() * len(boxes))
     coordinates = replace(box_coordinates(boxes), temporal_output_locations=tuple(scene.rest))
     return [

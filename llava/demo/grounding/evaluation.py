@@ -65,18 +65,21 @@ def answer_questions(captioner: Captioner, data_file: Path) -> list[Case]:
 
     records = list(read_records(str(data_file)))
     requests = [Request(record.media, record.turns[0].text) for record in records]
+    # Eight tokens: a box has six, a span four.
     answers = captioner.answer(requests, _BATCH_SIZE, sub_bin=True, max_new_tokens=_LONGEST_ANSWER)
     return [score_answer(record, answer) for record, answer in zip(records, answers, strict=True)]
 
 
 def score_answer(record: Record, answer: Answer) -> Case:
     """The case of one question; an answer of the other kind, such as a span for a box, tells nothing."""
+    # A sample asks for one place, so its coordinates are one box or one span.
     reference = _reference(record.coordinates)
     places: Sequence[Place]
     if isinstance(reference, Box):
         places, scores = answer.boxes, score_rec(answer.boxes, reference)
     else:
         places, scores = answer.spans, score_tvg(answer.spans, reference)
+    # The first place counts, as in llava.eval.
     found = places[0] if places else None
     return Case(record.media[0].path, record.turns[0].text, reference, str(answer), found, scores)
 
@@ -85,12 +88,14 @@ def _reference(coordinates: Coordinates) -> Place:
     """The box or the span of a held-out sample, whose answer has one."""
     if coordinates.temporal_output_locations:
         return TimeSpan(*coordinates.temporal_output_locations)
+    # Coordinates come by axis: x1 x2 and y1 y2.
     (x1, x2), (y1, y2) = coordinates.spatial_width_output_locations, coordinates.spatial_height_output_locations
     return Box(x1, y1, x2, y2)
 
 
 def summarise(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     """Means over cases with their intervals, and what the best fixed answer would reach."""
+    # Shapes lie around the middle and rests in it: an answer may score without looking.
     best = best_fixed_answer([case.reference for case in cases])
     return {**bootstrap([case.scores for case in cases], seed=0), "best fixed answer, mIoU": {"value": best}}
 
@@ -136,6 +141,7 @@ def score_lines(mode: str, pictures: Sequence[Case], clips: Sequence[Case]) -> s
 def _scores(cases: Sequence[Case]) -> str:
     summary = summarise(cases)
     score = summary["mIoU"]
+    # Boxes and spans name their threshold differently.
     half = next(value["value"] for name, value in summary.items() if name in ("IoU>=0.5", "R@1 IoU>0.5"))
     return (
         f"mIoU {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f}; the best fixed answer "
@@ -150,6 +156,7 @@ def write_pictures(folder: Path, examples: Mapping[str, Sequence[Case]]) -> None
     for name, cases in examples.items():
         for number, case in enumerate(cases):
             if isinstance(case.reference, Box):
+                # As it was painted: pictures of the demo need no orientation.
                 frames = [Image.open(case.file).convert("RGB")]
             else:
                 frames = [Image.fromarray(frame) for frame in sample_video(case.file, NUM_FRAMES).frames.numpy()]

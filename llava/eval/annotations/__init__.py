@@ -42,9 +42,11 @@ def read_annotations(
     Raises:
         ValueError: names the file and the entry that cannot be read, or there is no sample.
     """
+    # All files are looked at before the first is read: a typo in the last is told at once.
     files = [file for path in paths for file in expand_braces(path, f"--data {path}")]
     for file in files:
         _check_file(file)
+    # By content, not by name: benchmarks and data files are .json alike.
     if all(Path(file).suffix in MIXTURE_SUFFIXES or _has_conversations(file) for file in files):
         samples = read_conversations(paths, folders)
     elif layout == "expressions":
@@ -78,6 +80,7 @@ def _has_conversations(file: str) -> bool:
     """Whether a file is one of the library's own data files."""
     if Path(file).suffix not in (".json", ".jsonl") or _is_object(file):
         return False
+    # One sample is read, not the file, which may be of gigabytes.
     first = next(iter(islice(read_raw_samples(file), 1)), (None, ""))[0]
     return isinstance(first, dict) and "conversations" in first and not is_st_align(first)
 

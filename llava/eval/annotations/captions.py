@@ -48,6 +48,7 @@ def read_captions(files: Sequence[str], folders: MediaFolders) -> list[EvalSampl
 def _read_coco(content: Mapping[str, object], file: str, folders: MediaFolders) -> Iterator[EvalSample]:
     captions: dict[object, list[str]] = {}
     for entry in list_entries(content, "annotations", file):
+        # COCO has five captions an image, each an annotation of its own.
         captions.setdefault(entry.first("image_id"), []).append(entry.text("caption"))
     for image in list_entries(content, "images", file):
         if image.first("id") not in captions:
@@ -103,7 +104,9 @@ def _sample(record: Record) -> EvalSample:
         raise ValueError(
             f"{record}: has turns of {roles}; an evaluation asks one question: a user's turn and an answer"
         )
+    # Turns are user and assistant from here on.
     question = turns[0].text.strip()
+    # One list for both turns: numbers stand in the order of all placeholders, the question's first.
     waiting = {placeholder: list(getattr(record.coordinates, name)) for placeholder, name in LOCATIONS.items()}
     asked = _take(question, waiting)
     answered = _take(turns[1].text, waiting)

@@ -33,6 +33,7 @@ class MediaFolders:
 
     def find(self, path: str, kind: MediaKind, entry: Entry) -> Media:
         """The file that an entry names; a ValueError if it lies outside the folder."""
+        # The file's own folder, as for data files.
         root = (self.images if kind == "image" else self.videos) or str(Path(entry.file).absolute().parent)
         return find_media(path, kind, root, self.allow_outside_paths, entry.source)
 
@@ -62,6 +63,7 @@ class Entry:
         return next((self.values[name] for name in names if name in self), None)
 
     def identity(self, otherwise: object) -> str:
+        # Benchmarks name them in many ways; without any the place in the file will do.
         return str(value) if (value := self.first(*ID_KEYS)) is not None else str(otherwise)
 
     def text(self, *names: str) -> str:
@@ -74,6 +76,7 @@ class Entry:
     def texts(self, *names: str) -> list[str]:
         """The texts under a key that holds one or a list of them; RefCOCO's ``{"sent": text}`` counts as a text."""
         value = self.first(*names)
+        # RefCOCO: {"sent": "the left cup", "tokens": [...]}.
         items = [item.get("sent") if isinstance(item, dict) else item for item in _as_list(value)]
         found = [item.strip() for item in items if isinstance(item, str) and item.strip()]
         if not found or len(found) < len(items):
@@ -129,6 +132,7 @@ def read_object(path: str) -> dict[str, object] | None:
     """What a ``.json`` file holds if that is an object; None for a file of another kind or with a list."""
     if Path(path).suffix != ".json":
         return None
+    # Annotation files are read whole: lists of images and boxes refer to each other.
     data = Path(path).read_bytes()
     if not data.lstrip().startswith(b"{"):
         return None
@@ -146,6 +150,7 @@ def read_lines(path: str) -> Iterator[tuple[str, str]]:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    # Not splitlines, which would also end a line at characters that a sentence may have.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield line.strip(), f"{Path(path).name}, line {number}"
@@ -153,6 +158,7 @@ def read_lines(path: str) -> Iterator[tuple[str, str]]:
 
 def check_box(numbers: tuple[float, ...], entry: Entry) -> Box:
     """A box of fractions, cut at the picture's edge; a ValueError for one that is none."""
+    # Annotators draw a little beyond the edge; what is left must still be a box.
     box = Box(*(min(max(number, 0.0), 1.0) for number in numbers))
     if box.x2 <= box.x1 or box.y2 <= box.y1:
         raise entry.error(
@@ -163,6 +169,7 @@ def check_box(numbers: tuple[float, ...], entry: Entry) -> Box:
 
 def check_span(start: float, end: float, entry: Entry) -> TimeSpan:
     """A span of fractions, cut at the ends of the clip; a ValueError for one that ends before it begins."""
+    # Equal ends are a moment; the first and last frame may be one.
     if end < start:
         raise entry.error(f"its span ends ({end:g}) before it begins ({start:g})")
     return TimeSpan(min(max(start, 0.0), 1.0), min(max(end, 0.0), 1.0))
@@ -170,6 +177,7 @@ def check_span(start: float, end: float, entry: Entry) -> TimeSpan:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number."""
+    # True is an int to Python, and NaN a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -62,6 +62,7 @@ def read_expressions(
     """
     found = [expression for expression in _read(files) if split in (None, expression.entry.values.get("split"))]
     unsure = [expression for expression in found if expression.box_format == AUTO]
+    # Decided over all rows: one box may fit several readings, a thousand seldom do.
     if unsure and box_format == AUTO:
         box_format = _find_format(unsure)
     return [_sample(expression, folders, box_format) for expression in found]
@@ -69,6 +70,7 @@ def read_expressions(
 
 def _read(files: Sequence[str]) -> Iterator[_Expression]:
     objects = {file: content for file in files if (content := read_object(file)) is not None}
+    # refs.json is a list; an object without captions can only be its instances.json.
     instances = {file: content for file, content in objects.items() if not _has_captions(content)}
     for file in files:
         if file in instances:
@@ -95,10 +97,12 @@ def _read_refs(refs: Sequence[Entry], instances: Mapping[str, Mapping[str, objec
     images: dict[object, Entry] = {}
     boxes: dict[object, Entry] = {}
     for file, content in instances.items():
+        # Looked up by id: instances.json has them in no order.
         images |= {entry.values.get("id"): entry for entry in list_entries(content, "images", file)}
         boxes |= {entry.values.get("id"): entry for entry in list_entries(content, "annotations", file)}
     for ref in refs:
         annotation, image = boxes.get(ref.first("ann_id")), images.get(ref.first("image_id"))
+        # Another split's instances.json is the usual reason.
         if annotation is None or image is None:
             missing, name = ("annotation", "ann_id") if annotation is None else ("image", "image_id")
             raise ref.error(f"{Path(next(iter(instances))).name} has no {missing} {ref.first(name)!r}, its {name}")
@@ -133,6 +137,7 @@ def _read_rows(rows: Sequence[Entry]) -> Iterator[_Expression]:
         for place, sentence in enumerate(sentences, start=1):
             identity = row.identity(number) + (f"-{place}" if len(sentences) > 1 else "")
             image = row.text(*IMAGE_KEYS)
+            # Rows with "img_id" name an image without the end of its file's name.
             image = image if Path(image).suffix else f"{image}.jpg"
             yield _Expression(row, identity, image, sentence, row.numbers(4, "bbox", "box"), _size(row))
 
@@ -144,8 +149,10 @@ def _size(entry: Entry) -> tuple[float, float] | None:
 
 def _find_format(expressions: Sequence[_Expression]) -> str:
     """The only format in which all boxes of flat rows are boxes in their pictures."""
+    # Not one box reaches beyond a pixel: these are shares.
     if all(max(e.numbers) <= 1 for e in expressions):
         return SHARES
+    # The first row that each reading cannot be; it is named if neither can.
     no_corners = next((e for e in expressions if e.numbers[2] <= e.numbers[0] or e.numbers[3] <= e.numbers[1]), None)
     no_sizes = next((e for e in expressions if e.size and _leaves(e.numbers, e.size)), None)
     if (no_corners is None) != (no_sizes is None):
@@ -175,6 +182,7 @@ def _sample(expression: _Expression, folders: MediaFolders, box_format: str) -> 
     written = box_format if expression.box_format == AUTO else expression.box_format
     if written != SHARES and size is None:
         try:
+            # From the header, without decoding; a missing file is this sample's fault and no other's.
             height, width = read_image_size(media.path)
             size = width, height
         except MediaError as error:
@@ -188,6 +196,7 @@ def _sample(expression: _Expression, folders: MediaFolders, box_format: str) -> 
 def _box(numbers: tuple[float, ...], box_format: str, size: tuple[float, float], entry: Entry) -> Box:
     x, y, right, bottom = numbers
     if box_format == SIZES:
+        # From here on corners, whatever was written.
         right, bottom = x + right, y + bottom
     if box_format != SHARES:
         width, height = size

@@ -55,6 +55,7 @@ def find_video(name: str, folders: MediaFolders, entry: Entry) -> Media:
     media = folders.find(name, "video", entry)
     if Path(name).suffix in _VIDEO_SUFFIXES or Path(media.path).is_file():
         return media
+    # Charades-STA and ActivityNet name videos without the end of their files' names.
     others = [folders.find(f"{name}{suffix}", "video", entry) for suffix in _VIDEO_SUFFIXES]
     return next((other for other in others if Path(other.path).is_file()), others[0])
 
@@ -78,9 +79,11 @@ class _Stretch:
         length = 1.0 if self.in_shares else entry.positive(*_LENGTH_KEYS) or lengths.get(video)
         if length is None:
             try:
+                # Opening every video takes minutes: lengths in a file of their own come first.
                 length = read_times(media.path)[1]
             except MediaError as error:
                 length = str(error)
+            # Videos have several sentences each; a failure is remembered too.
             lengths[video] = length
         if isinstance(length, str):
             return None, length
@@ -110,6 +113,7 @@ def read_moments(files: Sequence[str], folders: MediaFolders) -> list[EvalSample
     lengths: Lengths = {}
     moments: list[_Moment] = []
     for file in files:
+        # What a file is shows in its content: lengths, ActivityNet's videos, rows or lines.
         content = read_object(file)
         if Path(file).suffix == ".csv":
             lengths |= _read_length_table(file)
@@ -135,6 +139,7 @@ def read_moments(files: Sequence[str], folders: MediaFolders) -> list[EvalSample
 def _read_text(file: str) -> Iterator[_Moment]:
     for number, (line, source) in enumerate(read_lines(file), start=1):
         entry = Entry({}, file, source)
+        # "AO8RW 0.0 6.9##a person is putting a book on a shelf."
         match = _LINE.fullmatch(line)
         start, end = (_parse(match[name]) if match else None for name in ("start", "end"))
         if match is None or start is None or end is None:
@@ -153,6 +158,7 @@ def _parse(word: str) -> float | None:
 def _read_videos(content: Mapping[str, object], file: str) -> Iterator[_Moment]:
     """``{video: {"duration": seconds, "timestamps": [[start, end], ...], "sentences": [...]}}``."""
     for video, value in content.items():
+        # Errors name the video: such an object has no lines to count.
         entry = as_entry(value, file, f"{Path(file).name}, {video}")
         sentences, times = entry.texts("sentences"), entry.first("timestamps")
         if not isinstance(times, list) or len(times) != len(sentences):
@@ -181,6 +187,7 @@ def _read_length_table(file: str) -> dict[str, float]:
             )
         found = {}
         for number, row in enumerate(table, start=2):
+            # A row that is too short has None where the length should stand.
             seconds = _parse(row[length] or "")
             if seconds is None or seconds <= 0:
                 raise ValueError(f"{Path(file).name}, line {number}: {length} must be seconds, found {row[length]!r}")
@@ -241,6 +248,7 @@ def _read_tube_row(row: Entry, folders: MediaFolders, number: int, lengths: Leng
     if not isinstance(values, list) or not values:
         raise row.error(f'needs "boxes", a list of [x1, y1, x2, y2], found {values!r:.80}')
     boxes = tuple(check_box(row.check_numbers(value, 4, '"boxes" of [x1, y1, x2, y2]'), row) for value in values)
+    # A question of its own is asked as it is; without one the sentence goes into the template.
     words = row.text("question", *SENTENCE_KEYS)
     captions = (row.text(*SENTENCE_KEYS),) if any(key in row for key in SENTENCE_KEYS) else ()
     return EvalSample(
@@ -273,13 +281,16 @@ class _Clip:
         if not is_number(frame):
             raise self.entry.error(f"a time must be the number of a frame, found {frame!r:.80}")
         if self.seconds:
+            # Frame numbers are no times where the rate varies; np.interp also takes numbers between two frames.
             start, end = self.seconds[self.first], self.seconds[self.last]
             shown = np.interp(frame, np.arange(len(self.seconds)), self.seconds)
             return float((shown - start) / (end - start))
+        # At a constant rate frame i of n lies at i / (n - 1), as for the model.
         return (frame - self.first) / (self.last - self.first)
 
     def box(self, numbers: object) -> Box:
         """A box of x y width height, in pixels."""
+        # ST-Align writes x y width height in pixels; a model's boxes are corners in [0, 1].
         x, y, width, height = self.entry.check_numbers(numbers, 4, "boxes of [x, y, width, height]")
         return check_box(
             (x / self.width, y / self.height, (x + width) / self.width, (y + height) / self.height), self.entry
@@ -297,12 +308,14 @@ def _read_st_align(row: Entry, folders: MediaFolders, number: int) -> EvalSample
     clip = _read_clip(row)
     clip = replace(clip, seconds=_uneven_times(media.path, clip.first, clip.last))
     span = clip.span()
+    # By the number of the frame: {"50": [384, 144, 192, 144], ...}.
     boxes = clip.places.get(_BOXES)
     if not isinstance(boxes, dict) or not boxes:
         raise row.error(f'"meta.spatial_token" needs {_BOXES}, an object of boxes by frame, found {boxes!r:.80}')
     question, answer = _read_turns(row)
     question = _FROM_TO.sub(_SPAN_QUESTION, question)
     text, coordinates = _write_names(question, clip)
+    # "Ends in <e>, the dog runs. Object bounding box: <bboxes>" says "the dog runs."
     caption = _BOXES_FOLLOW.sub("", _ENDS_IN.sub("", answer)).strip()
     return EvalSample(
         row.identity(number),
@@ -328,6 +341,7 @@ def _uneven_times(path: str, first: int, last: int) -> tuple[float, ...]:
 
 def _read_clip(row: Entry) -> _Clip:
     meta = as_entry(row.values["meta"], row.file, f"{row.source}, meta")
+    # Only these frames are shown, and times are counted from them.
     first, last = (int(number) for number in meta.numbers(2, "split"))
     if not 0 <= first < last:
         raise meta.error(f'"split" must be [first, last] frame, found {meta.first("split")!r}')
@@ -363,6 +377,7 @@ def _write_names(text: str, clip: _Clip) -> tuple[str, Coordinates]:
         boxes.append(clip.box(clip.places[name]))
         return box_text("INPUT")
 
+    # The placeholders of boxes of one frame; <bboxes>, an object, is for the answer.
     names = [*clip.times, *(name for name, value in clip.places.items() if isinstance(value, list))]
     written = re.sub("|".join(map(re.escape, names)), write, text)
     if _BOXES in written:
@@ -381,12 +396,15 @@ def _space_evenly(clip: _Clip, by_frame: dict[str, object], span: TimeSpan) -> t
         if not name.strip().isdecimal():
             raise clip.entry.error(f"a box must stand by the number of its frame, found {name!r:.80}")
         numbered.append((clip.time(int(name)), clip.box(numbers)))
+    # Keys of a JSON object are strings, in any order.
     numbered.sort()
     times = np.array([time for time, _ in numbered])
     frame = 1 / (clip.last - clip.first)
+    # Half a frame of tolerance: sampling at a fixed stride rounds to whole frames.
     if len(times) == 1 or np.allclose(times, np.linspace(*span, len(times)), rtol=0, atol=frame / 2):
         return tuple(box for _, box in numbered)
     even = np.linspace(*span, _UNEVEN_BOXES)
+    # (4, boxes): each edge is interpolated on its own.
     columns = np.array([box for _, box in numbered]).T
     return tuple(
         Box(*row) for row in np.stack([np.interp(even, times, column) for column in columns], axis=-1).tolist()

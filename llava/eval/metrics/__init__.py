@@ -108,6 +108,7 @@ def bootstrap(
     statistics = source.statistics
     if not len(statistics):
         raise ValueError("there is no sample to score")
+    # Sums are enough: every score is made of them, whichever samples were drawn.
     values = source.scores(statistics.sum(axis=0), len(statistics))
     resampled = source.scores(_resample_sums(statistics, seed, num_resamples), len(statistics))
     edges = ((1 - level) / 2, (1 + level) / 2)
@@ -126,9 +127,9 @@ def _resample_sums(statistics: NDArray[np.float64], seed: int, num_resamples: in
     parts = []
     for first in range(0, num_resamples, at_once):
         num_rows = min(at_once, num_resamples - first)
-        drawn = generator.integers(size, size=(num_rows, size))
+        drawn = generator.integers(size, size=(num_rows, size))  # (resamples, samples)
         # How often each resample has each sample: the sums are then one product of matrices.
         drawn += np.arange(num_rows)[:, np.newaxis] * size
         times = np.bincount(drawn.ravel(), minlength=num_rows * size).reshape(num_rows, size)
-        parts.append(times @ statistics)
+        parts.append(times @ statistics)  # (resamples, numbers)
     return np.concatenate(parts)

@@ -74,6 +74,7 @@ def bleu_statistics(candidate: NgramCounts, references: Sequence[NgramCounts]) -
     for order, ngrams in enumerate(candidate):
         most: Counter[Ngram] = Counter()
         for reference in references:
+            # The union of counters keeps the larger count: clipping by the most generous reference.
             most |= reference[order]
         matches.append((ngrams & most).total())
     return [*matches, *(ngrams.total() for ngrams in candidate), lengths[0], closest]
@@ -86,7 +87,8 @@ def bleu_scores(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     references is scaled down by exp(1 - reference words / words).
     """
     matches, totals = sums[..., :MAX_ORDER], sums[..., MAX_ORDER:-2]  # (..., 4) each
-    logarithms = np.log((matches + _ALMOST_NOTHING) / (totals + _LITTLE))
+    logarithms = np.log((matches + _ALMOST_NOTHING) / (totals + _LITTLE))  # (..., 4)
+    # The geometric mean of the modified precisions, for each n at once: Papineni et al., section 2.3.
     means = np.exp(np.cumsum(logarithms, axis=-1) / np.arange(1, MAX_ORDER + 1))
     ratio = (sums[..., -2] + _ALMOST_NOTHING) / (sums[..., -1] + _LITTLE)
     return means * np.exp(np.minimum(1 - 1 / ratio, 0.0))[..., np.newaxis]
@@ -111,6 +113,7 @@ def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
     recall = max(common / max(len(words), 1) for common, words in zip(shared, references, strict=True))
     if not precision:
         return 0.0
+    # Lin's F-measure of the longest common subsequence, as the COCO evaluation has it.
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 
@@ -150,6 +153,7 @@ def cider_scores(candidates: Sequence[NgramCounts], references: Sequence[Sequenc
     """
     frequencies: Counter[Ngram] = Counter()
     for of_sample in references:
+        # A set: a run counts once for a sample, however many of its references have it.
         frequencies.update({run for reference in of_sample for ngrams in reference for run in ngrams})
 
     def weigh(caption: NgramCounts) -> list[dict[Ngram, float]]:
@@ -174,6 +178,7 @@ def _similarity(candidate: Sequence[dict[Ngram, float]], reference: Sequence[dic
     """The mean of the clipped cosines; 0 for a length of which either has no run of any weight."""
     cosines = 0.0
     for vector, other in zip(candidate, reference, strict=True):
+        # min() clips the candidate, so that repeating a word is of no use (CIDEr-D).
         norms = math.hypot(*vector.values()) * math.hypot(*other.values())
         if norms:
             cosines += sum(min(vector[run], other[run]) * other[run] for run in vector.keys() & other.keys()) / norms
@@ -182,6 +187,7 @@ def _similarity(candidate: Sequence[dict[Ngram, float]], reference: Sequence[dic
 
 def _length_penalty(candidate: NgramCounts, reference: NgramCounts) -> float:
     difference = candidate[0].total() - reference[0].total()
+    # CIDEr-D's penalty: a Gaussian over the difference in length.
     return math.exp(-(difference**2) / (2 * _SIGMA**2))
 
 

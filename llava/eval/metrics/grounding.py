@@ -74,6 +74,7 @@ def find_tube(places: Sequence[Box | TimeSpan], span: TimeSpan | None = None) ->
     else:
         for place in places:
             if isinstance(place, Box):
+                # A box before any span of time belongs to none.
                 boxes += [place] if span is not None else []
             elif span is None:
                 span = place
@@ -91,6 +92,7 @@ def frames_in(span: TimeSpan) -> NDArray[np.bool_]:
     times = _FRAME_TIMES
     inside = (times >= span.start - SPAN_TOLERANCE) & (times <= span.end + SPAN_TOLERANCE)
     if not inside.any() and 0 <= span.start <= span.end <= 1:
+        # Bins of 1/99 are as far apart as frames: a span within one bin would have none.
         inside[np.abs(times - (span.start + span.end) / 2).argmin()] = True
     return inside
 
@@ -115,10 +117,12 @@ def score_stvg(tube: Tube | None, reference: Tube) -> dict[str, float]:
         answered, wanted = frames_in(tube.span), frames_in(reference.span)
         both, either = answered & wanted, int((answered | wanted).sum())
         if both.any():
+            # Only frames in both spans have two boxes to compare.
             times = _FRAME_TIMES[both]
             overlap = float(box_ious(tube.boxes_at(times), reference.boxes_at(times)).sum())
             temporal, spatial, volume = len(times) / either, overlap / len(times), overlap / either
     scores = {"tIoU": temporal, "sIoU": spatial, "vIoU": volume}
+    # A copy: the loop adds to what it goes through.
     for name, score in tuple(scores.items()):
         scores |= {f"{name}>={threshold}": float(_compared(score) >= threshold) for threshold in THRESHOLDS}
     return {**scores, "unparsable": float(tube is None)}

@@ -113,6 +113,7 @@ TOWERS: Registry[type[VisionTower]] = Registry("vision tower")
 
 def build_tower(vision: VisionConfig) -> VisionTower:
     """Build the structure of the tower that ``vision`` describes; its weights are loaded later."""
+    # By the type that the checkpoint recorded, never by a name or a path: "clip" in a folder's name says nothing.
     return _find_tower(vision.vision_config["model_type"], vision.vision_tower)(vision)
 
 
@@ -155,6 +156,7 @@ def _read_config(source: str) -> PretrainedConfig:
                 f"--vision_tower {source!r} has the unknown type {settings.get('model_type')!r}{note}"
             ) from error
         raise _unreadable(source, error) from error
+    # Of CLIP and SigLIP the configuration has two halves; a vision model alone is its own.
     return forget_implementations(getattr(config, "vision_config", config))
 
 

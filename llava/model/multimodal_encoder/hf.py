@@ -88,6 +88,7 @@ class HuggingFaceTower(VisionTower):
         """Build the model up to the selected layer."""
         config.num_hidden_layers = count_layers(self.vision, config.num_hidden_layers)
         model = AutoModel.from_config(config, trust_remote_code=False)
+        # LLaVA takes a hidden state, which stands before this norm (Liu et al., arXiv 2310.03744).
         setattr(model, self.final_norm, nn.Identity())
         return model
 
@@ -122,6 +123,7 @@ class HuggingFaceTower(VisionTower):
                 f"the vision tower at {source!r} is not the one this model was trained with (its weights "
                 f"hash to {found[:12]}, expected {expected[:12]}); give the right folder with --vision_tower"
             )
+        # Copied into the tower's own parameters, and so into their dtype and onto their device.
         self.vision_tower.load_state_dict(weights)
         return found
 
@@ -154,6 +156,7 @@ class HuggingFaceTower(VisionTower):
             ) from error
         except UNSAFE_WEIGHTS as error:
             raise ValueError(f"--vision_tower {source!r}: {NOT_JUST_TENSORS}") from error
+        # Of a CLIP's file only these are taken: it holds a text tower, and layers behind the selected one.
         names = set(self.vision_tower.state_dict())
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         missing = sorted(names & (mismatched | set(info["missing_keys"])))
@@ -187,7 +190,7 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
 
 def _hash_tensor(tensor: Tensor) -> bytes:
     """SHA-256 over type, shape and bytes."""
-    tensor = tensor.detach().contiguous().cpu()
+    tensor = tensor.detach().contiguous().cpu()  # as the file has it, wherever the model lies
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
@@ -199,6 +202,7 @@ def count_layers(vision: VisionConfig, num_layers: int) -> int:
     Hidden states are counted as in the list of the embeddings and every layer's output.
     """
     selected = vision.vision_select_layer
+    # With the embeddings there is one hidden state more than layers: -2 is the output of the last layer but one.
     kept = selected if selected >= 0 else num_layers + 1 + selected
     if not 1 <= kept <= num_layers:
         raise ValueError(
@@ -336,6 +340,7 @@ class SiglipTower(HuggingFaceTower):
     image_std = tuple(IMAGENET_STANDARD_STD)
 
     def build_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        # The head would pool all patches into one feature, and get no gradient.
         config.vision_use_head = False
         return super().build_model(config)
 
@@ -353,9 +358,12 @@ class Siglip2Tower(SiglipTower):
     def encode(self, pixels: Tensor) -> Tensor:
         side = self.vision.patches_per_side
         # On the CPU: transformers reads the shapes one by one.
-        shapes = torch.tensor([[side, side]]).expand(len(pixels), -1)
+        shapes = torch.tensor([[side, side]]).expand(len(pixels), -1)  # (frames, 2): rows and columns
         return self.vision_tower(
-            pixel_values=cut_patches(pixels, side), pixel_attention_mask=None, spatial_shapes=shapes
+            # NaFlex takes (frames, patches, patch * patch * 3); without a mask, as no patch is padding.
+            pixel_values=cut_patches(pixels, side),
+            pixel_attention_mask=None,
+            spatial_shapes=shapes,
         ).last_hidden_state
 
 

@@ -39,6 +39,7 @@ class TimmTower(HuggingFaceTower):
         model = _build_on_meta(source, config)
         width, patch = _width_and_patch(source, config, model)
         images = _resolve_images(config, model)
+        # input_size is (channels, height, width).
         side = square_side(images["input_size"][1:], source, "input_size")
         own_side = square_side(getattr(_patch_embed(model), "img_size", None) or side, source, "img_size")
         if side != own_side and getattr(_patch_embed(model), "strict_img_size", True):
@@ -99,6 +100,7 @@ def _width_and_patch(source: str, config: PretrainedConfig, model: TimmModel) ->
             f"--vision_tower {source!r} is {config.architecture}, whose layers differ in width or grid; "
             "choose a vision transformer, which has one of each"
         )
+    # num_chs is the width of the features, reduction the pixels of the picture that one of them stands for.
     return shapes.pop()
 
 

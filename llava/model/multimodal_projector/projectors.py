@@ -61,9 +61,9 @@ class Pooler(nn.Module):
         grids = features.transpose(1, 2).unflatten(2, (self.side, self.side))  # (frames, tower width, side, side)
         missing = -self.side % self.stride
         if missing:
-            grids = F.pad(grids, (0, missing, 0, missing), mode="replicate")
+            grids = F.pad(grids, (0, missing, 0, missing), mode="replicate")  # an even side
         pooled = self.conv_pool(grids).flatten(2).transpose(1, 2)  # (frames, side / 2 squared, width)
-        return self.proj(pooled)
+        return self.proj(pooled)  # (frames, side / 2 squared, width)
 
 
 class ResidualBlock(nn.Module):
@@ -78,7 +78,7 @@ class ResidualBlock(nn.Module):
         self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        normed = self.pre_norm(features)
+        normed = self.pre_norm(features)  # (frames, patches, width)
         return normed + self.proj(normed)
 
 
@@ -97,6 +97,7 @@ def parse_mlp(name: str) -> MlpShape | None:
 
 def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
     """N linear layers with GELU between them, the first of which changes the width, then M residual blocks."""
+    # "mlp2x_gelu" is the projector of LLaVA-1.5 (arXiv 2310.03744); parameters are named by their place, as there.
     layers: list[nn.Module] = [nn.Linear(input_size, output_size)]
     for _ in range(shape.depth - 1):
         layers += [nn.GELU(), nn.Linear(output_size, output_size)]

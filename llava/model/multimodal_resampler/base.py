@@ -54,6 +54,7 @@ class Resampler(nn.Module, ABC):
         Raises:
             ValueError: the subclass does not make as many tokens as its settings count.
         """
+        # The text has as many placeholders as the layout counts: what is made here has to agree with it to the token.
         if not self.vision.layout.resamples(kind):
             return features.flatten(1, 2)  # (media, patches, width)
         tokens = self.resample(features, kind).to(features.dtype)  # (media, tokens, width)

@@ -39,7 +39,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         """From (frames, latents, width) and (frames, patches, width) to what the latents gather."""
-        latents = self.ln_latents(latents)
+        latents = self.ln_latents(latents)  # (frames, latents, width)
         seen = torch.cat([self.ln_features(features), latents], dim=1)  # (frames, patches + latents, width)
         q, k, v = (self._split(x) for x in (self.q_proj(latents), self.k_proj(seen), self.v_proj(seen)))
         gathered = F.scaled_dot_product_attention(q, k, v)  # (frames, heads, latents, width of a head)

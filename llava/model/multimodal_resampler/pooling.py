@@ -38,7 +38,7 @@ class SpatialPool(Resampler):
         side = self.vision.grid_side
         if self.settings.spatial_pool_mode == "bilinear":
             pooled_side = self.settings.pooled_side(side)
-            return resize(grids, (pooled_side, pooled_side), "bilinear")
+            return resize(grids, (pooled_side, pooled_side), "bilinear")  # (frames, width, pooled side, pooled side)
         stride = min(self.settings.spatial_pool_stride, side)
         pool = F.avg_pool2d if self.settings.spatial_pool_mode == "average" else F.max_pool2d
         return pool(grids, stride, ceil_mode=True)
@@ -60,7 +60,7 @@ class MaskedDrop(Resampler):
             kept = order[..., :num_kept].sort(dim=-1).values  # (media, frames, kept)
         else:
             kept = self._spread(num_patches, num_kept, features.device).expand(*features.shape[:2], -1)
-        kept = kept.unsqueeze(-1).expand(-1, -1, -1, width)
+        kept = kept.unsqueeze(-1).expand(-1, -1, -1, width)  # (media, frames, kept, width)
         return features.gather(2, kept).flatten(1, 2)  # (media, frames * kept, width)
 
     @staticmethod

@@ -92,7 +92,7 @@ class WindowAttention(nn.Module):
         Returns:
             (rows, windows, width), the queries with what they gathered added to them.
         """
-        index, mask = window_index(windows, keys.device)
+        index, mask = window_index(windows, keys.device)  # (windows, longest) each
         # Keys and values are computed once a position, then gathered: windows may overlap.
         values = self._gather(self.v_proj(self.ln_v(self.to_v(keys))), index)  # (rows, windows, longest, heads, ...)
         if index.shape[1] > 1:
@@ -107,7 +107,7 @@ class WindowAttention(nn.Module):
     def _weigh(self, queries: Tensor, keys: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """Attention weights (rows, windows, longest, heads)."""
         q = self.q_proj(self.ln_q(self.to_q(queries))).unflatten(-1, (self.num_heads, -1))
-        k = self._gather(self.k_proj(self.ln_k(self.to_k(keys))), index)
+        k = self._gather(self.k_proj(self.ln_k(self.to_k(keys))), index)  # (rows, windows, longest, heads, width)
         # One query against a handful of keys: two products and a softmax are cheaper here than a
         # fused kernel, which is made for long sequences.
         scores = (q.unsqueeze(2) * k).sum(-1) * q.shape[-1] ** -0.5  # (rows, windows, longest, heads)
@@ -152,7 +152,7 @@ class TokenPacker(Resampler):
 def pool_space(attention: WindowAttention, grid: Tensor, side: int, new_side: int) -> Tensor:
     """Pool (frames, side^2, width) to (frames, new_side^2, width), window by window."""
     image = grid.transpose(1, 2).unflatten(2, (side, side))  # (frames, width, side, side)
-    queries = resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)
+    queries = resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)  # (frames, new_side^2, width)
     return attention(queries, grid, grid_windows(side, new_side))
 
 
@@ -163,5 +163,6 @@ def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
     """
     frames, num_cells = cells.shape[1:3]
     keys = cells.transpose(1, 2).flatten(0, 1)  # (media * cells, frames, width)
+    # Where every frame keeps a place of its own there is nothing to interpolate.
     queries = keys if length == frames else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)
     return attention(queries, keys, axis_windows(frames, length)).unflatten(0, (-1, num_cells)).transpose(1, 2)
