@@ -11,12 +11,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llava.command import CommandParser
+from llava.command import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+    from llava.model.loading import LoadedModel
 
 # What a broken wrapper raises: a failed check is a line here, never the end of the run.
 FAILURES = (
@@ -76,7 +81,7 @@ class Bench:
         )
         Dinov2Model(tower).save_pretrained(self.folder / "tower")
 
-    def load(self, vision: bool = True) -> Any:
+    def load(self, vision: bool = True) -> LoadedModel:
         """A ``LoadedModel``, in evaluation mode, with the token counts of the Italian recipe."""
         from llava.model.loading import load_model
 
@@ -90,12 +95,12 @@ class Bench:
         loaded.model.eval()
         return loaded
 
-    def plain(self) -> Any:
+    def plain(self) -> GPT2LMHeadModel:
         from transformers import GPT2LMHeadModel
 
         return GPT2LMHeadModel.from_pretrained(self.gpt2).eval()
 
-    def encode(self, loaded: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    def encode(self, loaded: LoadedModel, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids and labels of samples whose turns are a text with placeholders and the caption."""
         from llava.train.train import preprocess_multimodal, preprocess_plain_lm
 
@@ -103,7 +108,7 @@ class Bench:
         encoded = preprocess_plain_lm(preprocess_multimodal(sources, loaded.vision), loaded.tokenizer, has_image=True)
         return encoded["input_ids"], encoded["labels"]
 
-    def batch(self, loaded: Any) -> dict[str, Any]:
+    def batch(self, loaded: LoadedModel) -> dict[str, Tensor]:
         """A video and a text in one batch, the text padded."""
         from llava.data.collator import SupervisedCollator, model_inputs
         from llava.types import Example, VisualInput
@@ -303,7 +308,7 @@ def check_text_batch(bench: Bench) -> None:
     expect(len(calls) == 1, f"a batch with a video called it {len(calls)} times, expected 1")
 
 
-def spread_logits(model: Any) -> None:
+def spread_logits(model: nn.Module) -> None:
     """Give a model of tiny random weights something to say: larger ones, so that tokens differ."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -311,7 +316,7 @@ def spread_logits(model: Any) -> None:
                 parameter.mul_(4)
 
 
-def generate(bench: Bench, loaded: Any, **options: Any) -> Tensor:
+def generate(bench: Bench, loaded: LoadedModel, **options: object) -> Tensor:
     """Twelve new tokens for each of two clips."""
     torch.manual_seed(4)
     span = bench.encode(loaded, ["<video>"])[0][0][:363]
@@ -340,16 +345,20 @@ def run_checks(checks: Sequence[tuple[str, Check]], bench: Bench) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks; returns the exit status, 1 if one failed."""
+    """Run all checks; returns the exit status: 1 if one failed, 2 for a wrong command line."""
     parser = CommandParser(
         description="Check the GPT-2 wrapper on a tiny model, offline; prints a pass or FAIL line for each property.",
     )
-    try:
-        parser.parse_args(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
+    def run() -> int:
+        parser.parse_args(argv)
+        return check_wrapper()
+
+    return run_command(run)
+
+
+def check_wrapper() -> int:
+    """Build the bench in a temporary folder and run all checks; returns 1 if one failed."""
     from transformers import logging
 
     logging.set_verbosity_error()
