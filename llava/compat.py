@@ -14,7 +14,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
@@ -128,9 +131,9 @@ def keep_out_of_checkpoints(model: Any, names: set[str], pattern: str, out: bool
     model._keys_to_ignore_on_load_missing = loaded | {pattern} if out else loaded - {pattern}
 
 
-def kept_out_of_checkpoints(model: Any) -> set[str]:
+def kept_out_of_checkpoints(model: PreTrainedModel) -> set[str]:
     """Names of the tensors that checkpoints of a model leave out (see ``keep_out_of_checkpoints``)."""
-    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return set(model._keys_to_ignore_on_save or ())
 
 
 def inherit_conversions(plain: str, own: str) -> None:

@@ -53,10 +53,8 @@ def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OVERRIDDEN = {
-    "_finalize_training",
     "_get_grad_norm",
     "_init_training_state",
-    "_issue_warnings_after_load",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -297,12 +298,26 @@ def _read_model(
             f"{flag} {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
             "from another model's with --init_from_backbone (train_alternating.py)"
         )
+    read = model_class.from_pretrained
+    model, info = read_pretrained(read, path, flag, vision_tower=vision_tower, **options)
+    return model, _check_loaded(info, f"{flag} {path!r}")
+
+
+def read_pretrained(read: Callable[..., Any], path: str, flag: str, **options: object) -> tuple[Any, dict[str, Any]]:
+    """What ``from_pretrained`` gives for a folder, and what it says of tensors that did not fit, of any shape.
+
+    Args:
+        read: a class's ``from_pretrained``, which is given ``options``.
+        path: a folder or hub name.
+        flag: what an error calls it.
+
+    Raises:
+        ValueError: files cannot be read, or no model can be built from them.
+    """
     try:
-        # Shapes that differ are named below.
+        # Shapes that differ are named by the caller.
         with quiet_transformers():
-            model, info = model_class.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, vision_tower=vision_tower, **options
-            )
+            return read(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except UNSAFE_WEIGHTS as error:
         raise ValueError(f"{flag} {path!r}: {NOT_JUST_TENSORS}") from error
     except (KeyError, AttributeError, TypeError) as error:
@@ -315,7 +330,6 @@ def _read_model(
         if not any(words in str(error) for words in _UNREADABLE):
             raise
         raise ValueError(f"{flag} {path!r}: {describe_damage(path, error)}") from error
-    return model, _check_loaded(info, f"{flag} {path!r}")
 
 
 def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:

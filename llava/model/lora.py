@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llava.compat import LOWEST_PEFT, forget_adapters, has_adapters, inject_adapters, kept_out_of_checkpoints
+from llava.messages import list_names
 from llava.model.generation import MultimodalGeneration
 from llava.model.quantization import find_linear_layers, quantized_bits
 from llava.model.visual import is_added
@@ -183,18 +185,30 @@ def load_adapter_weights(model: MultimodalGeneration, folder: str) -> None:
     Raises:
         ValueError: a file is missing, or holds other weights than the model has.
     """
+    stored_adapters, stored_others = read_adapter_weights(model, folder)
     state = model.state_dict()
     adapters = _adapter_weights(model, state)
-    for name, tensor in _read_like(adapters, folder, ADAPTER_WEIGHTS).items():
+    for name, tensor in stored_adapters.items():
         adapters[name].copy_(tensor)
     # Embeddings of new tokens are stored alone: the tables they belong to are the base model's.
     tables = _token_tables(model)
-    for name, tensor in _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS).items():
+    for name, tensor in stored_others.items():
         if name in tables:
             # Rows of a table (tokens, width); all others stay the base model's.
             state[tables[name]][_new_token_ids(model)] = tensor.to(state[tables[name]])
         else:
             state[name].copy_(tensor)
+
+
+def read_adapter_weights(model: MultimodalGeneration, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters of a checkpoint and what trained beside them, which have the names and shapes of the model's.
+
+    Raises:
+        ValueError: a file is missing, or holds other weights than the model has.
+    """
+    state = model.state_dict()
+    adapters = _read_like(_adapter_weights(model, state), folder, ADAPTER_WEIGHTS)
+    return adapters, _read_like(_other_weights(model, state), folder, OTHER_WEIGHTS)
 
 
 def merge_adapters(model: MultimodalGeneration) -> None:
@@ -270,14 +284,18 @@ def _read_like(own: Mapping[str, Tensor], folder: str, file: str) -> dict[str, T
     path = Path(folder, file)
     if not path.is_file():
         raise ValueError(f"{folder!r} is no complete checkpoint with adapters: it has no {file}")
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: it is cut short or damaged ({error}); copy it again") from error
     shapes = {name: [tuple(t[name].shape) if name in t else None for t in (stored, own)] for name in {*stored, *own}}
     # All are compared before the first is copied: a model half of one checkpoint is worse than an error.
     wrong = sorted(name for name, (there, here) in shapes.items() if there != here)
     if wrong:
         there, here = shapes[wrong[0]]
         raise ValueError(
-            f"{path} does not fit its base model in {len(wrong)} tensors: {wrong[0]} is {there} in the file and "
-            f"{here} in the model; give the base model that it was trained on with --model_base"
+            f"{path} does not fit its base model in {len(wrong)} tensors ({list_names(wrong)}): {wrong[0]} is {there} "
+            f"in the file and {here} in the model; give the base model that it was trained on (--model_base, or in "
+            "training --model_name_or_path), or another checkpoint"
         )
     return stored

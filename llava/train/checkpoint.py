@@ -20,9 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llava.io import hash_file, sync, write_json
+from llava.messages import shorten_text
 from llava.model.pretrained import UNSAFE_WEIGHTS
 from llava.train.arguments import TrainingArguments
-from llava.train.distributed import broadcast_from_rank0
+from llava.train.distributed import AgreedError, broadcast_from_rank0
 
 logger = logging.getLogger(__name__)
 
@@ -351,12 +352,22 @@ def check_pickles_are_ours(checkpoint: str) -> None:
 
 
 @contextmanager
-def plain_tensors_only(checkpoint: str | None) -> Iterator[None]:
-    """Within it a file of a checkpoint that holds more than tensors, which is not unpickled, is a ValueError."""
+def reading_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Within it a file of a checkpoint that holds more than tensors, or another model's, is a ValueError.
+
+    What holds more is not unpickled. DeepSpeed reads the weights from files of its own, strictly.
+    """
     try:
         yield
     except UNSAFE_WEIGHTS as error:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: one of its files (optimizer.pt, scheduler.pt, scaler.pt, "
             "rng_state*.pth) holds more than plain tensors, or is damaged, and is not read; resume from another"
+        ) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise AgreedError(
+            f"--resume_from_checkpoint {checkpoint}: its weights are not those of this run's model: "
+            f"{shorten_text(str(error), 500)}; give another checkpoint, or the model and flags that it was written with"
         ) from error

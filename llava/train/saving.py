@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,17 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from llava.compat import (
-    evaluate_as_due,
-    kept_out_of_checkpoints,
-    push_checkpoint,
-    restore_loop,
-    save_training_state,
-)
+from llava.compat import kept_out_of_checkpoints, push_checkpoint, save_training_state
 from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
 from llava.model.quantization import count_weights
@@ -41,9 +34,8 @@ from llava.train.checkpoint import (
     store_best,
 )
 from llava.train.data_order import DATA_STATE, TrainingData
-from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures, is_first_rank
-from llava.train.identity import OPTIMIZER_SETTINGS, Differences, RunIdentity
-from llava.train.parts import put_in_force
+from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
+from llava.train.identity import RunIdentity
 from llava.train.preemption import StopRequest
 from llava.train.run_folder import LOCK
 
@@ -260,72 +252,6 @@ class CheckpointWriter:
                 "%s: %s bytes are free on its disk, and %d more checkpoints and the model take about %s; make room, or "
                 "keep fewer with --save_total_limit", folder, f"{free:,}", more, f"{model + more * checkpoint:,}"
             )  # fmt: skip
-
-    # What a resumed run takes up of a checkpoint, beside the model and the place in the data.
-
-    def load_optimizer(self, checkpoint: str, changes: Differences, load: Callable[[str], None]) -> None:
-        """Read optimizer and schedule, and put in force what flags say now.
-
-        Args:
-            checkpoint: whose settings these are not.
-            changes: from the run that wrote it.
-            load: transformers' way of reading both.
-        """
-        trainer = self.trainer
-        if trainer.is_deepspeed_enabled and changes.names:
-            raise AgreedError(
-                "--resume_changed cannot be had with --deepspeed, which keeps the optimizer settings of its "
-                "checkpoint; start a new run from the weights: --model_name_or_path " + checkpoint
-            )
-        optimizer: Any = trainer.optimizer
-        scheduler: Any = trainer.lr_scheduler
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        if changes.names & OPTIMIZER_SETTINGS:
-            logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
-            scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
-        else:
-            load(checkpoint)
-        put_in_force(optimizer, scheduler, settings)
-        if is_first_rank():
-            rates = dict.fromkeys(f"{group.get('part', '')} {group['lr']:.3g}" for group in optimizer.param_groups)
-            logger.info("learning rates that the run goes on with: %s", ", ".join(rates))
-
-
-@dataclass(eq=False)
-class ResumeCallback(TrainerCallback):
-    """Takes up, before the first step, what a checkpoint says of the moment when it was written.
-
-    Attributes:
-        trainer: that goes on.
-        checkpoint: from which.
-    """
-
-    trainer: Trainer
-    checkpoint: str
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Go on with random states and the losses since the last line of the log; make up for an evaluation."""
-        own = Path(self.checkpoint, LOSS_SINCE_LOG.format(rank=args.process_index))
-        if own.is_file():
-            # The next line of the log is a mean of losses before and after. train_loss, at the end, is that of new
-            # ones alone, so those from before count against themselves.
-            ranks = [json.loads(path.read_text("utf-8")) for path in own.parent.glob(LOSS_SINCE_LOG.format(rank="*"))]
-            stored = json.loads(own.read_text("utf-8"))
-            total = -sum(rank["sum"] for rank in ranks) / len(ranks)
-            meter = (stored["sum"], stored["last_logged_step"], total)
-        else:
-            meter = None
-            logger.warning(
-                "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "
-                "and the run will not go on exactly as it would have", self.checkpoint, args.process_index
-            )  # fmt: skip
-        restore_loop(self.trainer, self.checkpoint, meter)
-        # A run that was asked to stop has saved in place of the evaluation that its step was due.
-        states: Any = state.stateful_callbacks or {}
-        if states.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
-            evaluate_as_due(self.trainer)
 
 
 # Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps.

@@ -55,7 +55,7 @@ from llava.model.pretrained import locate_model, read_config
 from llava.model.transfer import load_adapter
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
-from llava.train.checkpoint import find_checkpoint, is_auto, plain_tensors_only
+from llava.train.checkpoint import find_checkpoint, is_auto, reading_checkpoint
 from llava.train.command_line import parse_arguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.evaluation import evaluate_last, plan_evaluation
@@ -121,7 +121,7 @@ def train(trainer: LlavaTrainer) -> None:
 def run(trainer: LlavaTrainer) -> None:
     """The training itself, in a folder that is this run's."""
     checkpoint = find_checkpoint(trainer.args)
-    with trainer.stop_request, plain_tensors_only(checkpoint):
+    with trainer.stop_request, reading_checkpoint(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_request.agreed:
             raise Preempted(

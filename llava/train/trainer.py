@@ -8,7 +8,7 @@ What a run owns beside transformers' trainer are plain objects, to which the tra
     nan_check      nan_check.py     a NaN or an infinity stops it before the optimizer's step
     bad_sample_log bad_samples.py   what was skipped
 
-Public methods are overridden where there are any. The eight private ones come last in the class, each with its reason.
+Public methods are overridden where there are any. The six private ones come last in the class, each with its reason.
 """
 
 from __future__ import annotations
@@ -29,20 +29,17 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava.compat import kept_out_of_checkpoints
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
-from llava.messages import list_names
 from llava.model.grad_sync import UnusedVisionModules
-from llava.model.lora import has_adapters, load_adapter_weights
 from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
 from llava.train.callbacks import FirstStepsCallback, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader
-from llava.train.distributed import gather_added_together, is_first_rank
+from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
 from llava.train.engines import check_engine
 from llava.train.evaluation import (
     NOT_PREDICTIONS,
@@ -55,7 +52,8 @@ from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
 from llava.train.preemption import EvaluationStopped, StopRequest
-from llava.train.saving import CheckpointWriter, ResumeCallback
+from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
+from llava.train.saving import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +202,10 @@ class LlavaTrainer(Trainer):
             logs["skipped_samples"] = len(self.bad_sample_log)
         if self.cut is not None:
             logs |= self.cut.counts
+        if "train_runtime" in logs:
+            # The last line of a training. What transformers does next, where one checkpoint is to be kept, is remove
+            # all but the best one, and with the newest the end of the run; our own rotation keeps both.
+            self.args.save_total_limit = None
         super().log(logs, start_time)
 
     # Evaluation.
@@ -276,10 +278,13 @@ class LlavaTrainer(Trainer):
         writer.try_writing(length["steps"])
         if self.args.stop_on_bad_numbers:
             self.nan_check = build_nan_check(self)
+        limit = self.args.save_total_limit
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except EvaluationStopped:
             return self._leave_evaluation()
+        finally:
+            self.args.save_total_limit = limit  # see log
 
     def _leave_evaluation(self) -> TrainOutput:
         """End the run in the midst of an evaluation, which the next start makes up for."""
@@ -339,12 +344,15 @@ class LlavaTrainer(Trainer):
         if resume_from_checkpoint is not None:
             # transformers goes on logging, saving and evaluating as often as the checkpoint's run did.
             self.state.compute_steps(self.args, max_steps)
-            best, self.state.best_model_checkpoint = find_best(resume_from_checkpoint)
-            if best is not None and self.state.best_model_checkpoint is None:
+            named, self.state.best_model_checkpoint = find_best(resume_from_checkpoint)
+            if named is not None and self.state.best_model_checkpoint is None:
                 logger.warning(
-                    "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", best
+                    "the best checkpoint so far, %s, is gone; the best one is looked for among those to come", named
                 )
                 self.state.best_metric = self.state.best_global_step = None
+            if (best := self.state.best_model_checkpoint) and self.args.load_best_model_at_end:
+                # It is read when all steps are done, which is late to hear that it does not fit.
+                broadcast_from_rank0(lambda: check_weights(self.model, best))
             if self.state.global_step >= max_steps:
                 self._say_finished()
                 return num_train_epochs, 0  # No epoch is left; transformers would take one step more.
@@ -352,34 +360,20 @@ class LlavaTrainer(Trainer):
         return self.data.begin(epoch, micro_batches, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # transformers reads back only adapters of peft's own model class, and nothing that trained beside them.
-        if has_adapters(self.model):
-            load_adapter_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # transformers goes on with what a checkpoint lacks as it was begun with, and knows no adapters of ours.
+        load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        # The same, at the end of the run.
-        if has_adapters(self.model) and not self.is_deepspeed_enabled:
-            load_adapter_weights(self.model, str(self.state.best_model_checkpoint))
-        else:
+        # The same, at the end of the run. DeepSpeed reads its own files, and is strict.
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # transformers would warn of a tower that lies elsewhere, and of a tied head.
-        meant = {*kept_out_of_checkpoints(self.model), *self.model.all_tied_weights_keys}
-        missing = sorted(set(load_result.missing_keys) - meant)
-        for what, names in (("lacks", missing), ("has too much", sorted(load_result.unexpected_keys))):
-            if names:
-                logger.warning("the checkpoint %s %d weights: %s", what, len(names), list_names(names))
+        else:
+            load_weights(self.model, str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Settings that flags have changed since then are to be in force, not the checkpoint's.
-        changes = self._changes
-        if checkpoint is not None and changes is not None and (changes.names or changes.rescheduled):
-            self.checkpoints.load_optimizer(checkpoint, changes, super()._load_optimizer_and_scheduler)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_optimizer(self, checkpoint, self._changes, super()._load_optimizer_and_scheduler)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last thing before the optimizer's step, and the only one that is given the norm.
@@ -391,11 +385,3 @@ class LlavaTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # transformers writes in place, and ends in the midst of it where a disk is full.
         self.checkpoints.write_checkpoint()
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        # transformers would remove the newest checkpoint beside the best one at last, and with it the end of the run.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
