@@ -17,7 +17,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, Trainer
 
 LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
@@ -34,7 +36,7 @@ def cache_name() -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-def has_adapters(model: Any) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     """Whether a model of transformers holds peft's adapters.
 
     ``_hf_peft_config_loaded`` is what transformers itself goes by, in its trainer too; there is no public name.
@@ -42,7 +44,7 @@ def has_adapters(model: Any) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def inject_adapters(model: Any, config: Any, name: str) -> None:
+def inject_adapters(model: Any, config: PeftConfig, name: str) -> None:
     """Put adapters into a model and make them the active ones, as ``model.add_adapter`` of transformers does.
 
     Not through that method: transformers 5.24 has it refuse any peft before 0.22, though it calls what 0.21
@@ -117,7 +119,7 @@ def mark_unfilled(model: Any) -> None:
     model._is_hf_initialized = False
 
 
-def keep_out_of_checkpoints(model: Any, names: set[str], pattern: str, out: bool) -> None:
+def keep_out_of_checkpoints(model: PreTrainedModel, names: set[str], pattern: str, out: bool) -> None:
     """Say for one model, and not its class, that checkpoints leave tensors out, or (``out`` is False) that they do not.
 
     The attributes are documented as a class's own; transformers reads them from the model.
@@ -156,7 +158,7 @@ def inherit_conversions(plain: str, own: str) -> None:
         register_checkpoint_conversion_mapping(own, conversions, overwrite=True)
 
 
-def add_to_auto_configs(tables: Any, model_type: str, config: str, module: ModuleType) -> None:
+def add_to_auto_configs(tables: ModuleType, model_type: str, config: str, module: ModuleType) -> None:
     """Let ``AutoConfig`` find a model type.
 
     ``AutoConfig.register`` wants the class itself, and so the backbone's file loaded. What it looks a name up in,
@@ -171,7 +173,9 @@ def add_to_auto_configs(tables: Any, model_type: str, config: str, module: Modul
     tables.CONFIG_MAPPING._modules[tables.model_type_to_module_name(model_type)] = module
 
 
-def add_to_auto_models(tables: Any, model_type: str, config: str, classes: dict[str, str], module: ModuleType) -> None:
+def add_to_auto_models(
+    tables: ModuleType, model_type: str, config: str, classes: dict[str, str], module: ModuleType
+) -> None:
     """Let the ``AutoModel`` classes find a model type; as for ``AutoConfig``.
 
     Args:
@@ -185,7 +189,7 @@ def add_to_auto_models(tables: Any, model_type: str, config: str, classes: dict[
         _lead_to_module(mapping, model_type, config, module)
 
 
-def add_to_auto_tokenizers(tables: Any, model_type: str, config: str, plain_type: str) -> None:
+def add_to_auto_tokenizers(tables: ModuleType, model_type: str, config: str, plain_type: str) -> None:
     """Let ``AutoTokenizer`` take for a model type the class that it takes for another one of transformers' own."""
     name = tables.TOKENIZER_MAPPING_NAMES.get(plain_type)
     if name is not None:
@@ -221,7 +225,7 @@ def hush_imports() -> None:
 # transformers' trainer and DeepSpeed's engine: parts of a checkpoint, and numbers of the loop, have no public names.
 
 
-def save_training_state(trainer: Any, folder: str, failure: AbstractContextManager[Any]) -> tuple[float, int]:
+def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextManager[object]) -> tuple[float, int]:
     """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
 
     Its ``_save_checkpoint`` writes these among other files, and stops at the first that cannot be written, on which
@@ -244,15 +248,16 @@ def save_training_state(trainer: Any, folder: str, failure: AbstractContextManag
 
 
 @contextmanager
-def _forgiving_engine(trainer: Any, failure: AbstractContextManager[Any]) -> Iterator[None]:
+def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object]) -> Iterator[None]:
     """Let ``failure`` keep the errors of DeepSpeed's files, which its engine writes between meetings of its own."""
     if not trainer.is_deepspeed_enabled:
         yield
         return
-    writer = trainer.model_wrapped.checkpoint_engine
+    engine: Any = trainer.model_wrapped
+    writer = engine.checkpoint_engine
     save = writer.save
 
-    def save_forgiving(state: Any, path: str) -> None:
+    def save_forgiving(state: object, path: str) -> None:
         with failure:
             save(state, path)
             return
@@ -265,12 +270,12 @@ def _forgiving_engine(trainer: Any, failure: AbstractContextManager[Any]) -> Ite
         del writer.save
 
 
-def push_checkpoint(trainer: Any, folder: str) -> None:
+def push_checkpoint(trainer: Trainer, folder: str) -> None:
     """Send a checkpoint, once it has its name, to the hub as ``--push_to_hub`` asks: ``_push_from_checkpoint``."""
     trainer._push_from_checkpoint(folder)
 
 
-def restore_loop(trainer: Any, checkpoint: str, loss_meter: tuple[float, int, float] | None) -> None:
+def restore_loop(trainer: Trainer, checkpoint: str, loss_meter: tuple[float, int, float] | None) -> None:
     """Let the loop, before its first step, stand where a checkpoint was written.
 
     Args:
@@ -285,10 +290,11 @@ def restore_loop(trainer: Any, checkpoint: str, loss_meter: tuple[float, int, fl
         trainer._tr_loss.fill_(loss)
 
 
-def evaluate_as_due(trainer: Any) -> None:
+def evaluate_as_due(trainer: Trainer) -> None:
     """Evaluate as after a step that an evaluation was due, with all that follows: the best metric, and its save."""
     trainer.control.should_evaluate = True
     epoch = trainer.state.epoch or 0
+    assert trainer.model is not None
     trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.integrations import deepspeed as integration
 
 from llava.compat import gather_and_keep
 from llava.model.coordinates import COORDINATES
 from llava.model.grad_sync import is_distributed
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.visual import VISION_MODULES, is_added
 
 Choice = TypeVar("Choice")
@@ -95,7 +97,7 @@ def leave_process_group() -> None:
 
 
 @contextmanager
-def loading_whole(training_args: Any) -> Iterator[None]:
+def loading_whole(training_args: TrainingArguments) -> Iterator[None]:
     """Load models as without DeepSpeed, although ``training_args`` have announced it to transformers."""
     announced = getattr(training_args, "hf_deepspeed_config", None)
     if announced is None:
@@ -108,7 +110,7 @@ def loading_whole(training_args: Any) -> Iterator[None]:
         integration.set_hf_deepspeed_config(announced)
 
 
-def gather_added_together(model: Any) -> None:
+def gather_added_together(model: LlavaMetaForCausalLM) -> None:
     """Let every rank gather vision modules and coordinates before each forward pass, if DeepSpeed shares them out.
 
     Args:

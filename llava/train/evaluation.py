@@ -15,6 +15,7 @@ from accelerate.state import GradientState
 from accelerate.utils import gather, gather_object, recursively_apply, reduce
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
@@ -55,7 +56,7 @@ class CutCounter:
         dataset: trained on; one of which no sample can be too long is not counted.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: object) -> None:
         self.counts: dict[str, int] = {}  # what the log says of them; nothing where nothing was cut
         documents = dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
         self._may_cut = isinstance(documents, SupervisedDataset) and _may_cut(documents)
@@ -148,7 +149,7 @@ class EvaluationMeter:
         return [sample for batches in zip(*ranks, strict=True) for ids in batches for sample in ids]
 
 
-def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
+def plan_evaluation(args: TrainingArguments, has_data: bool, computes_metrics: bool) -> None:
     """Decide whether there is an evaluation at the end, and refuse what asks for one that cannot be.
 
     Args:
@@ -161,7 +162,7 @@ def plan_evaluation(args: Any, has_data: bool, computes_metrics: bool) -> None:
     """
     evaluates = args.eval_strategy != IntervalStrategy.NO
     for asked, flag in (
-        (evaluates, f"--eval_strategy {args.eval_strategy.value}"),
+        (evaluates, f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}"),
         (args.eval_on_start, "--eval_on_start"),
         (args.do_eval, "--do_eval"),
     ):
@@ -208,7 +209,7 @@ def check_best_metric(trainer: Any) -> None:
         raise ValueError(f"--metric_for_best_model is {name!r}; evaluations give {', '.join(known)}")
 
 
-def _check_evaluation_alone(args: Any) -> None:
+def _check_evaluation_alone(args: TrainingArguments) -> None:
     if not args.do_eval:
         raise ValueError("--do_train false leaves nothing to do; give --eval_data_path and --do_eval true")
     if args.resume_from_checkpoint:
@@ -220,7 +221,7 @@ def _check_evaluation_alone(args: Any) -> None:
         raise ValueError("--deepspeed is for training, but --do_train is false; leave it out: ranks work without it")
 
 
-def evaluate_last(trainer: Any) -> dict[str, Any]:
+def evaluate_last(trainer: Trainer) -> dict[str, Any]:
     """Evaluate the model as it is, print the metrics and write them to ``eval_results.json`` in the output folder.
 
     An evaluation of the last step that is in the log already is not done again.

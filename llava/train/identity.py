@@ -18,8 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from llava.data.files import DataEntry, find_entries
 from llava.io import hash_file, hash_json
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -79,6 +82,10 @@ _LABELS = {
 }
 _READERS = 8
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+
+
+Setting = None | bool | int | float | str | list["Setting"] | dict[str, "Setting"]
+"""A setting as JSON holds it."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +257,8 @@ def explain_other_run(folder: Path, wrong: Sequence[str]) -> str:
 
 
 def build_identity(
-    model: Any,
-    tokenizer: Any,
+    model: LlavaMetaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -288,7 +295,7 @@ def build_identity(
     return RunIdentity(fixed, free, {})
 
 
-def _model_settings(model: Any) -> dict[str, Any]:
+def _model_settings(model: LlavaMetaForCausalLM) -> dict[str, Any]:
     """Settings that the model knows better than the flags, which may have been left to their defaults."""
     settings: dict[str, Any] = {"model_type": model.config.model_type, "vision_tower": None}
     trained = [(part_of(name), p.numel()) for name, p in model.named_parameters() if p.requires_grad]
@@ -359,7 +366,7 @@ def _find_folder(path: str) -> Path | None:
     return Path(found).parent if found else None
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over what a tokenizer does: its model and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -383,7 +390,7 @@ def hash_data(entries: Sequence[DataEntry]) -> str:
 # Settings as they are stored, compared and shown.
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Setting:
     """A setting as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value
@@ -394,14 +401,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _key(value: Any) -> Any:
+def _key(value: Setting) -> Setting:
     """What is compared of a setting: its content, or where it comes from if that was not hashed."""
     if isinstance(value, dict) and "sha256" in value:
         return value["source"] if value["sha256"] is None else value["sha256"]
     return value
 
 
-def _show(value: Any) -> str:
+def _show(value: Setting) -> str:
     if isinstance(value, dict) and "sha256" in value:
         return f"{_show(value['source'])} (hash {str(value['sha256'])[:8]})"
     if isinstance(value, list):
@@ -409,5 +416,5 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _describe(name: str, old: Any, new: Any) -> str:
+def _describe(name: str, old: Setting, new: Setting) -> str:
     return f"{_LABELS.get(name, f'--{name}')} was {_show(old)}, is {_show(new)}"

@@ -141,7 +141,7 @@ def watch_activations(model: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def look(name: str, module: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_: nn.Module, inputs: object, output: object) -> None:
             bad = [tensor for tensor in _tensors(output) if not is_finite(tensor)]
             if bad:
                 since = "" if all(map(is_finite, _tensors(inputs))) else ", as its input is"
@@ -158,7 +158,7 @@ def watch_activations(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     """The tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         return [value]

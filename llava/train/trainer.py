@@ -33,6 +33,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.model.grad_sync import UnusedVisionModules
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
@@ -77,7 +78,7 @@ class LlavaTrainer(Trainer):
         predicted_ids: of the newest predictions.
     """
 
-    model: Any  # transformers' own type knows neither get_model nor target_ids
+    model: LlavaMetaForCausalLM
     args: TrainingArguments
 
     def __init__(self, *args: Any, bad_sample_log: BadSampleLog | None = None, **kwargs: Any) -> None:
@@ -257,7 +258,7 @@ class LlavaTrainer(Trainer):
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """As in transformers; what would fail at the end, or goes on with another run, fails before the first step.
@@ -332,7 +333,7 @@ class LlavaTrainer(Trainer):
         num_update_steps_per_epoch: int,
         num_train_epochs: int,
         resume_from_checkpoint: str | None,
-        trial: Any,
+        trial: object,
     ) -> tuple[int, int]:
         # transformers takes the place in the data from the number of steps alone, which is wrong once they changed.
         quiet = contextlib.nullcontext() if resume_from_checkpoint is None else quiet_transformers()
@@ -375,13 +376,13 @@ class LlavaTrainer(Trainer):
         if checkpoint is not None:
             load_optimizer(self, checkpoint, self._changes, super()._load_optimizer_and_scheduler)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # The last thing before the optimizer's step, and the only one that is given the norm.
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.nan_check is not None:
             self.nan_check.check(grad_norm, self.state.global_step + 1)
         return grad_norm
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         # transformers writes in place, and ends in the midst of it where a disk is full.
         self.checkpoints.write_checkpoint()
