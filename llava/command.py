@@ -195,14 +195,27 @@ def read_number(kind: object, text: str, name: str) -> int | float | bool:
 
 
 def read_json_object(text: str, name: str) -> dict[str, object]:
-    """The JSON object that a text is; ``name`` is what an error calls it."""
+    """The JSON object that a text is, of finite numbers and with no key twice; an error calls it ``name``."""
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CommandLineError(f"{name} is {text!r}, expected a JSON object: {error}") from error
+        value = json.loads(text, object_pairs_hook=_read_pairs, parse_float=_read_finite, parse_constant=_read_finite)
+    except (ValueError, RecursionError) as error:
+        raise CommandLineError(f"{name} is {shorten(text)}, expected a JSON object: {error}") from error
     if not isinstance(value, dict):
-        raise CommandLineError(f'{name} is {text!r}, expected a JSON object such as {{"key": 1}}')
+        raise CommandLineError(f'{name} is {shorten(text)}, expected a JSON object such as {{"key": 1}}')
     return value
+
+
+def _read_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def _read_finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):  # Python's JSON knows NaN and Infinity, and 1e999 is one.
+        raise ValueError(f"{shorten(text)} is not a finite number")
+    return number
 
 
 def check_at_least(args: Namespace, least: Mapping[str, float]) -> None:

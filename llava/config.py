@@ -6,6 +6,7 @@ Each is validated once, as it is made, and written to and read from ``config.jso
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -205,8 +206,9 @@ class VisionConfig:
 
 
 def _own_settings(part: PartSettings, settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that a part has beside those of the whole model."""
-    return {item.name: getattr(part, item.name) for item in fields(part) if item.name not in settings}
+    """The settings that a part has beside those of the whole model, as JSON has them."""
+    own = {item.name: getattr(part, item.name) for item in fields(part) if item.name not in settings}
+    return json.loads(json.dumps(own))  # Tuples are lists, as in a flag and in a checkpoint.
 
 
 _GROUNDING_ENTRIES = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any, Generic, TypeVar
+
+from llava.messages import shorten
 
 T = TypeVar("T")
 S = TypeVar("S", bound="PartSettings")
@@ -101,14 +104,33 @@ def build_settings(kind: type[S], shared: Mapping[str, object], own: Mapping[str
         value = own.get(name, default)
         if value is MISSING:
             raise ValueError(f'{flag} lacks {name!r}, which has no default; give {{"{name}": ...}}')
-        # JSON writes 1 for 1.0.
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if default is not MISSING and not _is_json(default):
+            raise TypeError(
+                f"{kind.__name__} has {name} {default!r}, which JSON cannot hold; take a number, text or list"
+            )
+        value = _as_kind_of(default, value)
         if default is not MISSING and default is not None and type(value) is not type(default):
-            raise ValueError(f"{flag} has {name} {value!r}; expected a value such as {default!r}")
+            raise ValueError(f"{flag} has {name} {shorten(value)}; expected a value such as {default!r}")
         values[name] = value
     of_model = {field.name: shared[field.name] for field in fields(kind) if field.name in shared}
     return kind(**of_model, **values)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_kind_of(default: object, value: object) -> object:
+    """A value as JSON has it as one of the kind of a default: 1 for 1.0, and lists for tuples."""
+    if isinstance(default, float) and type(value) is int and abs(value) < 10**300:
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(_as_kind_of((), item) for item in value)
+    return value
 
 
 # Modules of one's own, imported so that they register their backbones, towers, resamplers ...

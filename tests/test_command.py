@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.command import CommandLineError, CommandParser, check_output_folder
+from llava.command import CommandLineError, CommandParser, check_output_folder, read_json_object
 from llava.io import read_yaml
 
 
@@ -115,3 +115,24 @@ def test_output_folders(tmp_path: Path) -> None:
             check_output_folder(str(path), "--out")
     with pytest.raises(CommandLineError, match="not an empty folder"):
         check_output_folder(str(tmp_path), "--out", empty=True)
+
+
+def test_a_json_object() -> None:
+    assert read_json_object('{"a": [1, 2.5, null], "b": {"c": true}}', "--x") == {"a": [1, 2.5, None], "b": {"c": True}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[2]", "--x is '\\[2\\]', expected a JSON object such as"),
+        ("a=2", "--x is 'a=2', expected a JSON object: Expecting value"),
+        ('{"a": NaN}', "'NaN' is not a finite number"),
+        ('{"a": [{"b": -Infinity}]}', "'-Infinity' is not a finite number"),
+        ('{"a": 1e999}', "'1e999' is not a finite number"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        ("[" * 100_000, r"\(100,000 characters\), expected a JSON object: "),
+    ],
+)
+def test_what_is_no_json_object(text: str, message: str) -> None:
+    with pytest.raises(CommandLineError, match=message):
+        read_json_object(text, "--x")

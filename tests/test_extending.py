@@ -124,6 +124,44 @@ print(fails("--output_dir", "other", "--mm_resampler_args", '{"stride": 3}'))
 """
 
 
+KEPT = """
+from dataclasses import dataclass
+import sys
+import ijepa_tower, llava_qwen3, row_mean
+from llava.config import VisionConfig
+from llava.model import load_model
+from llava.model.multimodal_resampler import RESAMPLERS
+from llava.token_layout import RESAMPLER_SETTINGS
+
+@dataclass(frozen=True)
+class Sizes(row_mean.RowMeanSettings):
+    sizes: tuple[int, ...] = (1, 2)
+
+class Sized(row_mean.RowMean):
+    structure = ("sizes",)
+
+RESAMPLERS.register("sized", Sizes)(Sized)
+plain, tower = sys.argv[1:]
+loaded = load_model(plain, vision_tower=tower, resampler_type="sized", resampler_args={"sizes": [3, 4]})
+assert loaded.vision.resampler.sizes == (3, 4) and loaded.vision.resampler_args == {"stride": 1, "sizes": [3, 4]}
+loaded.model.save_pretrained("sized")
+loaded.tokenizer.save_pretrained("sized")
+again = load_model("sized", resampler_args={"sizes": [3, 4]}).vision
+assert again == loaded.vision and again.resampler == loaded.vision.resampler
+RESAMPLER_SETTINGS._parts["sized"] = row_mean.RowMeanSettings  # The file was changed.
+try:
+    load_model("sized")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_keeps_own_settings(folder: Path, models: tuple[Path, Path]) -> None:
+    said = run(folder, "-c", KEPT, *models).strip().splitlines()[-1]
+    assert said.startswith("--model_name_or_path 'sized': the visual settings (mm_...) of its config.json: ")
+    assert said.endswith("--mm_resampler_args has the unknown setting 'sizes'; known: stride")
+
+
 def test_own_settings_on_the_command_line(folder: Path, models: tuple[Path, Path], mixed_data: Path) -> None:
     plain, tower = models
     printed = run(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from llava.registry import Registry
+from llava.registry import PartSettings, Registry, build_settings
 
 
 @pytest.fixture
@@ -37,3 +42,31 @@ def test_a_name_is_taken_once(projectors):
 def test_empty_registry():
     with pytest.raises(ValueError, match="known: none"):
         Registry("tower").get("dinov2")
+
+
+@dataclass(frozen=True)
+class Settings(PartSettings):
+    scale: float = 0.5
+    sizes: tuple[Any, ...] = (1, 2)
+
+
+def test_settings_of_a_part_are_of_the_kinds_of_their_defaults() -> None:
+    assert build_settings(Settings, {}, {"scale": 2}, "--x") == Settings(2.0)
+    assert type(build_settings(Settings, {}, {"scale": 2}, "--x").scale) is float
+    # JSON has no tuples: neither a flag's nor a checkpoint's.
+    assert build_settings(Settings, {}, json.loads('{"sizes": [3, [4, 5]]}'), "--x").sizes == (3, (4, 5))
+
+
+@pytest.mark.parametrize("own", [{"scale": True}, {"scale": 10**400}, {"scale": "1"}, {"sizes": 3}, {"sizes": None}])
+def test_a_setting_of_another_kind(own: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"--x has {next(iter(own))} .*; expected a value such as"):
+        build_settings(Settings, {}, own, "--x")
+
+
+def test_a_default_that_no_checkpoint_could_keep() -> None:
+    @dataclass(frozen=True)
+    class WithFolder(PartSettings):
+        folder: Path = Path("here")
+
+    with pytest.raises(TypeError, match=r"WithFolder has folder .*'here'.*, which JSON cannot hold"):
+        build_settings(WithFolder, {}, {}, "--x")

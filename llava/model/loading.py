@@ -118,7 +118,7 @@ def load_model(
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), path, trained, config_dict)
 
     # What was asked for: refused where it contradicts what was trained.
-    vision = _build_vision(stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
+    vision = _build_vision(name, stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens)
     if coordinates is not None and vision is None:
         raise ValueError("--grounding needs a model that sees; give --vision_tower")
@@ -332,12 +332,16 @@ def read_pretrained(read: Callable[..., Any], path: str, flag: str, **options: o
         raise ValueError(f"{flag} {path!r}: {describe_damage(path, error)}") from error
 
 
-def _build_vision(config: PretrainedConfig, tower: str | None, given: dict[str, Any]) -> VisionConfig | None:
+def _build_vision(
+    where: str, config: PretrainedConfig, tower: str | None, given: dict[str, Any]
+) -> VisionConfig | None:
     """The visual settings of the checkpoint or, for a language model that gets a tower, new ones."""
     try:
         vision = VisionConfig.from_model_config(config)
     except TypeError as error:
         raise ValueError(f"the visual settings (mm_...) of its config.json are not whole: {error}") from error
+    except ValueError as error:  # It names a flag, which nobody may have given.
+        raise ValueError(f"{where}: the visual settings (mm_...) of its config.json: {error}") from error
     if vision is None and tower is None:
         return None
     if vision is None:

@@ -60,7 +60,9 @@ class BadSampleLog(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.num_bad > self.max_share * self.num_seen:
+        # Where a run was asked to stop, its epoch is broken off: a few samples say nothing of the share.
+        broken_off = control.should_training_stop and state.global_step < state.max_steps
+        if self.num_bad > self.max_share * self.num_seen and not broken_off:
             raise self._too_many()
 
     def record(self, num_used: int, bad: Sequence[BadSample]) -> None:

@@ -80,8 +80,11 @@ class StopCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        # The step above was the last of its epoch, after which an evaluation may be due as well.
-        if self.request.agreed and control.should_evaluate:
+        if not self.request.agreed:
+            return
+        if not float(state.epoch or 0).is_integer():  # Broken off in its midst: what its end is due is not due yet.
+            control.should_evaluate = False
+        elif control.should_evaluate:  # The step above was the last of its epoch.
             control.should_save = True
             self._leave_out_evaluation(control)
 

@@ -196,7 +196,7 @@ def _recipe_words(path: Path, parser: CommandParser) -> list[str]:
 def _as_word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return json.dumps(value, default=str) if isinstance(value, dict) else str(value)  # A date is its text.
 
 
 def _translate(words: list[str]) -> list[str]:

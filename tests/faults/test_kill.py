@@ -148,8 +148,10 @@ BEST = {"metric_for_best_model": "loss", "save_total_limit": 4}
         (EVALUATED | BEST | {"load_best_model_at_end": "true"}, "training_step", 3),
         # Step 4 ends an epoch, and its evaluation is due then only.
         (EVALUATED | {"eval_strategy": "epoch"}, "training_step", 3),
+        # Step 3 does not, although it is the last of this start.
+        (EVALUATED | {"eval_strategy": "epoch"}, "training_step", 2),
     ],
-    ids=["steps", "plateau", "best", "left out", "epoch's end"],
+    ids=["steps", "plateau", "best", "left out", "epoch's end", "epoch's midst"],
 )
 def test_an_evaluation_that_is_stopped_is_made_up_for(
     server: ForkServer, flags, data: Path, tmp_path: Path, changes: dict, method: str, step: int
@@ -159,7 +161,7 @@ def test_an_evaluation_that_is_stopped_is_made_up_for(
     assert server.run(flags(whole, **evaluate), whole) == 0, said(whole)[-2000:]
     inside = {"method": method, "step": step, "number": signal.SIGUSR1}
     assert server.run(flags(parted, **evaluate), parted, inside=inside) == PREEMPTED, said(parted)[-2000:]
-    assert "stopped after step 4" in said(parted)
+    assert f"stopped after step {step + (method == 'training_step')}" in said(parted)
     assert server.run(flags(parted, **evaluate), parted) == 0, said(parted)[-2000:]
     assert_same(parted, whole)
     assert evaluations(parted) == evaluations(whole)

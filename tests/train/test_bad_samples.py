@@ -132,6 +132,15 @@ def test_the_smallest_data_is_judged_at_the_end_of_an_epoch(tmp_path: Path) -> N
         log.on_epoch_end(None, TrainerState(), TrainerControl())
 
 
+def test_an_epoch_that_is_broken_off_is_not_judged(tmp_path: Path) -> None:
+    log = begin(tmp_path / "a.jsonl", max_share=0.05)
+    log.record(3, [bad("a")])
+    asked_to_stop = TrainerControl(should_training_stop=True)
+    log.on_epoch_end(None, TrainerState(global_step=1, max_steps=9), asked_to_stop)
+    with pytest.raises(ValueError, match="1 of the 4 samples seen are bad"):  # The run's own end is judged.
+        log.on_epoch_end(None, TrainerState(global_step=9, max_steps=9), asked_to_stop)
+
+
 RANKS = """
 import sys
 from pathlib import Path

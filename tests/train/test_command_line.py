@@ -139,3 +139,10 @@ except SystemExit as end:
         assert "--gradient_accumulation_steps" in done.stdout
     else:
         assert "--learning_rate" in done.stderr
+
+
+def test_a_date_in_a_recipe_is_its_text(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mm_resampler_args: {since: 2020-01-01, 1: 2}\n")
+    values = command_line.parse_values(["--config", str(recipe)], optional=("model_name_or_path", "data_path"))
+    assert values["mm_resampler_args"] == '{"since": "2020-01-01", "1": 2}'
