@@ -95,7 +95,7 @@ def _leave(number: int) -> None:
         os._exit(PREEMPTED)  # Ranks and threads are not ended in order: none has begun anything.
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # signal.signal takes the repr of a handler's object, which here holds the one before.
 class StopRequest(AbstractContextManager):
     """Listens, while it is entered, for the signals that ask a run to stop.
 

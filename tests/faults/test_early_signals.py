@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from llava.train.preemption import PREEMPTED
+from llava.train.preemption import PREEMPTED, SIGNALS, StopRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,3 +140,16 @@ def test_an_interrupted_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.splitlines() == [
         "interrupted; --resume_from_checkpoint auto goes on from the last checkpoint, if there is one"
     ]
+
+
+def test_many_runs_of_one_process_may_be_asked_to_stop() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    began = time.monotonic()
+    try:
+        for _ in range(40):  # Each keeps the handlers of the one before, which are never restored.
+            with StopRequest() as request:
+                request.agreed = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 5
