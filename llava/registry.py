@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any, Generic, TypeVar
-
-from llava.messages import shorten
 
 T = TypeVar("T")
 S = TypeVar("S", bound="PartSettings")
@@ -110,7 +109,7 @@ def build_settings(kind: type[S], shared: Mapping[str, object], own: Mapping[str
             )
         value = _as_kind_of(default, value)
         if default is not MISSING and default is not None and type(value) is not type(default):
-            raise ValueError(f"{flag} has {name} {shorten(value)}; expected a value such as {default!r}")
+            raise ValueError(f"{flag} has {name} {reprlib.repr(value)}; expected a value such as {default!r}")
         values[name] = value
     of_model = {field.name: shared[field.name] for field in fields(kind) if field.name in shared}
     return kind(**of_model, **values)
