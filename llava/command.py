@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
         self.may_be_empty = frozenset(may_be_empty)
-        super().__init__(**{"allow_abbrev": False, **kwargs})
+        super().__init__(**{"allow_abbrev": False, "prog": _module_command(), **kwargs})
         # argparse takes -1 for a value, but -1e-4 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan|infinity)$", re.I)
 
@@ -105,7 +105,8 @@ class CommandParser(argparse.ArgumentParser):
     def _require(self, missing: Sequence[str]) -> None:
         if missing:
             verb = "is" if len(missing) == 1 else "are"
-            raise CommandLineError(f"{' and '.join(missing)} {verb} missing; see --help")
+            names = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+            raise CommandLineError(f"{names} {verb} missing; see --help")
 
     def explain_unknown(self, word: str, others: Iterable[str] = ()) -> str:
         """What is wrong with a word that no flag takes; ``others`` are flags that another parser knows."""
@@ -170,6 +171,12 @@ class CommandParser(argparse.ArgumentParser):
             raise CommandLineError(
                 f"{_name(action)} is {shorten(value)}; known: {', '.join(str(choice) for choice in action.choices)}"
             )
+
+
+def _module_command() -> str | None:
+    """How this program was started, if by ``python -m``; argparse before Python 3.14 tells the file's name alone."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _name(action: argparse.Action) -> str:

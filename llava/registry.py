@@ -9,6 +9,9 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
+PLUGIN_HINT = "one of your own is known once its file is imported, by --plugins (docs/extending.md)"
+"""What an error says of the name of a part that is not there."""
+
 T = TypeVar("T")
 S = TypeVar("S", bound="PartSettings")
 
@@ -48,7 +51,7 @@ class Registry(Generic[T]):
         """The part filed under ``name``; a ValueError lists the known names."""
         if name not in self._parts:
             known = ", ".join(self.names()) or "none"
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {known}")
+            raise ValueError(f"unknown {self.kind} {name!r}; known: {known}; {PLUGIN_HINT}")
         return self._parts[name]
 
     def names(self) -> list[str]:

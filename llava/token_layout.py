@@ -33,7 +33,7 @@ from llava.geometry import (
     parse_aspect_ratio,
     parse_pinpoints,
 )
-from llava.registry import PartSettings, Registry, build_settings
+from llava.registry import PLUGIN_HINT, PartSettings, Registry, build_settings
 from llava.types import MediaKind
 
 POOL_MODES = ("average", "max", "bilinear")
@@ -188,8 +188,7 @@ def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
         kind = PROJECTOR_SETTINGS.get(projector_type)
     elif settings["projector_args"]:
         raise ValueError(
-            f"--mm_projector_args: the projector {projector_type!r} has no settings of its own; one of your own is "
-            "known once its file is imported"
+            f"--mm_projector_args: the projector {projector_type!r} has no settings of its own; {PLUGIN_HINT}"
         )
     # The projector comes first: it may pool the grid that the resampler's settings are checked against.
     projector = build_settings(kind, settings, settings["projector_args"], "--mm_projector_args")
@@ -199,7 +198,7 @@ def build_layout(settings: Mapping[str, Any]) -> TokenLayout:
         if resampler_type not in RESAMPLER_SETTINGS:
             raise ValueError(
                 f"unknown --mm_resampler_type {resampler_type!r}; known: {', '.join(RESAMPLER_SETTINGS.names())}, "
-                "none; one of your own is known once its file is imported"
+                f"none; {PLUGIN_HINT}"
             )
         own = settings["resampler_args"]
         resampler = build_settings(RESAMPLER_SETTINGS.get(resampler_type), settings, own, "--mm_resampler_args")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,12 @@ def test_what_is_missing_is_named_behind_what_is_misspelled(parser) -> None:
         parser.parse_args([])
     with pytest.raises(CommandLineError, match="unknown flag --file; did you mean --files"):
         parser.parse_args(["--file", "a"])
+    parser.add_argument("--data", required=True)
+    with pytest.raises(CommandLineError, match=r"^--files and --data are missing; see --help$"):
+        parser.parse_args([])
+    parser.add_argument("--out", required=True)
+    with pytest.raises(CommandLineError, match=r"^--files, --data and --out are missing; see --help$"):
+        parser.parse_args([])
 
 
 @pytest.mark.parametrize("word", ["true", "True", "YES", "on", "1", " true "])
@@ -136,3 +145,32 @@ def test_a_json_object() -> None:
 def test_what_is_no_json_object(text: str, message: str) -> None:
     with pytest.raises(CommandLineError, match=message):
         read_json_object(text, "--x")
+
+
+COMMANDS = (
+    "data.check", "data.localized_narratives", "data.train_tokenizer", "demo", "demo.grounding", "demo.pretrain_tower",
+    "eval.run", "inspect.flags", "inspect.models", "model.merge_lora", "model.random_weights", "serve.cli",
+    "train.launch", "train.replay", "train.train",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_itself_and_its_mistakes_as_it_was_called(name: str) -> None:
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", f"llava.{name}"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env)
+    assert helped.returncode == 0, helped.stderr
+    assert helped.stdout.startswith(f"usage: python -m llava.{name} ")
+    failed = subprocess.run([*command, "--no_such_flag"], capture_output=True, text=True, env=env)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    if name != "train.launch":  # whose parser is torchrun's
+        assert "error: unknown flag --no_such_flag" in failed.stderr
+
+
+def test_every_module_that_can_be_run_is_among_the_commands() -> None:
+    package = Path(__file__).parents[1] / "llava"
+    runnable = {path for path in package.rglob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    names = {".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__main__") for path in runnable}
+    assert names == set(COMMANDS)

@@ -130,7 +130,7 @@ class Report:
         samples: how many were checked.
         media: how many files of each kind they name.
         workers: processes that decoded.
-        bad: how many samples are bad for each reason, numbers in it being ``N``.
+        bad: how many samples are bad for each reason, a path in quotes being ``FILE`` and numbers ``N``.
         seconds: how long it took.
     """
 
@@ -164,8 +164,7 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
     report = Report(len(check), media, num_workers)
     start = time.perf_counter()
     for bad in find_bad(check, num_workers):
-        # One reason for all sizes and frame numbers, so that it can be counted.
-        report.bad[re.sub(r"\d+(\.\d+)?", "N", bad.reason)] += 1
+        report.bad[_generalize(bad.reason)] += 1
         if file is None:
             print(bad)
         else:
@@ -177,6 +176,12 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
     return report
 
 
+def _generalize(reason: str) -> str:
+    """A reason without what differs from sample to sample: so that a thousand of one kind are one line."""
+    reason = re.sub(r"'[^']*/[^']*'", "FILE", reason)  # Before the numbers: names of files hold some.
+    return re.sub(r"\d+(\.\d+)?", "N", reason)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; a ValueError for flags that are wrong."""
     parser = CommandParser(
@@ -185,20 +190,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit status: 0 where all is well, 1 where samples are bad, 2 for a wrong command line or data file.",
     )
     parser.add_argument("data", nargs="+", metavar="DATA", help="data files, as for --data_path of training")
-    parser.add_argument("--image_folder", help="what relative image paths start from")
-    parser.add_argument("--video_folder", help="what relative video paths start from")
-    parser.add_argument("--num_frames", type=int, default=4, help="frames sampled from a video (default 4)")
-    parser.add_argument("--video_fps", type=float, default=0.0, help="so many a second instead (default 0: not)")
+    parser.add_argument("--image_folder", metavar="DIR", help="what relative image paths start from")
+    parser.add_argument("--video_folder", metavar="DIR", help="what relative video paths start from")
     parser.add_argument(
-        "--frames_upbound", type=int, default=32, help="most frames of --video_fps (default 32; 0: all)"
+        "--num_frames", metavar="N", type=int, default=4, help="frames sampled from a video (default 4)"
     )
-    parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
+    parser.add_argument(
+        "--video_fps", metavar="X", type=float, default=0.0, help="so many a second instead (default 0: not)"
+    )
+    parser.add_argument(
+        "--frames_upbound", metavar="N", type=int, default=32, help="most frames of --video_fps (default 32; 0: all)"
+    )
+    parser.add_argument(
+        "--decode_timeout", metavar="X", type=float, default=60.0, help="seconds a video may take (default 60)"
+    )
     parser.add_argument("--allow_duplicate_ids", action="store_true", help="samples of a file may share an id")
     parser.add_argument("--allow_outside_paths", action="store_true", help="let paths lead out of these folders")
     parser.add_argument("--ignore_keys", nargs="+", default=(), metavar="KEY", help="keys that hold no media, as there")
     for limit in fields(MediaLimits):
-        parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="as for training")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one a core)")
+        parser.add_argument(
+            f"--{limit.name}",
+            metavar="N",
+            type=int,
+            default=limit.default,
+            help=f"as for training (default {limit.default})",
+        )
+    parser.add_argument("--workers", metavar="N", type=int, default=num_cores(), help="processes (default: one a core)")
     parser.add_argument("--report", metavar="FILE", help="write bad samples there, one a line, and the summary last")
     args = parser.parse_args(argv)
     check_at_least(args, {"num_frames": 1, "frames_upbound": 0, "workers": 0, "video_fps": 0, "decode_timeout": 0})

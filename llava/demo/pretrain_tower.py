@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model
 
+from llava.command import CommandParser, check_at_least, check_output_folder, run_command
 from llava.demo.common import TOWER_FOLDER
 from llava.demo.scenes import (
     FRAME_SIZE,
@@ -311,17 +313,32 @@ def read_labeller(folder: Path) -> PatchLabeller:
     return labeller.eval()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, report and save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.demo.pretrain_tower", description=(__doc__ or "").split("\n")[0]
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; a ValueError for flags that are wrong."""
+    parser = CommandParser(
+        prog="python -m llava.demo.pretrain_tower", description="Train the tiny vision tower that the demo freezes."
     )
-    parser.add_argument("--output_dir", type=Path, default=TOWER_FOLDER, help="where it is saved")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the frames")
-    parser.add_argument("--num_steps", type=int, default=2200, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=64, help="frames in a step")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="its peak")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", type=Path, default=TOWER_FOLDER,
+        help="where it is saved (default: over the one that is shipped)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the frames (default 0)")
+    parser.add_argument("--num_steps", metavar="N", type=int, default=2200, help="optimizer steps (default 2200)")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=64, help="frames in a step (default 64)")
+    parser.add_argument("--learning_rate", metavar="X", type=float, default=3e-3, help="its peak (default 0.003)")
     args = parser.parse_args(argv)
+    check_at_least(args, {"seed": 0, "num_steps": 1, "batch_size": 1, "learning_rate": 0})
+    check_output_folder(str(args.output_dir), "--output_dir")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, report and save; the exit status is 0, or 2 for a mistake in the flags."""
+    return run_command(lambda: train_tower(parse_arguments(argv)))
+
+
+def train_tower(args: argparse.Namespace) -> None:
+    """Train, report and save."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     how = {name: value for name, value in vars(args).items() if name != "output_dir"}
     labeller = train_labeller(**how)
@@ -337,4 +354,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -65,8 +65,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--prompt", metavar="TEMPLATE", help="the question, with {expression}, {span}, {box}")
     add_model_flags(parser, _MAX_NEW_TOKENS)
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="answered together (default 16)")
-    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU")
-    parser.add_argument("--decode_timeout", type=float, default=60.0, help="seconds a video may take (default 60)")
+    parser.add_argument(
+        "--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU (default 1)"
+    )
+    parser.add_argument(
+        "--decode_timeout", metavar="X", type=float, default=60.0, help="seconds a video may take (default 60)"
+    )
     parser.add_argument(
         "--on_bad_sample", default=ERROR, choices=ON_BAD_SAMPLE, help="stop, or count it 0 and go on (default error)"
     )

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
+from llava.command import CommandParser, run_command
 from llava.inspect import table
 from llava.train.engines import OPTIMIZERS, OptimizerRule
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
@@ -65,5 +67,18 @@ keep the state of embeddings in 32.
 {table(("optimizer", "", "`--optim_args`"), rows)}"""
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the page; there are no flags."""
+    return run_command(lambda: print_flags(argv))
+
+
+def print_flags(argv: Sequence[str] | None) -> None:
+    """Print the page, where the command line asks for nothing else."""
+    CommandParser(
+        prog="python -m llava.inspect.flags", description="Print what each flag of transformers does, as Markdown."
+    ).parse_args(argv)
     sys.stdout.write(describe_flags())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

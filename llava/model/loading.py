@@ -36,6 +36,7 @@ from llava.model.quantization import Quantization, quantization_options
 from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.visual import is_added, vision_module_of
 from llava.model.vocabulary import add_tokens, check_vocabulary, grow_vocabulary, load_tokenizer
+from llava.registry import PLUGIN_HINT
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def choose_classes(
     if name not in AVAILABLE_MODELS:
         raise ValueError(
             f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(known_types())}"
-            f"{foreign_code_note(read_config(path))}"
+            f"{foreign_code_note(read_config(path)) or '; ' + PLUGIN_HINT}"
         )
     if variant is not None:
         name = variant_type(split_type(name)[0], variant)

@@ -23,7 +23,7 @@ from llava.command import FAILED, CommandParser
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.registry import import_plugins
-from llava.train.transformers_flags import TOPICS
+from llava.train.transformers_flags import AS_IN_TRANSFORMERS, FLAGS, REFUSED, TOPICS, WORKS
 
 if TYPE_CHECKING:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -286,6 +286,7 @@ class Flag:
     default: str | None
     help: str
     topic: str
+    of_transformers: bool = False
 
 
 @cache
@@ -306,8 +307,22 @@ def _help_parser() -> CommandParser:
             if flag.topic == topic:
                 default = "" if flag.default in (None, "None") else f" (default: {flag.default})"
                 metavar = flag.kind.removesuffix(" | None").upper()
-                group.add_argument(f"--{flag.name}", metavar=metavar, help=f"{flag.help}{default}".replace("%", "%%"))
+                text = f"{_describe(flag)}{default}".replace("%", "%%")
+                group.add_argument(f"--{flag.name}", metavar=metavar, help=text)
     return parser
+
+
+def _describe(flag: Flag) -> str:
+    """The help of a flag; of one of transformers what it does here, where that is not what transformers says."""
+    if not flag.of_transformers:
+        return flag.help
+    known, theirs = FLAGS.get(flag.name), flag.help.replace("%%", "%")  # They write it for argparse.
+    if known is None or known.note == AS_IN_TRANSFORMERS:
+        return theirs
+    note = known.note.replace("`", "")
+    if known.effect != WORKS:
+        return f"{'Refused' if known.effect == REFUSED else 'No effect'}: {note}."
+    return f"{theirs.removesuffix('.')}. Here: {note}."
 
 
 class _Source:
@@ -347,7 +362,10 @@ class _Source:
         found: dict[str, Flag] = {}
         for base in node.bases:  # transformers', whose headings here are ours.
             inherited = _fields_of(*self._find(ast.unparse(base)))
-            found |= {name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER)) for name, flag in inherited.items()}
+            found |= {
+                name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER), of_transformers=True)
+                for name, flag in inherited.items()
+            }
         for statement, behind in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
                 text = ""

@@ -16,14 +16,19 @@ from types import FrameType
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from llava.command import run_command
 from llava.train.preemption import PREEMPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ranks; their status 85 is this process's too, of other failures torchrun reports."""
     signal.signal(signal.SIGUSR1, ask_ranks_to_stop)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = run.get_args_parser()
+    parser.prog = "python -m llava.train.launch"
+    parser.parse_args(words)  # For --help and mistakes: torchrun's own parser would call itself launch.py.
     try:
-        run.main(list(sys.argv[1:] if argv is None else argv))
+        run.main(words)
     except ChildFailedError as error:
         # The ranks stop together; torchrun may end one of them on its last lines, after another has gone. One that
         # is asked before it listens dies of the signal, and nothing is lost.
@@ -48,4 +53,4 @@ def find_ranks() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

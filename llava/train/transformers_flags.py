@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORKS, REFUSED, NO_EFFECT = "works", "refused", "no effect"
+AS_IN_TRANSFORMERS = "as in transformers"
+"""The note of a flag of which there is nothing to say."""
 Applies = Callable[[Any, Any], object]
 
 
@@ -57,7 +59,7 @@ class Flag:
     since: str = ""
 
 
-def _works(note: str = "as in transformers", *refusals: Refusal, since: str = "") -> Flag:
+def _works(note: str = AS_IN_TRANSFORMERS, *refusals: Refusal, since: str = "") -> Flag:
     return Flag(note, WORKS, refusals, since)
 
 
@@ -66,7 +68,7 @@ def _refused(reason: str, example: str, applies: Applies = lambda value, args: v
     return Flag(reason, REFUSED, (Refusal(applies, reason, example),))
 
 
-def _all(*names: str, note: str = "as in transformers") -> dict[str, Flag]:
+def _all(*names: str, note: str = AS_IN_TRANSFORMERS) -> dict[str, Flag]:
     return dict.fromkeys(names, Flag(note))
 
 
@@ -129,8 +131,8 @@ TOPICS: dict[str, dict[str, Flag]] = {
             Refusal(lambda value, args: value > 1 and value % 1 != 0, "it is a number of steps, or a share below 1",
                     "2.5"),
         ),
-        "optim": _works("see the table below"),
-        "optim_args": _works("those that the optimizer reads, see the table below; others are refused"),
+        "optim": _works("`adamw_torch_fused` unless another is named; docs/flags.md has a table of all"),
+        "optim_args": _works("those that the optimizer reads (docs/flags.md); others are refused"),
         "optim_target_modules": _refused(
             "only optimizers that are not available read it; see --optim", "all-linear"),
         "weight_decay": _works("of matrices; biases, norms and other vectors have none", _at_least(0)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import turns
 
-from llava.data.check import main
+from llava.data.check import _generalize, main
 
 
 def write_data(path: Path, media: dict[str, str]) -> Path:
@@ -61,6 +61,14 @@ def test_without_a_report_bad_samples_are_printed(data: Path, tmp_path: Path, ca
     assert (
         f"sample 'none.mp4' (data.json, sample 4): {tmp_path / 'none.mp4'}: no such file\n" in capsys.readouterr().out
     )
+
+
+def test_a_reason_is_counted_whatever_file_it_names() -> None:
+    outside = "its video '/data/clips/{}' lies outside the folder /work; give it"
+    assert {_generalize(outside.format(name)) for name in ("a.mp4", "b/7.mkv", "c d.mp4")} == {
+        "its video FILE lies outside the folder /work; give it"
+    }
+    assert _generalize("turn 12: unknown role 'bot'") == "turn N: unknown role 'bot'"
 
 
 def test_all_good(media_dir: Path, tmp_path: Path, capsys) -> None:

@@ -15,6 +15,7 @@ from llava.demo.pretrain_tower import (
     PatchLabeller,
     build_tower_config,
     known_pairs,
+    main,
     measure_accuracy,
     read_labeller,
     render_labelled_frames,
@@ -70,3 +71,16 @@ def test_labeller_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(saved.shapes, read.shapes)
     assert torch.equal(saved.colours, read.colours)
     assert torch.equal(saved.centres, read.centres)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_steps", "0"], "--num_steps is 0; it must be at least 1"),
+        (["--batch_size", "none"], "--batch_size is 'none'; expected a whole number"),
+        (["--output_dir", str(TOWER_FOLDER / "config.json")], "is a file; give another folder"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
 from llava.token_layout import POOL_MODES
 from llava.train import arguments, command_line
 from llava.train.command_line import build_parser, parse_arguments, read_flags
-from llava.train.transformers_flags import TOPICS
+from llava.train.transformers_flags import AS_IN_TRANSFORMERS, FLAGS, TOPICS, WORKS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "datasets", "deepspeed", "accelerate", "peft", "bitsandbytes", "av", "PIL")
@@ -41,6 +41,24 @@ def test_flags_of_transformers_have_the_help_of_the_installed_release() -> None:
     theirs = {name: flag.help for name, flag in read_flags().items() if name not in own}
     assert theirs == {name: real[name] or "" for name in theirs}
     assert len(theirs) > 90
+
+
+def test_help_says_what_a_flag_of_transformers_does_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.answer_at_once(["--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "%%" not in printed
+    assert "slower training" in printed
+    for flag in read_flags().values():
+        known = FLAGS.get(flag.name)
+        if flag.of_transformers and known and known.effect != WORKS:
+            assert command_line._describe(flag).startswith(("Refused: ", "No effect: ")), flag.name
+            assert flag.help not in command_line._describe(flag)
+        elif flag.of_transformers and known and known.note != AS_IN_TRANSFORMERS:
+            assert command_line._describe(flag).endswith(f". Here: {known.note.replace('`', '')}."), flag.name
+    assert "Refused: FSDP is not available" in printed
+    assert "Here: a folder, or auto for the last whole checkpoint." in printed
+    own = set(arguments.TrainingArguments.__annotations__)
+    assert {name for name, flag in read_flags().items() if flag.of_transformers}.isdisjoint(own)
 
 
 OVERRIDDEN = (

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llava.config import VisionConfig
 from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
-from llava.registry import Registry
+from llava.registry import PLUGIN_HINT, Registry
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _find_tower(model_type: str, source: str) -> type[VisionTower]:
     except ValueError as error:
         raise ValueError(
             f"the vision tower {source!r} has model_type {model_type!r}; known: {', '.join(TOWERS.names())}, "
-            "and models whose vision_config is one of these"
+            f"and models whose vision_config is one of these; {PLUGIN_HINT}"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
-from llava.registry import Registry
+from llava.registry import PLUGIN_HINT, Registry
 from llava.token_layout import PROJECTOR_SETTINGS, PoolerSettings
 
 Builder = Callable[[VisionConfig, int], nn.Module]
@@ -115,5 +115,5 @@ def build_projector(vision: VisionConfig, hidden_size: int) -> nn.Module:
         return build_mlp(vision.hidden_size, hidden_size, shape)
     if vision.projector_type not in PROJECTORS:
         known = ", ".join([*PROJECTORS.names(), *MLP_NAMES])
-        raise ValueError(f"unknown --mm_projector_type {vision.projector_type!r}; known: {known}")
+        raise ValueError(f"unknown --mm_projector_type {vision.projector_type!r}; known: {known}; {PLUGIN_HINT}")
     return PROJECTORS.get(vision.projector_type)(vision, hidden_size)
