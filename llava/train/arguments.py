@@ -2,7 +2,8 @@
 
 A flag without a docstring takes type, default and help from the settings it becomes: ``kept(VisionConfig.num_frames)``
 is the flag of that field. ``llava.train.command_line`` reads them all from this source, for ``--help``; the comments
-between them are its headings. This module alone reads environment variables.
+between them are its headings. This module alone reads environment variables: programs that build the groups themselves,
+without a command line, get the same cache folder, job and checks.
 """
 
 from __future__ import annotations

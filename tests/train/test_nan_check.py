@@ -38,6 +38,13 @@ def flags(model: Path, tower: Path | None, data: Path, output: Path, **changes) 
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
+def set_dropout(model_dir: Path, share: float) -> Path:
+    """Let a GPT-2 drop this share of values while it trains, so that a replay needs the random states too."""
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resid_pdrop": share, "embd_pdrop": share}))
+    return model_dir
+
+
 @pytest.fixture(scope="session")
 def two_kinds(media_dir: Path) -> Path:
     """Two images and two texts, in this order."""
@@ -63,9 +70,7 @@ def overflowing_dir(gpt2_dir: Path, tower_dir: Path, two_kinds: Path, tmp_path_f
     name = next(name for name in weights if "mm_projector" in name and name.endswith("weight"))
     weights[name][:] = 3e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1, "embd_pdrop": 0.1}))
-    return folder
+    return set_dropout(folder, 0.1)
 
 
 def test_a_bad_loss_stops_the_run_before_the_step(
@@ -103,10 +108,7 @@ def test_a_bad_loss_stops_the_run_before_the_step(
 @pytest.fixture
 def dropout_dir(gpt2_dir: Path, tmp_path: Path) -> Path:
     """A plain GPT-2 that drops values at random while it trains."""
-    folder = shutil.copytree(gpt2_dir, tmp_path / "dropout")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.3, "embd_pdrop": 0.3}))
-    return folder
+    return set_dropout(shutil.copytree(gpt2_dir, tmp_path / "dropout"), 0.3)
 
 
 def test_a_bad_gradient_stops_it_too_and_a_replay_is_exact(
