@@ -36,6 +36,8 @@ from llava.geometry import (
 from llava.registry import PLUGIN_HINT, PartSettings, Registry, build_settings
 from llava.types import MediaKind
 
+NO_RESAMPLER = "none"
+"""How flags say that there is no resampler, which settings have as None."""
 POOL_MODES = ("average", "max", "bilinear")
 _IMAGE_MARKERS = [(IMAGE_START, IMAGE_PATCH, IMAGE_END)]
 _VIDEO_MARKERS = [(VIDEO_START, VIDEO_PATCH, VIDEO_END), (SLOW_VIDEO_START, VIDEO_PATCH, SLOW_VIDEO_END)]

@@ -37,6 +37,7 @@ from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.visual import is_added, vision_module_of
 from llava.model.vocabulary import add_tokens, check_vocabulary, grow_vocabulary, load_tokenizer
 from llava.registry import PLUGIN_HINT
+from llava.token_layout import NO_RESAMPLER
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def load_model(
         num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
         flag: what an error calls the first argument.
         allow_bad_weights: whether weights may be NaN or infinite.
-        **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be.
+        **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be, and
+            "none" takes no resampler.
 
     Raises:
         ValueError: an unknown model type, a tokenizer that is not the model's, a tower that cannot be
@@ -337,6 +339,8 @@ def _build_vision(
     where: str, config: PretrainedConfig, tower: str | None, given: dict[str, Any]
 ) -> VisionConfig | None:
     """The visual settings of the checkpoint or, for a language model that gets a tower, new ones."""
+    if given.get("resampler_type") == NO_RESAMPLER:  # A flag that is None was not given.
+        given["resampler_type"] = None
     try:
         vision = VisionConfig.from_model_config(config)
     except TypeError as error:
@@ -354,7 +358,7 @@ def _build_vision(
     for name in _STRUCTURE + tuple(name for name in structure if name not in vision.resampler_args):
         if name in given and given[name] != getattr(vision, name):
             raise ValueError(
-                f"--mm_{name} {given[name]!r} was given, but the checkpoint was trained with "
+                f"--mm_{name} {given[name] or NO_RESAMPLER!r} was given, but the checkpoint was trained with "
                 f"{getattr(vision, name)!r}; leave the flag out"
             )
     for part, bound in (("projector_args", tuple(vision.projector_args)), ("resampler_args", structure)):

@@ -123,8 +123,6 @@ class ModelArguments:
     """Checkpoint folder or file (.safetensors, .bin) to take projector and resampler weights from."""
 
     def __post_init__(self) -> None:
-        if self.mm_resampler_type == "none":
-            self.mm_resampler_type = None
         if self.mm_mask_drop_mode != "fixed":
             raise ValueError(
                 f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "

@@ -25,6 +25,7 @@ from llava.io import hash_file, hash_json
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
+from llava.token_layout import NO_RESAMPLER
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints
 from llava.train.data_order import DATA_STATE, TrainingData, describe_changes
@@ -278,6 +279,8 @@ def build_identity(
             if field.name not in _LEFT_OUT:
                 place = free if field.name in _FREE or field.name.startswith(_FREE_PREFIXES) else fixed
                 place[field.name] = _plain(getattr(group, field.name))
+    if fixed["mm_resampler_type"] == NO_RESAMPLER:  # In this file null has always said so.
+        fixed["mm_resampler_type"] = None
     rates = vars(training_args)
     fixed |= _model_settings(model)
     fixed |= {

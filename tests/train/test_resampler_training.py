@@ -90,3 +90,17 @@ def test_text_beside_media_trains_with_a_resampler_without_parameters(run_flags:
     assert not [*decoder.mm_projector.parameters(), *decoder.vision_resampler.parameters()]
     with pytest.raises(ValueError, match="--mm_tunable_parts mm_vision_resampler trains nothing"):
         main(words(**flags, mm_tunable_parts="mm_vision_resampler", overwrite_output_dir="true"))
+
+
+def test_a_trained_resampler_cannot_be_switched_off(run_flags: dict[str, object], tmp_path: Path) -> None:
+    """``none`` is a choice like the others, and not a flag that was left out."""
+    main(words(**{**run_flags, "max_steps": 1, "mm_resampler_type": "perceiver"}))
+    again = {**run_flags, "model_name_or_path": run_flags["output_dir"], "output_dir": tmp_path / "again"}
+    with pytest.raises(ValueError, match=r"--mm_resampler_type 'none' was given, but .* trained with 'perceiver'"):
+        main(words(**again, mm_resampler_type="none"))
+
+
+def test_none_is_no_resampler(run_flags: dict[str, object]) -> None:
+    trainer = main(words(**{**run_flags, "max_steps": 1, "mm_resampler_type": "none"}))
+    assert trainer.model.vision.resampler_type is None
+    assert trainer.checkpoints.identity.fixed["mm_resampler_type"] is None
