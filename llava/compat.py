@@ -239,6 +239,7 @@ def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextM
     Returns:
         What ``restore_loop`` needs beside: the sum of losses that no line of the log has yet, and the last line's step.
     """
+    # optimizer.pt and scheduler.pt, or DeepSpeed's folder global_stepN; then scaler.pt (fp16) and rng_state*.pth.
     with failure, _forgiving_engine(trainer, failure):
         trainer._save_optimizer_and_scheduler(folder)
     with failure:
@@ -267,6 +268,7 @@ def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object])
     try:
         yield
     finally:
+        # An attribute of the object; the method of its class is there again.
         del writer.save
 
 
@@ -284,9 +286,11 @@ def restore_loop(trainer: Trainer, checkpoint: str, loss_meter: tuple[float, int
         loss_meter: the sum of losses since the last line of the log, the step of that line, and the sum of all losses
             logged, for the mean at the end; None leaves them at zero.
     """
+    # rng_state.pth, or rng_state_N.pth of rank N; one that is not there is passed over.
     trainer._load_rng_state(checkpoint)
     if loss_meter is not None:
         loss, trainer._globalstep_last_logged, trainer._total_loss_scalar = loss_meter
+        # In place: it is a tensor on the device, to which the loop adds.
         trainer._tr_loss.fill_(loss)
 
 

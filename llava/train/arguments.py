@@ -332,11 +332,13 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_values(self)
+        # torchrun and deepspeed tell each rank its number so.
         check_machine(self, self.attn_implementation, launched="LOCAL_RANK" in os.environ)
         self.include_num_input_tokens_seen = _COUNTED.get(
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
         check_spelling(self)
+        # Checked before it: what transformers would fail on without naming a flag. After it: what it has read.
         asked_to_evaluate = self.do_eval
         with warnings.catch_warnings():
             # Of its two names only the older one is known to all releases; recipes keep to it.
@@ -387,6 +389,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 def scheduler_job() -> tuple[str, int]:
     """Slurm's number of the job that this process is in, and how often it was requeued; "" and 0 outside of one."""
+    # run_folder.py tells by it that an earlier start of this job, which holds the lock, is gone.
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
 

@@ -50,6 +50,7 @@ class BadSampleLog(TrainerCallback):
         # The share is counted from here: a resumed run does not end for what an earlier part of it has met.
         self.num_seen = self.num_bad = 0
         self._known = set()
+        # Samples that earlier parts of the run have logged get no second line.
         if state.global_step:
             self._known = {_key(entry) for entry in read_json_lines(self.path)}
         # Every rank has read before the first one writes.

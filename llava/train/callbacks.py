@@ -35,6 +35,7 @@ class ThroughputCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self._since is None:
+            # From the first step on: its batches are there by then, so the start of the workers does not count.
             self._since = (state.global_step, time.perf_counter())
 
     def on_step_end(
@@ -45,6 +46,7 @@ class ThroughputCallback(TrainerCallback):
         (first, start), now = self._since, time.perf_counter()
         self._since = (state.global_step, now)
         if state.is_world_process_zero:
+            # train_batch_size is that of a micro-batch on one rank.
             samples = (state.global_step - first) * args.train_batch_size * args.gradient_accumulation_steps
             rate = samples * args.world_size / (now - start)
             logger.info("step %d: %.1f samples/s, %s", state.global_step, rate, describe_memory())
@@ -103,6 +105,7 @@ def describe_memory() -> str:
     """The most memory that this process has held so far: of its GPU, where it has one, else of the machine."""
     if torch.cuda.is_available():
         return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    # ru_maxrss is in KiB on Linux.
     import resource  # not on every system
 
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"

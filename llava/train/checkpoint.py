@@ -65,15 +65,18 @@ def _sync_and_hash(path: Path) -> dict[str, str | int]:
 
 def finalize(staged: Path, folder: Path) -> None:
     """Give a staged folder its checksums and then its name; what had that name before is gone afterwards."""
+    # A kill between the two leaves a staged folder with checksums: clear_leftovers verifies it and gives it its name.
     write_checksums(staged)
     _rename(staged, folder)
 
 
 def _rename(staged: Path, folder: Path) -> None:
     replaced = staging_of(folder.with_name(f"{folder.name}-replaced"))
+    # A rename does not replace a folder that has files, so the older one steps aside first.
     if folder.exists():
         folder.rename(replaced)
     staged.rename(folder)
+    # The names are on the disk only when the folder that holds them is.
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -95,6 +98,7 @@ def replace_files(staged: Path, folder: Path) -> None:
             shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     kept = {path.name for path in files}
+    # Left by an older model of more shards: no index names them any more, and they would only take room.
     for shard in folder.glob("model-*-of-*.safetensors"):
         if shard.name not in kept:
             shard.unlink()
@@ -194,6 +198,7 @@ def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
     """
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"it is incomplete (no {TRAINER_STATE_NAME})"
+    # transformers writes rng_state.pth on one rank, rng_state_N.pth on several.
     if not any(folder.glob("rng_state*.pth")):
         return "it holds a model only, as --save_only_model asks, without the optimizer and the random states"
     if not (folder / CHECKSUMS).is_file():
@@ -211,6 +216,7 @@ def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {CHECKSUMS} is damaged"
+    # Names and sizes first: a file that was cut short shows without reading gigabytes for their hashes.
     for path, (size, _) in expected.items():
         if not path.is_file():
             return f"{path.name} is missing"
@@ -258,6 +264,7 @@ def find_best(checkpoint: str | Path) -> tuple[str | None, str | None]:
     stored = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
     if stored is None:
         return None, None
+    # Beside the checkpoint before anywhere else: at its old path a copied run's folder may be another run by now.
     beside = Path(checkpoint).parent / os.path.basename(os.path.normpath(stored))
     if _NAME.fullmatch(beside.name) and beside.is_dir():
         return stored, str(beside)
@@ -274,6 +281,7 @@ def clear_leftovers(output_dir: str | Path) -> None:
     for left in sorted(Path(output_dir).glob(f"{_STAGING}checkpoint-*")):
         staged = left / left.name.removeprefix(_STAGING)
         folder = left.with_name(staged.name)
+        # Checksums are written last, but may themselves be whole while the disk lost other files: all are read.
         if (staged / CHECKSUMS).is_file() and not folder.exists() and find_damage(staged) is None:
             logger.info("%s was complete when the run before this was ended: kept as %s", left, folder)
             _rename(staged, folder)
@@ -308,6 +316,7 @@ def rotate(newest: Path, limit: int | None, keep: Iterable[str | None] = ()) -> 
     stays = {os.path.realpath(path) for path in (newest, *keep) if path is not None}
     found = list_checkpoints(newest.parent)
     removable = [path for path in found if os.path.realpath(path) not in stays]
+    # False sorts before True: first those of later steps, then the others by step.
     removable.sort(key=lambda path: (_step(path) < _step(newest), _step(path)))
     for path in removable[: max(0, len(found) - limit)]:
         gone = staging_of(path)
@@ -337,6 +346,7 @@ def check_pickles_are_ours(checkpoint: str) -> None:
     Raises:
         ValueError: names the file.
     """
+    # Windows has no owner as a number, nor the permission bits below.
     if not hasattr(os, "getuid"):
         return
     for folder in Path(checkpoint).glob(_STEP_FOLDER):
@@ -365,6 +375,7 @@ def reading_checkpoint(checkpoint: str | None) -> Iterator[None]:
             "rng_state*.pth) holds more than plain tensors, or is damaged, and is not read; resume from another"
         ) from error
     except RuntimeError as error:
+        # torch says "Error(s) in loading state_dict for <class>" in a plain RuntimeError; any other one is a bug.
         if "loading state_dict" not in str(error):
             raise
         raise AgreedError(

@@ -77,6 +77,7 @@ def answer_at_once(words: Sequence[str]) -> int | None:
         print(_help_parser().format_help(), end="")
         return 0
     known = {*read_flags(), *RENAMED, *RETIRED, *ALWAYS_OFF, *GROUPING, "config"}
+    # HfArgumentParser adds --no_x for every switch x that is true by default.
     known |= {f"no_{flag.name}" for flag in read_flags().values() if flag.kind == "bool" and flag.default == "True"}
     for word in words:
         name = word.partition("=")[0]
@@ -211,6 +212,7 @@ def _translate(words: list[str]) -> list[str]:
             continue
         name, equals, value = word[2:].partition("=")
         given = value if equals else (words[i + 1] if i + 1 < len(words) else "")
+        # The words behind such a flag, up to the next one, are its value and go with it.
         skipping = name in RETIRED or name in ALWAYS_OFF or name in GROUPING
         if name in RENAMED:
             logger.warning("--%s is now --%s", name, RENAMED[name])
@@ -366,6 +368,7 @@ class _Source:
                 name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER), of_transformers=True)
                 for name, flag in inherited.items()
             }
+        # Each statement with the one behind it: a docstring under a field is an expression of its own.
         for statement, behind in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
                 text = ""
@@ -431,6 +434,7 @@ def _fields_of(module: str, class_name: str) -> dict[str, Flag]:
 @cache
 def _source_of(module: str) -> _Source:
     """A module's source, found without importing it or its packages."""
+    # For a dotted name find_spec imports the packages above it, and transformers takes seconds: so the top one only.
     first, *rest = module.split(".")
     spec = importlib.util.find_spec(first)
     if spec is None or not spec.submodule_search_locations:

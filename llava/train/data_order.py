@@ -72,6 +72,7 @@ class TrainingData(TrainerCallback):
     def build_loader(self, collate: Callable[..., Any]) -> DataLoader:
         """This rank's batches; accelerate neither shards nor pads them."""
         args = self.args
+        # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
         self.batches = RankBatchSampler(
             self._make_order(),
             args.train_batch_size,
@@ -79,6 +80,7 @@ class TrainingData(TrainerCallback):
             args.world_size,
             args.process_index,
         )
+        # Without it the workers of all ranks would draw the same random numbers.
         start_worker = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         return DataLoader(
             self.dataset,
@@ -91,6 +93,7 @@ class TrainingData(TrainerCallback):
         args = self.args
         return DataOrder(
             len(self.dataset),
+            # Samples of a step over all ranks: with other ranks the order stays, as long as this product does.
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.train_sampling_strategy,
             args.seed if args.data_seed is None else args.data_seed,
@@ -133,6 +136,7 @@ class TrainingData(TrainerCallback):
         self._resumed, self._restarts_epoch = None, False
         self._place, self._place_at = DataPosition(epoch, micro_batches // accumulation), global_step
         self._in_epoch = False
+        # transformers drops this many micro-batches of the epoch; the sampler gives empty ones there (see seek).
         return epoch, micro_batches
 
     def on_epoch_begin(
@@ -140,6 +144,7 @@ class TrainingData(TrainerCallback):
     ) -> None:
         """Lead the sampler to the epoch; in the first one, behind what a resumed run has trained of it."""
         assert self.batches is not None
+        # The epoch before this one was trained to its end; the first of a training begins where ``begin`` has set it.
         if self._in_epoch:
             self._place, self._place_at = DataPosition(self._place.epoch + 1, 0), state.global_step
         self._in_epoch = True
@@ -148,6 +153,7 @@ class TrainingData(TrainerCallback):
     def position(self, global_step: int) -> DataPosition:
         """The position behind the last step that was trained."""
         epoch, step = self._place.epoch, self._place.step + global_step - self._place_at
+        # The end of an epoch is the beginning of the next, so that no checkpoint stands behind the last step.
         if self.batches is not None and step >= self.batches.order.num_steps:
             return DataPosition(epoch + 1, 0)
         return DataPosition(epoch, step)
@@ -169,6 +175,7 @@ class TrainingData(TrainerCallback):
         if not changes:
             self._resumed = DataPosition(state["epoch"], state["step"])
         elif self.args.ignore_data_skip or getattr(self.args, "resume_changed", False):
+            # Neither the step nor the schedule begins anew, only the data of the epoch.
             self._restarts_epoch = True
             logger.warning("the checkpoint was trained on other data: %s", "; ".join(changes))
         else:
@@ -204,6 +211,7 @@ def loading_options(args: TrainingArguments, batches: RankBatchSampler, collate:
 
 def read_lengths(dataset: Any, strategy: str) -> NDArray[np.int32] | None:
     """What a strategy has to know of the samples' lengths; None where it is nothing."""
+    # Lengths take a pass over all texts (kept in --data_cache_dir), which the other two strategies do not need.
     if strategy == BY_LENGTH:
         return dataset.lengths
     return dataset.modality_lengths if strategy == BY_MODALITY else None

@@ -42,8 +42,10 @@ def broadcast_from_rank0(decide: Callable[[], Choice]) -> Choice:
     if is_first_rank():
         try:
             decision[0] = decide()
+        # Any other error ends this rank alone, and the launcher ends those that wait for it.
         except ValueError as error:
             decision[1] = str(error)
+    # The others wait here while the first reads, hashes or writes, for --ddp_timeout at most.
     dist.broadcast_object_list(decision)
     if decision[1] is not None:
         raise AgreedError(decision[1])
@@ -103,6 +105,7 @@ def loading_whole(training_args: TrainingArguments) -> Iterator[None]:
     if announced is None:
         yield
         return
+    # from_pretrained asks transformers' global for ZeRO-3; TrainingArguments set it as they were read.
     integration.unset_hf_deepspeed_config()
     try:
         yield

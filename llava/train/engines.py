@@ -64,6 +64,7 @@ def _check_precision(args: TrainingArguments) -> None:
         raise ValueError(f"--{bf16}: no GPU can be seen; leave it out, or add --use_cpu true to use it on the CPU")
     if bf16 is not None and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ValueError(f"--{bf16}: this GPU has no bfloat16; use --fp16")
+    # Compute capability 8.0 is Ampere's, the first generation with TF32.
     if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
         raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
 
@@ -175,6 +176,7 @@ def check_engine(state: AcceleratorState) -> None:
     """
     if getattr(state, "fsdp_plugin", None) is not None:
         raise ValueError("accelerate's environment asks for FSDP, which is not available; see --deepspeed zero3")
+    # The configuration may also come from accelerate's own file, which no flag names.
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None:
         check_deepspeed_config(plugin.deepspeed_config)
@@ -272,6 +274,7 @@ def check_optimizer(name: str, arguments: str | None) -> None:
     rule = OPTIMIZERS.get(name, OptimizerRule(refused="this version of the library has not tried it"))
     if rule.refused:
         raise ValueError(f"--optim {name} is not available: {rule.refused}; known: {', '.join(working_optimizers())}")
+    # Looked for, not imported: some of these load CUDA's libraries as they are imported.
     if rule.package is not None and importlib.util.find_spec(rule.package[1]) is None:
         raise ValueError(f"--optim {name} needs the package {rule.package[0]}: pip install {rule.package[0]}")
     if arguments:
@@ -307,6 +310,7 @@ def _check_schedule(args: TrainingArguments) -> None:
     warmup = args.get_warmup_steps(steps)
     settings: Any = args.lr_scheduler_kwargs or {}  # transformers has read the text that a command line gives.
     kind = args.lr_scheduler_type
+    # Whichever optimizer trains: a schedule only reads and sets the rates of its groups.
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
     try:
         schedule = get_scheduler(kind, optimizer, warmup, steps, settings)

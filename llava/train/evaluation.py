@@ -37,8 +37,10 @@ class EvaluationLoader(DataLoader, DataLoaderStateMixin):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.gradient_state = GradientState()
+        # As accelerate's own loaders do; ours is none of them, since those add samples to the last batch.
         self.begin()
         try:
+            # One batch is held back, so that of each it is known whether it is the last.
             batches = super().__iter__()
             upcoming = next(batches, None)
             while upcoming is not None:
@@ -66,6 +68,7 @@ class CutCounter:
         if not self._may_cut:
             return
         cut = [number for batch in batches for number in batch.get("num_cut", ()) if number]
+        # One all-reduce a step. Every rank has the same data set, so all of them come here or none.
         counts = torch.tensor([len(cut), sum(cut)], device=PartialState().device)
         samples, tokens = reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
         if samples or self.counts:
@@ -107,6 +110,7 @@ class EvaluationMeter:
         num_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         self.bad += batch.get("bad_samples", ())
         self.num_tokens += num_tokens
+        # A sum over tokens: ``loss`` is the mean over this batch.
         self.loss += float(loss) * num_tokens
         ids = batch.get("sample_ids", [""] * len(batch["labels"]))
         self.num_rows = len(ids)
@@ -116,6 +120,7 @@ class EvaluationMeter:
         """The mean over the tokens of all ranks, which call this together; nan where there are none."""
         loss, num_tokens = self.loss, self.num_tokens
         if is_distributed():
+            # In 64 bits: from 2^24 tokens on, 32 do not hold their number exactly.
             sums = torch.tensor([loss, num_tokens], dtype=torch.float64, device=PartialState().device)
             loss, num_tokens = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return loss / num_tokens if num_tokens else math.nan
@@ -133,19 +138,21 @@ class EvaluationMeter:
         rows = rows[: self.num_rows]
         if not is_distributed():
             return rows
-        counts: Any = gather(torch.tensor([len(rows)], device=rows.device))
+        # gather wants tensors of one shape from all ranks, so rows are padded to the most that a rank has.
+        counts: Any = gather(torch.tensor([len(rows)], device=rows.device))  # (ranks,)
         longest = int(counts.max())
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded = rows.new_zeros((longest, *rows.shape[1:]))  # (longest, ...)
         padded[: len(rows)] = rows
         if longest == 0:
             return padded
-        together: Any = gather(padded)
+        together: Any = gather(padded)  # (ranks * longest, ...)
         pieces = zip(together.split(longest), counts.tolist(), strict=True)
         return torch.cat([piece[:count] for piece, count in pieces])
 
     def gather_sample_ids(self) -> list[str]:
         """The ids of all ranks' samples, in the order of the gathered rows; all ranks call this together."""
         ranks = gather_object([self.sample_ids])
+        # Batch by batch, and within a batch rank by rank, as gather_rows joins rows.
         return [sample for batches in zip(*ranks, strict=True) for ids in batches for sample in ids]
 
 
@@ -168,6 +175,7 @@ def plan_evaluation(args: TrainingArguments, has_data: bool, computes_metrics: b
     ):
         if asked and not has_data:
             raise ValueError(f"{flag} asks for an evaluation, but there are no data for one; give --eval_data_path")
+    # Not a second time at the end, where the steps or epochs have evaluations of their own.
     if args.do_eval is None:
         args.do_eval = has_data and (not evaluates or not args.do_train)
     if not args.do_train:
@@ -200,6 +208,7 @@ def check_best_metric(trainer: Any) -> None:
         return
     if trainer.is_deepspeed_enabled:
         return
+    # One batch of every rank, where there are so many: none is to come to the exchange of metrics without a sample.
     few = Subset(data, range(min(len(data), args.eval_batch_size * args.world_size)))
     with keeping_random_states(args.device):
         loader = trainer.get_eval_dataloader(few)
@@ -228,6 +237,7 @@ def evaluate_last(trainer: Trainer) -> dict[str, Any]:
     """
     state, args = trainer.state, trainer.args
     done = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step]
+    # The best checkpoint's weights are in place by now, of which the last evaluation says nothing.
     changed = args.load_best_model_at_end and state.best_model_checkpoint is not None
     if args.do_train and done and not changed:
         metrics = {name: value for name, value in done[-1].items() if name != "step"}

@@ -143,8 +143,10 @@ class RunIdentity:
             before: the run that wrote the checkpoint.
             data_may_change: whether a flag has already said that the data are others.
         """
+        # As both look once they were in a file, where tuples are lists.
         mine, theirs = (json.loads(json.dumps(vars(run))) for run in (self, before))
         wrong, allowed, names = [], [], set()
+        # A setting that only one of the two has is of another version of this library, and tells nothing.
         for name in sorted(theirs["fixed"].keys() & mine["fixed"].keys()):
             old, new = theirs["fixed"][name], mine["fixed"][name]
             if name in _RATES and all(run["fixed"][name] == run["fixed"]["learning_rate"] for run in (mine, theirs)):
@@ -162,6 +164,7 @@ class RunIdentity:
                 allowed.append(_describe(name, theirs["free"][name], mine["free"][name]))
         old, new = theirs["length"], mine["length"]
         flags = " or ".join(f"--{flag}" for flag in ("max_steps", "num_train_epochs") if old[flag] != new[flag])
+        # Where neither flag differs, the data or the size of a step do, of which the order of the data speaks.
         if old["steps"] != new["steps"] and flags:
             phrase = f"steps in all ({flags}): {old['steps']} before, {new['steps']} now"
             if new["steps"] > old["steps"]:
@@ -189,6 +192,7 @@ def check_resumed(
     Raises:
         AgreedError: it is another run's, or another engine's.
     """
+    # DeepSpeed keeps optimizer and weights in a folder global_stepN, transformers the optimizer in optimizer.pt.
     if any(checkpoint.glob("global_step*")) != uses_deepspeed:
         it = "was written with DeepSpeed" if not uses_deepspeed else "was written without DeepSpeed"
         raise AgreedError(
@@ -224,6 +228,7 @@ def is_finished(mine: RunIdentity, folder: Path, args: TrainingArguments) -> boo
         ValueError: the run that is finished is another one, or was shorter and left nothing to go on from.
     """
     before = RunIdentity.read(folder)
+    # From a checkpoint of the last step the run is resumed as from any other, and finds no step left.
     if before is None or (folder / f"checkpoint-{before.length['steps']}").is_dir():
         return False
     found = mine.compare(before, args.ignore_data_skip)
@@ -275,6 +280,7 @@ def build_identity(
     """
     fixed, free = dict[str, Any](), dict[str, Any]()
     for group in (model_args, data_args, training_args):
+        # A new flag that is in neither list stays fixed: it is safer to ask about one too many.
         for field in fields(group):  # type: ignore[arg-type]
             if field.name not in _LEFT_OUT:
                 place = free if field.name in _FREE or field.name.startswith(_FREE_PREFIXES) else fixed
@@ -294,6 +300,7 @@ def build_identity(
     entries = find_entries(data_args.data_path)
     fixed["data_content"] = {"source": _plain(data_args.data_path), "sha256": hash_data(entries)}
     free["world_size"] = training_args.world_size
+    # Other releases may round otherwise: a line in the log, not another run.
     free["versions"] = {name: version(name) for name in ("torch", "transformers")}
     return RunIdentity(fixed, free, {})
 
@@ -309,6 +316,7 @@ def _model_settings(model: LlavaMetaForCausalLM) -> dict[str, Any]:
         on_command_line = {field.name for group in (ModelArguments, DataArguments) for field in fields(group)}
         for name, value in entries.items():
             settings[name if name in on_command_line else name.removeprefix("mm_")] = _plain(value)
+        # Hash and structure tell the tower, not its path, which may differ between machines.
         structure = {k: v for k, v in model.vision.vision_config.items() if k not in _CONFIG_NOISE}
         digest = hash_json([model.vision.vision_tower_hash, _plain(structure)])
         settings["vision_tower"] = {"source": model.vision.vision_tower, "sha256": digest}
@@ -346,6 +354,7 @@ def hash_weights(path: str, readers: ThreadPoolExecutor) -> str:
         return f"of the hub: {path}"
     if folder.is_file():
         return hash_file(folder)
+    # What transformers would read: safetensors before .bin; training_args.bin is a pickle of flags, no weights.
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     files = files or sorted(file for file in folder.glob("*.bin") if file.name != "training_args.bin")
     digests = list(readers.map(hash_file, files))
@@ -384,6 +393,7 @@ def hash_data(entries: Sequence[DataEntry]) -> str:
     with ThreadPoolExecutor(_READERS) as readers:
         described = []
         for entry in entries:
+            # A data set that ``datasets`` has saved is a folder of files.
             places = [place for name in entry.files for place in (Path(name), *sorted(Path(name).rglob("*")))]
             files = [place for place in places if place.is_file()]
             described.append([list(readers.map(hash_file, files)), entry.sampling, entry.source])

@@ -48,6 +48,7 @@ def ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:
 
 def find_ranks() -> list[int]:
     """Ids of this process's children that are ranks: torchrun gives them their number in the environment."""
+    # Of the main thread, which starts torchrun's ranks; this file is Linux's alone.
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [int(pid) for pid in children if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
 

@@ -65,8 +65,10 @@ class NanCheck:
 
     def begin(self, micro_batch: Mapping[str, Any], num_items: Tensor | float | None) -> None:
         """Before each forward pass; the batches of a step are kept alive by the trainer until its end."""
+        # The first micro-batch of a step: what dropout draws from here on, a replay has to draw again.
         if len(self._losses) == len(self._batches) == 0:
             self._random_states, self._num_items = random_states(self.device), num_items
+        # A copy of the dictionary, whose entries the trainer replaces for a rank without samples; tensors are shared.
         self._batches.append(dict(micro_batch))
 
     def add_loss(self, loss: Tensor) -> None:
@@ -86,7 +88,8 @@ class NanCheck:
         losses = torch.stack(self._losses).float()  # (micro-batches,)
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=losses.device)
         # DeepSpeed says -1 where a norm is not finite.
-        bad = torch.stack([~losses.isfinite().all(), ~(norm.isfinite() & (norm >= 0))]).float()
+        bad = torch.stack([~losses.isfinite().all(), ~(norm.isfinite() & (norm >= 0))]).float()  # (2,)
+        # tolist() is the step's one wait for the device; after the all-reduce every rank stops, or none.
         bad_loss, bad_gradient = (value > 0 for value in max_over_ranks(bad).tolist())
         if self.scales_loss:
             bad_gradient = self._count_overflow(bad_gradient, step)
@@ -96,6 +99,7 @@ class NanCheck:
 
     def _count_overflow(self, overflow: bool, step: int) -> bool:
         """Count a step that the loss scale lets overflow; True once there were too many in a row."""
+        # torch's GradScaler begins at 2^16 and halves at each overflow.
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
         if overflow:
             self.overflows += 1
@@ -104,12 +108,14 @@ class NanCheck:
         return self._overflows_in_a_row > MOST_OVERFLOWS
 
     def _stop(self, grad_norm: Tensor | float | None, step: int) -> None:
+        # Here every rank comes, also one whose own losses are finite: its part of the batch belongs to the replay.
         norm = None if grad_norm is None else float(grad_norm)
         num_items = None if self._num_items is None else float(self._num_items)
         losses = [float(loss) for loss in self._losses]
         batch = RankBatch(step, self.rank, self._batches, losses, norm, num_items, self._random_states)
         remedy = self._leave(Path(self.output_dir, f"bad_step-{step}"), batch)
         ranks = gather_from_ranks((losses, batch.sample_ids))
+        # The first rank names everybody's samples, the others their own: the logs of ranks may be files apart.
         shown = range(len(ranks)) if self.rank == 0 else [self.rank]
         samples = "; ".join(describe_samples(ranks[r][1], r) for r in shown)
         raise BadNumbersError(
@@ -143,8 +149,10 @@ def build_nan_check(trainer: Trainer) -> NanCheck:
     assert trainer.model is not None
     settings = RunSettings(
         world_size=args.world_size,
+        # transformers' compute_loss multiplies by it, because DDP then averages gradients over ranks.
         loss_factor=args.world_size if args.average_tokens_across_devices else 1,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        # DeepSpeed's engine holds the weights themselves in 16 bits; accelerate only casts operations.
         casts_weights=trainer.is_deepspeed_enabled,
         attn_implementation=args.attn_implementation,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -264,6 +272,8 @@ def read_run(folder: Path) -> RunSettings:
         raise ValueError(f"{folder} is no folder bad_step-N of a stopped run: {error}") from error
 
 
+# rank-0.safetensors names its tensors "0.input_ids" (of the first micro-batch), "0.images.2" (its third medium) and
+# "random.cpu"; rank-0.json has the numbers, and what of a batch is no tensor, such as the samples' ids.
 def write_batch(folder: Path, batch: RankBatch) -> None:
     """Write one rank's part."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,6 +312,7 @@ def read_batch(folder: Path, rank: int) -> RankBatch:
         step=description["step"],
         rank=description["rank"],
         micro_batches=[
+            # With the dot, so that micro-batch 1 does not take what is of 10.
             _put_together(plain, {name: tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")})
             for i, plain in enumerate(description["micro_batches"])
         ],
@@ -332,6 +343,7 @@ def _put_together(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     micro_batch = dict(plain)
     lists: dict[str, dict[int, Tensor]] = {}
     for key, tensor in tensors.items():
+        # "0.images.2": micro-batch, entry, place in a list.
         _, name, *place = key.split(".")
         if place:
             lists.setdefault(name, {})[int(place[0])] = tensor

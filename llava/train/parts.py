@@ -41,6 +41,7 @@ def set_up_parts(loaded: LoadedModel, model_args: ModelArguments, training_args:
     Raises:
         ValueError: flags do not fit the model, each other, or the settings of adapters that it was loaded with.
     """
+    # Adapters come first: what learns is decided by the names of the parameters, and theirs must be there.
     if training_args.lora_enable:
         if "mm_language_model" not in model_args.tunable_parts:
             raise ValueError(
@@ -83,9 +84,11 @@ def set_trainable_parts(
         part = part_of(name)
         parameter.requires_grad = part in tunable_parts and (part not in adapted or is_adapter_parameter(name))
     if freeze_embeddings:
+        # Of GPT-2 and other models with tied weights the two are one parameter.
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
     if tower is not None and "mm_vision_tower" in tunable_parts:
+        # What encode never uses (a mask token, a pooling head) gets no gradient, which DDP takes for an error.
         tower.freeze_unused()
         model.keep_trained_tower()
     # A tower whose weights join the checkpoint keeps them as they came: they would be stored rounded.
@@ -186,6 +189,7 @@ def put_in_force(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, setti
         settings: of each group, as they were before the checkpoint was read.
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
+        # lr is the rate of the step, which follows below from the base rate.
         group.update({name: value for name, value in own.items() if name != "lr"})
     if not hasattr(scheduler, "lr_lambdas"):
         return  # It sets the rate from what it has seen, not from the step.
@@ -205,6 +209,7 @@ def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
+        # numel() of a matrix in 4 bits counts bytes, of two weights each.
         total[part] = total.get(part, 0) + count_weights(parameter)
         trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad  # True counts as 1
     lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]

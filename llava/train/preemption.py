@@ -41,6 +41,7 @@ class EvaluationStopped(Exception):  # noqa: N818
 class _Program:
     """What a program that listens knows of signals outside of training."""
 
+    # Of the class, not of an object: a handler gets a number and a frame, and must find these.
     listening = False
     received: int | None = None
     leave: Callable[[], None] | None = None
@@ -118,7 +119,9 @@ class StopRequest(AbstractContextManager):
         self._listening = True
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other.
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # No more leaving at once: from now on there are steps to lose.
             _Program.leave = None
+            # A signal that was only noted so far counts too: the run stops after its first step.
             self._received = _Program.received
         return self
 
@@ -139,6 +142,7 @@ class StopRequest(AbstractContextManager):
         """Whether any rank was asked to stop; every rank must call it at the same place."""
         from llava.train.distributed import is_any_rank
 
+        # A signal may reach one rank alone: an all-reduce of one number a step tells the others, and all save.
         if self._listening and not self.agreed and is_any_rank(self._received is not None, device):
             self.agreed = True
             if self._received is not None:

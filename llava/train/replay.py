@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = choose_device(options.device)
     settings = read_run(options.folder)
+    # Files are read before the model, which takes longest: a rank that is missing is said at once.
     ranks = range(settings.world_size) if options.rank is None else [options.rank]
     batches = [read_batch(options.folder, rank) for rank in ranks]
     model = load_run_model(options.folder, settings, device, options.vision_tower)
@@ -67,6 +68,7 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
         str(folder / MODEL_FOLDER),
         vision_tower=vision_tower,
         attn_implementation=settings.attn_implementation,
+        # DeepSpeed holds weights in 16 bits; without it they are fp32, and autocast rounds them where they are used.
         dtype=dtype if settings.casts_weights else torch.float32,
         quantization=quantization,
         flag="FOLDER",
@@ -77,20 +79,24 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
         parameter.requires_grad = name in trainable
     vision, tower = model.vision, model.get_vision_tower()
     if vision is not None and tower is not None and not tower.trainable and not vision.save_vision_tower:
+        # As parts.set_trainable_parts holds a frozen tower.
         tower.to(dtype)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # In training mode: dropout is part of the step, and random states make it drop the same values.
     return model.to(device).train()
 
 
 def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: torch.device) -> bool:
     """Run the micro-batches of a rank, as the step did; whether a loss or a gradient is not finite."""
     print(f"step {batch.step}, {describe_samples(batch.sample_ids, batch.rank)}")
+    # The states of before the first micro-batch; the later ones draw what comes after, so all run, in their order.
     set_random_states(batch.random_states, device)
     found = False
     for i, micro_batch in enumerate(batch.micro_batches):
         before = random_states(device)
         run_step = _step(model, micro_batch, batch.num_items, settings, device)
+        # The run sums gradients over micro-batches; here each is looked at alone.
         model.zero_grad()
         with watch_activations(model) as activations:
             loss = run_step()
@@ -99,6 +105,7 @@ def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: to
         gradients = bad_names((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         print_names("gradients that are not finite", gradients)
         if gradients:
+            # The same dropout once more, this time under anomaly detection, which is slow.
             set_random_states(before, device)
             print_first_bad_operation(run_step)
         found = found or bool(gradients) or not bool(loss.isfinite())
@@ -117,6 +124,7 @@ def _step(
             loss = model(
                 **inputs, num_items_in_batch=share, return_logits=False, smoothing=settings.label_smoothing
             ).loss
+            # As transformers' compute_loss: DDP means over ranks what is divided by the tokens of all of them already.
             loss = loss * settings.loss_factor
         loss.backward()
         return loss.detach()
@@ -132,6 +140,7 @@ def _move(value: Any, device: torch.device) -> Any:
 
 def _precision(settings: RunSettings, device: torch.device) -> AbstractContextManager[Any]:
     casts = settings.precision != "fp32" and not settings.casts_weights
+    # Where autocast is off, the type says nothing.
     return torch.autocast(device.type, _DTYPES[settings.precision] if casts else torch.bfloat16, enabled=casts)
 
 
@@ -150,6 +159,7 @@ def watch_activations(model: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
+    # A hook runs when its module returns: inner modules come before those that hold them.
     handles = [module.register_forward_hook(look(name or "model", module)) for name, module in model.named_modules()]
     try:
         yield found
@@ -170,6 +180,7 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
+    # Ids and masks are whole numbers, which are always finite.
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 

@@ -73,6 +73,7 @@ def check_and_report(
     for documents in map(documents_of, given):
         # Files and indexes are read on one rank only.
         broadcast_from_rank0(partial(check_documents, documents, files=data_args.check_data == "files"))
+        # Each rank decodes its share, and all meet in gather_failures.
         if data_args.check_data == "decode":
             check_decoding(documents, training_args)
     if training_args.process_index == 0:
@@ -215,6 +216,7 @@ def check_text_is_known(dataset: SupervisedDataset) -> None:
             another model's, and what is trained would be noise. Where it loses a smaller part there is a warning.
     """
     tokenizer = dataset.tokenizer
+    # A sample of them: to tokenize a whole data set takes minutes, and a wrong tokenizer shows in a few texts.
     texts = _some_texts(dataset.records)
     encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     ids = [i for of_text in encoded for i in of_text]
@@ -255,6 +257,7 @@ def _lost_share(
     letters, kept = 0, 0
     worst, example = -1.0, ""
     for text, ids in zip(texts, encoded, strict=True):
+        # Tokenizers without an unknown token may drop what they do not know: letters are gone after decoding, then.
         given = _letters(text)
         # Decoded again and compared as a multiset: where letters come back, order and spaces do not matter.
         back = (given & _letters(str(tokenizer.decode(list(ids), skip_special_tokens=False)))).total()
@@ -367,6 +370,7 @@ def supervision_table(dataset: AnyDataset, num_samples: int = 3) -> str:
                 assert isinstance(chunk, Example)
                 ids, labels = chunk.input_ids, chunk.labels
             else:
+                # Without media: no picture is decoded for a table.
                 ids, labels = documents.tokenize(record)
         except ValueError as error:
             if documents.on_bad_sample != SKIP:

@@ -180,6 +180,7 @@ def load_optimizer(trainer: Trainer, checkpoint: str, changes: Differences | Non
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     assert optimizer is not None
     assert scheduler is not None
+    # Noted before reading: a state dict of torch brings the settings of its groups, and these would be gone.
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if changes.names & OPTIMIZER_SETTINGS:
         logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
@@ -205,6 +206,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: str) -> 
     Raises:
         ValueError: it is not; names the checkpoint and the group.
     """
+    # optimizer.pt: {"state": {place: {"exp_avg": ..., ...}}, "param_groups": [{"params": [place, ...], "lr": ...}]}.
     path = Path(checkpoint, OPTIMIZER_NAME)
     advice = (
         "; give --resume_from_checkpoint another checkpoint, or the flags that it was written with (--optim, "
@@ -212,6 +214,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: str) -> 
     )
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {OPTIMIZER_NAME}, and the optimizer would begin anew{advice}")
+    # Shapes alone: tensors on the meta device take no memory.
     stored = torch.load(path, map_location="meta", weights_only=True)
     # Those of other packages keep moments in other shapes, of low rank or in blocks.
     of_torch = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.optim")

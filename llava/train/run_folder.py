@@ -62,6 +62,7 @@ def take_folder(training_args: TrainingArguments, sources: Mapping[str, str | No
             prepare_folder(str(folder), given, training_args.overwrite_output_dir, sources)
 
     try:
+        # The other ranks wait, and get the first one's error.
         broadcast_from_rank0(take)
     except ValueError:
         release_lock(folder)
@@ -331,6 +332,7 @@ def _create(path: Path, here: Holder) -> bool:
             file.flush()
             os.fsync(file.fileno())
         try:
+            # Unlike a rename it fails where the name is taken, so of two runs one has the lock.
             os.link(beside, path)
         except FileExistsError:
             # NFS may have done it, and have lost its answer.

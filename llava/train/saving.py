@@ -71,14 +71,17 @@ class CheckpointWriter:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         staging = staging_of(folder)
         staged = staging / folder.name
+        # Two meetings: only when every rank's files are there may the first one hash them and rename the folder.
         with self._writing(folder) as failure:
             with failure:
+                # Every rank: under ZeRO-3 this gathers the weights, which takes all of them. The first one writes.
                 trainer.save_model(str(staged), _internal_call=True)
             # The evaluation of an earlier step may have been the best without leaving a checkpoint.
             if state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(folder)
             # What a run that was asked to stop leaves is to go on from, also with --save_only_model.
             if self.stop_request.agreed or not args.save_only_model:
+                # On every rank: random states and loss are its own, as is its share of DeepSpeed's optimizer.
                 loss, step = save_training_state(trainer, str(staged), failure)
                 with failure:
                     path = staged / LOSS_SINCE_LOG.format(rank=args.process_index)
@@ -90,6 +93,7 @@ class CheckpointWriter:
                 finalize(staged, folder)
                 staging.rmdir()
         if args.should_save:
+            # Only now: until this one had its name, the oldest may have been the only one. The other ranks train on.
             rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
         if args.push_to_hub:
             push_checkpoint(trainer, str(folder))
@@ -97,13 +101,16 @@ class CheckpointWriter:
     def _write_state(self, staged: Path) -> None:
         """The first rank's small files: counters and log, the place in the data, and what the run is."""
         trainer, state = self.trainer, self.trainer.state
+        # As transformers' _save_checkpoint, which this takes the place of, exports them into trainer_state.json.
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
             if isinstance(callback, ExportableState):
                 name, exported = type(callback).__name__, callback.state()
+                # Several callbacks of one class share a list.
                 if isinstance(several := state.stateful_callbacks.get(name), list):
                     several.append(exported)
                 else:
                     state.stateful_callbacks[name] = exported
+        # ResumeCallback reads it, and evaluates before the first step.
         state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"] |= self.stop_request.evaluation_due
         self._write_trainer_state(staged / TRAINER_STATE_NAME)
         data_state = self.data.state(state.global_step)
@@ -140,6 +147,7 @@ class CheckpointWriter:
                 replace_files(staged, folder)
                 finished = 0 < state.max_steps <= state.global_step
                 if self.identity is not None and finished and folder.samefile(args.output_dir):
+                    # Behind the weights: beside a model it says that the run is finished.
                     write_json(folder / RUN_IDENTITY, vars(self.identity), sort_keys=True)
 
     @contextlib.contextmanager
@@ -157,6 +165,7 @@ class CheckpointWriter:
             yield failure
         if failures := gather_failures(failure.message):
             if self.trainer.args.should_save:
+                # Half of a save would take the room that the next attempt needs.
                 for left in (staging_of(folder), staging_of(folder / "model")):
                     shutil.rmtree(left, ignore_errors=True)
             raise AgreedError(self._explain(folder, failures))
@@ -178,6 +187,7 @@ class CheckpointWriter:
         """Bytes of a checkpoint: the parameters that it holds and, with AdamW, two moments of each trained one."""
         model, optim = self.trainer.model, self.trainer.args.optim
         left_out, only_trained = kept_out_of_checkpoints(model), has_adapters(model)
+        # In bytes: two moments of four each, of a parameter in fp32.
         moments = 8 if with_optimizer and str(getattr(optim, "value", "")).startswith("adamw_torch") else 0
         size = 0
         for name, p in model.named_parameters():
@@ -213,6 +223,7 @@ class CheckpointWriter:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(staged)
             torch.save(trainer.args, staged / "training_args.bin")
+        # save_pretrained refuses generation parameters in config.json, for one, and other settings by other errors.
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
             said = " ".join(str(error).split())
             raise ValueError(
@@ -242,6 +253,7 @@ class CheckpointWriter:
             )
         if not saves:
             return
+        # Below 1 it is a share of all steps, as transformers has it.
         every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * num_steps)
         planned = math.ceil(num_steps / every) if args.save_strategy == "steps" else 1
         limit = args.save_total_limit or planned
@@ -330,5 +342,6 @@ def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, 
 
 def free_bytes(folder: Path) -> int:
     """Bytes that are free on the disk of a folder, which need not exist yet."""
+    # disk_usage needs a folder that is there: the nearest one above tells the disk.
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
     return shutil.disk_usage(existing).free

@@ -32,6 +32,7 @@ if __name__ == "__main__":
     if (answered := answer_at_once(sys.argv[1:])) is not None:
         sys.exit(answered)
 
+# From here on imports take seconds: torch, transformers and, through them, much else.
 import atexit
 import logging
 import os
@@ -121,6 +122,7 @@ def train(trainer: LlavaTrainer) -> None:
 def run(trainer: LlavaTrainer) -> None:
     """The training itself, in a folder that is this run's."""
     checkpoint = find_checkpoint(trainer.args)
+    # From here a signal is noted and answered with a checkpoint; just before, it ended the process at once.
     with trainer.stop_request, reading_checkpoint(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_request.agreed:
@@ -128,6 +130,7 @@ def run(trainer: LlavaTrainer) -> None:
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as a signal asked; go "
                 "on with --resume_from_checkpoint auto"
             )
+        # The model last: with it comes run_identity.json, which says that the run is finished.
         trainer.save_state()
         trainer.save_model()
     # The model is safe: a signal may end the process from here on.
@@ -154,6 +157,7 @@ def build_trainer(
             are, ``LlavaTrainer`` says.
     """
     model_args, data_args, training_args = parse_arguments(argv)
+    # Flags first, then folders, then weights and data: what is found soonest is said soonest.
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
     sources = {
@@ -162,8 +166,11 @@ def build_trainer(
         "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
         "backbone_model": weights_from,
     }
+    # The lock is held from before the model is read: two runs that start together would both find the folder empty.
     with taking_folder(training_args, sources):
+        # New modules (projector, resampler, embeddings of new tokens) draw their first weights from it.
         set_seed(training_args.seed)
+        # DeepSpeed shares weights out when its engine is made; until then every rank has whole tensors to fill.
         with loading_whole(training_args):
             loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
             set_up_parts(loaded, model_args, training_args)
@@ -343,6 +350,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         if is_first_rank():
             print(stopped, file=sys.stderr)
     except errors_of_users() as error:
+        # Any other RuntimeError is a bug, or the user's own code, and its traceback is what helps.
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         status = FAILED

@@ -83,6 +83,7 @@ class LlavaTrainer(Trainer):
 
     def __init__(self, *args: Any, bad_sample_log: BadSampleLog | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # ``accelerate launch`` sets up engines through the environment, which shows only once accelerate has read it.
         check_engine(self.accelerator.state)
         if self.is_deepspeed_enabled:
             gather_added_together(self.model)
@@ -99,6 +100,7 @@ class LlavaTrainer(Trainer):
         self.meter: EvaluationMeter | None = None  # of the evaluation that is under way
         self._returns_logits = False
         self._changes: Differences | None = None  # from the run that is gone on with
+        # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
         for callback in (self.data, StopCallback(self.stop_request), FirstStepsCallback(), bad_sample_log):
             if callback is not None:
                 self.add_callback(callback)
@@ -116,6 +118,7 @@ class LlavaTrainer(Trainer):
         """
         named: Any = self.eval_dataset
         dataset = named if eval_dataset is None else eval_dataset
+        # transformers evaluates several data sets by their names in a dictionary.
         if isinstance(dataset, str):
             dataset = named[dataset]
         if dataset is None:
@@ -135,6 +138,7 @@ class LlavaTrainer(Trainer):
 
         Bad samples among them go into the log of bad samples, and those cut to the context are counted.
         """
+        # All micro-batches of the step at once: the loss of each is divided by the number of tokens of all of them.
         batches = list(islice(epoch_iterator, num_batches))
         if self.bad_sample_log is not None:
             num_used = sum(len(batch["sample_ids"]) for batch in batches)
@@ -161,6 +165,7 @@ class LlavaTrainer(Trainer):
             self.optimizer = build_optimizer(
                 trained, self.args.part_learning_rates(), self.args.weight_decay, optimizer_class, options
             )
+            # AdamW moves a parameter by its moments and its decay even where the gradient is an exact zero.
             unused = UnusedVisionModules(self.model.get_model().used_vision_modules, self.args.device)
             self.optimizer.register_step_pre_hook(unused.before_optimizer_step)
             self.add_callback(unused)
@@ -218,6 +223,7 @@ class LlavaTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with the loss by token; skipped samples are logged and do not count."""
+        # While there is a meter, compute_loss takes means of batches and prediction_step adds to it.
         self.meter = meter = EvaluationMeter()
         self.gather_function = meter.gather_rows
         try:
@@ -248,6 +254,7 @@ class LlavaTrainer(Trainer):
         finally:
             self._returns_logits = False
         if labels is not None:
+            # In training a coordinate is learned as two bins with weights; metrics compare ids: the nearest bin's.
             labels = self.model.target_ids(inputs["input_ids"].to(labels.device), labels, inputs.get("variables"))
         if self.meter is not None and loss is not None:
             self.meter.add(inputs, loss)
@@ -273,6 +280,7 @@ class LlavaTrainer(Trainer):
             writer.identity = replace(writer.identity, length=length)
         self._changes = None
         if isinstance(resume_from_checkpoint, str):
+            # Before try_writing, which takes away the mark of a finished run: one that is refused here must keep it.
             self._changes = check_resumed(
                 writer.identity, Path(resume_from_checkpoint), self.args, self.data, self.is_deepspeed_enabled
             )
@@ -291,6 +299,7 @@ class LlavaTrainer(Trainer):
         """End the run in the midst of an evaluation, which the next start makes up for."""
         self.stop_request.evaluation_due = True
         if self.state.global_step:
+            # The exception has left transformers' loop, whose last calls of callbacks are made up for here.
             self.checkpoints.write_checkpoint()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -76,6 +76,7 @@ def _at_least(least: float, below: float | None = None) -> Refusal:
     """Refuse numbers below ``least`` or not below ``below``, NaN among them; a flag may be left out, as None."""
 
     def applies(value: float | None, args: object) -> bool:
+        # Not ``value < least``: NaN compares false both ways, and must be refused.
         return value is not None and not (value >= least and (below is None or value < below))
 
     upper = "" if below is None else f" and below {below:g}"
@@ -93,6 +94,7 @@ def _asks_of_accelerator(asked: Any, args: object) -> bool:
     settings = dict(asked if isinstance(asked, dict) else asked.to_dict() if asked is not None else {})
     accumulation = dict(settings.pop("gradient_accumulation_kwargs", None) or {})
     accumulation.pop("sync_each_batch", None)
+    # accelerate's defaults. The first four deal batches to ranks, which data_order.py does instead.
     usual = {"split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True}
     usual |= {"non_blocking": False, "use_configured_state": False}
     return bool(accumulation) or any(value != usual.get(name, value) for name, value in settings.items())
@@ -306,6 +308,7 @@ _FILES = ("accelerator_config", "fsdp_config")
 
 def check_spelling(args: TrainingArguments) -> None:
     """A ValueError that names the flag, for values that transformers could not read."""
+    # In here, since --help reads this module's tables without transformers.
     from transformers.debug_utils import DebugOption
     from transformers.trainer_pt_utils import AcceleratorConfig
     from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
@@ -345,6 +348,7 @@ def _check_choice(name: str, values: Iterable[object], kind: type[Enum]) -> None
 
 
 def _check_settings(name: str, text: str) -> None:
+    # transformers takes a path here as well as JSON; of the other settings it takes JSON alone.
     if name in _FILES and not text.startswith("{"):
         if not Path(text).is_file():
             raise ValueError(f"--{name} {text!r} is no file; give one, or a JSON object")
