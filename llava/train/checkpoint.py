@@ -351,9 +351,9 @@ def check_pickles_are_ours(checkpoint: str) -> None:
         return
     for folder in Path(checkpoint).glob(_STEP_FOLDER):
         for file in (folder, *sorted(folder.rglob("*"))):
-            status = file.stat()
+            status = file.stat()  # of a link, what it leads to: a link itself says it is open to all
             foreign = status.st_uid != os.getuid()
-            if foreign or (status.st_mode & _WRITABLE_BY_ALL and not file.is_symlink()):
+            if foreign or status.st_mode & _WRITABLE_BY_ALL:
                 whose = f"belongs to user {status.st_uid}, not to you" if foreign else "can be written by everybody"
                 raise ValueError(
                     f"--resume_from_checkpoint {checkpoint}: {file} {whose}, and DeepSpeed runs what its files hold; "

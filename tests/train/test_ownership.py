@@ -39,6 +39,16 @@ def test_files_that_everybody_may_write_are_not(checkpoint: Path) -> None:
         check_pickles_are_ours(str(checkpoint))
 
 
+def test_a_link_counts_as_what_it_leads_to(checkpoint: Path, tmp_path: Path) -> None:
+    states = checkpoint / "global_step5" / "mp_rank_00_model_states.pt"
+    states.rename(tmp_path / "elsewhere.pt")
+    states.symlink_to(tmp_path / "elsewhere.pt")
+    check_pickles_are_ours(str(checkpoint))
+    (tmp_path / "elsewhere.pt").chmod(0o666)
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt can be written by everybody"):
+        check_pickles_are_ours(str(checkpoint))
+
+
 def test_a_checkpoint_without_such_files_may_be_anybodys(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (checkpoint / "global_step5").rename(checkpoint / "elsewhere")
     monkeypatch.setattr(os, "getuid", lambda: -1)
