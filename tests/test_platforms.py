@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llava import io as system
+from llava.train.callbacks import describe_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,3 +136,14 @@ def test_decord_is_asked_for_only_where_it_has_a_wheel(platform: str, machine: s
     marker = Requirement(line[1]).marker
     assert marker is not None
     assert marker.evaluate({"sys_platform": platform, "platform_machine": machine}) is wanted
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("linux", 3 * 2**20), ("darwin", 3 * 2**30), ("win32", 3 * 2**30)])
+def test_the_peak_of_memory_is_in_gib(monkeypatch: pytest.MonkeyPatch, platform: str, peak: int) -> None:
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=peak))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=peak))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setitem(sys.modules, "resource", None if platform == "win32" else usage)
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    assert describe_memory() == "peak memory 3.00 GiB"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -105,7 +107,10 @@ def describe_memory() -> str:
     """The most memory that this process has held so far: of its GPU, where it has one, else of the machine."""
     if torch.cuda.is_available():
         return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    # ru_maxrss is in KiB on Linux.
-    import resource  # not on every system
-
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return f"peak memory {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
+    # ru_maxrss is in KiB, but on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
