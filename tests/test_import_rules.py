@@ -41,10 +41,10 @@ MAY_IMPORT = {
     "draw": {"geometry"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
-    "train": {*FOUNDATION, "data", "model", "train", "recipes"},
-    "eval": {*FOUNDATION, "data", "model", "train", "serve", "eval"},
+    "train": {*FOUNDATION, "data", "model", "train", "eval", "recipes"},
+    "eval": {*FOUNDATION, "data", "model", "serve", "eval"},
     "inspect": {*FOUNDATION, "data", "model", "train", "inspect"},
-    "serve": {*FOUNDATION, "data", "model", "train", "serve"},
+    "serve": {*FOUNDATION, "data", "model", "serve"},
     "demo": {*FOUNDATION, "data", "model", "train", "serve", "eval", "inspect", "demo"},
     "recipes": set(),
 }

@@ -270,7 +270,9 @@ def test_weights_of_another_rank_are_an_error(load_adapted, load_tiny, backbone_
     save(load_adapted(), tmp_path)
     other = load_tiny()
     add_adapters(other.model, str(backbone_dirs["llava_gpt2"]), rank=2, alpha=8, dropout=0.0)
-    with pytest.raises(ValueError, match=r"does not fit its base model in 16 tensors \(.*\): .* is \(4, 32\) in the file"):
+    with pytest.raises(
+        ValueError, match=r"does not fit its base model in 16 tensors \(.*\): .* is \(4, 32\) in the file"
+    ):
         load_adapter_weights(other.model, str(tmp_path))
     (tmp_path / "non_lora_trainables.safetensors").unlink()
     with pytest.raises(ValueError, match="no complete checkpoint with adapters: it has no non_lora"):
