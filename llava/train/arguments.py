@@ -1,4 +1,4 @@
-"""Every flag of training, in three groups, with its help as the docstring under it.
+"""Every flag of training, in three groups, with its help as the docstring under it; some lie in ``progress_arguments``.
 
 A flag without a docstring takes type, default and help from the settings it becomes: ``kept(VisionConfig.num_frames)``
 is the flag of that field. ``llava.train.command_line`` reads them all from this source, for ``--help``; the comments
@@ -28,6 +28,7 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
+from llava.train.progress_arguments import ScoringArguments
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
 
@@ -261,7 +262,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
     """transformers' arguments, of which ``transformers_flags`` says what each does here, and this library's own."""
 
     # --- model ---
@@ -357,6 +358,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         self._check_lora()
+        self.check_scoring()
 
     def _check_lora(self) -> None:
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:

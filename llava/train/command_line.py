@@ -362,12 +362,15 @@ class _Source:
         """The fields of a dataclass, those of its bases first, as ``dataclasses`` orders them."""
         node = self.classes[name]
         found: dict[str, Flag] = {}
-        for base in node.bases:  # transformers', whose headings here are ours.
-            inherited = _fields_of(*self._find(ast.unparse(base)))
-            found |= {
-                name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER), of_transformers=True)
-                for name, flag in inherited.items()
-            }
+        for base in reversed(node.bases):  # As dataclasses orders the fields: those of the last base first.
+            module, base_name = self._find(ast.unparse(base))
+            inherited = _fields_of(module, base_name)
+            if not module.startswith("llava."):  # transformers', whose headings here are ours.
+                inherited = {
+                    name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER), of_transformers=True)
+                    for name, flag in inherited.items()
+                }
+            found |= inherited
         # Each statement with the one behind it: a docstring under a field is an expression of its own.
         for statement, behind in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):

@@ -1,0 +1,55 @@
+"""Flags of what is looked at while a model trains, in groups that ``arguments.TrainingArguments`` is made of.
+
+They are written as ``arguments.py`` says, and checked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MILESTONES, STEPS = "milestones", "steps"
+"""What ``--score_at`` may name; the second with a number: steps:500."""
+
+
+@dataclass
+class ScoringArguments:
+    """Which tasks score the model while it trains, and when."""
+
+    # --- scores while training ---
+    score_data: list[str] | None = None
+    """Folders, zips or files of the tasks that score the model while it trains, as for python -m llava.eval.babylm: how
+    probable it finds right and wrong sentences. Scores go to the log and to scores.csv and scores.png in
+    --output_dir; what is trained stays the same, bit for bit."""
+    score_tasks: list[str] | None = None
+    """Names of the tasks, such as blimp (default: all that --score_data holds)."""
+    score_at: list[str] | None = None
+    """When: milestones (each of --milestones), steps:N (after every N steps), or both. The last step is always scored
+    (default: milestones where there are any, else the last step alone)."""
+    score_fast: bool = False
+    """Score a part of each task, of the official fast sizes (200 pairs of each paradigm of BLiMP); the same items in
+    every run."""
+
+    def check_scoring(self) -> None:
+        """A ValueError for flags of scoring that say nothing, or nothing that can be done."""
+        given = [name for name in ("score_tasks", "score_at") if getattr(self, name) is not None]
+        if self.score_data is None and (given or self.score_fast):
+            raise ValueError(f"--{(given or ['score_fast'])[0]} is given without --score_data; give the tasks' data")
+        parse_score_times(self.score_at or [])
+
+
+def parse_score_times(words: list[str]) -> tuple[bool, list[int]]:
+    """What ``--score_at`` asks for: whether milestones are scored, and the intervals of steps.
+
+    Raises:
+        ValueError: a word says neither.
+    """
+    at_milestones, intervals = False, []
+    for word in words:
+        name, _, number = word.partition(":")
+        if word == MILESTONES:
+            at_milestones = True
+        elif name == STEPS and number.isdecimal() and int(number) > 0:
+            intervals.append(int(number))
+        else:
+            raise ValueError(f"--score_at {word!r}: known are {MILESTONES} and {STEPS}:N, with N of 1 or more")
+    return at_milestones, intervals
