@@ -1,0 +1,1 @@
+"""Exports: checkpoints as folders that load without this library."""
