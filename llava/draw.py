@@ -117,18 +117,18 @@ def _lay_out(frames: Sequence[Image], times: Sequence[float]) -> Image:
     cell_height = max(frame.height for frame in frames) + (_LINE_HEIGHT if times else 0) + _GAP
     # Rounded up.
     num_rows = -(-len(frames) // _COLUMNS)
-    page, draw = _blank(_WIDTH, num_rows * cell_height - _GAP)
+    page, draw = blank_page(_WIDTH, num_rows * cell_height - _GAP)
     for number, frame in enumerate(frames):
         left, top = number % _COLUMNS * cell_width, number // _COLUMNS * cell_height
         page.paste(frame, (left, top))
         if times:
-            draw.text((left, top + frame.height + 2), f"{times[number]:.2f}", FAINT, _font())
+            draw.text((left, top + frame.height + 2), f"{times[number]:.2f}", FAINT, load_font())
     return page
 
 
 def _draw_bar(spans: Sequence[tuple[Sequence[TimeSpan], Colour]], times: Sequence[float]) -> Image:
     """The clip's time from left to right: the reference's spans, below them the answer's, and ticks at the frames."""
-    page, draw = _blank(_WIDTH, 3 * _BAR_HEIGHT)
+    page, draw = blank_page(_WIDTH, 3 * _BAR_HEIGHT)
     for row, (of_one, colour) in enumerate(spans):
         top = row * (_BAR_HEIGHT + 2)
         bottom = top + _BAR_HEIGHT - 1
@@ -151,13 +151,13 @@ def _draw_texts(texts: Mapping[str, str]) -> Image:
         # Models say long nonsense: words are broken and lines counted.
         lines = wrap_text(bare_letters(text), _WIDTH - _LABEL_WIDTH, break_words=True)
         paragraphs[label] = lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "..."]
-    page, draw = _blank(_WIDTH, sum(map(len, paragraphs.values())) * _LINE_HEIGHT)
+    page, draw = blank_page(_WIDTH, sum(map(len, paragraphs.values())) * _LINE_HEIGHT)
     top = 0
     for label, lines in paragraphs.items():
-        draw.text((0, top), bare_letters(label), FAINT, _font())
+        draw.text((0, top), bare_letters(label), FAINT, load_font())
         colour = {"reference": REFERENCE_COLOUR, "answer": ANSWER_COLOUR}.get(label, INK)
         for line in lines:
-            draw.text((_LABEL_WIDTH, top), line, colour, _font())
+            draw.text((_LABEL_WIDTH, top), line, colour, load_font())
             top += _LINE_HEIGHT
     return page
 
@@ -178,8 +178,8 @@ def draw_captions(cards: Sequence[tuple[Sequence[Image], Mapping[str, str], bool
         title: above them all.
     """
     # As wide as the text: the page grows to its widest part.
-    heading, draw = _blank(round(_font(22).getlength(title)) + 1, 28)
-    draw.text((0, 0), title, INK, _font(22))
+    heading, draw = blank_page(round(load_font(22).getlength(title)) + 1, 28)
+    draw.text((0, 0), title, INK, load_font(22))
     drawn = [_draw_card(*card) for card in cards]
     rows = [side_by_side(drawn[i : i + _CARD_COLUMNS], _CARD_GAP) for i in range(0, len(drawn), _CARD_COLUMNS)]
     return stack([heading, *rows], margin=_CARD_GAP - _GAP)
@@ -187,14 +187,14 @@ def draw_captions(cards: Sequence[tuple[Sequence[Image], Mapping[str, str], bool
 
 def _draw_card(frames: Sequence[Image], lines: Mapping[str, str], is_right: bool) -> Image:
     strip = side_by_side([fit(frame, _CARD_FRAME, _CARD_FRAME) for frame in frames], _GAP)
-    texts, draw = _blank(strip.width, len(lines) * 26)
-    indent = max(round(_font(14).getlength(label)) for label in lines) + 14
+    texts, draw = blank_page(strip.width, len(lines) * 26)
+    indent = max(round(load_font(14).getlength(label)) for label in lines) + 14
     for number, (label, text) in enumerate(lines.items()):
         # The model's line comes last and says by its colour whether it is right.
         last = number == len(lines) - 1
-        draw.text((0, number * 26 + 3), label, FAINT, _font(14))
+        draw.text((0, number * 26 + 3), label, FAINT, load_font(14))
         colour = INK if not last else REFERENCE_COLOUR if is_right else ANSWER_COLOUR
-        draw.text((indent, number * 26), bare_letters(text), colour, _font(17))
+        draw.text((indent, number * 26), bare_letters(text), colour, load_font(17))
     return stack([strip, texts], gap=10)
 
 
@@ -212,7 +212,7 @@ def draw_box(picture: Image, box: Box, colour: Colour | str, line: int, label: s
         draw.line((x1, y1, x2, y2), fill=colour, width=line)
     if label:
         # A stroke of paper around the letters: they are read on any picture.
-        draw.text((x1 + 5, y1 + 3), label, colour, _font(), stroke_width=2, stroke_fill=PAPER)
+        draw.text((x1 + 5, y1 + 3), label, colour, load_font(), stroke_width=2, stroke_fill=PAPER)
 
 
 def draw_trace(picture: Image, points: Sequence[tuple[float, float]], colour: Colour, width: int) -> None:
@@ -232,14 +232,14 @@ def draw_legend(heading: str, entries: Sequence[tuple[str, Colour | None]], widt
     # Text is wrapped first: the height of the page depends on it.
     head = wrap_text(heading, width, 13)
     paragraphs = [wrap_text(text, width - indent) for text, _ in entries]
-    page, draw = _blank(width, (len(head) + 1 + sum(map(len, paragraphs))) * line_height)
+    page, draw = blank_page(width, (len(head) + 1 + sum(map(len, paragraphs))) * line_height)
     for number, line in enumerate(head):
-        draw.text((0, number * line_height), line, FAINT, _font(13))
+        draw.text((0, number * line_height), line, FAINT, load_font(13))
     top = (len(head) + 1) * line_height
     for lines, (_, colour) in zip(paragraphs, entries, strict=True):
         draw.rectangle((0, top + 2, swatch, top + 2 + swatch), colour, colour or FAINT)
         for line in lines:
-            draw.text((indent, top), line, INK if colour else FAINT, _font())
+            draw.text((indent, top), line, INK if colour else FAINT, load_font())
             top += line_height
     return page
 
@@ -264,7 +264,7 @@ def fit(picture: Image, width: int, height: int) -> Image:
 def side_by_side(pictures: Sequence[Image], gap: int = 0, margin: int = 0) -> Image:
     """Pictures in a row, aligned at their tops, with a gap between them and a margin around."""
     width = sum(picture.width for picture in pictures) + (len(pictures) - 1) * gap
-    page, _ = _blank(width + 2 * margin, max(picture.height for picture in pictures) + 2 * margin)
+    page, _ = blank_page(width + 2 * margin, max(picture.height for picture in pictures) + 2 * margin)
     left = margin
     for picture in pictures:
         page.paste(picture, (left, margin))
@@ -276,7 +276,7 @@ def stack(pictures: Sequence[Image], *, gap: int | None = None, margin: int = 0)
     """Pictures below one another, aligned at their left; the gap between them is the margin unless it is given."""
     gap = margin if gap is None else gap
     height = sum(picture.height for picture in pictures) + (len(pictures) - 1) * gap
-    page, _ = _blank(max(picture.width for picture in pictures) + 2 * margin, height + 2 * margin)
+    page, _ = blank_page(max(picture.width for picture in pictures) + 2 * margin, height + 2 * margin)
     top = margin
     for picture in pictures:
         page.paste(picture, (margin, top))
@@ -289,7 +289,7 @@ def wrap_text(text: str, width: int, font_size: int = _FONT_SIZE, *, break_words
 
     A word too long for a line has one to itself, or with ``break_words`` is broken.
     """
-    font = _font(font_size)
+    font = load_font(font_size)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -318,7 +318,8 @@ def bare_letters(text: str) -> str:
 
 
 @cache
-def _font(size: int = _FONT_SIZE) -> Font:
+def load_font(size: int = _FONT_SIZE) -> Font:
+    """The font that comes with Pillow; it has no accents (see ``bare_letters``)."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
@@ -330,7 +331,7 @@ def _on(picture: Image) -> ImageDraw:
     return ImageDraw.Draw(picture)
 
 
-def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
+def blank_page(width: int, height: int) -> tuple[Image, ImageDraw]:
     """Paper, and what draws on it."""
     from PIL import Image
 

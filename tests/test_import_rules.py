@@ -25,6 +25,7 @@ FOUNDATION = {
     "command",
     "io",
     "draw",
+    "chart",
 }
 MAY_IMPORT = {
     "constants": set(),
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "command": {"messages"},
     "io": {"messages"},
     "draw": {"geometry"},
+    "chart": {"draw"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "eval", "recipes"},

@@ -38,6 +38,10 @@ class EvaluationStopped(Exception):  # noqa: N818
     """An evaluation was given up, because the run was asked to stop."""
 
 
+class ScoringStopped(Exception):  # noqa: N818
+    """Scores of tasks were given up, because the run was asked to stop."""
+
+
 class _Program:
     """What a program that listens knows of signals outside of training."""
 
@@ -137,6 +141,11 @@ class StopRequest(AbstractContextManager):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop; the others may not know yet."""
+        return self._listening and self._received is not None
 
     def agree(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; every rank must call it at the same place."""

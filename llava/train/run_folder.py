@@ -25,14 +25,15 @@ from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import CHECKSUMS, RUN_IDENTITY, is_auto, is_resume_asked, list_checkpoints, remove_leftovers
 from llava.train.distributed import broadcast_from_rank0
 from llava.train.nan_check import BAD_STEP_RUN
+from llava.train.score_table import SCORE_FILES
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
-_MODEL_FILES = (
-    *_WEIGHTS, "config.json", "generation_config.json", "adapter_config.json", "non_lora_trainables.*",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "training_args.bin",
+_RUN_FILES = (
+    *_WEIGHTS, *SCORE_FILES, BAD_SAMPLES_FILE, "config.json", "generation_config.json", "adapter_config.json",
+    "non_lora_trainables.*", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "training_args.bin",
 )  # fmt: skip
 # A run's marks come last: whoever is ended in between finds, the next time, that a run lay here.
 _MARKS = (TRAINER_STATE_NAME, RUN_IDENTITY)
@@ -172,7 +173,7 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
         )
     folders = [path for path in list_checkpoints(folder) if _is_checkpoint(path)]
     folders += [path for path in folder.glob("bad_step-*") if (path / BAD_STEP_RUN).is_file()]
-    files = [path for pattern in (*_MODEL_FILES, BAD_SAMPLES_FILE) for path in folder.glob(pattern) if path.is_file()]
+    files = [path for pattern in _RUN_FILES for path in folder.glob(pattern) if path.is_file()]
     going = {path.resolve() for path in (*folders, *files)}
     for flag, source in sources.items():
         place = Path(source).resolve() if source else None

@@ -52,7 +52,7 @@ from llava.train.evaluation import (
 from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
-from llava.train.preemption import EvaluationStopped, StopRequest
+from llava.train.preemption import EvaluationStopped, ScoringStopped, StopRequest
 from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
 from llava.train.saving import CheckpointWriter
 
@@ -292,6 +292,8 @@ class LlavaTrainer(Trainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except EvaluationStopped:
             return self._leave_evaluation()
+        except ScoringStopped:  # Before the first step: the checkpoint that is gone on from has everything.
+            return self._leave()
         finally:
             self.args.save_total_limit = limit  # see log
 
@@ -302,6 +304,9 @@ class LlavaTrainer(Trainer):
             # The exception has left transformers' loop, whose last calls of callbacks are made up for here.
             self.checkpoints.write_checkpoint()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return self._leave()
+
+    def _leave(self) -> TrainOutput:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.is_in_train = False
         return TrainOutput(self.state.global_step, math.nan, {})

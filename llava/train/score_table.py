@@ -1,0 +1,200 @@
+"""The scores of a run in its folder: two tables in CSV and a chart, which are whole after a kill and a resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from llava.chart import Line, Point, draw_chart
+from llava.draw import bare_letters, stack
+from llava.io import write_beside
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+SCORES, SCORE_GROUPS, SCORE_CHART = "scores.csv", "scores_by_group.csv", "scores.png"
+SCORE_FILES = (SCORES, SCORE_GROUPS, SCORE_CHART)
+"""What scoring leaves in a run's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """The score of a task at a step.
+
+    Attributes:
+        step: of training, whose weights were scored.
+        words: that were trained on until then; None where they are not counted.
+        task: its name.
+        score: the task's official score.
+        adjusted: the same with ties as chance makes them.
+        ties: items whose best candidates are equally probable.
+        items: that were scored.
+        low, high: ends of the interval of ``score`` at 95 %, by bootstrap over items.
+        chance: the score of guessing; None where there is none.
+        metric: what ``score`` is.
+    """
+
+    step: int
+    words: int | None
+    task: str
+    score: float
+    adjusted: float | None
+    ties: int
+    items: int
+    low: float | None
+    high: float | None
+    chance: float | None
+    metric: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """The score of some items of a task at a step, those of one paradigm or one field: ``name`` of a ``kind``."""
+
+    step: int
+    words: int | None
+    task: str
+    kind: str
+    name: str
+    score: float
+    adjusted: float | None
+    ties: int
+    items: int
+
+
+Row = TypeVar("Row", ScoreRow, GroupRow)
+
+
+@dataclass
+class ScoreTable:
+    """The tables of a run, read and written by its first rank alone.
+
+    Attributes:
+        folder: of the run.
+        rows, groups: in the order in which they were scored.
+    """
+
+    folder: Path
+    rows: list[ScoreRow] = field(default_factory=list)
+    groups: list[GroupRow] = field(default_factory=list)
+
+    def check(self) -> None:
+        """A ValueError where a file of the tables' names is none that a run has written."""
+        _read(self.folder / SCORES, ScoreRow), _read(self.folder / SCORE_GROUPS, GroupRow)
+
+    def begin(self, step: int) -> None:
+        """Take up the tables of a run that goes on behind a step: what was scored later will be scored again.
+
+        At step 0 nothing is kept.
+        """
+        rows, groups = _read(self.folder / SCORES, ScoreRow), _read(self.folder / SCORE_GROUPS, GroupRow)
+        self.rows = [row for row in rows if row.step <= step and step]
+        # Groups are written first: without the row of their task, the process ended between the two.
+        known = {(row.step, row.task) for row in self.rows}
+        self.groups = [group for group in groups if (group.step, group.task) in known]
+        if len(self.rows) < len(rows) or len(self.groups) < len(groups):
+            self._write()
+        if not self.rows:
+            for name in SCORE_FILES:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def tasks_at(self, step: int) -> set[str]:
+        """The tasks that were scored at a step."""
+        return {row.task for row in self.rows if row.step == step}
+
+    def add(self, row: ScoreRow, groups: Sequence[GroupRow]) -> None:
+        """Add a task's score, and write the tables and the chart, each whole or not at all."""
+        before = next((old for old in reversed(self.rows) if old.task == row.task), None)
+        if before is not None and before.items != row.items:
+            logger.warning(
+                "%s: %s has %d items at step %d, and %d at step %d: the data or --score_fast changed, and the two "
+                "scores are not of the same items", SCORES, row.task, before.items, before.step, row.items, row.step
+            )  # fmt: skip
+        self.rows.append(row)
+        self.groups += groups
+        self._write()
+
+    def _write(self) -> None:
+        _write_csv(self.folder / SCORE_GROUPS, GroupRow, self.groups)
+        _write_csv(self.folder / SCORES, ScoreRow, self.rows)
+        if self.rows:
+            chart = draw_scores(self.rows, self.folder.name)
+            with write_beside(self.folder / SCORE_CHART) as beside:
+                chart.save(beside, format="PNG")
+
+
+def draw_scores(rows: Sequence[ScoreRow], name: str) -> Image:
+    """The chart: a panel for each metric, against words on a logarithmic axis or, uncounted, against steps."""
+    counted = all(row.words for row in rows)
+    panels: list[Image] = []
+    for metric in dict.fromkeys(row.metric for row in rows):
+        mine = [row for row in rows if row.metric == metric]
+        lines = [
+            Line(task, [_point(row, counted) for row in sorted(mine, key=lambda row: row.step) if row.task == task])
+            for task in dict.fromkeys(row.task for row in mine)
+        ]
+        chances: dict[float, list[str]] = {}
+        for row in mine:
+            if row.chance is not None and row.task not in chances.setdefault(row.chance, []):
+                chances[row.chance].append(row.task)
+        # One for all is named by its height alone.
+        levels = [
+            (chance, f"chance, {chance:g}" + (f": {', '.join(tasks)}" if len(tasks) < len(lines) else ""))
+            for chance, tasks in chances.items()
+        ]
+        title = f"Scores of {bare_letters(name)}" if not panels else ""
+        x_label = "words trained on (logarithmic)" if counted else "steps (logarithmic)"
+        limits = (0.0, 100.0) if metric.endswith("%") else (-1.0, 1.0)
+        panels.append(draw_chart(lines, title, x_label, metric, log_x=True, levels=levels, y_limits=limits))
+    return stack(panels, gap=0)
+
+
+def _point(row: ScoreRow, counted: bool) -> Point:
+    return Point(float(row.words or 1) if counted else max(row.step, 1), row.score, row.low, row.high)
+
+
+def _write_csv(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column.name for column in fields(kind)])
+    writer.writerows(["" if value is None else value for value in astuple(row)] for row in rows)
+    with write_beside(path) as beside:
+        beside.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _read(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a table that a run has written; none where there is no file.
+
+    Raises:
+        ValueError: it is another file of that name, or a row of it was changed.
+    """
+    if not path.exists():
+        return []
+    columns = get_type_hints(kind)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            head, *lines = csv.reader(file)
+            if head != list(columns):
+                raise ValueError(f"its columns are {', '.join(head)}")
+            kinds = list(columns.values())
+            return [kind(*(_parse(*pair) for pair in zip(line, kinds, strict=True))) for line in lines]
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is none that a run's scores were written to, or was changed ({error}); move it away, or give "
+            "another --output_dir"
+        ) from error
+
+
+def _parse(cell: str, kind: object) -> Any:
+    if kind is str:
+        return cell
+    if not cell and kind in (int | None, float | None):
+        return None
+    return int(cell) if kind in (int, int | None) else float(cell)
