@@ -152,7 +152,8 @@ def test_layers():
 
 def test_only_the_arguments_read_the_environment():
     breaches = find_breaches(check_environment)
-    allowed = [breach for breach in breaches if breach.startswith("llava.train.arguments:")]
+    # The second reads nothing: it hands the environment on to the commands that it starts, with one folder more.
+    allowed = [b for b in breaches if b.startswith(("llava.train.arguments:", "llava.eval.study.prepare:"))]
     assert allowed, "this test no longer sees what it looks for"
     assert [breach for breach in breaches if breach not in allowed] == []
 

@@ -1,0 +1,1 @@
+"""Studies: variants of a recipe, each trained with several seeds, scored, and compared with a baseline."""

@@ -1,0 +1,164 @@
+"""The scores of a study's models, with what each item counted, so that models can be compared item by item."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from llava.eval.study.cells import read_trained
+from llava.eval.study.plan import Cell, ScorePlan, Study
+from llava.io import hash_json, write_json
+
+FINAL = "final"
+"""The name of a trained model's scores; those of milestones are named as their folders."""
+_MILESTONE = re.compile(r"chck_(\d+(?:\.\d+)?)([kKMG]?)")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+class TaskScores(TypedDict):
+    """A model's scores on a task; shares from 0 to 1.
+
+    ``outcomes`` has for each group of items what each counted: 1 right, 0 wrong, 1/k where k candidates tied.
+    ``items_hash`` tells whether two models were scored on the same items.
+    """
+
+    official: float
+    adjusted: float
+    ties: float
+    num_items: int
+    groups: dict[str, float]
+    outcomes: dict[str, list[float]]
+    items_hash: str
+
+
+class ModelScores(TypedDict):
+    """What a file of scores holds; ``settings`` are those that they were made with."""
+
+    words: int | None
+    settings: dict[str, object]
+    tasks: dict[str, TaskScores]
+
+
+def score_cell(study: Study, cell: Cell, show: Callable[[str], None]) -> None:
+    """Score a trained cell, and its milestones if asked for; what is scored with these settings stays."""
+    assert study.score is not None
+    run = study.run_folder(cell)
+    words = read_trained(study, cell)["words"]
+    todo: list[tuple[str, Path, int | None]] = [(FINAL, run, words)]
+    if study.score.milestones:
+        todo = [*((path.name, path, count) for count, path in find_milestones(run)), *todo]
+    for name, folder, count in todo:
+        if name in list_scored(study, cell):
+            continue
+        show(f"scoring {name}")
+        tasks = score_model(study, study.score, folder, _labelled(f"scoring {name}", show))
+        content: ModelScores = {"words": count, "settings": settings(study, study.score), "tasks": tasks}
+        path = scores_file(study, cell, name)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, content)
+
+
+def _labelled(label: str, show: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: show(f"{label}, {text}")
+
+
+def settings(study: Study, plan: ScorePlan) -> dict[str, object]:
+    """What scores depend on beside the model."""
+    return {"data": list(plan.data), "tasks": list(plan.tasks), "fast": plan.fast, "seed": plan.seed}
+
+
+def find_milestones(run: Path) -> list[tuple[int, Path]]:
+    """The milestones of a run, with the words that their names tell, fewest first."""
+    found = []
+    for path in run.glob("chck_*"):
+        if match := _MILESTONE.fullmatch(path.name):
+            found.append((round(float(match[1]) * _UNITS[match[2]]), path))
+    return sorted(found)
+
+
+def scores_file(study: Study, cell: Cell, name: str) -> Path:
+    return study.folder(cell) / "scores" / f"{name}.json"
+
+
+def list_scored(study: Study, cell: Cell) -> list[str]:
+    """Names of the scores that a cell has, made with the settings of the study as it is now."""
+    assert study.score is not None
+    folder = study.folder(cell) / "scores"
+    return [path.stem for path in sorted(folder.glob("*.json"))
+            if read_scores(study, cell, path.stem)["settings"] == settings(study, study.score)]  # fmt: skip
+
+
+def read_scores(study: Study, cell: Cell, name: str) -> ModelScores:
+    content: ModelScores = json.loads(scores_file(study, cell, name).read_text(encoding="utf-8"))
+    return content
+
+
+def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str], None]) -> dict[str, TaskScores]:
+    """Score one model on all tasks.
+
+    Args:
+        folder: of the model.
+        show: gets the lines of the progress.
+
+    Raises:
+        ValueError: a task is not found, or the model cannot be scored.
+    """
+    from importlib import import_module
+
+    from llava.registry import import_plugins
+
+    tasks, likelihood = import_module("llava.eval.babylm.tasks"), import_module("llava.eval.likelihood")
+
+    if study.plugins:
+        if str(study.here) not in sys.path:
+            sys.path.insert(0, str(study.here))
+        import_plugins(study.plugins)
+    found = tasks.find_tasks([study.fill(path) for path in plan.data], plan.tasks)
+    scorer = likelihood.LikelihoodScorer.from_folder(str(folder))
+    scores: dict[str, TaskScores] = {}
+    for data in found.tasks:
+        items = tasks.read_items(data, plan.fast, plan.seed)
+        counted = _Counter(f"{data.name}", len(items), show)
+        told = scorer.score([item.choice for item in items], counted)
+        result = tasks.summarize(data, items, told)
+        scores[data.name] = {
+            "official": result.official,
+            "adjusted": result.adjusted,
+            "ties": result.ties / len(items),
+            "num_items": len(items),
+            "groups": {row.name: row.score for row in result.rows},
+            "outcomes": group_outcomes([(item.uid, item.gold) for item in items], told),
+            "items_hash": hash_json([[item.uid, [c.text for c in item.choice.candidates]] for item in items], 16),
+        }
+    return scores
+
+
+class _Counter:
+    """Tells every tenth of the items."""
+
+    def __init__(self, name: str, total: int, show: Callable[[str], None]) -> None:
+        self.name, self.total, self.show, self.done, self.told = name, total, show, 0, 0
+
+    def __call__(self, number: int) -> None:
+        self.done += number
+        if (tenth := 10 * self.done // max(self.total, 1)) > self.told:
+            self.told = tenth
+            self.show(f"{self.name} {self.done:,} of {self.total:,}")
+
+
+def group_outcomes(items: Sequence[tuple[str, int]], scores: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """What each item counts, by group: 1 right, 0 wrong, 1/k where the right one is among k that tie.
+
+    Args:
+        items: group and index of the right candidate.
+        scores: of the candidates of each.
+    """
+    outcomes: dict[str, list[float]] = {}
+    for (group, gold), told in zip(items, scores, strict=True):
+        best = [index for index, score in enumerate(told) if score == max(told)]
+        outcomes.setdefault(group, []).append(1 / len(best) if gold in best else 0.0)
+    return outcomes
