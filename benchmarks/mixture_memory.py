@@ -74,7 +74,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def measure(folder: Path, num_workers: int, num_batches: int, lengths: bool) -> dict[str, Any]:
     """One line of the table, in this process and its workers."""
-    from llava.data.dataset import make_supervised_data_module
+    from llava.data.module import make_supervised_data_module
     from llava.model.vocabulary import load_tokenizer
     from llava.train.arguments import DataArguments
 

@@ -56,7 +56,7 @@ from transformers import Dinov2Config, GPT2Config, GPT2Model, PreTrainedTokenize
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import make_supervised_data_module
+from llava.data.module import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
 from llava.model.vocabulary import add_visual_tokens

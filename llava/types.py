@@ -93,6 +93,33 @@ class VisualInput:
 
 
 @dataclass(frozen=True)
+class Exposure:
+    """What a sample presents to the model each time that it is trained on."""
+
+    source: int = 0  # the number of its data file, see dataset_stats.sources_of
+    samples: int = 1  # a chunk of a text is one as well
+    words: int = 0  # see data/words.py
+    answer_words: int = 0  # those of the assistant's turns
+    tokens: int = 0  # positions, visual ones included
+    supervised_tokens: int = 0  # those that are predicted and learned
+    images: int = 0
+    videos: int = 0
+    video_ms: int = 0  # milliseconds that its clips, or the parts of them that are meant, last together
+    cut_samples: int = 0  # 1 where text was cut off
+    cut_words: int = 0  # that were cut off
+    cut_tokens: int = 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """All of it but the source."""
+        return tuple(vars(self).values())[1:]
+
+
+EXPOSURE_COUNTS = tuple(Exposure.__dataclass_fields__)[1:]
+"""The names of ``Exposure.counts``."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One tokenised sample."""
 
@@ -102,6 +129,7 @@ class Example:
     media: list[VisualInput] = field(default_factory=list)  # in reading order
     coordinates: Coordinates = NO_COORDINATES  # in the tower's square
     num_cut: int = 0  # tokens of the text that were cut off, for which the context had no room
+    exposure: Exposure | None = None  # what a run's budget counts of it; None where nobody says
 
 
 @dataclass(frozen=True)
@@ -143,7 +171,7 @@ class BadSampleError(ValueError):
 
 
 class Batch(TypedDict, total=False):
-    """What the collator returns and, but for the last three, ``forward`` takes; rows are samples."""
+    """What the collator returns and, but for the last four, ``forward`` takes; rows are samples."""
 
     input_ids: Tensor  # int64 (batch, length)
     labels: Tensor  # int64 (batch, length)
@@ -157,3 +185,4 @@ class Batch(TypedDict, total=False):
     sample_ids: list[str]  # of the rows; none for the one row of an empty batch
     bad_samples: list[BadSample]  # those that have no row; absent without any
     num_cut: list[int]  # tokens that each row has lost; absent where nothing was cut
+    exposure: list[Exposure]  # of each row; absent where nobody says

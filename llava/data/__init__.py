@@ -13,10 +13,12 @@ media.py          a file                -> squares of an image or of sampled fra
 placeholders.py   turns                 -> text with visual spans and the times of frames
 formats/          turns                 -> ids and labels, in one of the formats
 dataset.py        Record                -> Example
-dataset_stats.py  all Records           -> their lengths, media, coordinates and targets
+dataset_stats.py  all Records           -> their lengths, words, media, coordinates and targets
+words.py          text                  -> how many words of it a sample presents
 chunking.py       a long text           -> samples of the context's length
 samplers.py       indices of samples    -> steps in order, and each rank's share of them
 collator.py       Examples              -> Batch
+module.py         the flags about data  -> data sets and collator
 check.py          Records               -> which media are missing or cannot be decoded, also a command
 localized_narratives/ rows of Localized Narratives -> data files, a command
 """

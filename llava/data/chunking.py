@@ -26,11 +26,13 @@ from llava.data.dataset_stats import (
     count_coordinates,
     count_cut_tokens,
     count_media,
+    count_presented_words,
     describe_lengths,
 )
 from llava.data.formats.base import label_segments
 from llava.data.index import Mixture, RecordSequence
-from llava.types import BadSample, Example, Record
+from llava.data.words import count_begun, expose_chunk, words_of_turns
+from llava.types import BadSample, Example, Exposure, Record
 
 NONE, DOCUMENT = "none", "document"
 TEXT_CHUNKING = (NONE, DOCUMENT)
@@ -43,9 +45,16 @@ class Documents(TokenizedRecords, Protocol):
     early_mix_text: bool
 
     @property
+    def sources(self) -> list[str]: ...
+
+    @property
     def lengths(self) -> NDArray[np.int32]: ...
 
     def __getitem__(self, index: int) -> Example | BadSample: ...
+
+    def expose(self, record: Record, labels: list[int]) -> Exposure: ...
+
+    def measure(self, index: int) -> Exposure | None: ...
 
 
 D = TypeVar("D", bound=Documents)
@@ -90,7 +99,7 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker maps the tokens itself.
-        return {name: value for name, value in vars(self).items() if name != "_tokens"}
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_begun")}
 
     def locate(self, index: int) -> tuple[int, int]:
         """The document of a sample, and which of its chunks it is."""
@@ -115,7 +124,41 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
         ids = self._tokens[first : min(first + size, end)].tolist()
         # The first token was learned at the end of the chunk before.
         labels = [IGNORE_INDEX, *ids[1:]] if number else list(ids)
-        return Example(chunk_id(self.documents.records[document], number), ids, labels)
+        record = self.documents.records[document]
+        return Example(chunk_id(record, number), ids, labels, exposure=self._expose(record, place, number, labels))
+
+    def _expose(self, record: Record, place: int, number: int, labels: list[int]) -> Exposure:
+        """What a chunk of a text presents: the words that begin in it."""
+        first = int(self._first_chunks[place])
+        begun, behind = self._begun[first + number : first + number + 2].tolist()
+        if number + 1 == self._counts[self._long[place]]:  # What stands there is the next text's.
+            behind = sum(words_of_turns(self.documents.text_format, record.turns))
+        return expose_chunk(self.documents.expose(record, labels), self.documents.text_format, record, begun, behind)
+
+    def measure(self, index: int) -> Exposure | None:
+        """What ``self[index]`` presents to a model; None for a bad sample."""
+        document, _ = self.locate(index)
+        if self._counts[document] == 1:
+            return self.documents.measure(document)
+        chunk = self[index]
+        assert isinstance(chunk, Example)
+        return chunk.exposure
+
+    @property
+    def sources(self) -> list[str]:
+        """What samples are counted under, by the number of their ``Exposure.source``."""
+        return self.documents.sources
+
+    @property
+    def presented_words(self) -> NDArray[np.int64]:
+        """As ``count_presented_words``, of each sample: int64 (2, samples)."""
+        of_documents = count_presented_words(self.documents)  # (2, documents)
+        words = np.repeat(np.where(self.is_whole, of_documents, of_documents[1]), self._counts, axis=1)
+        for place, document in enumerate(self._long.tolist()):
+            first, count = int(self._first_chunks[place]), int(self._counts[document])
+            begun = [*self._begun[first : first + count].tolist(), int(of_documents[1, document])]
+            words[:, self._ends[document] - count : self._ends[document]] = np.diff(begun)
+        return words
 
     @property
     def records(self) -> Sequence[Record]:
@@ -140,6 +183,36 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
                 raise ValueError(f"{record}: has {len(ids)} tokens, but was counted with {end - start}")
             tokens[start:end] = ids
         return tokens
+
+    @cached_property
+    def _first_chunks(self) -> NDArray[np.int64]:
+        """Where the chunks of each long text begin among those of all, int64 (long + 1,)."""
+        return np.concatenate(([0], np.cumsum(self._counts[self._long])))
+
+    @cached_property
+    def _begun(self) -> NDArray[np.int32]:
+        """Words of a text that have begun before each of its chunks, int32 (chunks of long texts + 1,)."""
+        records, length = self.documents.records, int(self._first_chunks[-1]) + 1
+        if not isinstance(records, Mixture):
+            return self._count_begun()
+        key = [1, *describe_lengths(self.documents), self.documents.max_length]
+        return records.computed("begun", key, np.int32, self._count_begun, length=length)
+
+    def _count_begun(self) -> NDArray[np.int32]:
+        begun = np.zeros(int(self._first_chunks[-1]) + 1, np.int32)
+        step = self.documents.max_length - 1
+        for place, document in enumerate(self._long.tolist()):
+            start, end = self._offsets[place : place + 2].tolist()
+            tokens = self._tokens[start:end]
+            total = sum(words_of_turns(self.documents.text_format, self.documents.records[document].turns))
+            words = 0
+            # Chunk k learns what stands behind its first token, which belongs to the chunk before it.
+            for number in range(1, int(self._counts[document])):
+                learned = slice((number - 1) * step + (number > 1), number * step + 1)
+                lead = max(learned.start - 1, 0)
+                words += count_begun(self.documents.tokenizer, tokens[lead : learned.stop], learned.start - lead)
+                begun[self._first_chunks[place] + number] = min(words, total)
+        return begun
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

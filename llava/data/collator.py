@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX
 from llava.types import NO_COORDINATES, BadSample, Batch, Example
 
-_ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut")
+_ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut", "exposure")
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +62,8 @@ class SupervisedCollator:
             batch["variables"] = [example.coordinates.to_variables() for example in examples]
         if any(example.num_cut for example in examples):
             batch["num_cut"] = [example.num_cut for example in examples]
+        if exposure := [example.exposure for example in examples if example.exposure is not None]:
+            batch["exposure"] = exposure
         if bad_samples:  # Workers cannot write the log: the trainer does, from all ranks together.
             batch["bad_samples"] = bad_samples
         return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,23 @@ from torch.utils.data import Dataset
 
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import IGNORE_INDEX
-from llava.data.chunking import DOCUMENT, ChunkedDataset
-from llava.data.collator import SupervisedCollator
-from llava.data.dataset_stats import count_coordinates, count_cut_tokens, count_media, find_targets, measure_lengths
+from llava.data.dataset_stats import (
+    count_coordinates,
+    count_cut_tokens,
+    count_media,
+    count_presented_words,
+    find_targets,
+    list_sources,
+    measure_lengths,
+    number_sources,
+)
 from llava.data.formats import PLAIN_LM, Format, build_format
-from llava.data.formats.base import ContextError
+from llava.data.formats.base import ContextError, label_segments
 from llava.data.images import read_image_size
 from llava.data.media import load_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, in_reading_order, stand_in
-from llava.data.records import read_records
+from llava.data.words import count_kept_words, cut_exposure, expose
 from llava.grounding.samples import move_to_square
 from llava.types import (
     ERROR,
@@ -33,6 +40,7 @@ from llava.types import (
     BadSampleError,
     Coordinates,
     Example,
+    Exposure,
     Record,
     Turn,
     VisualInput,
@@ -111,8 +119,20 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         self.check_usable(record)
         media = self.load_media(record)
-        ids, labels, num_cut = self._encode(record, media)
-        return Example(record.id, ids, labels, media, self._place(record, media), num_cut)
+        ids, labels, exposure = self._encode(record, media)
+        return Example(record.id, ids, labels, media, self._place(record, media), exposure.cut_tokens, exposure)
+
+    def measure(self, index: int) -> Exposure | None:
+        """What ``self[index]`` presents to a model, by its media's files only where it must be; None for a bad sample.
+
+        Raises:
+            ValueError: as for ``self[index]``.
+        """
+        record = self.records[index]
+        if self.on_bad_sample == SKIP or any(media.kind == "video" for media in record.media):
+            example = self[index]  # How long a clip is, and whether a file is bad, shows when it is opened.
+            return example.exposure if isinstance(example, Example) else None
+        return self._encode(record)[2]
 
     def check_model(self, record: Record) -> None:
         """A ValueError that names the record if it has what the model does not know: media, or coordinates."""
@@ -158,8 +178,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.check_usable(record)
         return self._encode(record)[:2]
 
-    def _encode(self, record: Record, media: Sequence[VisualInput] | None = None) -> tuple[list[int], list[int], int]:
-        """Ids, labels and number of cut tokens of a record; without its decoded media as for ``tokenize``."""
+    def _encode(
+        self, record: Record, media: Sequence[VisualInput] | None = None
+    ) -> tuple[list[int], list[int], Exposure]:
+        """Ids and labels of a record, and what of it they present; without its decoded media as for ``tokenize``."""
         if media is None:  # Videos count with the most frames that are sampled, see expand_placeholders.
             frame_counts, image_sizes = None, self.image_sizes(record)
         else:
@@ -167,15 +189,40 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             image_sizes = [m.original_size for m in media if m.kind == "image"]
         try:
             # Sentences with times first: they go before the placeholders of the turn, and these become spans.
-            turns = expand_placeholders(self.write_turns(record, media), self.vision, frame_counts, image_sizes)
-            ids, labels, num_cut = self.text_format.encode_sample(turns, self.max_length)
+            written = self.write_turns(record, media)
+            turns = expand_placeholders(written, self.vision, frame_counts, image_sizes)
+            segments, num_cut = self.text_format.encode_sample(turns, self.max_length)
         except ContextError as error:
             ways = [] if self.vision is None else self.vision.ways_to_shorten({media.kind for media in record.media})
             remedy = " or ".join(["raise --model_max_length (within the model's context)", *ways])
             raise ContextError(f"{record}: {error}; {remedy}") from error
         except ValueError as error:
             raise ValueError(f"{record}: {error}") from error
-        return ids, self.mask_input_coordinates(labels), num_cut
+        ids, labels = label_segments(segments)
+        labels = self.mask_input_coordinates(labels)
+        exposure = self.expose(record, labels, media or ())
+        if num_cut:
+            kept = count_kept_words(self.text_format, record.turns, written, segments)
+            exposure = cut_exposure(exposure, self.text_format, record.turns, kept, num_cut)
+        return ids, labels, exposure
+
+    def expose(self, record: Record, labels: list[int], media: Sequence[VisualInput] = ()) -> Exposure:
+        """What a record presents whose text is whole."""
+        return expose(self.text_format, record, labels, media, self._source_numbers.get(record.data_file, 0))
+
+    @cached_property
+    def _source_numbers(self) -> dict[str, int]:
+        return number_sources(self.records)
+
+    @property
+    def sources(self) -> list[str]:
+        """What samples are counted under, by the number of their ``Exposure.source``."""
+        return list(dict.fromkeys(list_sources(self.records).values()))
+
+    @property
+    def presented_words(self) -> NDArray[np.int64]:
+        """As ``count_presented_words``."""
+        return count_presented_words(self)
 
     def write_turns(self, record: Record, media: Sequence[VisualInput] | None = None) -> Sequence[Turn]:
         """The turns of a record, with the times of its videos' frames if ``add_time_instruction`` asks for them.
@@ -251,6 +298,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         counts = self.text_format.count_tokens(conversations)
         return [count + self.visual_tokens(record) for count, record in zip(counts, records, strict=True)]
 
+    def count_kept(self, record: Record) -> int:
+        """Words of a record that are left of its text once it is cut."""
+        return self._encode(record)[2].words
+
     def has_target(self, record: Record) -> bool:
         """Whether a record has anything to learn; a ValueError that names it if the format cannot write its turns."""
         try:
@@ -315,96 +366,3 @@ def check_room(dataset: SupervisedDataset, among: NDArray[np.bool_]) -> None:
         record = dataset.records[i]
         if not (open_ended and any(m.kind == "video" for m in record.media)):
             dataset.tokenize(record)
-
-
-AnyDataset = SupervisedDataset | ChunkedDataset[SupervisedDataset]
-
-
-class DataModule(TypedDict):
-    """What the trainer reads; a data set is None where no files were given for it."""
-
-    train_dataset: AnyDataset | None
-    eval_dataset: AnyDataset | None
-    data_collator: SupervisedCollator
-
-
-class DataSettings(Protocol):
-    """What is read of ``DataArguments``, which belong to training and are not imported here."""
-
-    data_path: list[str]
-    eval_data_path: list[str] | None
-    image_folder: str | None
-    video_folder: str | None
-    data_cache_dir: str | None
-    on_bad_sample: str
-    allow_duplicate_ids: bool
-    allow_outside_paths: bool
-    ignore_keys: list[str] | None
-    early_mix_text: bool
-    decode_timeout: float
-    media_limits: MediaLimits
-    text_chunking: str
-
-
-def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase,
-    data_args: DataSettings,
-    vision: VisionConfig | None,
-    max_length: int,
-    text_format: Format | None = None,
-    seed: int = 42,
-    grounding: GroundingConfig | None = None,
-) -> DataModule:
-    """Datasets and collator for the trainer.
-
-    Args:
-        tokenizer: of the model.
-        data_args: ``DataArguments`` (paths, folders, the folder of indexes).
-        vision: None for a model without vision.
-        max_length: most tokens of an example.
-        text_format: how conversations become ids and labels; ``plain_lm`` by default.
-        seed: of the random samples that a mixture asks for.
-        grounding: what coordinates are to the model; None for one without them.
-
-    Raises:
-        ValueError: a file is not as it should be, or samples have nothing to learn from.
-    """
-
-    chosen = text_format or build_format(PLAIN_LM, tokenizer)
-
-    def build(flag: str, paths: list[str] | None) -> AnyDataset | None:
-        if not paths:
-            return None
-        records = read_records(
-            paths,
-            data_args.image_folder,
-            data_args.video_folder,
-            cache_dir=data_args.data_cache_dir,
-            seed=seed,
-            on_bad_sample=data_args.on_bad_sample,
-            allow_duplicate_ids=data_args.allow_duplicate_ids,
-            flag=f"--{flag}",
-            allow_outside_paths=data_args.allow_outside_paths,
-            ignore_keys=data_args.ignore_keys or (),
-        )
-        dataset = SupervisedDataset(
-            records,
-            tokenizer,
-            vision,
-            max_length,
-            early_mix_text=data_args.early_mix_text,
-            text_format=chosen,
-            on_bad_sample=data_args.on_bad_sample,
-            decode_timeout=data_args.decode_timeout,
-            limits=data_args.media_limits,
-            grounding=grounding,
-        )
-        check_samples(dataset)
-        # Checked before it is chunked: an error names the sample of the file.
-        return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
-
-    return {
-        "train_dataset": build("data_path", data_args.data_path),
-        "eval_dataset": build("eval_data_path", data_args.eval_data_path),
-        "data_collator": SupervisedCollator(tokenizer.pad_token_id),
-    }

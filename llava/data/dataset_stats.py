@@ -1,12 +1,15 @@
-"""Dataset statistics: lengths, cut tokens, media, coordinates and targets of all samples, before any is decoded.
+"""Dataset statistics: lengths, cut tokens, words, media, coordinates and targets of all samples, before any is decoded.
 
 Each is an array with one number a sample. Those of indexed data are computed once and mapped from then on.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RECORDS_AT_ONCE = 1000
+_MOST_SOURCES = 100
+"""Data files that are counted one by one; of more of them, their folders are."""
 _MANY = 100_000
 """Records from which on going through all of them is shown with a progress bar."""
 
@@ -38,6 +43,8 @@ class TokenizedRecords(Protocol):
     def has_target(self, record: Record) -> bool: ...
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]: ...
+
+    def count_kept(self, record: Record) -> int: ...
 
 
 def count_media(records: Sequence[Record]) -> NDArray[np.int32]:
@@ -98,6 +105,57 @@ def describe_lengths(dataset: TokenizedRecords) -> list[Any]:
     words = [type(tokenizer).__name__, vocabulary, tokenizer.bos_token, tokenizer.eos_token]
     vision = None if dataset.vision is None else asdict(dataset.vision)
     return [words, dataset.text_format.fingerprint, vision, dataset.on_bad_sample]
+
+
+def count_presented_words(dataset: TokenizedRecords) -> NDArray[np.int64]:
+    """Words that each sample presents, those cut off left out, and how many the file has of it: int64 (2, samples).
+
+    No media are opened: exact but for videos whose number of frames shows only then.
+    """
+    whole = _numbers(dataset.records, "num_words").astype(np.int64)  # (samples,)
+    if not dataset.text_format.writes_user_text:
+        whole -= _numbers(dataset.records, "num_user_words")
+    whole[_find_bad(dataset.records)] = 0
+    if not (cut := count_cut_tokens(dataset) > 0).any():
+        return np.stack([whole, whole])
+
+    def count_kept(records: Sequence[Record]) -> list[int]:
+        return [dataset.count_kept(record) for record in records]
+
+    key = [1, *describe_lengths(dataset), dataset.max_length]
+    kept = _ask_all(dataset, "kept", key, np.int32, count_kept, 0, "counting words of long samples", lambda: cut)
+    return np.stack([np.where(cut, kept, whole), whole])
+
+
+def list_sources(records: Sequence[Record]) -> dict[str, str]:
+    """What the samples of each data file are counted under, by the file's full path, in the order of the data.
+
+    It is the file's name, or as much of its path as tells it from the others; of very many files, that of their folder.
+    """
+    if not isinstance(records, Mixture):
+        return {"": "data"}
+    files = list(dict.fromkeys(os.path.abspath(part.label) for part in records.parts))
+    places = files if len(files) <= _MOST_SOURCES else [os.path.dirname(file) for file in files]  # noqa: PTH120
+    names = _shorten(list(dict.fromkeys(places)))
+    return {file: names[place] for file, place in zip(files, places, strict=True)}
+
+
+def _shorten(paths: Sequence[str]) -> dict[str, str]:
+    """The last parts of each path, as many as it takes for all to differ."""
+    parts = {path: PurePath(path).parts for path in paths}
+    named: dict[str, str] = {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        tails = {path: "/".join(of_path[-depth:]) for path, of_path in parts.items()}
+        counts = Counter(tails.values())
+        named |= {path: tail for path, tail in tails.items() if counts[tail] == 1 and path not in named}
+    return {path: named.get(path, path) for path in paths}
+
+
+def number_sources(records: Sequence[Record]) -> dict[str, int]:
+    """The number of the source of each data file, by the file's full path; names in their order, each once."""
+    names = list_sources(records)
+    order = list(dict.fromkeys(names.values()))
+    return {file: order.index(name) for file, name in names.items()}
 
 
 def _numbers(records: Sequence[Record], name: str) -> NDArray[np.int32]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
 from llava.data.cache import append_footer, open_array, open_or_write, read_footer
+from llava.data.words import count_words
 from llava.io import hash_json
 from llava.types import NO_COORDINATES, Coordinates, Media, MediaKind, Record, Turn
 
@@ -38,8 +39,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
-NUMBERS = ("num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates")
+VERSION = 3
+NUMBERS = (
+    "num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates", "num_words", "num_user_words",
+    "num_answer_words",
+)  # fmt: skip
 """Columns beside the record itself, for questions about all records at once."""
 
 _RECORDS_AT_ONCE = 4096
@@ -176,12 +180,16 @@ def _write_stream(records: Iterable[Record], sink: pa.NativeFile) -> tuple[dict[
     return faults, hashes
 
 
-def count_parts(record: Record) -> tuple[int, int, int, int, int]:
+def count_parts(record: Record) -> tuple[int, ...]:
     """The ``NUMBERS`` of a record."""
     kinds = [media.kind for media in record.media]
     text_bytes = sum(len(turn.text.encode()) for turn in record.turns)
     num_coordinates = sum(map(len, vars(record.coordinates).values()))
-    return kinds.count("image"), kinds.count("video"), len(record.turns), text_bytes, num_coordinates
+    words = {"user": 0, "assistant": 0, "system": 0}
+    for turn in record.turns:
+        words[turn.role] += count_words(turn.text)
+    of_text = (len(record.turns), text_bytes, num_coordinates, sum(words.values()), words["user"], words["assistant"])
+    return kinds.count("image"), kinds.count("video"), *of_text
 
 
 def _find_repeated(store: RecordStore, faults: Iterable[int], hashes: array[int]) -> dict[int, int]:

@@ -28,6 +28,7 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
+from llava.train.milestones import parse_milestones, parse_words
 from llava.train.progress_arguments import ScoringArguments
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
@@ -311,6 +312,20 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
     """Stop where a loss or the gradient is NaN or infinite, before the weights are, and leave the batch in
     OUTPUT_DIR/bad_step-N with the command that replays it (default true)."""
 
+    num_train_epochs: float | None = None  # type: ignore[assignment]
+    """Passes over the data (default: 3, or as many as --word_limit takes)."""
+
+    # --- words ---
+    word_limit: str | None = None
+    """End the run, finished, with the step that brings the words it has trained on to this number: 10M, 200k, 1_000_000
+    (docs/running.md says what counts). Without --max_steps and --num_train_epochs the learning rate's schedule ends
+    there too."""
+    milestones: str | None = None
+    """Leave the model in OUTPUT_DIR/chck_1M, chck_2M, ... at the first step that brings the words trained on to each of
+    these numbers: strict_small or strict, those of BabyLM's tracks, or a list such as 1M,2M,500k."""
+    milestone_optimizer: bool = False
+    """Give milestones what a run needs to go on from them too, as checkpoints have it."""
+
     # --- evaluation ---
     do_eval: bool | None = None  # type: ignore[assignment]
     """Evaluate when training has ended, or alone with --do_train false (default: where --eval_data_path is given and
@@ -339,6 +354,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
         check_spelling(self)
+        self._read_words()
         # Checked before it: what transformers would fail on without naming a flag. After it: what it has read.
         asked_to_evaluate = self.do_eval
         with warnings.catch_warnings():
@@ -359,6 +375,15 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
             self.ddp_find_unused_parameters = False
         self._check_lora()
         self.check_scoring()
+
+    def _read_words(self) -> None:
+        """Read the numbers of words, and what is to say how long the run is."""
+        self.word_limit_number = None if self.word_limit is None else parse_words(str(self.word_limit), "--word_limit")
+        self.milestone_numbers = [] if self.milestones is None else parse_milestones(self.milestones)
+        # The number of steps is then set once the data are read, see budget.py.
+        self.lasts_for_words = self.word_limit is not None and self.max_steps <= 0 and self.num_train_epochs is None
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
 
     def _check_lora(self) -> None:
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
@@ -391,7 +416,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
 
 def scheduler_job() -> tuple[str, int]:
     """Slurm's number of the job that this process is in, and how often it was requeued; "" and 0 outside of one."""
-    # run_folder.py tells by it that an earlier start of this job, which holds the lock, is gone.
+    # run_lock.py tells by it that an earlier start of this job, which holds the lock, is gone.
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
 

@@ -35,6 +35,8 @@ RUN_IDENTITY = "run_identity.json"
 
 _STAGING = "tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MILESTONE = re.compile(r"chck_\d+[kM]?")
+_FOLDERS = ("checkpoint-*", "chck_*")
 _READERS = 8
 
 
@@ -188,6 +190,13 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
+def list_milestones(output_dir: str | Path) -> list[Path]:
+    """Folders with the name of a milestone, which ``auto`` does not go on from and nothing rotates away."""
+    if not Path(output_dir).is_dir():
+        return []
+    return sorted(path for path in Path(output_dir).iterdir() if _MILESTONE.fullmatch(path.name) and path.is_dir())
+
+
 def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
     """What keeps a run from going on from a folder; None if nothing does.
 
@@ -211,6 +220,13 @@ def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
             return "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
         logger.warning("%s has no %s: taken as it is, which --resume_changed asks for", folder, CHECKSUMS)
         return None
+    if damage := find_changes(folder):
+        return damage
+    return None if _has_optimizer(folder) else "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+
+
+def find_changes(folder: Path) -> str | None:
+    """In what a folder with checksums is no longer as it was written; None where it is."""
     try:
         listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
@@ -227,7 +243,7 @@ def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
         changed = [path.name for path, digest in zip(expected, digests, strict=True) if digest != expected[path][1]]
     if changed:
         return f"{', '.join(changed)} changed since it was written (checksum)"
-    return None if _has_optimizer(folder) else "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+    return None
 
 
 def _has_optimizer(folder: Path) -> bool:
@@ -278,7 +294,7 @@ def clear_leftovers(output_dir: str | Path) -> None:
     """Remove what a killed run left half-written; a checkpoint that lacked but its name gets it."""
     if not Path(output_dir).is_dir():
         return
-    for left in sorted(Path(output_dir).glob(f"{_STAGING}checkpoint-*")):
+    for left in sorted(path for name in _FOLDERS for path in Path(output_dir).glob(_STAGING + name)):
         staged = left / left.name.removeprefix(_STAGING)
         folder = left.with_name(staged.name)
         # Checksums are written last, but may themselves be whole while the disk lost other files: all are read.
@@ -293,7 +309,7 @@ def clear_leftovers(output_dir: str | Path) -> None:
 
 def remove_leftovers(output_dir: str | Path) -> None:
     """Remove what has a temporary name; nothing goes on from it."""
-    for name in ("checkpoint-*", "model", "trial"):
+    for name in (*_FOLDERS, "model", "trial"):
         for left in Path(output_dir).glob(_STAGING + name):
             shutil.rmtree(left, ignore_errors=True)
     for name in (TRAINER_STATE_NAME, RUN_IDENTITY):

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import seed_worker
 
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, RankBatchSampler
+from llava.train.arguments import TrainingArguments
 from llava.train.evaluation import EvaluationLoader
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class TrainingData(TrainerCallback):
         args = self.args
         # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
         self.batches = RankBatchSampler(
-            self._make_order(),
+            build_order(self.dataset, self.args),
             args.train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
@@ -89,26 +90,17 @@ class TrainingData(TrainerCallback):
             **loading_options(args, self.batches, collate),
         )
 
-    def _make_order(self) -> DataOrder:
-        args = self.args
-        return DataOrder(
-            len(self.dataset),
-            # Samples of a step over all ranks: with other ranks the order stays, as long as this product does.
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.train_sampling_strategy,
-            args.seed if args.data_seed is None else args.data_seed,
-            read_lengths(self.dataset, args.train_sampling_strategy),
-            args.dataloader_drop_last,
-        )
-
     def _order(self) -> DataOrder:
-        return self._make_order() if self.batches is None else self.batches.order
+        return build_order(self.dataset, self.args) if self.batches is None else self.batches.order
 
     def describe_length(self) -> dict[str, Any]:
         """How many steps the run has, the flags that say so, and what the order of its data is made from."""
         args, order = self.args, self._order()
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.num_steps)
+        steps = count_steps(args, order)
         flags = {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+        flags |= {"word_limit": args.word_limit_number, "data_seed": data_seed(args)}
+        if args.lasts_for_words:  # The flag was not given.
+            flags["max_steps"] = -1
         return {"steps": steps, **flags, "order": self._fingerprint()}
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -139,7 +131,7 @@ class TrainingData(TrainerCallback):
         # transformers drops this many micro-batches of the epoch; the sampler gives empty ones there (see seek).
         return epoch, micro_batches
 
-    def on_epoch_begin(
+    def on_epoch_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Lead the sampler to the epoch; in the first one, behind what a resumed run has trained of it."""
@@ -174,7 +166,7 @@ class TrainingData(TrainerCallback):
         changes = describe_changes(state["order"], self._fingerprint())
         if not changes:
             self._resumed = DataPosition(state["epoch"], state["step"])
-        elif self.args.ignore_data_skip or getattr(self.args, "resume_changed", False):
+        elif self.args.ignore_data_skip or self.args.resume_changed:
             # Neither the step nor the schedule begins anew, only the data of the epoch.
             self._restarts_epoch = True
             logger.warning("the checkpoint was trained on other data: %s", "; ".join(changes))
@@ -184,6 +176,30 @@ class TrainingData(TrainerCallback):
                 f"{'; '.join(changes)}. Give what it was trained with, or --ignore_data_skip true to start an epoch of "
                 "the data as they are now"
             )
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """The seed of what is random about the data."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def count_steps(args: TrainingArguments, order: DataOrder) -> int:
+    """The steps that a run is to have by its flags."""
+    epochs: Any = args.num_train_epochs
+    return args.max_steps if args.max_steps > 0 else math.ceil(epochs * order.num_steps)
+
+
+def build_order(dataset: Any, args: TrainingArguments) -> DataOrder:
+    """The order of a run's training data."""
+    return DataOrder(
+        len(dataset),
+        # Samples of a step over all ranks: with other ranks the order stays, as long as this product does.
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        args.train_sampling_strategy,
+        data_seed(args),
+        read_lengths(dataset, args.train_sampling_strategy),
+        args.dataloader_drop_last,
+    )
 
 
 def build_evaluation_loader(

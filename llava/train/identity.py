@@ -48,13 +48,13 @@ _FREE = {
     "enable_jit_checkpoint", "stop_on_bad_numbers", "restore_callback_states_from_checkpoint", "plugins",
     "save_vision_tower", "data_cache_dir", "allow_duplicate_ids", "allow_outside_paths", "image_folder",
     "video_folder", "on_bad_sample", "decode_timeout", "max_bad_share", "output_dir", "world_size", "versions",
-    "chat_template_path",
+    "chat_template_path", "milestones", "milestone_optimizer",
 }  # fmt: skip
 """Flags that may change: with the same data in the same order they leave what is learned as it is, or nearly so."""
 
 _LEFT_OUT = {
     "local_rank", "hub_token", "resume_from_checkpoint", "resume_changed", "overwrite_output_dir", "ignore_data_skip",
-    "label_names", "remove_unused_columns", "max_steps", "num_train_epochs", "config", "logging_dir",
+    "label_names", "remove_unused_columns", "max_steps", "num_train_epochs", "word_limit", "config", "logging_dir",
     # The order of the data tells these itself, see data_order.py.
     "train_sampling_strategy", "data_seed", "dataloader_drop_last", "dataloader_in_order",
     # Taken from the model instead, which knows what they became.
@@ -163,7 +163,9 @@ class RunIdentity:
             if theirs["free"][name] != mine["free"][name]:
                 allowed.append(_describe(name, theirs["free"][name], mine["free"][name]))
         old, new = theirs["length"], mine["length"]
-        flags = " or ".join(f"--{flag}" for flag in ("max_steps", "num_train_epochs") if old[flag] != new[flag])
+        # Versions before --word_limit say nothing of it.
+        differing = [flag for flag in ("max_steps", "num_train_epochs", "word_limit") if old.get(flag) != new.get(flag)]
+        flags = " or ".join(f"--{flag}" for flag in differing)
         # Where neither flag differs, the data or the size of a step do, of which the order of the data speaks.
         if old["steps"] != new["steps"] and flags:
             phrase = f"steps in all ({flags}): {old['steps']} before, {new['steps']} now"
@@ -172,7 +174,7 @@ class RunIdentity:
             else:
                 wrong.append(phrase)
                 names.add("steps")
-        return Differences(wrong, allowed, frozenset(names), old["steps"] != new["steps"])
+        return Differences(wrong, allowed, frozenset(names), old["steps"] != new["steps"] or "word_limit" in differing)
 
 
 def check_resumed(

@@ -20,13 +20,16 @@ from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.check import MediaCheck, find_bad, find_missing
 from llava.data.chunking import ChunkedDataset
-from llava.data.dataset import AnyDataset, DataModule, SupervisedDataset, check_room
+from llava.data.dataset import SupervisedDataset, check_room
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.data.index import Mixture
+from llava.data.module import AnyDataset, DataModule, documents_of
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes
 from llava.model.loading import LoadedModel
 from llava.train.arguments import COORDINATES_PART, DataArguments, ModelArguments, TrainingArguments
+from llava.train.budget import WordPlan, plan_words
+from llava.train.data_order import build_order
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
 from llava.train.parts import parts_table
 from llava.types import SKIP, BadSample, Example, MediaKind, Record
@@ -85,9 +88,18 @@ def check_and_report(
         print(supervision_table(given[0]), flush=True)
 
 
-def documents_of(dataset: AnyDataset) -> SupervisedDataset:
-    """The samples as the data files have them."""
-    return dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+def report_words(dataset: AnyDataset | None, args: TrainingArguments) -> None:
+    """Print how many words an epoch has and what the flags make of them, and set the number of steps by them.
+
+    Args:
+        dataset: trained on; None where nothing is.
+        args: ``max_steps`` is set where ``--word_limit`` alone says how long the run is.
+    """
+    if dataset is None or not args.do_train:
+        return
+    lines = plan_words(WordPlan(dataset.presented_words[0], build_order(dataset, args)), args)
+    if args.process_index == 0:
+        print("\n".join(lines), flush=True)
 
 
 # Checks.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from llava.compat import kept_out_of_checkpoints, push_checkpoint, save_training_state
@@ -25,8 +25,10 @@ from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
 from llava.model.quantization import count_weights
 from llava.train.checkpoint import (
+    CHECKSUMS,
     RUN_IDENTITY,
     finalize,
+    find_changes,
     list_checkpoints,
     replace_files,
     rotate,
@@ -35,9 +37,11 @@ from llava.train.checkpoint import (
 )
 from llava.train.data_order import DATA_STATE, TrainingData
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
+from llava.train.exposure_log import EXPOSURE_STATE, ExposureLog
 from llava.train.identity import RunIdentity
+from llava.train.milestones import Milestone
 from llava.train.preemption import StopRequest
-from llava.train.run_folder import LOCK
+from llava.train.run_lock import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +60,68 @@ class CheckpointWriter:
         trainer: whose model, optimizer and state are written.
         data: trained on; a checkpoint has the place in them.
         stop_request: a checkpoint that it asks for has everything to go on from.
+        exposure: what was presented up to the last step.
         identity: what this run is; None where a program does not say.
     """
 
     trainer: Any  # transformers' types know of no model's config
     data: TrainingData
     stop_request: StopRequest
+    exposure: ExposureLog
     identity: RunIdentity | None = None
 
     def write_checkpoint(self) -> None:
         """Write ``checkpoint-N`` of the last step, and remove those that ``--save_total_limit`` has no room for."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
-        trainer.store_flos()
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        # The evaluation of an earlier step may have been the best without leaving a checkpoint.
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder)
+        # What a run that was asked to stop leaves is to go on from, also with --save_only_model.
+        self._write_folder(folder, self.stop_request.agreed or not args.save_only_model)
+        if args.should_save:
+            # Only now: until this one had its name, the oldest may have been the only one. The other ranks train on.
+            rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
+        if args.push_to_hub:
+            push_checkpoint(trainer, str(folder))
+
+    def write_milestone(self, milestone: Milestone) -> None:
+        """Write the model of a milestone, with an optimizer only where ``--milestone_optimizer`` asks for it.
+
+        One that an earlier part of this very run has left, which then went on from an older checkpoint, stays.
+        """
+        exposure = self.exposure.state()
+        if broadcast_from_rank0(lambda: self._is_written(milestone.folder, exposure)):
+            logger.info("%s is there already, whole and of this run", milestone.folder)
+        else:
+            self._write_folder(milestone.folder, self.trainer.args.milestone_optimizer)
+
+    def _is_written(self, folder: Path, exposure: dict[str, Any]) -> bool:
+        """Whether a folder is whole, of this run, and of this step."""
+        if not (folder / CHECKSUMS).is_file() or find_changes(folder) or self.identity is None:
+            return False
+        before = RunIdentity.read(folder)
+        counted = json.loads((folder / EXPOSURE_STATE).read_text(encoding="utf-8"))
+        with_optimizer = (folder / OPTIMIZER_NAME).is_file()
+        # As both look once they were in a file, where tuples are lists.
+        mine = json.loads(json.dumps([self.identity.fixed, self.identity.length]))
+        return (
+            before is not None
+            and [before.fixed, before.length] == mine
+            and counted == {"step": self.trainer.state.global_step, **exposure}
+            and with_optimizer >= self.trainer.args.milestone_optimizer
+        )
+
+    def _write_folder(self, folder: Path, to_go_on: bool) -> None:
+        """Write the model and the state of the last step to a folder that has its name only when it is complete.
+
+        Args:
+            folder: the place of it; what is there is replaced.
+            to_go_on: whether a run is to go on from it, which takes the optimizer and the random states.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        trainer.store_flos()
+        exposure = self.exposure.state()
         staging = staging_of(folder)
         staged = staging / folder.name
         # Two meetings: only when every rank's files are there may the first one hash them and rename the folder.
@@ -76,11 +129,7 @@ class CheckpointWriter:
             with failure:
                 # Every rank: under ZeRO-3 this gathers the weights, which takes all of them. The first one writes.
                 trainer.save_model(str(staged), _internal_call=True)
-            # The evaluation of an earlier step may have been the best without leaving a checkpoint.
-            if state.best_global_step == state.global_step:
-                state.best_model_checkpoint = str(folder)
-            # What a run that was asked to stop leaves is to go on from, also with --save_only_model.
-            if self.stop_request.agreed or not args.save_only_model:
+            if to_go_on:
                 # On every rank: random states and loss are its own, as is its share of DeepSpeed's optimizer.
                 loss, step = save_training_state(trainer, str(staged), failure)
                 with failure:
@@ -88,15 +137,11 @@ class CheckpointWriter:
                     path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")
             if args.should_save:
                 self._write_state(staged)
+                write_json(staged / EXPOSURE_STATE, {"step": self.trainer.state.global_step, **exposure})
         with self._writing(folder):
             if args.should_save:
                 finalize(staged, folder)
                 staging.rmdir()
-        if args.should_save:
-            # Only now: until this one had its name, the oldest may have been the only one. The other ranks train on.
-            rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
-        if args.push_to_hub:
-            push_checkpoint(trainer, str(folder))
 
     def _write_state(self, staged: Path) -> None:
         """The first rank's small files: counters and log, the place in the data, and what the run is."""

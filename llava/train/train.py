@@ -6,7 +6,7 @@ The way of a sample, from its line of JSON to the loss::
       parse_arguments                   train/command_line.py   flags and a recipe -> the groups of train/arguments.py
       load_from_arguments               model/loading.py        -> model, tokenizer, VisionConfig
       set_up_parts                      train/parts.py          adapters, and what learns
-      make_supervised_data_module       data/dataset.py         -> datasets and collator
+      make_supervised_data_module       data/module.py          -> datasets and collator
         read_records                    data/records.py         each sample a Record, checked and indexed once
       check_and_report                  train/report.py         what does not fit is an error before the first step
     SupervisedDataset[i]                data/dataset.py         in a worker process
@@ -44,9 +44,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from llava.command import FAILED, INTERRUPTED, check_output_folder, errors_of_users
-from llava.data.dataset import make_supervised_data_module
 from llava.data.formats import Format, build_format
 from llava.data.formats.base import preprocess_plain_lm
+from llava.data.module import make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -63,8 +63,9 @@ from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import build_identity, is_finished
 from llava.train.parts import set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
-from llava.train.report import check_and_report
-from llava.train.run_folder import release_lock, take_folder, taking_folder
+from llava.train.report import check_and_report, report_words
+from llava.train.run_folder import take_folder, taking_folder
+from llava.train.run_lock import release_lock
 from llava.train.trainer import LlavaTrainer
 from llava.types import SKIP
 
@@ -186,6 +187,7 @@ def build_trainer(
             model.grounding,
         )
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
+        report_words(data["train_dataset"], training_args)
         trainer = LlavaTrainer(
             model=model,
             args=training_args,

@@ -7,6 +7,8 @@ What a run owns beside transformers' trainer are plain objects, to which the tra
     stop_request   preemption.py    a signal ends the run after its step
     nan_check      nan_check.py     a NaN or an infinity stops it before the optimizer's step
     bad_sample_log bad_samples.py   what was skipped
+    exposure       exposure_log.py  what batches have presented to the model
+    word_budget    budget.py        ends the run with its words, leaves milestones and calls hooks at each
 
 Public methods are overridden where there are any. The six private ones come last in the class, each with its reason.
 """
@@ -37,6 +39,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
+from llava.train.budget import WordBudget, counting_flag
 from llava.train.callbacks import FirstStepsCallback, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader
@@ -49,6 +52,7 @@ from llava.train.evaluation import (
     check_best_metric,
     keeping_random_states,
 )
+from llava.train.exposure_log import ExposureLog
 from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
@@ -93,7 +97,9 @@ class LlavaTrainer(Trainer):
         self.predicted_ids: list[str] = []
         self.data = TrainingData(self.train_dataset, self.args)
         self.stop_request = StopRequest()
-        self.checkpoints = CheckpointWriter(self, self.data, self.stop_request)
+        self.exposure = ExposureLog(self.train_dataset, Path(str(self.args.output_dir)), self.stop_request)
+        self.checkpoints = CheckpointWriter(self, self.data, self.stop_request, self.exposure)
+        self.word_budget = WordBudget(self.exposure, self.checkpoints.write_milestone)
         self.bad_sample_log = bad_sample_log
         self.nan_check: NanCheck | None = None
         self.cut: CutCounter | None = None
@@ -101,7 +107,8 @@ class LlavaTrainer(Trainer):
         self._returns_logits = False
         self._changes: Differences | None = None  # from the run that is gone on with
         # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
-        for callback in (self.data, StopCallback(self.stop_request), FirstStepsCallback(), bad_sample_log):
+        own = (self.data, self.exposure, self.word_budget, StopCallback(self.stop_request), FirstStepsCallback())
+        for callback in (*own, bad_sample_log):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -146,6 +153,7 @@ class LlavaTrainer(Trainer):
         if self.cut is None:
             self.cut = CutCounter(self.train_dataset)
         self.cut.add(batches)
+        self.exposure.add(batches)
         if not batches:
             return batches, None
         # The first label of a row is predicted by nothing. transformers knows that only for the model classes it
@@ -275,6 +283,7 @@ class LlavaTrainer(Trainer):
         """
         if self.compute_metrics is not None:
             check_best_metric(self)
+        self.word_budget.check(self.args)
         length, writer = self.data.describe_length(), self.checkpoints
         if writer.identity is not None:
             writer.identity = replace(writer.identity, length=length)
@@ -284,6 +293,7 @@ class LlavaTrainer(Trainer):
             self._changes = check_resumed(
                 writer.identity, Path(resume_from_checkpoint), self.args, self.data, self.is_deepspeed_enabled
             )
+            self.exposure.load_checkpoint(Path(resume_from_checkpoint), counting_flag(self.args))
         writer.try_writing(length["steps"])
         if self.args.stop_on_bad_numbers:
             self.nan_check = build_nan_check(self)
@@ -368,10 +378,14 @@ class LlavaTrainer(Trainer):
             if (best := self.state.best_model_checkpoint) and self.args.load_best_model_at_end:
                 # It is read when all steps are done, which is late to hear that it does not fit.
                 broadcast_from_rank0(lambda: check_weights(self.model, best))
-            if self.state.global_step >= max_steps:
+            if self.word_budget.begin(self.args):
+                self.state.max_steps = self.state.global_step
+            if self.state.global_step >= self.state.max_steps:
                 self._say_finished()
                 return num_train_epochs, 0  # No epoch is left; transformers would take one step more.
             self.add_callback(ResumeCallback(self, resume_from_checkpoint))
+        else:
+            self.word_budget.begin(self.args)
         return self.data.begin(epoch, micro_batches, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

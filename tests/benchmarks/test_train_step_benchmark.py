@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import make_supervised_data_module
+from llava.data.module import make_supervised_data_module
 from llava.model.loss import supervised_loss
 from llava.train.arguments import DataArguments
 

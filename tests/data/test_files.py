@@ -155,7 +155,7 @@ def test_rows_over_several_files(rows):
 
 
 def test_both_flags_take_mixtures(tmp_path, visual_tokenizer):
-    from llava.data.dataset import make_supervised_data_module
+    from llava.data.module import make_supervised_data_module
     from llava.train.arguments import DataArguments
 
     write(tmp_path / "a.json", 10)

@@ -13,8 +13,9 @@ from conftest import ITALIAN, turns, write_video
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
 from llava.data import dataset_stats
-from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
+from llava.data.dataset import SupervisedDataset, find_unsupervised
 from llava.data.media import load_media
+from llava.data.module import make_supervised_data_module
 from llava.data.records import read_records
 from llava.train.arguments import DataArguments
 from llava.types import BadSample, BadSampleError, Media, Record, Turn

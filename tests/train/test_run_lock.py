@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from llava.train import run_folder as run_lock
-from llava.train.run_folder import LOCK, release_lock, take_lock
+from llava.train import run_lock
+from llava.train.run_lock import LOCK, release_lock, take_lock
 
 ROOT = Path(__file__).parents[2]
 
 TAKE = """
 import sys, time
 from pathlib import Path
-from llava.train.run_folder import take_lock
+from llava.train.run_lock import take_lock
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -35,16 +35,22 @@ class ContextError(ValueError):
 class Segment:
     """A stretch of a sample: its token ids, whether they are a visual span, whether they are supervised.
 
-    A visual span is never learned, whatever ``supervised`` says.
+    A visual span is never learned, whatever ``supervised`` says. Markup is what a format writes around the text.
     """
 
     ids: list[int]
     visual: bool = False
     supervised: bool = True
+    markup: bool = False
 
     @property
     def learned(self) -> bool:
         return self.supervised and not self.visual
+
+    @property
+    def is_content(self) -> bool:
+        """Whether it is text of the data."""
+        return not self.visual and not self.markup
 
 
 class Format(ABC):
@@ -90,12 +96,16 @@ class Format(ABC):
     def encode(self, turns: Sequence[Turn]) -> list[Segment]:
         """A whole sample, placeholders expanded; its last token is the end of text, supervised."""
 
-    def encode_sample(self, turns: Sequence[Turn], max_length: int) -> tuple[list[int], list[int], int]:
-        """Ids and labels of a whole sample, text cut to a length, and how many tokens were cut."""
+    def encode_sample(self, turns: Sequence[Turn], max_length: int) -> tuple[list[Segment], int]:
+        """A whole sample, its text cut to a length, and how many tokens were cut."""
         segments = self.encode(turns)
         # Counted before the cut: the report says how much text was lost.
         num_cut = max(sum(len(segment.ids) for segment in segments) - max_length, 0)
-        return *label_segments(truncate_segments(segments, max_length)), num_cut
+        return truncate_segments(segments, max_length), num_cut
+
+    def content(self, turn: Turn) -> str:
+        """What is written of a turn's text."""
+        return turn.text.strip()
 
     @abstractmethod
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
@@ -232,11 +242,11 @@ class PlainFormat(Format):
         segments = self.encode_prompt(turns)
         # A text may end with the end of text itself.
         if not segments or segments[-1].ids[-1:] != [self.tokenizer.eos_token_id]:
-            segments.append(Segment([self.tokenizer.eos_token_id]))
+            segments.append(Segment([self.tokenizer.eos_token_id], markup=True))
         return segments
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
-        segments = [Segment(self.prefix_ids)] if self.prefix_ids else []
+        segments = [Segment(self.prefix_ids, markup=True)] if self.prefix_ids else []
         for piece, visual in split_at_spans(_join(turns)):
             ids = visual_ids(piece, self.tokenizer) if visual else self._tokenize([piece])[0]
             segments.append(Segment(ids, visual))

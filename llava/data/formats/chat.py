@@ -82,10 +82,6 @@ class ConversationFormat(Format):
     def markup(self, roles: Sequence[Role]) -> list[str]:
         """The text before each turn, and behind the last one: one more than there are roles."""
 
-    def content(self, turn: Turn) -> str:
-        """What is written of a turn's text."""
-        return turn.text.strip()
-
     @property
     def stop_token_ids(self) -> list[int]:
         end = self._encoder.encode_markup(self._through_control(self._turn_end))[-1:]
@@ -169,13 +165,13 @@ class ConversationFormat(Format):
         # A space before a turn goes to its text: " salve" is one token, " " and "salve" would be two.
         spaces = [" " if text.endswith(" ") else "" for text in texts]
         texts = [text.removesuffix(" ") for text in texts]
-        before = [[Segment(self._encoder.encode_start(texts[0]), supervised=False)]]
+        before = [[Segment(self._encoder.encode_start(texts[0]), supervised=False, markup=True)]]
         for role, text in zip(roles, texts[1:], strict=False):
             before.append(self._behind_answer(text) if role == "assistant" else [self._given(text)])
         return Frame(before, spaces, [bool(text) for text in texts], self._close(roles[-1], closing))
 
     def _given(self, text: str) -> Segment:
-        return Segment(self._encoder.encode_markup(text), supervised=False)
+        return Segment(self._encoder.encode_markup(text), supervised=False, markup=True)
 
     def _behind_answer(self, text: str) -> list[Segment]:
         """Markup behind an assistant's turn: what ends the turn is learned, the rest is not."""
@@ -183,8 +179,8 @@ class ConversationFormat(Format):
         ids, end_ids = self._encoder.encode_markup(text), self._encoder.encode_markup(end)
         # A tokenizer may merge the end with what follows; then the two are tokenised apart.
         if ids[: len(end_ids)] == end_ids:
-            return [Segment(end_ids), Segment(ids[len(end_ids) :], supervised=False)]
-        return [Segment(end_ids), self._given(text[len(end) :])]
+            return [Segment(end_ids, markup=True), Segment(ids[len(end_ids) :], supervised=False, markup=True)]
+        return [Segment(end_ids, markup=True), self._given(text[len(end) :])]
 
     def _close(self, last: Role, text: str) -> list[Segment]:
         """The end of a sample: that of the last turn, then the end of text, unless that is what ended the turn."""
@@ -192,7 +188,7 @@ class ConversationFormat(Format):
         eos = self.tokenizer.eos_token_id
         # Formats that end turns with the end of text (v1) would have it twice.
         ids = markup.ids[:-1] if markup.ids[-1:] == [eos] else markup.ids
-        return [Segment(ids, supervised=markup.supervised), Segment([eos])]
+        return [Segment(ids, supervised=markup.supervised, markup=True), Segment([eos], markup=True)]
 
     def _through_control(self, text: str) -> str:
         """The text up to and with its first control token; empty if it has none."""

@@ -11,10 +11,11 @@ import pytest
 from conftest import ITALIAN, turns
 
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
-from llava.data.dataset import SupervisedDataset, find_unsupervised, make_supervised_data_module
+from llava.data.dataset import SupervisedDataset, find_unsupervised
 from llava.data.formats import FORMATS, build_format
 from llava.data.formats.base import ContextError, label_segments, truncate_segments
 from llava.data.formats.templates import TEMPLATES, Template, register_template
+from llava.data.module import make_supervised_data_module
 from llava.data.placeholders import expand_placeholders, placeholder_kinds
 from llava.data.records import read_records
 from llava.train.arguments import DataArguments

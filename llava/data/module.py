@@ -1,0 +1,113 @@
+"""From the flags about data to what a trainer reads: data sets and a collator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+from llava.config import GroundingConfig, VisionConfig
+from llava.data.chunking import DOCUMENT, ChunkedDataset
+from llava.data.collator import SupervisedCollator
+from llava.data.dataset import SupervisedDataset, check_samples
+from llava.data.formats import PLAIN_LM, Format, build_format
+from llava.data.media_files import MediaLimits
+from llava.data.records import read_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnyDataset = SupervisedDataset | ChunkedDataset[SupervisedDataset]
+
+
+def documents_of(dataset: AnyDataset) -> SupervisedDataset:
+    """The samples as the data files have them."""
+    return dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+
+
+class DataModule(TypedDict):
+    """What the trainer reads; a data set is None where no files were given for it."""
+
+    train_dataset: AnyDataset | None
+    eval_dataset: AnyDataset | None
+    data_collator: SupervisedCollator
+
+
+class DataSettings(Protocol):
+    """What is read of ``DataArguments``, which belong to training and are not imported here."""
+
+    data_path: list[str]
+    eval_data_path: list[str] | None
+    image_folder: str | None
+    video_folder: str | None
+    data_cache_dir: str | None
+    on_bad_sample: str
+    allow_duplicate_ids: bool
+    allow_outside_paths: bool
+    ignore_keys: list[str] | None
+    early_mix_text: bool
+    decode_timeout: float
+    media_limits: MediaLimits
+    text_chunking: str
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataSettings,
+    vision: VisionConfig | None,
+    max_length: int,
+    text_format: Format | None = None,
+    seed: int = 42,
+    grounding: GroundingConfig | None = None,
+) -> DataModule:
+    """Datasets and collator for the trainer.
+
+    Args:
+        tokenizer: of the model.
+        data_args: ``DataArguments`` (paths, folders, the folder of indexes).
+        vision: None for a model without vision.
+        max_length: most tokens of an example.
+        text_format: how conversations become ids and labels; ``plain_lm`` by default.
+        seed: of the random samples that a mixture asks for.
+        grounding: what coordinates are to the model; None for one without them.
+
+    Raises:
+        ValueError: a file is not as it should be, or samples have nothing to learn from.
+    """
+
+    chosen = text_format or build_format(PLAIN_LM, tokenizer)
+
+    def build(flag: str, paths: list[str] | None) -> AnyDataset | None:
+        if not paths:
+            return None
+        records = read_records(
+            paths,
+            data_args.image_folder,
+            data_args.video_folder,
+            cache_dir=data_args.data_cache_dir,
+            seed=seed,
+            on_bad_sample=data_args.on_bad_sample,
+            allow_duplicate_ids=data_args.allow_duplicate_ids,
+            flag=f"--{flag}",
+            allow_outside_paths=data_args.allow_outside_paths,
+            ignore_keys=data_args.ignore_keys or (),
+        )
+        dataset = SupervisedDataset(
+            records,
+            tokenizer,
+            vision,
+            max_length,
+            early_mix_text=data_args.early_mix_text,
+            text_format=chosen,
+            on_bad_sample=data_args.on_bad_sample,
+            decode_timeout=data_args.decode_timeout,
+            limits=data_args.media_limits,
+            grounding=grounding,
+        )
+        check_samples(dataset)
+        # Checked before it is chunked: an error names the sample of the file.
+        return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
+
+    return {
+        "train_dataset": build("data_path", data_args.data_path),
+        "eval_dataset": build("eval_data_path", data_args.eval_data_path),
+        "data_collator": SupervisedCollator(tokenizer.pad_token_id),
+    }
