@@ -1,0 +1,230 @@
+"""What the scores of a task's items come to: official and tie-adjusted scores, ties, groups, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.eval.babylm.tasks import Item, TaskData
+
+UID = "UID"
+ACCURACY, CORRELATION = "accuracy, %", "Spearman's rho, x 100"
+"""What a score is. Both are shown times 100, as the leaderboard has them."""
+_NUM_RESAMPLES = 1000
+_LEVEL = 0.95
+_SPLITS = ("regular", "ambiref", "move_contents")
+"""Kinds of items of entity tracking, whose means over the number of operations are averaged."""
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """The scores of a group of items.
+
+    Attributes:
+        kind: ``UID``, or what else the groups are told apart by, such as ``field``.
+        name: of the group.
+        score: the official one.
+        adjusted: where k candidates tie, an item counts 1/k if the right one is among them.
+        ties: items whose best score several candidates have.
+        num_items: all of them.
+    """
+
+    kind: str
+    name: str
+    score: float
+    adjusted: float
+    ties: int
+    num_items: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The scores of a task.
+
+    Attributes:
+        task: its name.
+        metric: what the scores are: ``ACCURACY`` or ``CORRELATION``.
+        official: as the official pipeline counts: the first of several equal candidates is taken, and groups are
+            averaged. None where there is none: a correlation with what is the same for every item.
+        adjusted: the same with ties at 1/k each.
+        low, high: the interval of ``official`` at 95 %, by drawing items within their groups anew.
+        ties, num_items: counts of items.
+        chance: what scores drawn by lot come to.
+        rows: of all groups, those of ``UID`` first.
+    """
+
+    task: str
+    metric: str
+    official: float | None
+    adjusted: float | None
+    low: float | None
+    high: float | None
+    ties: int
+    num_items: int
+    chance: float
+    rows: tuple[GroupResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def best_candidates(scores: Sequence[float]) -> list[int]:
+    """The indices of the candidates that have the highest score."""
+    highest = max(scores)
+    return [index for index, score in enumerate(scores) if score == highest]
+
+
+def summarize(data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[float]], seed: int = 0) -> TaskResult:
+    """What scores come to.
+
+    Args:
+        data: the task.
+        items: that were scored.
+        scores: of the candidates of each.
+        seed: of the resamples of the interval.
+
+    Raises:
+        ValueError: there is no item.
+    """
+    if not items:
+        raise ValueError(f"{data.name}: there is no item to score")
+    best = [best_candidates(told) for told in scores]
+    ties = np.array([len(indices) > 1 for indices in best])
+    if items[0].ratio is not None:
+        return _summarize_ratios(data, items, scores, int(ties.sum()), seed)
+    official = np.array([float(found[0] == item.gold) for item, found in zip(items, best, strict=True)])
+    adjusted = np.array([(item.gold in found) / len(found) for item, found in zip(items, best, strict=True)])
+    rows = [
+        row
+        for kind in [UID, *dict.fromkeys(kind for item in items for kind in item.fields)]
+        for row in _group_rows(kind, items, official, adjusted, ties)
+    ]
+    of_uids = {row.name: row for row in rows if row.kind == UID}
+    if data.name == "entity_tracking":
+        rows += _split_rows(of_uids)
+    low, high = _interval(data.name, items, official, seed)
+    return TaskResult(
+        data.name,
+        ACCURACY,
+        float(average_groups(data.name, {uid: row.score for uid, row in of_uids.items()})),
+        float(average_groups(data.name, {uid: row.adjusted for uid, row in of_uids.items()})),
+        low,
+        high,
+        int(ties.sum()),
+        len(items),
+        100 * float(np.mean([1 / len(item.choice.candidates) for item in items])),
+        tuple(rows),
+    )
+
+
+def _group_rows(
+    kind: str,
+    items: Sequence[Item],
+    official: NDArray[np.float64],
+    adjusted: NDArray[np.float64],
+    ties: NDArray[np.bool_],
+) -> list[GroupResult]:
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        name = item.uid if kind == UID else item.fields.get(kind)
+        if name is not None:
+            places.setdefault(name, []).append(index)
+    return [
+        GroupResult(
+            kind, name, 100 * float(official[p].mean()), 100 * float(adjusted[p].mean()), int(ties[p].sum()), len(p)
+        )
+        for name, p in sorted(places.items())
+    ]
+
+
+def _split_of(uid: str) -> str:
+    return next((split for split in _SPLITS if uid.startswith(split)), uid)
+
+
+def _split_rows(of_uids: Mapping[str, GroupResult]) -> list[GroupResult]:
+    """Of entity tracking: means over the numbers of operations."""
+    rows = []
+    for split in dict.fromkeys(_split_of(uid) for uid in of_uids):
+        own = [row for uid, row in of_uids.items() if _split_of(uid) == split]
+        rows.append(
+            GroupResult(
+                "split",
+                split,
+                float(np.mean([row.score for row in own])),
+                float(np.mean([row.adjusted for row in own])),
+                sum(row.ties for row in own),
+                sum(row.num_items for row in own),
+            )
+        )
+    return rows
+
+
+def average_groups(task: str, values: Mapping[str, Any]) -> Any:
+    """The mean over the groups of a task, of numbers or arrays; of entity tracking first within its splits."""
+    parts: dict[str, list[Any]] = {}
+    for uid, value in values.items():
+        parts.setdefault(_split_of(uid) if task == "entity_tracking" else "", []).append(value)
+    return np.mean([np.mean(own, axis=0) for own in parts.values()], axis=0)
+
+
+def _interval(task: str, items: Sequence[Item], outcomes: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """The percentile bootstrap (Efron, 1979) of the mean over groups, in each of which items are drawn anew."""
+    generator = np.random.default_rng(seed)
+    groups: dict[str, list[float]] = {}
+    for item, outcome in zip(items, outcomes.tolist(), strict=True):
+        groups.setdefault(item.uid, []).append(outcome)
+    means = {}
+    for uid, own in sorted(groups.items()):
+        # How often each outcome is drawn is all that a mean needs: one draw of counts in place of one an item.
+        values, counts = np.unique(own, return_counts=True)
+        drawn = generator.multinomial(len(own), counts / len(own), size=_NUM_RESAMPLES)  # (resamples, values)
+        means[uid] = drawn @ values / len(own)
+    low, high = np.quantile(100 * average_groups(task, means), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
+
+
+# Tasks whose items have a share of people who chose the first candidate.
+
+
+def first_shares(scores: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The probability of the first candidate among all of its item, by the softmax of their scores."""
+    table = np.array([list(told) for told in scores], dtype=np.float64)
+    table = np.exp(table - table.max(axis=1, keepdims=True))
+    return np.asarray(table[:, 0] / table.sum(axis=1))
+
+
+def _summarize_ratios(
+    data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[float]], ties: int, seed: int
+) -> TaskResult:
+    model, people = first_shares(scores), np.array([item.ratio for item in items], dtype=np.float64)
+    rho = spearman(model, people)
+    low = high = None
+    if rho is not None:
+        generator = np.random.default_rng(seed)
+        drawn = [generator.integers(len(items), size=len(items)) for _ in range(_NUM_RESAMPLES)]
+        resampled = [value for p in drawn if (value := spearman(model[p], people[p])) is not None]
+        low, high = (100 * float(q) for q in np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+    score = None if rho is None else 100 * rho
+    # Equal shares have the mean of their ranks, so that ties are adjusted for already.
+    rows = () if score is None else (GroupResult(UID, data.name, score, score, ties, len(items)),)
+    return TaskResult(data.name, CORRELATION, score, score, low, high, ties, len(items), 0.0, rows)
+
+
+def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float | None:
+    """Spearman's rank correlation; None where one of the two is the same everywhere."""
+    ranks = _ranks(first), _ranks(second)
+    if any(np.ptp(one) == 0 for one in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 0; equal values have the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts + 1) / 2)[inverse])

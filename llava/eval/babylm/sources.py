@@ -1,0 +1,109 @@
+"""Where items stand: JSON lines in folders and in zips, which are read without being unpacked."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from llava.messages import shorten, shorten_text
+
+SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of JSON lines, in a folder or in a zip.
+
+    Attributes:
+        path: of the file, or of the zip that holds it.
+        member: its name within the zip; None for a file of its own.
+    """
+
+    path: Path
+    member: str | None = None
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.member).stem if self.member is not None else self.path.stem
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.member}" if self.member is not None else str(self.path)
+
+    def read_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each line's number, from 1, and its object; empty lines are left out.
+
+        Raises:
+            ValueError: a line is no JSON object, the text is not UTF-8, or there is no line at all.
+        """
+        empty = True
+        with self._open() as file:
+            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", errors="strict"), 1):
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{self}, line {number}: no JSON, but {shorten_text(line)!r}: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{self}, line {number}: expected a JSON object, got {shorten(row)}")
+                yield number, row
+        if empty:
+            raise ValueError(f"{self}: has no line; take the file away, or fetch it anew")
+
+    def _open(self) -> IO[bytes]:
+        if self.member is None:
+            return self.path.open("rb")
+        return zipfile.ZipFile(self.path).open(self.member)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The files of JSON lines of one folder, which official data have a task in.
+
+    Attributes:
+        name: of the folder; of the zip or of the file where there is none around them.
+        files: by their names.
+        folder: where pictures are looked for; None within a zip.
+    """
+
+    name: str
+    files: tuple[SourceFile, ...]
+    folder: Path | None
+
+
+def find_collections(path: str) -> list[Collection]:
+    """What a folder, with those within it, a zip or a single file holds; a ValueError where that is nothing."""
+    root = Path(path)
+    if not root.exists():
+        raise ValueError(f"--data {shorten_text(path)}: there is no such file or folder")
+    groups: dict[PurePosixPath | Path, list[SourceFile]] = {}
+    if root.is_dir():
+        for file in sorted(root.rglob(f"*{SUFFIX}")):
+            if not any(part.startswith(".") for part in file.relative_to(root).parts):
+                groups.setdefault(file.parent, []).append(SourceFile(file))
+    elif zipfile.is_zipfile(root):
+        with zipfile.ZipFile(root) as archive:
+            for name in sorted(archive.namelist()):
+                member = PurePosixPath(name)
+                if member.suffix == SUFFIX and not any(part.startswith((".", "__")) for part in member.parts):
+                    groups.setdefault(member.parent, []).append(SourceFile(root, name))
+    elif root.suffix == SUFFIX:
+        groups[root.parent] = [SourceFile(root)]
+    else:
+        raise ValueError(f"--data {shorten_text(path)}: expected a folder, a zip or a file of JSON lines ({SUFFIX})")
+    if not groups:
+        raise ValueError(f"--data {shorten_text(path)}: holds no file of JSON lines ({SUFFIX})")
+    return [
+        Collection(
+            parent.name if root.is_dir() or parent.name else root.stem,
+            tuple(files),
+            Path(parent) if root.is_dir() or root.suffix == SUFFIX else None,
+        )
+        for parent, files in groups.items()
+    ]
