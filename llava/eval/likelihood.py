@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava.eval.choices import Candidate, Choice, Scorer
-from llava.eval.logprobs import ModelRunner, build_padded, group_by_length
-from llava.eval.token_rows import TextEncoder, find_context, name_choice
+from llava.eval.logprobs import PLAIN, ModelRunner
+from llava.eval.near_ties import NearTies
+from llava.eval.token_batches import pad_rows, read_alone, share_beginnings
+from llava.eval.token_rows import TextEncoder, TokenRow, find_context, name_choice
+from llava.eval.visual_rows import Features, VisualEncoder, takes_modalities
 from llava.model.backbones import AVAILABLE_MODELS
 from llava.model.loading import choose_device, load_model
 from llava.model.pretrained import locate_model, quiet_transformers, read_config
+from llava.types import Media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 __all__ = ["Candidate", "Choice", "LikelihoodScorer", "Scorer", "load_any_model"]
+
+
+_FULL_LOGITS = 2**28
+"""The most logits of a batch of a model whose head cannot be run on its own: 1 GB in float32."""
+
+_MEDIA_TOGETHER = 16
+"""Images and videos that go through the tower together."""
 
 
 class LikelihoodScorer:
@@ -52,7 +64,12 @@ class LikelihoodScorer:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._runner = ModelRunner(model, dtype)
         self._batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 16384)
-        self._encoder = TextEncoder(tokenizer, find_context(model.config), name)
+        self._tree_tokens = 512
+        vision = getattr(model, "vision", None)
+        visual_ids = vision.token_ids.values() if vision is not None else ()
+        self._text = TextEncoder(tokenizer, find_context(model.config), name, list(visual_ids))
+        self._visual: VisualEncoder | None = None
+        self._near_ties = NearTies()
 
     @classmethod
     def from_folder(
@@ -88,39 +105,126 @@ class LikelihoodScorer:
     def score(
         self, choices: Sequence[Choice], on_scored: Callable[[int], None] | None = None
     ) -> list[tuple[float, ...]]:
-        """The score of each candidate; see ``Scorer``."""
-        for choice in choices:
-            if choice.media:
-                raise ValueError(f"{name_choice(choice)}: it has media, which are not scored yet")
-        encoded = self._encoder.encode(choices)
-        # Sequences that stand in several places are scored once, and so have one score, to the last bit.
-        unique = {row: number for number, row in enumerate(dict.fromkeys(row for rows in encoded for row in rows))}
-        rows = list(unique)
-        users: list[list[int]] = [[] for _ in rows]
-        for index, of_choice in enumerate(encoded):
-            for row in set(of_choice):
-                users[unique[row]].append(index)
-        waiting = [len(set(of_choice)) for of_choice in encoded]
-        scores = [math.nan] * len(rows)
+        """The score of each candidate; see ``Scorer``.
+
+        Weights, mode, configuration and random states of the model stay as they are, bit for bit.
+        """
+        if empty := next((choice for choice in choices if not choice.candidates), None):
+            raise ValueError(f"{name_choice(empty)}: it has no candidates")
+        scores: dict[int, tuple[float, ...]] = {}
         with self._runner.running():
-            for group in group_by_length(rows, self._batch_tokens):
-                done = 0
-                sums = self._runner.sums(build_padded([rows[number] for number in group]))
-                for number, score in zip(group, sums, strict=True):
-                    scores[number] = score
-                    for index in users[number]:
-                        waiting[index] -= 1
-                        done += waiting[index] == 0
-                if on_scored is not None and done:
-                    on_scored(done)
-        found = [tuple(scores[unique[row]] for row in of_choice) for of_choice in encoded]
-        for choice, own in zip(choices, found, strict=True):
+            for group in _group_by_media(choices):
+                found = self._score_group([choices[index] for index in group], on_scored or (lambda _: None))
+                scores |= zip(group, found, strict=True)
+        return [scores[index] for index in range(len(choices))]
+
+    def _score_group(self, choices: Sequence[Choice], on_scored: Callable[[int], None]) -> list[tuple[float, ...]]:
+        """The scores of choices that have all media or all none."""
+        call = self._runner.call
+        features: Features = {}
+        if choices[0].media:
+            self._visual = self._visual or VisualEncoder(self.model, self._text)
+            rows, features = self._visual.read(choices, call)
+        else:
+            rows = self._text.encode(choices)
+        progress = _Progress(rows, on_scored)
+        # Sequences that stand in several places are scored once, and so have one score, to the last bit.
+        unique = list(dict.fromkeys(row for of_choice in rows for row in of_choice))
+        scores = dict(zip(unique, self._score_rows(unique, features, progress.add), strict=True))
+        self._check_finite(choices, rows, scores)
+
+        def score_again(near: Sequence[TokenRow], alone: bool) -> list[float]:
+            again = self._visual.read_features(choices, call) if self._visual and choices[0].media else {}
+            if alone:
+                return [self._runner.score(read_alone(row), again, PLAIN)[0] for row in near]
+            return self._score_rows(near, again)
+
+        self._near_ties.settle(rows, scores, self._runner.in_double, score_again)
+        progress.finish()
+        return [tuple(scores[row] for row in of_choice) for of_choice in rows]
+
+    def _score_rows(
+        self, rows: Sequence[TokenRow], features: Features, on_done: Callable[[TokenRow], None] = lambda row: None
+    ) -> list[float]:
+        """The scores of different rows, read together as is fastest."""
+        ways = self._runner.find_ways()
+        tokens = self._batch_tokens
+        if not ways.head:
+            tokens = min(tokens, max(_FULL_LOGITS // self.model.config.get_text_config().vocab_size, 1))
+        # Alternating attention tells text and images apart by their places in a sequence.
+        trees = ways.trees and not (features and takes_modalities(self.model))
+        in_tree = [n for n, row in enumerate(rows) if trees and len(row.inputs) <= (ways.longest or len(row.inputs))]
+        apart = sorted(set(range(len(rows))) - set(in_tree))
+        scores = [math.nan] * len(rows)
+        for numbers, batches in (
+            (in_tree, share_beginnings([rows[n] for n in in_tree], tokens, self._tree_tokens)),
+            (apart, pad_rows([rows[n] for n in apart], tokens)),
+        ):
+            for members, batch in batches:
+                of_batch = self._runner.score(batch, features, ways)
+                for member, score in zip(members, of_batch, strict=True):
+                    scores[numbers[member]] = score
+                    on_done(rows[numbers[member]])
+        return scores
+
+    def _check_finite(
+        self, choices: Sequence[Choice], rows: Sequence[Sequence[TokenRow]], scores: Mapping[TokenRow, float]
+    ) -> None:
+        for choice, of_choice in zip(choices, rows, strict=True):
+            own = [scores[row] for row in of_choice]
             if not all(map(math.isfinite, own)):
                 raise ValueError(
-                    f"{name_choice(choice)}: {self.name} gives the scores {own}, which are no finite numbers; "
-                    "its weights are damaged, or its dtype is too small for them"
+                    f"{name_choice(choice)}: {self.name} gives the scores {own}, which are no finite numbers; its "
+                    "weights are damaged, or its dtype is too small for them"
                 )
-        return found
+
+
+class _Progress:
+    """Tells how many choices are done, while their rows come in another order.
+
+    Args:
+        rows: of each choice.
+        on_scored: is called with the number of choices that were done since its last call, a few times a second.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[TokenRow]], on_scored: Callable[[int], None]) -> None:
+        self._waiting = [len(set(of_choice)) for of_choice in rows]
+        self._users: dict[TokenRow, list[int]] = {}
+        for index, of_choice in enumerate(rows):
+            for row in set(of_choice):
+                self._users.setdefault(row, []).append(index)
+        self._on_scored, self._untold, self._told_at = on_scored, 0, time.monotonic()
+
+    def add(self, row: TokenRow) -> None:
+        for index in self._users[row]:
+            self._waiting[index] -= 1
+            self._untold += self._waiting[index] == 0
+        if time.monotonic() - self._told_at > 0.2:
+            self.finish()
+
+    def finish(self) -> None:
+        if self._untold:
+            self._on_scored(self._untold)
+        self._untold, self._told_at = 0, time.monotonic()
+
+
+def _group_by_media(choices: Sequence[Choice]) -> Iterator[list[int]]:
+    """Numbers of choices that are scored together: all that have no media, then those with the same few."""
+    by_media: dict[tuple[Media, ...], list[int]] = {}
+    for index, choice in enumerate(choices):
+        by_media.setdefault(choice.media, []).append(index)
+    if alone := by_media.pop((), []):
+        yield alone
+    group: list[int] = []
+    seen: set[Media] = set()
+    for media, indices in by_media.items():
+        if group and len(seen | set(media)) > _MEDIA_TOGETHER:
+            yield group
+            group, seen = [], set()
+        group += indices
+        seen |= set(media)
+    if group:
+        yield group
 
 
 def load_any_model(

@@ -1,90 +1,75 @@
-"""Log-probabilities of tokens: batches of rows through a language model, its head only where a token is scored."""
+"""Log-probabilities of tokens: batches of rows through a language model, its head only where a token is wanted.
+
+What any class of transformers can do is read padded sequences and give logits. Two shorter ways are taken only where a
+trial on a few made-up rows gives the same log-probabilities: the decoder's hidden states and the head apart, so that
+the head runs chunk by chunk and where it is needed; and trees of shared beginnings, see ``token_batches``.
+"""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llava.eval.token_batches import Batch, pad_rows, share_beginnings
 from llava.eval.token_rows import TokenRow
+from llava.eval.visual_rows import Features, embed_keys
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-P = ParamSpec("P")
-R = TypeVar("R")
+    from llava.model.llava_arch import LlavaMetaForCausalLM
 
-_HEAD_ROWS = 256
-"""Positions whose logits are in memory at once."""
+logger = logging.getLogger(__name__)
+
+_HEAD_POSITIONS = 128
+"""Positions whose logits are in memory at once: with 50,000 tokens 25 MB in float32."""
+
+_TOLERANCE = 2.0**-14
+"""By which share of the largest log-probability a shorter way may differ in the trial: some hundred roundings of
+float32, and far less than what a wrong mask or a missing factor does."""
+
+_LARGEST_FOR_DOUBLE = 2_000_000_000
+"""Parameters of the largest model of which a float64 copy (8 bytes each) is made."""
+
+
+_NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows that the model reads together.
+class Ways:
+    """Which shorter ways were found to give the log-probabilities of padded sequences and full logits.
 
     Attributes:
-        keys: int64 (rows, length), padded with 0.
-        mask: what is attended to: bool (rows, length), false for padding.
-        positions: where logits are wanted: int64 (wanted,), in the flattened batch.
-        targets: int64 (targets,), ids whose log-probabilities are wanted.
-        places: int64 (targets,), which of ``positions`` predicts each.
-        entries: of each row, in order, which of the targets are summed.
+        head: decoder and head apart.
+        trees: trees of shared beginnings.
+        longest: the most tokens of a row in a tree; None for no limit.
     """
 
-    keys: Tensor
-    mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    places: Tensor
-    entries: list[list[int]]
+    head: bool
+    trees: bool
+    longest: int | None = None
 
 
-def build_padded(rows: Sequence[TokenRow]) -> Batch:
-    """A batch of one row for each, padded on the right."""
-    length = max(len(row.inputs) for row in rows)
-    keys = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    positions: list[int] = []
-    targets: list[int] = []
-    entries: list[list[int]] = []
-    for number, row in enumerate(rows):
-        keys[number, : len(row.inputs)] = torch.tensor(row.inputs)
-        mask[number, : len(row.inputs)] = True
-        entries.append(list(range(len(targets), len(targets) + len(row.scored))))
-        positions += [number * length + scored - 1 for scored in row.scored]
-        targets += [row.keys[scored] for scored in row.scored]
-    return Batch(keys, mask, torch.tensor(positions), torch.tensor(targets), torch.arange(len(targets)), entries)
-
-
-def group_by_length(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows that are read together: of like lengths, and no more than so many tokens with padding."""
-    order = sorted(range(len(rows)), key=lambda number: (len(rows[number].inputs), rows[number].keys), reverse=True)
-    group: list[int] = []
-    for number in order:
-        # Longest first: the first of a group says how long its rows become.
-        if group and len(rows[group[0]].inputs) * (len(group) + 1) > batch_tokens:
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group
+PLAIN = Ways(head=False, trees=False)
 
 
 class _Caller(nn.Module):
     """Calls a function with a model, so that ``functional_call`` may put other weights under both."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[..., R], *args: object) -> R:
+    def forward(self, function: Callable[..., object], *args: object) -> object:
         return function(self.model, *args)
 
 
@@ -94,12 +79,15 @@ class ModelRunner:
     Args:
         model: with head; its weights, its mode and its configuration stay as they are.
         dtype: that its weights are converted to while it runs; None runs it as it is.
+        share: whether trees may be used at all.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = torch.float32) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = torch.float32, *, share: bool = True
+    ) -> None:
+        self.model, self.dtype, self._share = model, dtype, share
         self._converted: dict[str, Tensor] | None = None
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._ways: Ways | None = None
 
     @property
     def device(self) -> torch.device:
@@ -107,15 +95,15 @@ class ModelRunner:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Scoring as it should be: no dropout, no gradients, no autocast; afterwards everything is as it was."""
+        """Within it: no dropout, no gradients, no autocast, converted weights; behind it all is as it was."""
         modes = [(module, module.training) for module in self.model.modules()]
-        devices = [self.device] if self.device.type == "cuda" else []
+        device = self.device
         try:
             self.model.eval()
             with (
-                torch.random.fork_rng(devices),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
                 torch.no_grad(),
-                torch.autocast(self.device.type, enabled=False),
+                torch.autocast(device.type, enabled=False),
             ):
                 self._converted = self._convert(self.dtype)
                 yield
@@ -124,8 +112,34 @@ class ModelRunner:
             for module, mode in modes:
                 module.training = mode
 
+    @contextmanager
+    def in_double(self) -> Iterator[bool]:
+        """Within it, and within ``running``, the model has float64 weights, if that is possible: tells whether.
+
+        A quantised model, one whose weights lie elsewhere (ZeRO-3) and a very large one keep theirs.
+        """
+        weights = list(self.model.parameters())
+        possible = (
+            all(weight.is_floating_point() and not hasattr(weight, "ds_id") for weight in weights)
+            and sum(weight.numel() for weight in weights) <= _LARGEST_FOR_DOUBLE
+            and self.device.type != "mps"
+        )
+        before, experts = self._converted, None
+        try:
+            if possible:
+                self._converted = self._convert(torch.float64)
+                if getattr(self.model.config, "_experts_implementation", None) is not None:
+                    # Grouped products of experts exist in float32 and less.
+                    experts = self.model.get_experts_implementation()
+                    self.model.set_experts_implementation("eager")
+            yield possible
+        finally:
+            self._converted = before
+            if experts is not None:
+                self.model.set_experts_implementation(experts)
+
     def _convert(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Copies of the weights that have another dtype, by name."""
+        """Copies of the weights and buffers that have another dtype, by name."""
         if dtype is None:
             return {}
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
@@ -135,42 +149,125 @@ class ModelRunner:
             if tensor.is_floating_point() and tensor.dtype != dtype
         }
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """The log-probability of each target of a batch, float64 (targets,) on the CPU."""
-        return self._call(_log_probs, batch, self._keeps_logits)
-
-    def _call(self, function: Callable[P, R], *args: object) -> R:
-        assert self._converted is not None, "within running()"
+    def call(self, function: Callable[..., Any], *args: object) -> Any:
+        """``function(model, *args)`` with the weights that are in force."""
+        assert self._converted is not None, "outside running()"
         if not self._converted:
-            return function(self.model, *args)  # type: ignore[call-arg, arg-type]
-        return functional_call(_Caller(self.model), self._converted, (function, *args))  # type: ignore[no-any-return]
+            return function(self.model, *args)
+        return functional_call(_Caller(self.model), self._converted, (function, *args))
 
-    def sums(self, batch: Batch) -> list[float]:
-        """The score of each row of a batch."""
-        found = self.log_probs(batch).tolist()
+    def find_ways(self) -> Ways:
+        """The shorter ways that this model allows; tried when they are first asked for."""
+        if self._ways is None:
+            self._ways = self._try_ways()
+            logger.info("likelihood scores of %s: %s", type(self.model).__name__, self._ways)
+        return self._ways
+
+    def _try_ways(self) -> Ways:
+        if (self.dtype or self.model.dtype) not in (torch.float32, torch.float64):
+            return PLAIN  # So few digits cannot tell a wrong mask from rounding.
+        rows = _build_trial_rows(self.model.config.get_text_config().vocab_size)
+        order, padded = next(pad_rows(rows, _NO_LIMIT))
+        logits = self.call(_logits_at_all, padded, PLAIN)  # (positions of all rows, vocabulary)
+        has_head = self.model.get_output_embeddings() is not None and self.model.base_model is not self.model
+        head = has_head and _is_near(self.call(_logits_at_all, padded, replace(PLAIN, head=True)), logits)
+        return Ways(head, self._share and self._can_read_trees(rows, order, padded), find_window(self.model.config))
+
+    def _can_read_trees(self, rows: Sequence[TokenRow], order: Sequence[int], padded: Batch) -> bool:
+        """Whether a tree of rows gives the log-probabilities of the padded rows."""
+        if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
+            return False
+        tree_order, tree = next(share_beginnings(rows, _NO_LIMIT, _NO_LIMIT))
+        expected = self.call(_log_probs, padded, {}, PLAIN)
+        try:
+            found = self.call(_log_probs, tree, {}, PLAIN)
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
+            logger.debug("%s reads no trees: %s", type(self.model).__name__, error)
+            return False
+        by_row = dict(zip(order, padded.entries, strict=True))
+        same = [entry for number in tree_order for entry in by_row[number]]
+        return _is_near(found[[entry for of_row in tree.entries for entry in of_row]], expected[same])
+
+    def score(self, batch: Batch, features: Features, ways: Ways | None = None) -> list[float]:
+        """The score of each row of a batch: the sum of the log-probabilities of its scored tokens."""
+        found = self.call(_log_probs, batch, features, ways or self.find_ways()).tolist()
         # Exact sums: the same addends in another order are the same score.
         return [math.fsum(found[entry] for entry in of_row) for of_row in batch.entries]
 
 
-def _log_probs(model: PreTrainedModel, batch: Batch, keeps_logits: bool) -> Tensor:
-    device = model.device
-    output = model(input_ids=batch.keys.to(device), attention_mask=batch.mask.long().to(device), use_cache=False)
-    logits = output.logits.flatten(0, 1)  # (rows * length, vocabulary)
-    return _select(lambda chosen: logits[chosen], batch)
+def find_window(config: PretrainedConfig) -> int | None:
+    """Behind how many tokens some layer of a model forgets the first ones, as far as its configuration says it."""
+    text = config.get_text_config()
+    sizes = (getattr(text, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-def _select(logits_at: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-    """The log-probabilities of targets, chunk by chunk of the positions that predict them."""
+def _build_trial_rows(vocabulary: int) -> list[TokenRow]:
+    """Rows of ordinary tokens, two of which begin with the same six and a third with the first two of these."""
+    # Neither the first ids nor the last: special tokens and those of images lie there.
+    step = max(vocabulary // 100, 1)
+    ids = [(vocabulary // 8 + step * i) % vocabulary for i in range(41)]
+    rows = (ids[:18], ids[:6] + ids[18:27], ids[:2] + ids[27:33], ids[33:])
+    return [TokenRow(tuple(row), tuple(range(1, len(row)))) for row in rows]
+
+
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:  # A model adds logits behind those of its head.
+        return False
+    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _log_probs(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -> Tensor:
+    """The log-probability of each target of a batch: float64 (targets,), on the CPU."""
+    logits_at = _run(model, batch, features, ways)
     found = torch.empty(len(batch.targets), dtype=torch.float64)
-    order = torch.argsort(batch.places, stable=True)
-    bounds = torch.searchsorted(batch.places[order], torch.arange(0, len(batch.positions) + _HEAD_ROWS, _HEAD_ROWS))
-    for number, start in enumerate(range(0, len(batch.positions), _HEAD_ROWS)):
-        logits = logits_at(batch.positions[start : start + _HEAD_ROWS])  # (chunk, vocabulary)
-        # At least float32, whatever the model runs in.
+    for start in range(0, len(batch.positions), _HEAD_POSITIONS):
+        positions = batch.positions[start : start + _HEAD_POSITIONS]
+        logits = logits_at(positions)  # (chunk, vocabulary)
+        # In float32 at least, whatever the model runs in.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        chosen = order[bounds[number] : bounds[number + 1]]
-        places = (batch.places[chosen] - start).to(logits.device)
-        totals = logits.logsumexp(1)[places]  # (targets of the chunk,)
-        own = logits[places, batch.targets[chosen].to(logits.device)]
-        found[chosen] = (own.double() - totals.double()).cpu()
+        first, last = torch.searchsorted(batch.places, torch.tensor([start, start + len(positions)])).tolist()
+        places = (batch.places[first:last] - start).to(logits.device)  # (targets of the chunk,)
+        own = logits[places, batch.targets[first:last].to(logits.device)]
+        found[first:last] = (own.double() - logits.logsumexp(1)[places].double()).cpu()
     return found
+
+
+def _logits_at_all(model: PreTrainedModel, batch: Batch, ways: Ways) -> Tensor:
+    """The logits at all positions that a batch wants: (positions, vocabulary)."""
+    return _run(model, batch, {}, ways)(batch.positions)
+
+
+def _run(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -> Callable[[Tensor], Tensor]:
+    """Run a model over a batch; what is returned tells the logits at positions of the flattened batch."""
+    inputs = _prepare_inputs(model, batch, features)
+    if ways.head:
+        hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (sequences * length, width)
+        head = cast(nn.Module, model.get_output_embeddings())
+        return lambda positions: head(hidden[positions.to(hidden.device)])
+    length = batch.keys.shape[1]
+    columns = torch.unique(batch.positions % length)  # at which some sequence wants logits
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = columns.to(model.device)
+    else:
+        columns = torch.arange(length)
+    logits = model(**inputs).logits  # (sequences, columns, vocabulary)
+    return lambda positions: logits[
+        (positions // length).to(logits.device), torch.searchsorted(columns, positions % length).to(logits.device)
+    ]
+
+
+def _prepare_inputs(model: PreTrainedModel, batch: Batch, features: Features) -> dict[str, Any]:
+    """The arguments of a forward pass over a batch."""
+    keys = batch.keys.to(model.device)  # (sequences, length)
+    inputs: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if batch.ends is not None:
+        inputs["attention_mask"] = batch.tree_mask(model.device, model.dtype)
+        inputs["position_ids"] = batch.depths.to(model.device)
+    elif not bool(batch.padding_mask.all()):
+        inputs["attention_mask"] = batch.padding_mask.long().to(model.device)
+    if not features:
+        return inputs | {"input_ids": keys}
+    embeddings, ids = embed_keys(model, keys, features)
+    inputs["inputs_embeds"] = embeddings
+    return inputs if batch.ends is not None else inputs | cast("LlavaMetaForCausalLM", model).decoder_inputs(ids)

@@ -6,7 +6,7 @@ candidate's ``start``; the first one of all is given, as nothing predicts it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,15 +57,23 @@ class TextEncoder:
         tokenizer: of the model; a fast one, which says which characters a token stands for.
         context: the most tokens that the model reads, None for no limit.
         model_name: what errors call the model.
+        visual_ids: of tokens that stand for images and videos, which no text may have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int | None, model_name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        model_name: str,
+        visual_ids: Collection[int] = (),
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{model_name}: its tokenizer ({type(tokenizer).__name__}) is a slow one, which does not tell the "
                 "characters of its tokens; save it as a fast one (tokenizer.json)"
             )
-        self._tokenizer, self._context, self._name = tokenizer, context, model_name
+        self.tokenizer, self.model_name = tokenizer, model_name
+        self._context, self._visual_ids = context, frozenset(visual_ids)
 
     def encode(self, choices: Sequence[Choice]) -> list[list[TokenRow]]:
         """The rows of each choice's candidates.
@@ -77,7 +85,7 @@ class TextEncoder:
         if not texts:
             return []
         # Special tokens that stand in the text are read as the tokenizer reads them, as the official scorer does.
-        encoded = self._tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
         pairs = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
         return [
             [
@@ -91,8 +99,13 @@ class TextEncoder:
         """A row, if it can be scored."""
         if self._context is not None and len(keys) > self._context:
             raise ValueError(
-                f"{name_choice(choice)}: a candidate has {len(keys)} tokens, but the context of {self._name} is "
+                f"{name_choice(choice)}: a candidate has {len(keys)} tokens, but the context of {self.model_name} is "
                 f"{self._context}: {shorten_text(text, 80)!r}; shorten it or leave it out"
+            )
+        if not self._visual_ids.isdisjoint(keys):
+            raise ValueError(
+                f"{name_choice(choice)}: a candidate has a token in its text that stands for images: "
+                f"{shorten_text(text, 80)!r}; media are given beside the text"
             )
         if not scored:
             raise ValueError(

@@ -147,7 +147,7 @@ class PromptWriter:
                 prompt or are given to a model that has none.
         """
         media = [self.load(item) for item in request.media]
-        turns = self._write_turns(request, media)
+        turns = self.write_turns(request, media)
         # From the same turns: coordinates go by the placeholders before these are expanded.
         ids, coordinates = self._encode(turns, media), self._place(request, turns, media)
         if self.vision is None or not media:
@@ -162,7 +162,7 @@ class PromptWriter:
             raise ValueError(f"{item.path}: this model was trained on text alone and cannot look at {item.kind}s")
         return load_media(item, self.vision)
 
-    def _write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
+    def write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
         kinds, shown = [item.kind for item in media], placeholder_kinds(request.prompt)
         if shown and shown != kinds:
@@ -175,11 +175,14 @@ class PromptWriter:
             turns = add_time_instruction(turns, clips_of(media))
         return turns
 
-    def _encode(self, turns: Sequence[Turn], media: Sequence[VisualInput]) -> list[int]:
+    def expand(self, turns: Sequence[Turn], media: Sequence[VisualInput]) -> list[Turn]:
+        """The turns with the spans of their media in the places of the placeholders."""
         frame_counts = [len(m.frames) for m in media if m.kind == "video"]
         image_sizes = [m.original_size for m in media if m.kind == "image"]
-        expanded = expand_placeholders(turns, self.vision, frame_counts, image_sizes)
-        ids = [i for segment in self.text_format.encode_prompt(expanded) for i in segment.ids]
+        return expand_placeholders(turns, self.vision, frame_counts, image_sizes)
+
+    def _encode(self, turns: Sequence[Turn], media: Sequence[VisualInput]) -> list[int]:
+        ids = [i for segment in self.text_format.encode_prompt(self.expand(turns, media)) for i in segment.ids]
         # A text model that is asked to begin on its own starts behind an end of text.
         return ids or [self.tokenizer.eos_token_id]  # type: ignore[list-item]
 

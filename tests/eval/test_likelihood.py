@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llava.data.formats import build_format
+from llava.data.media import load_media
+from llava.data.placeholders import expand_placeholders
 from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
+from llava.types import Media, Turn
 from tests.conftest import ITALIAN, TINY_BACKBONES
 
 
@@ -51,3 +55,74 @@ def test_scores_equal_those_of_one_sentence_at_a_time(backbone_dirs, name: str) 
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=2e-4)
     assert found[5][0] == found[5][1]
+
+
+# With images and clips.
+
+
+def save_multimodal(loaded, folder: Path) -> str:
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def shown_scores(model, tokenizer, choice: Choice) -> list[float]:
+    """Each candidate alone behind its media, as plain_lm writes a training sample, through the model's own forward."""
+    media = [load_media(one, model.vision) for one in choice.media]
+    kinds = {"image": "<image>", "video": "<video>"}
+    scores = []
+    for candidate in choice.candidates:
+        words = "".join(f" {kinds[one.kind]}" for one in choice.media).strip()
+        turns = expand_placeholders(
+            [Turn("user", words), Turn("assistant", candidate.text)],
+            model.vision,
+            [len(one.frames) for one in media if one.kind == "video"],
+            [one.original_size for one in media if one.kind == "image"],
+        )
+        segments = build_format("plain_lm", tokenizer).encode(turns)
+        ids = torch.tensor([[i for segment in segments for i in segment.ids][:-1]])
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids,
+                images=[one.frames for one in media],
+                modalities=[one.kind for one in media],
+                image_sizes=[one.original_size for one in media],
+            ).logits
+        log_probs = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        count = len(tokenizer(" " + candidate.text[candidate.start :].lstrip(), add_special_tokens=False).input_ids)
+        scores.append(log_probs[-count:].sum().item())
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("llava_gpt2", "base"),
+        ("llava_llama", "alternating"),
+        ("llava_gpt2", "alternating_cross"),
+        ("llava_mpt", "base"),
+    ],
+)
+def test_scores_with_media_equal_those_of_each_candidate_alone(
+    load_tiny, media_dir: Path, tmp_path: Path, name: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_multimodal(load_tiny(name, variant=variant), tmp_path / "model")
+    scorer = LikelihoodScorer.from_folder(folder, device="cpu")
+    image, clip = Media("image", str(media_dir / "a.png")), Media("video", str(media_dir / "a.mp4"))
+    choices = [
+        Choice("one", (Candidate("una stella gialla"), Candidate("il gatto dorme")), (image,)),
+        Choice("text", (Candidate("una stella gialla"), Candidate("il gatto dorme"))),
+        Choice("clip", (Candidate("cosa? un gatto", 5), Candidate("cosa? una ragazza", 5)), (clip,)),
+        Choice("both", (Candidate("una stella"), Candidate("il gatto")), (clip, image)),
+        Choice("again", (Candidate("il gatto dorme"), Candidate("una stella"), Candidate("un uomo")), (image,)),
+    ]
+    calls: list[int] = []
+    tower = scorer.model.get_vision_tower()
+    tower.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    found = scorer.score(choices)
+    assert calls == [1 + 3], "each image and clip goes through the tower once"
+    for choice, one in zip(choices, found, strict=True):
+        if choice.media:
+            assert one == pytest.approx(shown_scores(scorer.model, scorer.tokenizer, choice), abs=2e-4), choice.id
+    assert found[0][1] == pytest.approx(found[4][0], abs=1e-5)
+    assert found[0] != pytest.approx(found[1], abs=1e-2), "the image changes what is probable"
