@@ -15,9 +15,11 @@ Source: the files and the reading of the BabyLM evaluation pipeline of 2025, as 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,6 @@ class Task:
         columns: by which a folder of another name is known.
         parse: a row's meaning.
         official: what the official pipeline calls the task; the folder of its results.
-        fast_size: items of each group in the official fast data; None where all are scored.
         needs_images: whether its items have pictures.
     """
 
@@ -210,7 +211,6 @@ class Task:
     columns: frozenset[str]
     parse: Callable[[Row], Parsed]
     official: str
-    fast_size: int | None = None
     needs_images: bool = False
 
 
@@ -222,12 +222,12 @@ def _task(name: str, columns: str, parse: Callable[[Row], Parsed], **options: An
 TASKS = {
     task.name: task
     for task in (
-        _task("blimp", "sentence_good sentence_bad UID field", _parse_blimp, fast_size=200),
+        _task("blimp", "sentence_good sentence_bad UID field", _parse_blimp),
         _task(
-            "supplement", "sentence_good sentence_bad", _parse_supplement, official="blimp", fast_size=50,
+            "supplement", "sentence_good sentence_bad", _parse_supplement, official="blimp",
             folders=("supplement", "blimp_supplement"),
         ),
-        _task("ewok", "Context1 Target1 Target2 Domain", _parse_ewok, fast_size=100),
+        _task("ewok", "Context1 Target1 Target2 Domain", _parse_ewok),
         _task("entity_tracking", "input_prefix options numops", _parse_entity_tracking),
         _task("comps", "prefix_acceptable prefix_unacceptable property_phrase", _parse_comps),
         _task("wug_adj", "", _parse_wug("wug_adj")),
@@ -257,6 +257,11 @@ class TaskData:
     @property
     def name(self) -> str:
         return self.task.name
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether these are the official fast data."""
+        return self.folder.endswith("_fast")
 
 
 @dataclass(frozen=True)
@@ -358,10 +363,8 @@ def read_items(data: TaskData, fast: bool = False, seed: int = 0) -> list[Item]:
         uid = f"{parsed.uid}_{number}"
         choice = Choice(uid, candidates, parsed.media, row.source)
         items.append(Item(uid, choice, parsed.uid, 0, predictions, parsed.fields, parsed.ratio))
-    size = data.task.fast_size
-    if not fast or size is None:
-        return items
-    return sample_groups(items, size, seed)
+    # Official fast data are a choice already, and are taken whole.
+    return sample_groups(items, data.name, seed) if fast and not data.is_fast else items
 
 
 def _rows(data: TaskData) -> Iterator[Row]:
@@ -370,8 +373,27 @@ def _rows(data: TaskData) -> Iterator[Row]:
             yield Row(file, number, values, data.images)
 
 
-def sample_groups(items: Sequence[Item], size: int, seed: int) -> list[Item]:
-    """So many items of each group, or all of a smaller one, in their order; the same with the same seed."""
+@cache
+def read_sizes() -> dict[str, dict[str, dict[str, int]]]:
+    """How many items the official collation expects: in the full and in the fast data, of each task and group."""
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
+    return {kind: content[kind] for kind in ("full", "fast")}
+
+
+_FAST_SIZE = 200
+"""Items of a group in a fast choice of what the official fast data do not have."""
+
+
+def sample_groups(items: Sequence[Item], task: str, seed: int) -> list[Item]:
+    """A fast choice: of each group as many items as the official fast data have, or all of a smaller one, in order.
+
+    Args:
+        items: of the task.
+        task: its name. The fast data of entity tracking have some groups alone, and so has the choice.
+        seed: the same one makes the same choice.
+    """
+    sizes = read_sizes()["fast"].get(task, {})
+    other = 0 if task == "entity_tracking" else max(sizes.values(), default=_FAST_SIZE)
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(item.uid, []).append(index)
@@ -379,6 +401,6 @@ def sample_groups(items: Sequence[Item], size: int, seed: int) -> list[Item]:
         index
         for uid, indices in groups.items()
         # By name and not by place: a file more or less leaves the others' items as they are.
-        for index in random.Random(f"{seed} {uid}").sample(indices, min(size, len(indices)))
+        for index in random.Random(f"{seed} {uid}").sample(indices, min(sizes.get(uid, other), len(indices)))
     }
     return [item for index, item in enumerate(items) if index in kept]

@@ -183,7 +183,7 @@ def test_a_model_that_knows_nothing_ties_everywhere(official: Path, name: str) -
     count = len(items[0].choice.candidates)
     result = summarize(data, items, [(0.0,) * count] * len(items))
     assert (result.ties, result.official, result.adjusted) == (2, 100.0, pytest.approx(100 / count))
-    assert result.chance == 100 / count
+    assert result.chance == pytest.approx(100 / count)
 
 
 def test_ratios_are_correlated_by_rank(official: Path) -> None:

@@ -1,0 +1,99 @@
+"""The blind check: items shown with others' pictures. A model that scores as well then does not look at them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.eval.choices import Choice
+from llava.types import Media
+
+T = TypeVar("T")
+_NUM_RESAMPLES = 2000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class BlindCheck:
+    """How much a score falls when each item is shown with another one's picture.
+
+    Attributes:
+        score: with its own.
+        other_score: with another one's.
+        drop: the difference, from item to item the mean.
+        low, high: its interval at 95 %, by drawing items anew.
+        is_blind: whether the score does not fall: the interval reaches down to 0.
+    """
+
+    score: float
+    other_score: float
+    drop: float
+    low: float
+    high: float
+    is_blind: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self, name: str) -> str:
+        """A line for people."""
+        what = (
+            f"{name}: {self.score:.1f} with its own pictures or clips, {self.other_score:.1f} with other items' (falls "
+            f"by {self.drop:.1f}, 95 % interval {self.low:.1f} to {self.high:.1f})"
+        )
+        return f"{what}: BLIND, the score does not depend on what is shown" if self.is_blind else what
+
+
+def swap(shown: Sequence[T], key: Callable[[T], object], seed: int) -> list[T] | None:
+    """What each item is shown in place of its own: that of another item, never the same; a seeded choice.
+
+    Args:
+        shown: of each item.
+        key: tells whether two are the same.
+
+    Returns:
+        One for each item; None where more than half of them are shown the same, so that there is no such choice.
+    """
+    # Sorted by what is shown, items with the same stand together: a step as long as the largest such group leads away
+    # from it, for every item. The groups come in an order that is drawn.
+    groups: dict[object, list[int]] = {}
+    for index, one in enumerate(shown):
+        groups.setdefault(key(one), []).append(index)
+    names = list(groups)
+    generator = random.Random(seed)
+    generator.shuffle(names)
+    order = [index for name in names for index in generator.sample(groups[name], len(groups[name]))]
+    step = max(map(len, groups.values()), default=0)
+    if len(groups) < 2 or 2 * step > len(order):
+        return None
+    swapped: list[T] = list(shown)
+    for place, index in enumerate(order):
+        swapped[index] = shown[order[(place + step) % len(order)]]
+    return swapped
+
+
+def swap_media(choices: Sequence[Choice], seed: int) -> list[Choice] | None:
+    """Choices with the media of others; None where there are no others."""
+    shown = swap([choice.media for choice in choices], _paths, seed)
+    return None if shown is None else [replace(c, media=m) for c, m in zip(choices, shown, strict=True)]
+
+
+def _paths(media: tuple[Media, ...]) -> object:
+    return tuple((one.path, one.frames) for one in media)
+
+
+def check_blindness(own: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> BlindCheck:
+    """Compare the scores of items, float64 (items,), with their own pictures and with others'."""
+    differences = own - other
+    generator = np.random.default_rng(seed)
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = generator.multinomial(len(own), counts / len(own), size=_NUM_RESAMPLES) @ values / len(own)
+    low, high = (float(q) for q in np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+    return BlindCheck(
+        float(own.mean()), float(other.mean()), float(differences.mean()), low, high, is_blind=low <= 1e-12
+    )

@@ -1,0 +1,118 @@
+"""The scores of a model on a task, item by item: in a file that a run which was interrupted goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from llava.eval.babylm.tasks import Item
+from llava.eval.choices import Choice, Scorer
+from llava.io import append_json_lines, cut_unfinished_line, hash_json, read_json_lines
+
+ITEM_SCORES = "item_scores.jsonl"
+"""Beside the official files: its first line has the settings, each other one the scores of an item's candidates."""
+_AT_ONCE = 4096
+"""Items that are scored before they are written down: what an interruption costs."""
+
+
+class Settings(TypedDict):
+    """What scores depend on: a run with other settings does not go on with them.
+
+    Attributes:
+        model, model_files: its path, and a hash of the names, sizes and times of its files.
+        items: a hash of all texts, and of the paths of their pictures.
+        dtype: of the weights while they score.
+        shown: ``own`` pictures, or those of ``other`` items.
+    """
+
+    model: str
+    model_files: str
+    items: str
+    dtype: str
+    shown: str
+
+
+def hash_items(choices: Sequence[Choice]) -> str:
+    """A hash of what is scored."""
+    return hash_json(
+        [
+            [[[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
+            for choice in choices
+        ],
+        16,
+    )
+
+
+def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, dict[str, tuple[float, ...]]] | None:
+    """The settings and the scores by item that a folder has; None where it has none.
+
+    Raises:
+        ValueError: the file is not one of scores.
+    """
+    path = folder / name
+    if not path.is_file():
+        return None
+    rows = read_json_lines(path)
+    try:
+        settings: Settings = rows[0]["settings"]
+        return settings, {row["id"]: tuple(row["scores"]) for row in rows[1:]}
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no file of scores ({error!r}); remove it, or give another --out") from error
+
+
+def score_items(
+    folder: Path,
+    settings: Settings,
+    items: Sequence[Item],
+    choices: Sequence[Choice],
+    get_scorer: Callable[[], Scorer],
+    on_scored: Callable[[int], None],
+    overwrite: bool = False,
+    name: str = ITEM_SCORES,
+) -> list[tuple[float, ...]]:
+    """Score what is not scored yet, and write it down.
+
+    Args:
+        folder: of the task's results.
+        settings: of this run.
+        items: that are scored.
+        choices: of the items, with their own pictures or others'.
+        get_scorer: gives what scores them; not called where nothing is left to score.
+        on_scored: is called with the number of items that were scored, those found in the file included.
+        overwrite: whether scores with other settings are replaced.
+        name: of the file.
+
+    Returns:
+        The scores of all items, in order.
+
+    Raises:
+        ValueError: the folder has scores with other settings, or an item cannot be scored.
+    """
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        cut_unfinished_line(path)
+    found = read_item_scores(folder, name) if path.is_file() and path.stat().st_size else None
+    if found is not None and found[0] != settings:
+        changed = sorted(key for key, value in settings.items() if found[0].get(key) != value)
+        if not overwrite:
+            raise ValueError(
+                f"{path}: was made with another {', '.join(changed)}; give another --out, or --overwrite to replace it"
+            )
+        found = None
+    done = {} if found is None else found[1]
+    on_scored(sum(item.id in done for item in items))
+    if found is None:
+        path.unlink(missing_ok=True)
+        with path.open("ab") as file:
+            append_json_lines(file, [{"settings": settings}])
+    todo = [index for index, item in enumerate(items) if item.id not in done]
+    for start in range(0, len(todo), _AT_ONCE):
+        part = todo[start : start + _AT_ONCE]
+        told = get_scorer().score([choices[index] for index in part], on_scored)
+        rows = [{"id": items[index].id, "scores": list(one)} for index, one in zip(part, told, strict=True)]
+        with path.open("ab") as file:
+            append_json_lines(file, rows)
+        done |= {items[index].id: one for index, one in zip(part, told, strict=True)}
+    return [done[item.id] for item in items]

@@ -1,0 +1,160 @@
+"""Tables of scores: Markdown for people, CSV for spreadsheets, JSON with everything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llava
+from llava.eval.babylm.blind import BlindCheck
+from llava.eval.babylm.results import TaskResult
+from llava.io import write_beside, write_json
+
+COLUMNS = ("model", "revision", "task", "kind", "group", "score", "low", "high", "adjusted", "ties", "items", "metric")
+
+
+@dataclass
+class ModelResults:
+    """What was found of a model.
+
+    Attributes:
+        model: its path or name.
+        revision: ``main`` or another.
+        results: of each task.
+        blind: of tasks with pictures, where other pictures could be shown.
+        settings: with which it was scored.
+    """
+
+    model: str
+    revision: str
+    results: dict[str, TaskResult] = field(default_factory=dict)
+    blind: dict[str, BlindCheck] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``scores.json`` holds."""
+        names = ("torch", "transformers")
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "tasks": {name: result.to_json() for name, result in self.results.items()},
+            "blind_check": {name: check.to_json() for name, check in self.blind.items()},
+            "settings": dict(self.settings),
+            "versions": {
+                "llava": llava.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in names},
+            },
+        }
+
+
+def write_tables(folder: Path, models: Sequence[ModelResults]) -> str:
+    """Write ``scores.md``, ``scores.csv`` and ``scores.json`` of some models; returns the first's text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = describe_markdown(models)
+    with write_beside(folder / "scores.md") as path:
+        path.write_text(text, encoding="utf-8")
+    with write_beside(folder / "scores.csv") as path:
+        path.write_text(describe_csv(models), encoding="utf-8")
+    write_json(
+        folder / "scores.json", [model.to_json() for model in models] if len(models) > 1 else models[0].to_json()
+    )
+    return text
+
+
+def describe_csv(models: Sequence[ModelResults]) -> str:
+    """A line for each task, and for each group within it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for model in models:
+        for name, result in model.results.items():
+            head, metric = (model.model, model.revision, name), result.metric
+            writer.writerow(
+                [
+                    *head, "all", "all", *map(_number, (result.official, result.low, result.high, result.adjusted)),
+                    result.ties, result.num_items, metric,
+                ]
+            )  # fmt: skip
+            for row in result.rows:
+                writer.writerow(
+                    [
+                        *head, row.kind, row.name, _number(row.score), "", "", _number(row.adjusted), row.ties,
+                        row.num_items, metric,
+                    ]
+                )  # fmt: skip
+    return file.getvalue()
+
+
+def describe_markdown(models: Sequence[ModelResults]) -> str:
+    """Tasks with the models side by side, then ties, groups and the blind check."""
+    names = list(dict.fromkeys(name for model in models for name in model.results))
+    heads = _heads(models)
+    lines = ["# Scores", "", *_table(["task", *heads], ([name, *(_score(m, name) for m in models)] for name in names))]
+    lines += [
+        "", "Official score, with its 95 % interval (items drawn anew within their groups). Accuracies are means over "
+        "groups, in %; of wug_adj and wug_past it is Spearman's rho, times 100.", "",
+    ]  # fmt: skip
+    rows = (
+        [head, name, str(result.num_items), str(result.ties), f"{result.official:.2f}", f"{result.adjusted:.2f}",
+         f"{result.chance:.1f}"]
+        for head, model in zip(heads, models, strict=True)
+        for name, result in model.results.items()
+        if result.official is not None and result.adjusted is not None
+    )  # fmt: skip
+    lines += ["## Ties", "", *_table(["model", "task", "items", "ties", "official", "tie-adjusted", "chance"], rows)]
+    lines += [
+        "",
+        "The official score gives a tie to the first candidate, the right one; adjusted for ties it counts 1/k.",
+    ]
+    if blind := [
+        f"- {head}, {check.describe(name)}"
+        for head, m in zip(heads, models, strict=True)
+        for name, check in m.blind.items()
+    ]:
+        lines += ["", "## Blind check", "", *blind]
+    for name in names:
+        lines += _describe_groups(name, heads, [model.results.get(name) for model in models])
+    return "\n".join([*lines, ""])
+
+
+def _describe_groups(name: str, heads: Sequence[str], results: Sequence[TaskResult | None]) -> list[str]:
+    keys = dict.fromkeys((row.kind, row.name) for result in results if result is not None for row in result.rows)
+    if len(keys) < 2:
+        return []
+    scores = [{} if r is None else {(row.kind, row.name): row.score for row in r.rows} for r in results]
+    rows = ([kind, group, *(_shown(told.get((kind, group))) for told in scores)] for kind, group in keys)
+    return ["", f"## {name}", "", *_table(["kind", "group", *heads], rows)]
+
+
+def _heads(models: Sequence[ModelResults]) -> list[str]:
+    """Short names of the models, which are told apart by their paths where they must."""
+    heads = [Path(model.model).name + ("" if model.revision == "main" else f" {model.revision}") for model in models]
+    return heads if len(set(heads)) == len(heads) else [f"{model.model} {model.revision}" for model in models]
+
+
+def _score(model: ModelResults, name: str) -> str:
+    result = model.results.get(name)
+    if result is None:
+        return ""
+    if result.official is None:
+        return "none: the model's shares are all the same"
+    return f"{result.official:.2f} [{_shown(result.low)}, {_shown(result.high)}]"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
