@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -270,6 +269,8 @@ def _polar(centre: Point, radius: float, angle: float) -> Point:
 
 def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
     """Encode frames (num_frames, height, width, 3) as an MP4 file in yuv420p."""
+    import av  # Here alone: stills need no PyAV.
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.height, stream.width = frames.shape[1:3]

@@ -58,6 +58,7 @@ class ScorePlan:
         fast: whether to take the official fast sizes.
         seed: of the choice of items where ``fast``.
         milestones: whether to score the checkpoints ``chck_*`` as well.
+        milestones_fast: whether to take the fast sizes for these, whatever the final model is scored on.
     """
 
     data: tuple[str, ...]
@@ -65,6 +66,7 @@ class ScorePlan:
     fast: bool = False
     seed: int = 0
     milestones: bool = False
+    milestones_fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,9 +329,11 @@ def _read_score(value: object, path: Path) -> ScorePlan | None:
     where = f"{path}: score"
     score = _mapping(value, where)
     _check_keys(score, _SCORE_KEYS, where)
-    for key in ("fast", "milestones"):
-        if not isinstance(score.get(key, False), bool):
-            raise ValueError(f"{where}: {key} is {shorten(score[key])}; expected true or false")
+    fast, milestones = score.get("fast", False), score.get("milestones", False)
+    if not isinstance(fast, bool):
+        raise ValueError(f"{where}: fast is {shorten(fast)}; expected true or false")
+    if milestones not in (True, False, "fast"):
+        raise ValueError(f"{where}: milestones is {shorten(milestones)}; expected true, false or fast")
     seed = score.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"{where}: seed is {shorten(seed)}; expected a whole number from 0")
@@ -339,9 +343,10 @@ def _read_score(value: object, path: Path) -> ScorePlan | None:
     return ScorePlan(
         data=tuple(data),
         tasks=tuple(_texts(score.get("tasks", []), f"{where}: tasks")),
-        fast=bool(score.get("fast", False)),
+        fast=fast,
         seed=seed,
-        milestones=bool(score.get("milestones", False)),
+        milestones=bool(milestones),
+        milestones_fast=fast or milestones == "fast",
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -55,8 +56,9 @@ def score_cell(study: Study, cell: Cell, show: Callable[[str], None]) -> None:
         if name in list_scored(study, cell):
             continue
         show(f"scoring {name}")
-        tasks = score_model(study, study.score, folder, _labelled(f"scoring {name}", show))
-        content: ModelScores = {"words": count, "settings": settings(study, study.score), "tasks": tasks}
+        plan = plan_for(study.score, name)
+        tasks = score_model(study, plan, folder, _labelled(f"scoring {name}", show))
+        content: ModelScores = {"words": count, "settings": settings(plan), "tasks": tasks}
         path = scores_file(study, cell, name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
@@ -66,7 +68,12 @@ def _labelled(label: str, show: Callable[[str], None]) -> Callable[[str], None]:
     return lambda text: show(f"{label}, {text}")
 
 
-def settings(study: Study, plan: ScorePlan) -> dict[str, object]:
+def plan_for(plan: ScorePlan, name: str) -> ScorePlan:
+    """How the final model or a milestone is scored."""
+    return plan if name == FINAL else replace(plan, fast=plan.milestones_fast)
+
+
+def settings(plan: ScorePlan) -> dict[str, object]:
     """What scores depend on beside the model."""
     return {"data": list(plan.data), "tasks": list(plan.tasks), "fast": plan.fast, "seed": plan.seed}
 
@@ -87,9 +94,9 @@ def scores_file(study: Study, cell: Cell, name: str) -> Path:
 def list_scored(study: Study, cell: Cell) -> list[str]:
     """Names of the scores that a cell has, made with the settings of the study as it is now."""
     assert study.score is not None
-    folder = study.folder(cell) / "scores"
-    return [path.stem for path in sorted(folder.glob("*.json"))
-            if read_scores(study, cell, path.stem)["settings"] == settings(study, study.score)]  # fmt: skip
+    names = [path.stem for path in sorted((study.folder(cell) / "scores").glob("*.json"))]
+    plans = {name: settings(plan_for(study.score, name)) for name in names}
+    return [name for name in names if read_scores(study, cell, name)["settings"] == plans[name]]
 
 
 def read_scores(study: Study, cell: Cell, name: str) -> ModelScores:
