@@ -63,7 +63,7 @@ def score(study: Study, plan: object, model: Path, show: Callable[[str], None]) 
     return {
         "blimp": {
             "official": (right + 10) / 20, "adjusted": (right + 10) / 20, "ties": 0.0, "num_items": 20,
-            "groups": {}, "outcomes": outcomes, "items_hash": "1",
+            "groups": {}, "outcomes": outcomes, "weights": {"u": 0.5, "v": 0.5}, "items_hash": "1",
         }
     }  # fmt: skip
 

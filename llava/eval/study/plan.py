@@ -16,7 +16,7 @@ from llava.io import read_yaml
 from llava.messages import shorten
 
 KEYS = {
-    "output_dir", "values", "seeds", "baseline", "prepare", "model", "train", "variants", "score", "processes",
+    "base", "output_dir", "values", "seeds", "baseline", "prepare", "model", "train", "variants", "score", "processes",
     "plugins", "slurm",
 }  # fmt: skip
 _PREPARE_KEYS = {"run", "makes"}
@@ -196,8 +196,7 @@ def read_study(path: Path, output_dir: str | None = None, changed: Sequence[str]
     """
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, not a study' if path.is_dir() else 'no such file'}; give a YAML file")
-    content = _mapping(read_yaml(path, str(path)), str(path))
-    _check_keys(content, KEYS, str(path))
+    content = _read_with_base(path)
     for key in ("variants", "train"):
         if key not in content:
             raise ValueError(f"{path}: has no {key!r}; docs/study.md shows a whole file")
@@ -247,6 +246,22 @@ def read_study(path: Path, output_dir: str | None = None, changed: Sequence[str]
 
 
 # Parts of the file. Each names the key in its errors.
+
+
+def _read_with_base(path: Path, begun: tuple[Path, ...] = ()) -> dict[str, object]:
+    """A file's keys over those of the file that it names as its ``base``; mappings are joined, all else is replaced."""
+    content = _mapping(read_yaml(path, str(path)), str(path))
+    _check_keys(content, KEYS, str(path))
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    there = path.parent / str(base)
+    if not there.is_file() or there.resolve() in begun:
+        raise ValueError(f"{path}: base is {shorten(base)}; expected another study's file, from this one's folder")
+    below = _read_with_base(there, (*begun, path.resolve()))
+    joined = {key: {**below[key], **value} for key, value in content.items()  # type: ignore[dict-item]
+              if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
+    return {**below, **content, **joined}
 
 
 def _read_variants(content: Mapping[str, object], path: Path) -> dict[str, Flags]:

@@ -8,11 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
 
 from llava.eval.study.cells import read_trained
 from llava.eval.study.plan import Cell, ScorePlan, Study
 from llava.io import hash_json, write_json
+
+if TYPE_CHECKING:
+    from llava.eval.babylm.results import TaskResult
+    from llava.eval.babylm.tasks import Item
 
 FINAL = "final"
 """The name of a trained model's scores; those of milestones are named as their folders."""
@@ -21,18 +27,20 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 class TaskScores(TypedDict):
-    """A model's scores on a task; shares from 0 to 1.
+    """A model's scores on a task; shares from 0 to 1, or a correlation.
 
-    ``outcomes`` has for each group of items what each counted: 1 right, 0 wrong, 1/k where k candidates tied.
-    ``items_hash`` tells whether two models were scored on the same items.
+    ``outcomes`` has for each group of items what each counted: 1 right, 0 wrong, 1/k where k candidates tied; none for
+    a correlation. ``weights`` are the groups' in the score. ``items_hash`` tells whether two models were scored on the
+    same items. ``official`` is None for a correlation with what is the same for every item.
     """
 
-    official: float
-    adjusted: float
+    official: float | None
+    adjusted: float | None
     ties: float
     num_items: int
     groups: dict[str, float]
     outcomes: dict[str, list[float]]
+    weights: dict[str, float]
     items_hash: str
 
 
@@ -114,34 +122,45 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
     Raises:
         ValueError: a task is not found, or the model cannot be scored.
     """
-    from importlib import import_module
-
+    from llava.eval.babylm.results import summarize
+    from llava.eval.babylm.tasks import find_tasks, read_items
+    from llava.eval.likelihood import LikelihoodScorer
     from llava.registry import import_plugins
-
-    tasks, likelihood = import_module("llava.eval.babylm.tasks"), import_module("llava.eval.likelihood")
 
     if study.plugins:
         if str(study.here) not in sys.path:
             sys.path.insert(0, str(study.here))
         import_plugins(study.plugins)
-    found = tasks.find_tasks([study.fill(path) for path in plan.data], plan.tasks)
-    scorer = likelihood.LikelihoodScorer.from_folder(str(folder))
+    found = find_tasks([study.fill(path) for path in plan.data], plan.tasks, plan.fast)
+    if found.missing or not found.tasks:
+        raise ValueError(f"{study.path}: score: {(found.missing or ['the data have no task'])[0]}")
+    scorer = LikelihoodScorer.from_folder(str(folder))
     scores: dict[str, TaskScores] = {}
     for data in found.tasks:
-        items = tasks.read_items(data, plan.fast, plan.seed)
-        counted = _Counter(f"{data.name}", len(items), show)
-        told = scorer.score([item.choice for item in items], counted)
-        result = tasks.summarize(data, items, told)
-        scores[data.name] = {
-            "official": result.official,
-            "adjusted": result.adjusted,
-            "ties": result.ties / len(items),
-            "num_items": len(items),
-            "groups": {row.name: row.score for row in result.rows},
-            "outcomes": group_outcomes([(item.uid, item.gold) for item in items], told),
-            "items_hash": hash_json([[item.uid, [c.text for c in item.choice.candidates]] for item in items], 16),
-        }
+        items = read_items(data, plan.fast, plan.seed)
+        told = scorer.score([item.choice for item in items], _Counter(data.name, len(items), show))
+        scores[data.name] = sum_up(items, told, summarize(data, items, told))
     return scores
+
+
+def sum_up(items: Sequence[Item], scores: Sequence[Sequence[float]], result: TaskResult) -> TaskScores:
+    """The scores of a task as a study keeps them."""
+    from llava.eval.babylm.results import UID, average_groups
+
+    groups = {row.name: row.score / 100 for row in result.rows if row.kind == UID}
+    outcomes = {} if items[0].ratio is not None else group_outcomes([(item.uid, item.gold) for item in items], scores)
+    uids = list(outcomes)
+    shares = average_groups(result.task, dict(zip(uids, np.eye(len(uids)), strict=True))) if uids else []
+    return {
+        "official": None if result.official is None else result.official / 100,
+        "adjusted": None if result.adjusted is None else result.adjusted / 100,
+        "ties": result.ties / result.num_items,
+        "num_items": result.num_items,
+        "groups": groups,
+        "outcomes": outcomes,
+        "weights": dict(zip(uids, map(float, shares), strict=True)),
+        "items_hash": hash_json([[item.id, [one.text for one in item.choice.candidates]] for item in items], 16),
+    }
 
 
 class _Counter:

@@ -23,7 +23,7 @@ class Comparison:
     """A variant held against the baseline; all differences are the variant's score less the baseline's.
 
     Attributes:
-        difference: mean over seeds and groups.
+        difference: mean over seeds.
         low, high: 95 % interval of the bootstrap.
         p_value: of the bootstrap, two-sided.
         by_seed: the difference of each seed.
@@ -40,18 +40,17 @@ class Comparison:
     num_items: int
 
 
-def group_mean(outcomes: Outcomes) -> float:
-    """The unweighted mean over groups of the mean over items."""
-    return float(np.mean([values.mean() for values in outcomes.values()]))
-
-
 def mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1) over seeds; None for one seed."""
     return float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else None
 
 
 def compare(
-    variant: Sequence[Outcomes], baseline: Sequence[Outcomes], replicates: int = REPLICATES, seed: int = 0
+    variant: Sequence[Outcomes],
+    baseline: Sequence[Outcomes],
+    weights: Mapping[str, float] | None = None,
+    replicates: int = REPLICATES,
+    seed: int = 0,
 ) -> Comparison:
     """Compare by a bootstrap over seeds and items, and by a t test over seeds.
 
@@ -62,6 +61,7 @@ def compare(
 
     Args:
         variant, baseline: outcomes of each seed, in the same order of seeds, with the same groups and items.
+        weights: of the groups in the score; by default all count the same.
         replicates: how many.
         seed: of the draws.
 
@@ -79,8 +79,9 @@ def compare(
     observed = np.zeros(num_seeds)
     for group in groups:
         items = np.stack([v[group] - b[group] for v, b in zip(variant, baseline, strict=True)])  # (seeds, items)
-        observed += items.mean(1) / len(groups)
-        means += resample_items(items, replicates, rng) / len(groups)
+        weight = 1 / len(groups) if weights is None else weights[group]
+        observed += weight * items.mean(1)
+        means += weight * resample_items(items, replicates, rng)
     centre = means.mean(0)
     stretch = math.sqrt(num_seeds / (num_seeds - 1)) if num_seeds > 1 else 1.0
     drawn = rng.integers(num_seeds, size=(num_seeds, replicates))

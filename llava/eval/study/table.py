@@ -27,7 +27,8 @@ class Row:
 
     Attributes:
         words: that were trained on.
-        score: as the official pipeline counts, ties as right where the right candidate comes first.
+        score: as the official pipeline counts, ties as right where the right candidate comes first; None for a
+            correlation that there is none of.
         spread: standard deviation over seeds.
         tie_adjusted: a tie of k counts 1/k.
         ties: share of the items.
@@ -39,10 +40,10 @@ class Row:
     variant: str
     seeds: tuple[int, ...]
     words: float | None
-    score: float
+    score: float | None
     spread: float | None
     by_seed: tuple[float, ...]
-    tie_adjusted: float
+    tie_adjusted: float | None
     ties: float
     num_items: int
     hours: float
@@ -146,7 +147,8 @@ def _row(
 ) -> Row:
     cells = list(done[variant].values())
     told = [scores[cell]["tasks"][task] for cell in cells]
-    mean, spread = mean_and_spread([score["official"] for score in told])
+    official = [score["official"] for score in told if score["official"] is not None]
+    mean, spread = mean_and_spread(official) if official else (None, None)
     # Only seeds that both have: a pair is two runs with the same seed.
     shared = [seed for seed in done[variant] if seed in done[study.baseline]]
     compared: Comparison | None = None
@@ -154,7 +156,7 @@ def _row(
         own, base = ([scores[done[name][seed]]["tasks"][task] for seed in shared] for name in (variant, study.baseline))
         check_same_items(own, base, f"{study.path}: {task}: {variant} and {study.baseline}")
         if all(score["outcomes"] for score in (*own, *base)):
-            compared = compare([_outcomes(score) for score in own], [_outcomes(score) for score in base])
+            compared = compare(list(map(_outcomes, own)), list(map(_outcomes, base)), own[0]["weights"])
     return Row(
         task=task,
         variant=variant,
@@ -162,8 +164,8 @@ def _row(
         words=_mean([trained[cell]["words"] for cell in cells]),
         score=mean,
         spread=spread,
-        by_seed=tuple(score["official"] for score in told),
-        tie_adjusted=float(np.mean([score["adjusted"] for score in told])),
+        by_seed=tuple(official),
+        tie_adjusted=_mean([score["adjusted"] for score in told]),
         ties=float(np.mean([score["ties"] for score in told])),
         num_items=told[0]["num_items"],
         hours=sum(trained[cell]["seconds"] for cell in cells) / 3600,
@@ -219,7 +221,8 @@ def build_curve(study: Study, cells: Sequence[Cell]) -> list[dict[str, object]]:
         for name in list_scored(study, cell):
             told = read_scores(study, cell, name)
             for task, score in told["tasks"].items():
-                found.setdefault((task, cell.variant, name), []).append((told["words"], score["official"]))
+                if score["official"] is not None:
+                    found.setdefault((task, cell.variant, name), []).append((told["words"], score["official"]))
     lines: list[dict[str, object]] = []
     for (task, variant, name), values in found.items():
         mean, spread = mean_and_spread([score for _, score in values])
@@ -320,7 +323,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _line(row: Row) -> str:
-    score = f"{100 * row.score:.2f}" + ("" if row.spread is None else f" ± {100 * row.spread:.2f}")
+    score = "" if row.score is None else f"{100 * row.score:.2f}"
+    score += "" if row.spread is None else f" ± {100 * row.spread:.2f}"
     difference, p_value, higher = "", "", ""
     if (found := row.comparison) is not None:
         difference = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
