@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.command import CommandParser, run_command
 from llava.registry import import_plugins
 
-KINDS = ("text",)
+KINDS = ("text", "multimodal")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,7 +23,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("out", metavar="OUT", help="where the export goes; a folder that is empty or not there yet")
     parser.add_argument(
         "--as", dest="kind", required=True, choices=KINDS,
-        help="text: the plain language model",
+        help="text: the plain language model. multimodal: model, processor and tokenizer, with code of their own "
+        "(trust_remote_code)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: as they are stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
@@ -56,27 +58,44 @@ def export_checkpoint(
     from llava import __version__
     from llava.io import write_json
     from llava.model.export.folder import EXPORT_FILE, check_target, staged_folder
-    from llava.model.export.text import check_text, export_text, read_source
 
     check_target(Path(out), checkpoint, overwrite)
     weights = None if dtype is None else getattr(torch, dtype)
-    source = read_source(checkpoint, weights, model_base, vision_tower)
+    write = _write_text if kind == "text" else _write_multimodal
     with staged_folder(Path(out)) as folder:
-        lines = export_text(source, folder)
-        difference, lost = check_text(source, folder)
-        lines.append(
-            f"checked: on a text of {len(source.checked)} tokens its logits differ by at most {difference:.3g}"
+        lines, differences = write(folder, checkpoint, weights, model_base, vision_tower)
+        found = " and ".join(
+            f"{difference:.3g} on a{'n' * (name[0] == 'i')} {name}" for name, difference in differences.items()
         )
-        if lost > 0:
-            lines.append(f"the removed tokens had at most {lost:.2g} of the probability there")
+        lines.append(f"checked: its logits differ from the checkpoint's by at most {found}")
         write_json(
             folder / EXPORT_FILE,
             {
                 "checkpoint": checkpoint, "as": kind, "llava": __version__, "transformers": transformers.__version__,
-                "done": lines, "largest_difference": {"text": difference},
+                "done": lines, "largest_difference": differences,
             },
         )  # fmt: skip
     return lines
+
+
+def _write_text(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+    """Write and check an export; what was done, and the largest differences of logits."""
+    from llava.model.export.text import check_text, export_text, read_source
+
+    read = read_source(*source)
+    lines = export_text(read, folder)
+    difference, lost = check_text(read, folder)
+    if lost > 0:
+        lines.append(f"the removed tokens had at most {lost:.2g} of the probability there")
+    return lines, {"text": difference}
+
+
+def _write_multimodal(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+    from llava.model.export.multimodal import check_multimodal, export_multimodal, read_model
+
+    loaded = read_model(*source)
+    lines = export_multimodal(loaded, folder)
+    return lines, check_multimodal(loaded, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import VISUAL_TOKENS
@@ -85,7 +85,7 @@ def read_source(
         merge_adapters(merged)
         compare_logits(apart, score(merged, checked))
         # They were merged in float32, whatever they were trained in.
-        merged.to(dtype or _dtype_of(settings))
+        merged.to(dtype or stored_dtype(settings))
         reference = score(merged, checked)
         plain_config.vocab_size = merged.config.vocab_size
         model = plain(plain_config).to(merged.dtype)
@@ -107,7 +107,8 @@ def read_source(
     return Source(path, model, tokenizer, vision, grounding, reference, checked, notes)
 
 
-def _dtype_of(settings: dict[str, Any]) -> torch.dtype:
+def stored_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """The type of a checkpoint's weights, as its ``config.json`` says."""
     found = getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"), torch.float32)
     return found if isinstance(found, torch.dtype) else torch.float32
 
@@ -234,7 +235,7 @@ def check_text(source: Source, folder: Path) -> tuple[float, float]:
     Raises:
         ValueError: the tokenizer or the logits are others.
     """
-    compare_tokenizers(source.tokenizer, folder)
+    compare_tokenizers(source.tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     with quiet_transformers():
         exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     logits = score(exported, source.checked)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.messages import shorten
 from llava.model.export.folder import edit_json
@@ -91,9 +91,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, without: C
     )
 
 
-def compare_tokenizers(original: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an export; a ValueError where it cuts a text otherwise than the checkpoint's."""
-    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def compare_tokenizers(original: PreTrainedTokenizerBase, exported: PreTrainedTokenizerBase) -> None:
+    """A ValueError where the tokenizer of an export cuts a text otherwise than the checkpoint's."""
     for text in _SAMPLES:
         ours, theirs = (t(text, return_offsets_mapping=True) for t in (original, exported))
         for name in ("input_ids", "offset_mapping"):
@@ -103,4 +102,3 @@ def compare_tokenizers(original: PreTrainedTokenizerBase, folder: Path) -> PreTr
                     f"of {shorten(ours[name])}; its class {type(original).__name__} cannot be exported as "
                     f"{TOKENIZER_CLASS}"
                 )
-    return exported
