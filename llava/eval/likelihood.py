@@ -102,6 +102,15 @@ class LikelihoodScorer:
         model.to(device=where)  # type: ignore[call-arg]
         return cls(model, tokenizer, dtype=dtype, batch_tokens=batch_tokens, name=f"{flag} {path}")
 
+    def check(self, choices: Sequence[Choice]) -> None:
+        """Read texts without running the model: a ValueError for one that cannot be scored, or media without vision.
+
+        Texts behind media are not looked at: how long they become, only decoding tells.
+        """
+        self._text.encode([choice for choice in choices if not choice.media])
+        if any(choice.media for choice in choices):
+            self._visual = self._visual or VisualEncoder(self.model, self._text)
+
     def score(
         self, choices: Sequence[Choice], on_scored: Callable[[int], None] | None = None
     ) -> list[tuple[float, ...]]:

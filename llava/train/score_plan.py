@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
-from llava.eval.likelihood import Choice, Scorer
+from llava.eval.babylm.results import TaskResult, summarize
+from llava.eval.babylm.tasks import TASKS, Item, TaskData, find_tasks, read_items
+from llava.eval.likelihood import Choice, LikelihoodScorer, Scorer
+from llava.train.distributed import broadcast_from_rank0
+from llava.train.progress_arguments import parse_score_times
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llava.train.arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Scores = Sequence[tuple[float, ...]]
 """Of each choice, one a candidate."""
@@ -15,12 +29,40 @@ Scores = Sequence[tuple[float, ...]]
 class TaskToScore(Protocol):
     """A task that is read: what of it is scored, and what its scores come to."""
 
-    name: str
-    choices: Sequence[Choice]
+    @property
+    def name(self) -> str: ...
 
-    def summarize(self, scores: Scores) -> tuple[dict[str, object], list[dict[str, object]]]:
-        """The fields of a ``ScoreRow`` behind ``task``, and of ``GroupRow``s."""
+    @property
+    def choices(self) -> Sequence[Choice]: ...
+
+    def summarize(self, scores: Scores) -> TaskResult:
+        """What the scores of the choices come to."""
         ...
+
+
+@dataclass(frozen=True)
+class BabyLMTask:
+    """A task of ``llava.eval.babylm``.
+
+    Attributes:
+        data: as ``find_tasks`` found it.
+        items: that are scored.
+    """
+
+    data: TaskData
+    items: Sequence[Item]
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """Of the items, in their order."""
+        return [item.choice for item in self.items]
+
+    def summarize(self, scores: Scores) -> TaskResult:
+        return summarize(self.data, self.items, scores)
 
 
 @dataclass(frozen=True)
@@ -29,15 +71,97 @@ class ScorePlan:
 
     Attributes:
         tasks: that are scored.
-        scorer: scores them, with the model that trains.
+        build_scorer: what scores them with the model that trains, once that lies on its device.
         intervals: of steps, after each of which they are.
         at_milestones: whether they are at milestones.
+        milestones: how many there are.
     """
 
     tasks: Sequence[TaskToScore]
-    scorer: Scorer
+    build_scorer: Callable[[], Scorer]
     intervals: Sequence[int]
     at_milestones: bool
+    milestones: int = 0
 
     def is_due(self, step: int, at_milestone: bool, is_last: bool) -> bool:
+        """Whether a step's model is scored."""
         return is_last or (at_milestone and self.at_milestones) or any(step % number == 0 for number in self.intervals)
+
+    def describe(self) -> str:
+        """What is scored and when, for the report before the first step."""
+        names = [f"{task.name} ({len(task.choices):,} items)" for task in self.tasks]
+        num_texts = sum(len(choice.candidates) for task in self.tasks for choice in task.choices)
+        times = [f"after every {number} steps" for number in self.intervals]
+        times += [f"at each of {self.milestones} milestones"] if self.at_milestones else []
+        when = " and ".join([", ".join(times), "after the last step"] if times else ["after the last step"])
+        return f"scored {when}, {num_texts:,} sentences each time: {', '.join(names)}"
+
+
+def plan_scores(
+    args: TrainingArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> ScorePlan | None:
+    """What ``--score_data`` asks for; None where it is not given.
+
+    Raises:
+        ValueError: data are missing, a task is not known, or the model cannot be scored as it trains.
+    """
+    if args.score_data is None:
+        return None
+    if not args.do_train:
+        raise ValueError(
+            "--score_data scores a model while it trains, but --do_train is false; python -m llava.eval.babylm "
+            "scores it as it is"
+        )
+    engine = getattr(args, "hf_deepspeed_config", None)
+    if engine is not None and engine.is_zero3():
+        raise ValueError(
+            "--score_data needs whole weights, and --deepspeed shares them out to ranks (ZeRO-3); give zero2, or score "
+            "the checkpoints with python -m llava.eval.babylm"
+        )
+
+    def build_scorer() -> LikelihoodScorer:
+        return LikelihoodScorer(model, tokenizer, name=f"--model_name_or_path {model.name_or_path}")
+
+    scorer = build_scorer()  # Refuses a tokenizer before any file is read.
+    at_milestones, intervals = parse_score_times(args.score_at or [])
+    if args.score_at is None:
+        at_milestones = bool(args.milestone_numbers)
+    elif at_milestones and not args.milestone_numbers:
+        raise ValueError("--score_at milestones needs --milestones; give them, or --score_at steps:N")
+    tasks = broadcast_from_rank0(lambda: read_tasks(args, scorer))
+    return ScorePlan(tasks, build_scorer, intervals, at_milestones, len(args.milestone_numbers))
+
+
+def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLMTask]:
+    """The tasks of ``--score_data``, each item of which is seen to be one that can be scored.
+
+    Raises:
+        ValueError: see ``plan_scores``.
+    """
+    assert args.score_data is not None
+    read = []
+    try:
+        found = find_tasks(args.score_data, args.score_tasks, args.score_fast)
+        missing = list(found.missing)
+        for data in found.tasks:
+            if data.task.needs_images and getattr(scorer.model, "vision", None) is None and not args.score_tasks:
+                missing.append(f"{data.name}: the model reads text alone, and cannot look at its pictures")
+                continue
+            read.append(BabyLMTask(data, read_items(data, args.score_fast)))
+            scorer.check(read[-1].choices)
+    except ValueError as error:
+        raise ValueError(_in_flags_of_training(str(error))) from error
+    missing = list(map(_in_flags_of_training, missing))
+    if missing and (args.score_tasks or not read):
+        raise ValueError(f"--score_tasks: {'; '.join(missing)}")
+    if not read:
+        raise ValueError(f"--score_data {' '.join(args.score_data)}: holds no task; known are {', '.join(TASKS)}")
+    for line in missing:
+        logger.warning("not scored: %s", line)
+    return read
+
+
+def _in_flags_of_training(text: str) -> str:
+    """An error of ``python -m llava.eval.babylm``, with the names that its flags have here."""
+    text = text.replace("give their folder with --image_folder", "put their folder, called images, beside the items")
+    return re.sub(r"--(data|tasks)\b", r"--score_\1", text)

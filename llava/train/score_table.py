@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from llava.chart import Line, Point, draw_chart
 from llava.draw import bare_letters, stack
+from llava.eval.babylm.results import ACCURACY, TaskResult
 from llava.io import write_beside
 
 if TYPE_CHECKING:
@@ -32,25 +33,25 @@ class ScoreRow:
         step: of training, whose weights were scored.
         words: that were trained on until then; None where they are not counted.
         task: its name.
-        score: the task's official score.
+        score: the task's official score; None where there is none, see ``TaskResult``.
         adjusted: the same with ties as chance makes them.
         ties: items whose best candidates are equally probable.
         items: that were scored.
         low, high: ends of the interval of ``score`` at 95 %, by bootstrap over items.
-        chance: the score of guessing; None where there is none.
+        chance: the score of guessing.
         metric: what ``score`` is.
     """
 
     step: int
     words: int | None
     task: str
-    score: float
+    score: float | None
     adjusted: float | None
     ties: int
     items: int
     low: float | None
     high: float | None
-    chance: float | None
+    chance: float
     metric: str
 
 
@@ -64,7 +65,7 @@ class GroupRow:
     kind: str
     name: str
     score: float
-    adjusted: float | None
+    adjusted: float
     ties: int
     items: int
 
@@ -109,23 +110,33 @@ class ScoreTable:
         """The tasks that were scored at a step."""
         return {row.task for row in self.rows if row.step == step}
 
-    def add(self, row: ScoreRow, groups: Sequence[GroupRow]) -> None:
+    def add(self, step: int, words: int | None, result: TaskResult) -> ScoreRow:
         """Add a task's score, and write the tables and the chart, each whole or not at all."""
+        row = ScoreRow(
+            step, words, result.task, result.official, result.adjusted, result.ties, result.num_items, result.low,
+            result.high, result.chance, result.metric,
+        )  # fmt: skip
         before = next((old for old in reversed(self.rows) if old.task == row.task), None)
         if before is not None and before.items != row.items:
             logger.warning(
                 "%s: %s has %d items at step %d, and %d at step %d: the data or --score_fast changed, and the two "
                 "scores are not of the same items", SCORES, row.task, before.items, before.step, row.items, row.step
             )  # fmt: skip
-        self.rows.append(row)
-        self.groups += groups
-        self._write()
+        rows, groups = self.rows, self.groups
+        self.rows = [*rows, row]
+        self.groups = [*groups, *(GroupRow(step, words, result.task, *astuple(group)) for group in result.rows)]
+        try:
+            self._write()
+        except OSError:
+            self.rows, self.groups = rows, groups
+            raise
+        return row
 
     def _write(self) -> None:
         _write_csv(self.folder / SCORE_GROUPS, GroupRow, self.groups)
         _write_csv(self.folder / SCORES, ScoreRow, self.rows)
-        if self.rows:
-            chart = draw_scores(self.rows, self.folder.name)
+        if drawn := [row for row in self.rows if row.score is not None]:
+            chart = draw_scores(drawn, self.folder.name)
             with write_beside(self.folder / SCORE_CHART) as beside:
                 chart.save(beside, format="PNG")
 
@@ -142,7 +153,7 @@ def draw_scores(rows: Sequence[ScoreRow], name: str) -> Image:
         ]
         chances: dict[float, list[str]] = {}
         for row in mine:
-            if row.chance is not None and row.task not in chances.setdefault(row.chance, []):
+            if row.task not in chances.setdefault(row.chance, []):
                 chances[row.chance].append(row.task)
         # One for all is named by its height alone.
         levels = [
@@ -151,13 +162,14 @@ def draw_scores(rows: Sequence[ScoreRow], name: str) -> Image:
         ]
         title = f"Scores of {bare_letters(name)}" if not panels else ""
         x_label = "words trained on (logarithmic)" if counted else "steps (logarithmic)"
-        limits = (0.0, 100.0) if metric.endswith("%") else (-1.0, 1.0)
+        limits = (0.0 if metric == ACCURACY else -100.0, 100.0)
         panels.append(draw_chart(lines, title, x_label, metric, log_x=True, levels=levels, y_limits=limits))
     return stack(panels, gap=0)
 
 
 def _point(row: ScoreRow, counted: bool) -> Point:
-    return Point(float(row.words or 1) if counted else max(row.step, 1), row.score, row.low, row.high)
+    assert row.score is not None
+    return Point(float(row.words or 1) if counted else row.step, row.score, row.low, row.high)
 
 
 def _write_csv(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:

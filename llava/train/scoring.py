@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,12 +22,14 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.eval.likelihood import Choice, Scorer
+from llava.io import read_json_lines
 from llava.messages import explain_error
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures, gather_from_ranks, is_first_rank
 from llava.train.evaluation import keeping_random_states
+from llava.train.exposure_log import MILESTONE
 from llava.train.preemption import ScoringStopped, StopRequest
 from llava.train.score_plan import ScorePlan, Scores, TaskToScore
-from llava.train.score_table import GroupRow, ScoreRow, ScoreTable
+from llava.train.score_table import ScoreRow, ScoreTable
 
 if TYPE_CHECKING:
     from llava.train.trainer import LlavaTrainer
@@ -46,37 +49,35 @@ class ScoringCallback(TrainerCallback):
     Attributes:
         trainer: whose model is scored.
         plan: what and when.
-        count_words: the words trained on so far, over all ranks; None where they are not counted.
-        at_milestone: whether the newest step reached one.
         table: of the run; only the first rank uses it.
     """
 
     trainer: LlavaTrainer
     plan: ScorePlan
     table: ScoreTable
-    count_words: Callable[[], int | None] = lambda: None
-    at_milestone: Callable[[], bool] = lambda: False
     missed: list[int] = field(default_factory=list)
+    _scorer: Scorer | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Try to score, take up the tables, and make up for scores that are due at the step gone on from."""
         self.missed = []
+        self._scorer = self.plan.build_scorer()
         self._try_scoring()
         step = state.global_step
         broadcast_from_rank0(lambda: self.table.begin(step))
-        if step and self.plan.is_due(step, self.at_milestone(), step >= state.max_steps):
+        if step and self.plan.is_due(step, self._was_milestone(step), step >= state.max_steps):
             # Raises ScoringStopped where a signal comes: no step is trained yet, and none is to be saved.
             self._score(state, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        request = self.trainer.stop_request
+        request, budget = self.trainer.stop_request, self.trainer.word_budget
         # A run that stops for a signal is gone on with at this step; one that stops for --word_limit is at its end.
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if request.agreed or not self.plan.is_due(state.global_step, self.at_milestone(), is_last):
+        if request.agreed or not self.plan.is_due(state.global_step, budget.at_milestone, is_last):
             return
         try:
             self._score(state, control)
@@ -95,17 +96,24 @@ class ScoringCallback(TrainerCallback):
                 "scores a checkpoint of that step", steps, self.table.folder
             )  # fmt: skip
 
+    def _was_milestone(self, step: int) -> bool:
+        """Whether the step that a run goes on behind had come to a milestone."""
+        path = self.trainer.exposure.path
+        lines = broadcast_from_rank0(lambda: read_json_lines(path))
+        return any(line["step"] == step and line["event"] == MILESTONE for line in lines)
+
     def _try_scoring(self) -> None:
         """Score the longest item of each task, and one with media.
 
         Raises:
             AgreedError: the model cannot score it.
         """
+        assert self._scorer is not None
         failure = None
         with looking_only(self.trainer.model, self.trainer.args.device):
             for task in self.plan.tasks:
                 try:
-                    self.plan.scorer.score(_hardest(task.choices))
+                    self._scorer.score(_hardest(task.choices))
                 except (ValueError, RuntimeError, OSError) as error:
                     failure = f"--score_data: {task.name} cannot be scored: {explain_error(error)}"
                     break
@@ -118,7 +126,8 @@ class ScoringCallback(TrainerCallback):
         Raises:
             ScoringStopped: the run was asked to stop.
         """
-        step, words = state.global_step, self.count_words()
+        step, exposure = state.global_step, self.trainer.exposure
+        words = exposure.count_words() if exposure.is_counting else None
         done = broadcast_from_rank0(lambda: self.table.tasks_at(step))
         should_log = control.should_log
         try:
@@ -137,6 +146,7 @@ class ScoringCallback(TrainerCallback):
 
     def _score_task(self, task: TaskToScore) -> list[tuple[float, ...]] | None:
         """The scores of a task's items, on every rank; None where one could not score its share."""
+        assert self._scorer is not None
         trainer, device = self.trainer, self.trainer.args.device
         rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         scores: list[tuple[float, ...]] = []
@@ -149,7 +159,7 @@ class ScoringCallback(TrainerCallback):
         ):
             for start in range(0, len(task.choices), at_once):
                 together = task.choices[start : start + at_once]
-                share = _score_share(self.plan.scorer, together[rank::num_ranks], bar, trainer.stop_request)
+                share = _score_share(self._scorer, together[rank::num_ranks], bar, trainer.stop_request)
                 # Every rank comes here, whatever became of its share: none waits for one that failed.
                 shares = gather_from_ranks(share)
                 if any(share.stopped for share in shares):
@@ -170,13 +180,11 @@ class ScoringCallback(TrainerCallback):
         """Put a task's scores in the tables and in the log; whether that was possible."""
 
         def write() -> ScoreRow:
-            fields, groups = task.summarize(scores)
-            row = ScoreRow(step=step, words=words, task=task.name, **fields)  # type: ignore[arg-type]
+            result = task.summarize(scores)
             try:
-                self.table.add(row, [GroupRow(step, words, task.name, **group) for group in groups])  # type: ignore[arg-type]
+                return self.table.add(step, words, result)
             except OSError as error:
                 raise ValueError(explain_error(error)) from error
-            return row
 
         try:
             row = broadcast_from_rank0(write)
@@ -191,6 +199,18 @@ class ScoringCallback(TrainerCallback):
         }  # fmt: skip
         self.trainer.log({key: value for key, value in logs.items() if value is not None})
         return True
+
+
+def add_scoring(trainer: LlavaTrainer, plan: ScorePlan) -> None:
+    """Let a trainer score its model as it trains.
+
+    Raises:
+        ValueError: the tables would replace files of another kind.
+    """
+    table = ScoreTable(Path(str(trainer.args.output_dir)))
+    broadcast_from_rank0(table.check)
+    # Behind the callbacks of the trainer's own, which count words and know of signals.
+    trainer.add_callback(ScoringCallback(trainer, plan, table))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ The way of a sample, from its line of JSON to the loss::
       set_up_parts                      train/parts.py          adapters, and what learns
       make_supervised_data_module       data/module.py          -> datasets and collator
         read_records                    data/records.py         each sample a Record, checked and indexed once
+      plan_scores                       train/score_plan.py     what scores the model while it trains, and when
       check_and_report                  train/report.py         what does not fit is an error before the first step
     SupervisedDataset[i]                data/dataset.py         in a worker process
       load_media                        data/media.py           -> uint8 (frames, 3, height, width)
@@ -66,6 +67,8 @@ from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report, report_words
 from llava.train.run_folder import take_folder, taking_folder
 from llava.train.run_lock import release_lock
+from llava.train.score_plan import plan_scores
+from llava.train.scoring import add_scoring
 from llava.train.trainer import LlavaTrainer
 from llava.types import SKIP
 
@@ -176,6 +179,7 @@ def build_trainer(
             loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
             set_up_parts(loaded, model_args, training_args)
         model, tokenizer = loaded.model, loaded.tokenizer
+        score_plan = plan_scores(training_args, model, tokenizer)
         max_length = choose_max_length(training_args.model_max_length, model)
         data = make_supervised_data_module(
             tokenizer,
@@ -188,6 +192,8 @@ def build_trainer(
         )
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
         report_words(data["train_dataset"], training_args)
+        if score_plan is not None and is_first_rank():
+            print(score_plan.describe(), flush=True)
         trainer = LlavaTrainer(
             model=model,
             args=training_args,
@@ -198,6 +204,8 @@ def build_trainer(
             callbacks=callbacks,
             **data,
         )
+        if score_plan is not None:
+            add_scoring(trainer, score_plan)
         if training_args.do_train:  # Files are read on one rank only.
             trainer.checkpoints.identity = broadcast_from_rank0(
                 lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)

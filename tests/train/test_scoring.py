@@ -15,14 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.eval.babylm.results import ACCURACY, CORRELATION, GroupResult, TaskResult
 from llava.eval.likelihood import Candidate, Choice
 from llava.train.preemption import Preempted
 from llava.train.score_plan import ScorePlan
-from llava.train.score_table import ScoreRow, ScoreTable
+from llava.train.score_table import ScoreTable
 from llava.train.scoring import ScoringCallback
 from llava.train.train import build_trainer, train
 from llava.train.trainer import LlavaTrainer
 from tests.train.test_training import flags, write_json
+
+RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 
 
 class RunningScorer:
@@ -53,9 +56,9 @@ class Task:
         self.choices = [Choice(str(i), pair) for i in range(number)]
 
     def summarize(self, scores):
-        row = {"score": sum(one for one, _ in scores), "adjusted": 50.0, "ties": 0, "items": len(scores), "low": None,
-               "high": None, "chance": 50.0, "metric": "accuracy, %"}  # fmt: skip
-        return row, [{"kind": "UID", "name": "a", "score": 1.0, "adjusted": 1.0, "ties": 0, "items": len(scores)}]
+        groups = (GroupResult("UID", "a", 1.0, 1.0, 0, len(scores)),)
+        total = sum(one for one, _ in scores)
+        return TaskResult(self.name, ACCURACY, total, 50.0, None, None, 0, len(scores), 50.0, groups)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +77,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(model_dir: Path, texts: Path, output: Path, **changes) -> LlavaTrainer:
-    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    return build_trainer(flags(model_dir, None, texts, output, **steps, **changes))
+    return build_trainer(flags(model_dir, None, texts, output, **RUN, **changes))
 
 
 def scored(trainer: LlavaTrainer, tasks: Sequence[str] = ("blimp", "ewok"), every: int = 2) -> RunningScorer:
     """Let a trainer score tasks."""
     scorer = RunningScorer(trainer)
-    plan = ScorePlan([Task(name) for name in tasks], scorer, [every], False)
+    plan = ScorePlan([Task(name) for name in tasks], lambda: scorer, [every], False)
     trainer.add_callback(ScoringCallback(trainer, plan, ScoreTable(Path(trainer.args.output_dir))))
     return scorer
 
@@ -213,10 +215,63 @@ def test_a_table_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_table_comes_back_as_it_was(tmp_path: Path) -> None:
     table = ScoreTable(tmp_path)
-    row = ScoreRow(2, None, "wug_adj", 0.1 + 0.2, None, 0, 5, None, 0.5, None, "Spearman's rho")
-    table.add(row, [])
+    row = table.add(2, None, TaskResult("wug_adj", CORRELATION, 0.1 + 0.2, None, None, 0.5, 0, 5, 0.0, ()))
     again = ScoreTable(tmp_path)
     again.begin(3)
     assert again.rows == [row]
     again.begin(1)
     assert not (tmp_path / "scores.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of two tasks."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in ("blimp", "supplement"):
+        (folder / name).mkdir()
+        rows = [{"sentence_good": f"Il gatto {i} dorme.", "sentence_bad": f"Il gatto {i} dormono.", "UID": "agreement",
+                 "field": "morphology"} for i in range(5)]  # fmt: skip
+        (folder / name / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_flags_ask_for_scores_at_steps_and_milestones(model_dir, texts, tasks, plain, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out"
+    # A text has four words, and the first two steps have five texts: 24 words are reached with step 3.
+    times = {"score_at": "steps:5", "milestones": "24", "score_data": tasks, "score_tasks": "blimp"}
+    argv = flags(model_dir, None, texts, output, **RUN, **times)
+    argv.insert(argv.index("steps:5"), "milestones")
+    train(build_trainer(argv))
+    assert "scored after every 5 steps, at each of 1 milestones and after the last step, 10 sentences" in (
+        capsys.readouterr().out
+    )
+    assert [(row["step"], row["words"], row["items"]) for row in read(output)] == [
+        ("3", "36", "5"), ("5", "56", "5"), ("6", "60", "5"),
+    ]  # fmt: skip
+    assert_same_run(output, plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score_data": "nowhere"}, r"--score_data nowhere: there is no such file or folder"),
+        ({"score_tasks": "blmp"}, r"--score_tasks 'blmp': known are blimp"),
+        ({"score_tasks": "ewok"}, r"--score_tasks: ewok: .* has no data of it"),
+        ({"score_at": "epochs"}, r"--score_at 'epochs': known are milestones and steps:N"),
+        ({"score_at": "milestones"}, r"--score_at milestones needs --milestones"),
+        ({"score_data": None, "score_at": "steps:2"}, r"--score_at is given without --score_data"),
+        ({"do_train": "false", "eval_data_path": "x", "do_eval": "true"}, r"--do_train is false"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(model_dir, texts, tasks, tmp_path, changes, said) -> None:
+    argv = flags(model_dir, None, texts, tmp_path / "out", **{"score_data": tasks, **changes})
+    with pytest.raises(ValueError, match=said):
+        build_trainer(argv)
+
+
+def test_a_sentence_over_the_context_is_named_with_its_line(model_dir, texts, tmp_path: Path) -> None:
+    (tmp_path / "blimp").mkdir()
+    row = {"sentence_good": "a b" * 600, "sentence_bad": "b", "UID": "u", "field": "f"}
+    (tmp_path / "blimp" / "u.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"u\.jsonl, line 1: a candidate has \d+ tokens, but the context"):
+        build_trainer(flags(model_dir, None, texts, tmp_path / "out", score_data=tmp_path / "blimp"))
