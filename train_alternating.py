@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.command import CommandParser
-from llava.data.files import count_samples, find_entries, read_samples
+from llava.data.files import count_samples, find_entries
+from llava.data.raw_samples import read_samples
 from llava.model import VARIANTS, split_type
 from llava.model.pretrained import read_config
 from llava.train import preemption
@@ -137,7 +138,7 @@ def inspect_data(paths: Sequence[str]) -> None:
         count += count_samples(entry.sampling, of_entry)
     print(f"{count} samples")
     if first is not None:
-        print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2)}")
+        print(f"first ({first[1]}):\n{json.dumps(first[0], ensure_ascii=False, indent=2, default=vars)}")
 
 
 def inspect_weights(values: dict[str, Any], loading: dict[str, str | None]) -> None:

@@ -1,6 +1,6 @@
 """Data: from files to batches.
 
-files.py          what --data_path says -> data files -> raw samples, one by one
+files.py, raw_samples.py  what --data_path says -> data files -> raw samples, one by one
 spellings.py, records.py  a raw sample  -> Record, validated
 index.py          Records of files      -> tables that workers share, chosen rows of them as one sequence
 cache.py          the folder where the next start finds these tables

@@ -43,6 +43,7 @@ class DataSettings(Protocol):
     allow_duplicate_ids: bool
     allow_outside_paths: bool
     ignore_keys: list[str] | None
+    text_column: str | None
     early_mix_text: bool
     decode_timeout: float
     media_limits: MediaLimits
@@ -89,6 +90,7 @@ def make_supervised_data_module(
             flag=f"--{flag}",
             allow_outside_paths=data_args.allow_outside_paths,
             ignore_keys=data_args.ignore_keys or (),
+            text_column=data_args.text_column,
         )
         dataset = SupervisedDataset(
             records,

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKEN
-from llava.data.files import choose_rows, find_entries, read_samples
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER, VISUAL_TOKEN
+from llava.data.files import choose_rows, find_entries
 from llava.data.index import Mixture, Part, RecordStore, open_store
 from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_media
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
-from llava.data.spellings import name_type, read_raw, suggest
+from llava.data.raw_samples import PlainText, read_samples
+from llava.data.spellings import CONVERSATION_KEYS, name_type, read_raw, suggest
 from llava.grounding.samples import parse_variables
 from llava.types import ERROR, Media, MediaKind, Record, Role, Turn
 
@@ -46,13 +47,14 @@ def read_records(
     allow_duplicate_ids: bool = False,
     allow_outside_paths: bool = False,
     ignore_keys: Sequence[str] = (),
+    text_column: str | None = None,
     flag: str = "--data_path",
 ) -> Mixture:
     """Read and validate data files.
 
     Args:
-        paths: one word or several: data files (``.json``, ``.jsonl``, ``.parquet``, ``.arrow``), folders of
-            ``datasets``, patterns such as ``prefix{a,b}.json``, YAML mixtures.
+        paths: one word or several: data files (``.json``, ``.jsonl``, ``.parquet``, ``.arrow``, ``.txt``,
+            ``.txt.gz``), folders, patterns such as ``prefix{a,b}.json`` or ``*.train``, YAML mixtures.
         image_folder: what relative image paths start from; by default the folder of their data file.
         video_folder: the same for videos.
         cache_dir: where the records are indexed; without it they stay in memory and are parsed every time.
@@ -61,6 +63,7 @@ def read_records(
         allow_duplicate_ids: whether samples of one file may share an id.
         allow_outside_paths: whether the paths of media may lead out of the folders that they start from.
         ignore_keys: keys of samples that are not looked at, whatever they seem to hold.
+        text_column: the key of samples without turns that are a text and nothing else.
         flag: its name, for errors.
 
     Raises:
@@ -80,6 +83,7 @@ def read_records(
                 "media_source": entry.source,
                 "allow_outside_paths": allow_outside_paths,
                 "ignore_keys": tuple(ignore_keys),
+                "text_column": text_column,
                 "media_dir": cache and cache.absolute() / "media",
             }
             stores.append(_open_file(file, settings, cache, on_bad_sample))
@@ -147,6 +151,7 @@ def parse_record(
     allow_outside_paths: bool = False,
     ignore_keys: Sequence[str] = (),
     media_dir: Path | None = None,
+    text_column: str | None = None,
     notes: Notes | None = None,
 ) -> Record:
     """Validate one raw sample, see ``docs/data.md``.
@@ -160,8 +165,13 @@ def parse_record(
         allow_outside_paths: whether its paths may lead out of both folders.
         ignore_keys: keys that are not looked at, whatever they seem to hold.
         media_dir: where media that are given as bytes are written; by default a folder that goes with the process.
+        text_column: the key of a sample without turns that is a text and nothing else.
         notes: counts what is worth a word.
     """
+    if text_column is not None and isinstance(sample, dict) and not any(map(sample.get, CONVERSATION_KEYS)):
+        sample = _read_column(sample, text_column, source)
+    if isinstance(sample, PlainText):
+        return _make_text(sample.text, source)
     if not isinstance(sample, dict):
         raise ValueError(f"{source}: expected an object, found {name_type(sample)}")
     identity = _parse_id(sample.get("id"), source)
@@ -195,6 +205,26 @@ def parse_record(
             notes["unread"][key] = notes["unread"].get(key, 0) + 1
         notes["without_id"] += sample.get("id") is None
     return Record(identity, turns, tuple(media), source, split, coordinates=coordinates)
+
+
+def _read_column(sample: Mapping[str, object], column: str, source: str) -> PlainText:
+    """The text of a row of a table."""
+    if column not in sample:
+        raise ValueError(
+            f'{source}: has neither turns nor "{column}", which --text_column names; it has: '
+            f"{', '.join(map(str, sample)) or 'nothing'}"
+        )
+    value = sample[column]
+    if not isinstance(value, str) or not value.strip():
+        found = "an empty text" if isinstance(value, str) else name_type(value)
+        raise ValueError(f'{source}: "{column}" (--text_column) must be a text, found {found}')
+    return PlainText(value)
+
+
+def _make_text(text: str, source: str) -> Record:
+    """The record of a text: a turn of the assistant's, in which a placeholder is a word like others."""
+    turns = _parse_turns([("assistant", PLACEHOLDER.sub(lambda match: "\\" + match.group(), text))], source)
+    return Record(_parse_id(None, source), tuple(turns), source=source)
 
 
 def _parse_id(value: object, source: str) -> str:

@@ -180,6 +180,8 @@ def _turns_of(sample: Mapping[str, object], unread: Sequence[str], where: str) -
     if not isinstance(turns, list) or not turns:
         near = next((key for key in unread if difflib.get_close_matches(key.lower(), CONVERSATION_KEYS, n=1)), None)
         hint = f'; did you mean "{near}" to be that?' if near else ""
+        if not hint and isinstance(sample.get("text"), str):
+            hint = "; where a sample is a text and nothing else, give --text_column text"
         raise ValueError(f'{where}: needs "conversations", a list of turns, found {shorten(turns)}{hint}')
     return turns
 

@@ -11,6 +11,7 @@ from typing import IO
 
 from llava.command import CommandParser, check_output_folder, run_command
 from llava.data.placeholders import remove_placeholders
+from llava.data.raw_samples import TEXT_SUFFIXES
 from llava.types import Record
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +100,7 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
 def read_texts(path: str) -> Iterator[str]:
     """The texts of a file: its lines, or the turns of its samples without their placeholders."""
     if Path(path).suffix in (".json", ".jsonl"):
-        from llava.data.files import read_samples
+        from llava.data.raw_samples import read_samples
         from llava.data.records import parse_record
         from llava.grounding.syntax import strip_coordinates
 
@@ -111,8 +112,8 @@ def read_texts(path: str) -> Iterator[str]:
             if text := strip_coordinates(text) if record.coordinates else text:
                 yield text
         return
-    if not path.endswith((".txt", ".txt.gz")):
-        raise ValueError(f"--data {path}: unknown kind of file; known: .txt, .txt.gz, .json, .jsonl")
+    if not path.removesuffix(".gz").endswith(TEXT_SUFFIXES):
+        raise ValueError(f"--data {path}: unknown kind of file; known: .txt, .txt.gz, .train, .json, .jsonl")
     try:
         with open_text(path) as lines:
             yield from filter(None, map(str.strip, lines))

@@ -177,8 +177,10 @@ class DataArguments:
 
     # --- data ---
     data_path: list[str]
-    """Data to train on: .json or .jsonl files, patterns of them such as 'part{1,2}.json', YAML mixtures; several are
-    joined."""
+    """Data to train on: files (.json, .jsonl, .parquet, .arrow; .txt, .train and .txt.gz with a text a line), folders,
+    patterns such as 'part{1,2}.json' or '*.train', YAML mixtures, hub:OWNER/NAME; several are joined."""
+    text_column: str | None = None
+    """The column, or key, that holds the text of samples without turns, such as text."""
     eval_data_path: list[str] | None = None
     """Data to evaluate on, in the same forms; see --eval_strategy."""
     data_cache_dir: str | None = None

@@ -7,6 +7,7 @@ are counted in ``exposure_log.py``; what a word is, ``llava.data.words`` says.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from llava.data.samplers import DataOrder
 from llava.train.arguments import TrainingArguments
+from llava.train.checkpoint import list_milestones
 from llava.train.data_order import count_steps
 from llava.train.distributed import is_first_rank
-from llava.train.exposure_log import MILESTONE, ExposureLog
+from llava.train.exposure_log import EXPOSURE_STATE, MILESTONE, ExposureLog
 from llava.train.milestones import Milestone, describe_words, milestone_name
 
 logger = logging.getLogger(__name__)
@@ -165,9 +167,17 @@ class WordBudget(TrainerCallback):
         if (flag := counting_flag(args)) and not self.exposure.is_counting:
             raise ValueError(f"{flag} counts words, which this program's own data set does not tell")
 
-    def begin(self, args: TrainingArguments) -> bool:
-        """Take up what was counted before the first step; whether nothing is left to train."""
+    def begin(self, args: TrainingArguments, step: int = 0) -> bool:
+        """Take up what was counted before the first step; whether nothing is left to train.
+
+        Args:
+            args: of the run.
+            step: of the checkpoint that it goes on from.
+        """
         self._words = self.exposure.count_words()
+        # Written before the checkpoint of its step, so a milestone of this step is there.
+        found = [path / EXPOSURE_STATE for path in list_milestones(str(args.output_dir))] if step else []
+        self.at_milestone = step in [json.loads(path.read_text("utf-8"))["step"] for path in found if path.is_file()]
         self.reached = args.word_limit_number is not None and self._words >= args.word_limit_number
         return self.reached
 

@@ -104,9 +104,7 @@ class TrainingData(TrainerCallback):
         return {"steps": steps, **flags, "order": self._fingerprint()}
 
     def _fingerprint(self) -> dict[str, Any]:
-        # A program's own data set, whose samples have no ids, is told by its length.
-        records = getattr(self.dataset, "records", None)
-        return self._order().fingerprint(lambda index: str(index if records is None else records[index].id))
+        return fingerprint_of(self._order(), self.dataset)
 
     # The position: while training, in a checkpoint, and taken up from one.
 
@@ -176,6 +174,13 @@ class TrainingData(TrainerCallback):
                 f"{'; '.join(changes)}. Give what it was trained with, or --ignore_data_skip true to start an epoch of "
                 "the data as they are now"
             )
+
+
+def fingerprint_of(order: DataOrder, dataset: Any) -> dict[str, Any]:
+    """What the order of a data set was made from."""
+    # A program's own data set, whose samples have no ids, is told by its length.
+    records = getattr(dataset, "records", None)
+    return order.fingerprint(lambda index: str(index if records is None else records[index].id))
 
 
 def data_seed(args: TrainingArguments) -> int:

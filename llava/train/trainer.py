@@ -378,7 +378,7 @@ class LlavaTrainer(Trainer):
             if (best := self.state.best_model_checkpoint) and self.args.load_best_model_at_end:
                 # It is read when all steps are done, which is late to hear that it does not fit.
                 broadcast_from_rank0(lambda: check_weights(self.model, best))
-            if self.word_budget.begin(self.args):
+            if self.word_budget.begin(self.args, self.state.global_step):
                 self.state.max_steps = self.state.global_step
             if self.state.global_step >= self.state.max_steps:
                 self._say_finished()

@@ -178,7 +178,7 @@ MISTAKES = {
     "empty list": (["{json_path: []}"], "json_path must be"),
     "empty path": (["{json_path: ''}"], "json_path must be"),
     "mixture in a mixture": (["{json_path: mix.yaml}"], "unknown kind of file '.yaml'"),
-    "folder": (["{json_path: .}"], "not a file"),
+    "folder": (["{json_path: .}"], "is a folder without a corpus in it"),
     "text for an entry": (["a.json"], "entry 1: expected json_path and its settings, found 'a.json'"),
     "unknown key": (
         ["{json_path: a.json, sampling_stratgy: all}"],

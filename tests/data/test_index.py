@@ -15,12 +15,12 @@ import pytest
 from conftest import ITALIAN, turns
 
 from llava.data import cache as index_folder
-from llava.data import dataset_stats, files, index, records
+from llava.data import dataset_stats, index, raw_samples, records
 from llava.data.cache import DamagedFileError, read_footer
 from llava.data.dataset import SupervisedDataset, check_samples, find_unsupervised
-from llava.data.files import iterate_list
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
+from llava.data.raw_samples import iterate_list
 from llava.data.records import read_records
 from llava.types import Record, Turn
 
@@ -471,7 +471,7 @@ LISTS = ["[]", " [ ] ", "[1]", "[1, 22, 333]", '[{"a": "]["}, null,\n true, "x\\
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("text", LISTS)
 def test_lists_in_windows_of_any_size(tmp_path, monkeypatch, size, text):
-    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert list(iterate_list(tmp_path / "a.json")) == json.loads(text)
 
@@ -493,7 +493,7 @@ BROKEN_LISTS = {
 @pytest.mark.parametrize("size", [1, 3, 1 << 20])
 @pytest.mark.parametrize("text", BROKEN_LISTS)
 def test_broken_lists_name_the_line(tmp_path, monkeypatch, size, text):
-    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=BROKEN_LISTS[text]):
         list(iterate_list(tmp_path / "a.json"))
@@ -502,7 +502,7 @@ def test_broken_lists_name_the_line(tmp_path, monkeypatch, size, text):
 @pytest.mark.parametrize("size", [1, 2, 1 << 20])
 @pytest.mark.parametrize(("content", "position"), [(b'["ab\xe8"]', 4), (b'["\xc3\xa8\xe8"]', 4), (b'["\xc3', 2)])
 def test_the_byte_that_is_no_utf8(tmp_path, monkeypatch, size, content, position):
-    monkeypatch.setattr(files, "_BYTES_AT_ONCE", size)
+    monkeypatch.setattr(raw_samples, "_BYTES_AT_ONCE", size)
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"not UTF-8 \(byte {position}\)"):
         list(iterate_list(tmp_path / "a.json"))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.data import files as raw_samples
-from llava.data.files import read_samples
+from llava.data import raw_samples
 from llava.data.index import RecordStore
+from llava.data.raw_samples import read_samples
 from llava.data.records import parse_record, read_records
 from llava.types import Media, Record, Turn
 
@@ -167,7 +167,7 @@ def test_file_that_is_no_data_file(tmp_path, name, content, message):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(ValueError, match=r"--data_path .*none.json: no such file"):
         read_records(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(ValueError, match="is a folder without a corpus in it"):
         read_records(str(tmp_path))
 
 
@@ -230,8 +230,8 @@ def test_errors_of_the_document_are_the_real_ones():
 
 
 def test_a_sample_without_an_end_is_not_read_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava.data.files.LONGEST_SAMPLE", 200)
-    monkeypatch.setattr("llava.data.files._BYTES_AT_ONCE", 50)
+    monkeypatch.setattr("llava.data.raw_samples.LONGEST_SAMPLE", 200)
+    monkeypatch.setattr("llava.data.raw_samples._BYTES_AT_ONCE", 50)
     good = json.dumps({"id": 1, "conversations": TEXT})
     long = json.dumps({"id": 2, "conversations": [{"from": "gpt", "value": "a" * 1000}]})
     lines = write(tmp_path, "\n".join([good, long, good.replace("1", "3", 1)]).encode(), "a.jsonl")

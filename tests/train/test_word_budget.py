@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.loading import load_model
+from llava.train import exposure
 from llava.train.checkpoint import find_changes, find_damage, list_checkpoints
 from llava.train.milestones import TRACKS, Milestone, milestone_name, parse_milestones, parse_words
 from llava.train.train import build_trainer, main, train
@@ -125,3 +126,30 @@ def test_a_killed_and_resumed_run_leaves_what_an_uninterrupted_one_does(
         run(gpt2_dir, texts, parted, **changes)
     run(gpt2_dir, texts, parted, **changes, resume_from_checkpoint="auto")  # is finished
     assert (parted / "exposure.jsonl").read_text() == (whole / "exposure.jsonl").read_text()
+
+
+def test_a_recount_says_whether_the_file_is_right(gpt2_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
+    (texts.parent / "corpus.train").write_text("\n".join(["una riga " + "lunga " * (9 * i) for i in range(1, 8)]))
+    argv_of = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2.5}
+    argv_of |= {"model_max_length": 40, "train_sampling_strategy": "group_by_length"}
+    for chunking in ("none", "document"):
+        output = tmp_path / chunking
+        words = argv(gpt2_dir, texts, output, **argv_of, text_chunking=chunking)
+        words[words.index("--data_path") + 1 : words.index("--data_path") + 1] = [str(texts.parent / "corpus.train")]
+        main(words)
+        last = lines(output)[-1]
+        assert set(last["sources"]) == {"corpus.train", "texts.json"}
+        assert (last["cut_words"] > 0) == (chunking == "none")
+        assert exposure.main([str(output)]) == 0
+        assert "every number equals the recount" in capsys.readouterr().out
+    assert last["sources"]["corpus.train"]["words"] >= 2 * (7 * 2 + 9 * 28)
+    text = (output / "exposure.jsonl").read_text()
+    (output / "exposure.jsonl").write_text(text.replace(f'"words": {last["words"]}', f'"words": {last["words"] + 1}'))
+    assert exposure.main([str(output)]) == 1
+    assert (
+        f"step {last['step']}: words: written {last['words'] + 1}, recounted {last['words']}" in capsys.readouterr().out
+    )
+    texts.with_name("corpus.train").write_text("un altro testo")
+    assert exposure.main([str(output)]) == 2
+    assert "not the content that the run" in capsys.readouterr().err
+    assert exposure.main([str(tmp_path)]) == 2

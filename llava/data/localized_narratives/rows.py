@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard, cast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, VISUAL_TOKENS
-from llava.data.files import parse_line, read_lines
+from llava.data.raw_samples import parse_line, read_lines
 from llava.grounding.syntax import count_bins, find_placeholders
 
 _LARGEST = 1e9

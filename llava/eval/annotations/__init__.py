@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from llava.data.files import MIXTURE_SUFFIXES, expand_braces
-from llava.data.files import read_samples as read_raw_samples
+from llava.data.raw_samples import read_samples as read_raw_samples
 from llava.eval.annotations.captions import read_captions, read_conversations
 from llava.eval.annotations.entries import MediaFolders, read_entries
 from llava.eval.annotations.expressions import AUTO, BOX_FORMATS, read_expressions

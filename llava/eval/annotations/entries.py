@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from llava.data.files import read_samples
 from llava.data.media_files import find_media
+from llava.data.raw_samples import read_samples
 from llava.geometry import Box, TimeSpan
 from llava.types import Media, MediaKind
 
