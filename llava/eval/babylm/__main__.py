@@ -44,6 +44,11 @@ def build_parser() -> CommandParser:
     )
     add("--data", nargs="+", metavar="PATH", help="folders that hold tasks, zips of them, or files of JSON lines")
     add("--tasks", nargs="+", metavar="NAME", help="only these (default: all that are found)")
+    add("--pairs", nargs="+", metavar="FILE", help="pairs of one's own: .jsonl, .tsv or .csv, each file a task")
+    add("--pair_columns", nargs="+", metavar="NAME", help="their columns of sentences, the right one first")
+    add("--prefix_column", metavar="NAME", help="their column of what stands before each sentence, which is not scored")
+    add("--group_columns", nargs="+", metavar="NAME", help="their columns of groups; the first one's are averaged over")
+    add("--label_column", metavar="NAME", help="their column that says which sentence is right: its number or column")
     add("--image_folder", metavar="DIR", help="pictures of winoground and vqa (default: images/ beside their items)")
     add("--out", default="results", metavar="DIR", help="where results go (default: results)")
     add("--fast", action="store_true", help="a part of each task, of the official fast sizes; the same in every run")
@@ -66,15 +71,42 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     args = build_parser().parse_args(argv)
     check_at_least(args, {"seed": 0, "batch_tokens": 1})
     if args.compare or args.check:
-        if args.model_path or args.data:
+        if args.model_path or args.data or args.pairs:
             raise CommandLineError(
                 "--compare and --check look at results that are there; leave out --model_path, --data"
             )
         return args
-    if missing := [flag for flag in ("model_path", "data") if not getattr(args, flag)]:
-        raise CommandLineError(f"--{missing[0]} is missing; give it, or --compare or --check")
+    if not args.model_path:
+        raise CommandLineError("--model_path is missing; give it, or --compare or --check")
+    if not args.data and not args.pairs:
+        raise CommandLineError("--data is missing; give it or --pairs")
+    columns = ("pair_columns", "prefix_column", "group_columns", "label_column")
+    if not args.pairs and (given := [name for name in columns if getattr(args, name)]):
+        raise CommandLineError(f"--{given[0]} is about --pairs, which is not given")
+    if args.pair_columns and len(args.pair_columns) < 2:
+        raise CommandLineError(f"--pair_columns is {args.pair_columns[0]}; give two or more, the right one first")
     check_output_folder(args.out, "--out")
     return args
+
+
+def find_data(args: Namespace) -> list[TaskData]:
+    """The tasks of ``--data`` and ``--pairs``; what is missing of those asked for is said."""
+    from llava.eval.babylm.pairs import PairColumns, build_pair_tasks
+    from llava.eval.babylm.tasks import find_tasks
+
+    tasks = []
+    if args.data:
+        found = find_tasks(args.data, args.tasks, args.fast, args.image_folder)
+        for line in found.missing:
+            print(f"missing: {line}", file=sys.stderr, flush=True)
+        if not found.tasks:
+            raise ValueError(f"--data {' '.join(args.data)}: no task is found; docs/babylm.md has folders and columns")
+        tasks += found.tasks
+    if args.pairs:
+        candidates = tuple(args.pair_columns) if args.pair_columns else None
+        columns = PairColumns(candidates, args.prefix_column, tuple(args.group_columns or ()), args.label_column)
+        tasks += build_pair_tasks(args.pairs, columns)
+    return tasks
 
 
 def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | None = None) -> list[ModelResults]:
@@ -89,17 +121,10 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
     """
     from llava.eval.babylm.official import model_folder
     from llava.eval.babylm.tables import ModelResults, write_tables
-    from llava.eval.babylm.tasks import find_tasks, read_items
+    from llava.eval.babylm.tasks import read_items
 
-    found = find_tasks(args.data, args.tasks, args.fast, args.image_folder)
-    for line in found.missing:
-        print(f"missing: {line}", file=sys.stderr, flush=True)
-    if not found.tasks:
-        raise ValueError(
-            f"--data {' '.join(args.data)}: no task is found; docs/babylm.md has their folders and columns"
-        )
     # All are read before a model is: a broken line is an error at once.
-    tasks = [(data, read_items(data, args.fast, args.seed)) for data in found.tasks]
+    tasks = [(data, read_items(data, args.fast, args.seed)) for data in find_data(args)]
     pairs = [(model, revision) for model in args.model_path for revision in args.revision or [None]]
     folders = [model_folder(Path(args.out), model, revision) for model, revision in pairs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:

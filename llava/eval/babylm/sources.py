@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import zipfile
@@ -13,6 +14,7 @@ from typing import IO, Any
 from llava.messages import shorten, shorten_text
 
 SUFFIX = ".jsonl"
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,51 @@ class SourceFile:
         """Each line's number, from 1, and its object; empty lines are left out.
 
         Raises:
-            ValueError: a line is no JSON object, the text is not UTF-8, or there is no line at all.
+            ValueError: a line is no JSON object, or has not as many cells as the line of names at the head of a table;
+                the text is not UTF-8; or there is no line at all.
         """
-        empty = True
+        empty, number = True, 0
+        read = self._read_table if self.path.suffix in _DELIMITERS else self._read_json
         with self._open() as file:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", errors="strict"), 1):
-                if not line.strip():
-                    continue
-                empty = False
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{self}, line {number}: no JSON, but {shorten_text(line)!r}: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{self}, line {number}: expected a JSON object, got {shorten(row)}")
-                yield number, row
+            try:
+                for number, row in read(io.TextIOWrapper(file, encoding="utf-8-sig", errors="strict", newline="")):
+                    empty = False
+                    yield number, row
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self}, behind line {number}: is no text in UTF-8: {error}") from error
         if empty:
             raise ValueError(f"{self}: has no line; take the file away, or fetch it anew")
+
+    def _read_json(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self}, line {number}: no JSON, but {shorten_text(line)!r}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{self}, line {number}: expected a JSON object, got {shorten(row)}")
+            yield number, row
+
+    def _read_table(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:
+        # In tables with tabs quotes are marks of the text; in those with commas they hold a cell together.
+        quoting = csv.QUOTE_NONE if self.path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=_DELIMITERS[self.path.suffix], quoting=quoting, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"{self}, line 1: names a column twice: {', '.join(names)}")
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise ValueError(
+                        f"{self}, line {reader.line_num}: has {len(cells)} cells; line 1 names {len(names)}"
+                    )
+                yield reader.line_num, dict(zip(names, cells, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{self}, line {reader.line_num}: {error}") from error
 
     def _open(self) -> IO[bytes]:
         if self.member is None:

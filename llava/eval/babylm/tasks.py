@@ -87,6 +87,13 @@ class Row:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.source}: {name!r} is {shorten(value)}; expected a number") from error
 
+    def label(self, name: str) -> str:
+        """A value that names something: a text or a number."""
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or str(value).strip() == "":
+            raise ValueError(f"{self.source}: {name!r} is {shorten(value)}; expected a text or a number")
+        return str(value).strip()
+
     def optional(self, name: str) -> str:
         """A value as text; "" where there is none."""
         value = self.values.get(name)
