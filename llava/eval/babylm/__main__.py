@@ -94,7 +94,7 @@ def find_data(args: Namespace) -> list[TaskData]:
     from llava.eval.babylm.pairs import PairColumns, build_pair_tasks
     from llava.eval.babylm.tasks import find_tasks
 
-    tasks = []
+    tasks: list[TaskData] = []
     if args.data:
         found = find_tasks(args.data, args.tasks, args.fast, args.image_folder)
         for line in found.missing:

@@ -79,7 +79,7 @@ def build_pair_tasks(paths: Sequence[str], columns: PairColumns) -> list[TaskDat
     Raises:
         ValueError: a file is not there, or two would have one name.
     """
-    found = []
+    found: list[TaskData] = []
     for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"--pairs {path}: there is no such file")
