@@ -12,7 +12,7 @@ from llava.io import append_json_lines, cut_unfinished_line, hash_json, read_jso
 
 ITEM_SCORES = "item_scores.jsonl"
 """Beside the official files: its first line has the settings, each other one the scores of an item's candidates."""
-_AT_ONCE = 4096
+_AT_ONCE = 1024
 """Items that are scored before they are written down: what an interruption costs."""
 
 

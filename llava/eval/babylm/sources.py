@@ -14,7 +14,7 @@ from typing import IO, Any
 from llava.messages import shorten, shorten_text
 
 SUFFIX = ".jsonl"
-_DELIMITERS = {".tsv": "\t", ".csv": ","}
+_TABLES = (".tsv", ".csv")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SourceFile:
                 the text is not UTF-8; or there is no line at all.
         """
         empty, number = True, 0
-        read = self._read_table if self.path.suffix in _DELIMITERS else self._read_json
+        read = self._read_table if self.path.suffix in _TABLES else self._read_json
         with self._open() as file:
             try:
                 for number, row in read(io.TextIOWrapper(file, encoding="utf-8-sig", errors="strict", newline="")):
@@ -68,9 +68,10 @@ class SourceFile:
             yield number, row
 
     def _read_table(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:
-        # In tables with tabs quotes are marks of the text; in those with commas they hold a cell together.
-        quoting = csv.QUOTE_NONE if self.path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-        reader = csv.reader(file, delimiter=_DELIMITERS[self.path.suffix], quoting=quoting, strict=True)
+        if self.path.suffix == ".tsv":  # There quotes are marks of the text; between commas they hold a cell together.
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        else:
+            reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
             if len(set(names)) < len(names):
