@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
+from llava.eval.babylm.__main__ import parse_arguments as babylm_arguments
 from llava.model.merge_lora import build_parser as merge_parser
 from llava.serve.cli import build_parser
 from llava.train.command_line import parse_arguments, parse_values
@@ -74,6 +75,11 @@ def test_merging_commands_parse(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.data.localized_narratives" in c])
 def test_commands_for_narratives_parse(command: str) -> None:
     narratives_parser().parse_args(words_after(command, "llava.data.localized_narratives"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.eval.babylm" in c])
+def test_commands_of_babylm_parse(command: str) -> None:
+    babylm_arguments(words_after(command, "llava.eval.babylm"))
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if re.match(r"\s*make ", c)])
