@@ -248,14 +248,14 @@ def work(path: Path) -> None:
     leave_process_group()
 
 
-def launch(engine: str, jobs: Sequence[Job], timeout: float = 600) -> None:
+def launch(engine: str, jobs: Sequence[Job], timeout: float = 600, python: str = sys.executable) -> None:
     """Train each job with one engine on two ranks; a rank that fails or waits for ever is an error."""
     with tempfile.TemporaryDirectory() as folder:
         orders = Path(folder, "orders.json")
         orders.write_text(json.dumps({"engine": engine, "jobs": [asdict(job) for job in jobs]}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--standalone",
+        command = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--standalone",
                    str(Path(__file__).resolve()), "--worker", str(orders)]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": python}
         # DeepSpeed builds a small operator with ninja, which stands beside the interpreter.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         launcher = subprocess.Popen(

@@ -6,11 +6,13 @@ import gc
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from warm_python import WarmPython
 
 SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -55,12 +57,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
+def pytest_collection_finish() -> None:
+    """What is there once all tests are collected stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_dir(tmp_path_factory: pytest.TempPathFactory):
     """Indexes of the tests' data files, those of the commands they start included, stay out of the user's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_python(own_cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python for programs that tests start as processes: it has the large packages imported."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    warm = WarmPython(folder)
+    yield warm.path
+    warm.close()
 
 
 @pytest.fixture(scope="session")

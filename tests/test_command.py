@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,10 +154,10 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_names_itself_and_its_mistakes_as_it_was_called(name: str) -> None:
+def test_every_command_names_itself_and_its_mistakes_as_it_was_called(name: str, warm_python: str) -> None:
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", f"llava.{name}"]
+    command = [warm_python, "-m", f"llava.{name}"]
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.startswith(f"usage: python -m llava.{name} ")

@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,9 +117,9 @@ def test_named_files_exist(document: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_models_page_is_what_is_registered() -> None:
+def test_models_page_is_what_is_registered(warm_python: str) -> None:
     # A process of its own: other tests register parts.
-    command = [sys.executable, "-m", "llava.inspect.models"]
+    command = [warm_python, "-m", "llava.inspect.models"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert (ROOT / "docs" / "models.md").read_text() == done.stdout, "run make docs"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,22 +70,24 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tup
     return root / "any name", root / "tower"
 
 
-def run(folder: Path, *words: object) -> str:
+def run(python: str, folder: Path, *words: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, words)]
+    command = [python, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixed_data: Path, media_dir: Path) -> None:
+def test_the_page_works_as_written(
+    folder: Path, models: tuple[Path, Path], mixed_data: Path, media_dir: Path, warm_python: str
+) -> None:
     plugins = ["--plugins", *sorted(file.stem for file in folder.glob("*.py"))]
     assert len(plugins) > 4
     plain, tower = models
     printed = run(
-        folder, "-m", "llava.train.train", *plugins, "--model_name_or_path", plain, "--vision_tower", tower,
-        "--mm_resampler_type", "row_mean", "--mm_resampler_args", '{"stride": 2}', "--num_frames", 3,
-        "--mm_projector_type", "normed", "--mm_projector_args", '{"pool": 2}',
+        warm_python, folder, "-m", "llava.train.train", *plugins, "--model_name_or_path", plain,
+        "--vision_tower", tower, "--mm_resampler_type", "row_mean", "--mm_resampler_args", '{"stride": 2}',
+        "--num_frames", 3, "--mm_projector_type", "normed", "--mm_projector_args", '{"pool": 2}',
         "--mm_tunable_parts", "mm_vision_tower,mm_mlp_adapter,mm_vision_resampler,mm_language_model",
         "--version", "domanda", "--data_path", mixed_data, "--output_dir", "out", "--max_steps", 2,
         "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true",
@@ -94,9 +95,9 @@ def test_the_page_works_as_written(folder: Path, models: tuple[Path, Path], mixe
     )  # fmt: skip
     assert "video of 3 frames: 3 tokens" in printed
     assert "Risposta" not in printed  # of the samples printed, only what is learned
-    run(folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
+    run(warm_python, folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
         "--max_new_tokens", 3)  # fmt: skip
-    printed = run(folder, "-c", CONTRACT, plain, "out")
+    printed = run(warm_python, folder, "-c", CONTRACT, plain, "out")
     assert printed.split() == ["parity", "llava_qwen3", "IJepaTower"]
 
 
@@ -156,16 +157,18 @@ except ValueError as error:
 """
 
 
-def test_a_checkpoint_keeps_own_settings(folder: Path, models: tuple[Path, Path]) -> None:
-    said = run(folder, "-c", KEPT, *models).strip().splitlines()[-1]
+def test_a_checkpoint_keeps_own_settings(folder: Path, models: tuple[Path, Path], warm_python: str) -> None:
+    said = run(warm_python, folder, "-c", KEPT, *models).strip().splitlines()[-1]
     assert said.startswith("--model_name_or_path 'sized': the visual settings (mm_...) of its config.json: ")
     assert said.endswith("--mm_resampler_args has the unknown setting 'sizes'; known: stride")
 
 
-def test_own_settings_on_the_command_line(folder: Path, models: tuple[Path, Path], mixed_data: Path) -> None:
+def test_own_settings_on_the_command_line(
+    folder: Path, models: tuple[Path, Path], mixed_data: Path, warm_python: str
+) -> None:
     plain, tower = models
     printed = run(
-        folder, "-c", OWN_SETTINGS, "settings", "--plugins", "llava_qwen3", "ijepa_tower", "row_mean",
+        warm_python, folder, "-c", OWN_SETTINGS, "settings", "--plugins", "llava_qwen3", "ijepa_tower", "row_mean",
         "--model_name_or_path", plain, "--vision_tower", tower, "--mm_resampler_type", "row_mean", "--num_frames", 3,
         "--data_path", mixed_data, "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu",
         "--disable_tqdm", "true",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,10 +107,10 @@ def test_wrong_usage(data: Path, monkeypatch, capsys, words: list[str], message:
     assert message in capsys.readouterr().err
 
 
-def test_real_clips(real_videos: Path, tmp_path: Path) -> None:
+def test_real_clips(real_videos: Path, tmp_path: Path, warm_python: str) -> None:
     report = tmp_path / "report.jsonl"
     command = [
-        sys.executable,
+        warm_python,
         "-m",
         "llava.data.check",
         str(real_videos),

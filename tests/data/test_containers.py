@@ -7,7 +7,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -207,7 +206,7 @@ def test_a_name_does_not_say_what_a_file_is(tmp_path: Path) -> None:
         assert sample_video(str(tmp_path / name), 2).indices == (0, 11), name
 
 
-def test_nothing_but_the_file_is_opened(tmp_path: Path) -> None:
+def test_nothing_but_the_file_is_opened(tmp_path: Path, warm_python: str) -> None:
     # A pipe hangs whoever opens it; the siblings of v%03d.jpg would be read as its frames.
     os.mkfifo(tmp_path / "pipe.ts")
     for i in range(3):
@@ -231,7 +230,7 @@ def test_nothing_but_the_file_is_opened(tmp_path: Path) -> None:
         "    try:\n        sample_video(path, 2)\n    except MediaError as error:\n        print(error)\n"
     )
     paths = [str(tmp_path / name) for name in contents]
-    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([warm_python, "-c", program, *paths], capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == paths, done
     listed = ["it is a list of other files" in line for line in lines]

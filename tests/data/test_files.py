@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,11 +278,11 @@ def test_a_mixture_trains_from_the_command_line(tmp_path, gpt2_dir):
     assert [record.id for record in trainer.train_dataset.records] == ids(path, seed=5)
 
 
-def test_the_inspection_of_data_knows_mixtures(tmp_path, gpt2_dir):
+def test_the_inspection_of_data_knows_mixtures(tmp_path, gpt2_dir, warm_python):
     for name in ("pa.json", "pb.json"):
         write(tmp_path / name, 6)
     path = mix(tmp_path, "{json_path: 'p{b,a}.json', sampling_strategy: 'random:50%'}")
     script = Path(__file__).parents[2] / "train_alternating.py"
     words = ["--inspect_data", "--model_name_or_path", gpt2_dir, "--data_path", path, "--output_dir", tmp_path / "out"]
-    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm_python, script, *map(str, words)], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("6 samples\nfirst (pb.json, sample 1)")

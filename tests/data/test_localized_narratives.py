@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -380,8 +379,8 @@ def test_the_example_of_the_documents(images: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "left_out.jsonl") == [json.loads(found)]
 
 
-def test_the_command_runs(images: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llava.data.localized_narratives", *words(ROWS, images, tmp_path)]
+def test_the_command_runs(images: Path, tmp_path: Path, warm_python: str) -> None:
+    command = [warm_python, "-m", "llava.data.localized_narratives", *words(ROWS, images, tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("9 rows: 5 samples")
     assert not done.stderr, "no progress bar where nobody watches"

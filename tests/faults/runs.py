@@ -57,10 +57,10 @@ def losses(folder: Path) -> list[dict[str, float]]:
 class ForkServer:
     """Starts runs quickly, and waits for them or ends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str = sys.executable) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def start(self, argv: list[str], folder: Path, **hooks: Any) -> int:

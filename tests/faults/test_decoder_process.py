@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -181,8 +180,8 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
-def test_decoder_ends_with_the_process_that_asks(state):
-    command = [sys.executable, "-c", ASKS, PROGRAM, state]
+def test_decoder_ends_with_the_process_that_asks(state, warm_python):
+    command = [warm_python, "-c", ASKS, PROGRAM, state]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     asking = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     pid = int(asking.stdout.readline())

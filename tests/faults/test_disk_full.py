@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def test_every_writer_is_understood(tokenizer, tmp_path: Path) -> None:
         raise RuntimeError("something else")
 
 
-def test_one_rank_of_two(flags, tmp_path: Path) -> None:
+def test_one_rank_of_two(flags, tmp_path: Path, warm_python: str) -> None:
     """The second rank cannot write its random states: both end, and the first says why."""
     driver = tmp_path / "driver.py"
     driver.write_text(
@@ -147,8 +146,8 @@ def test_one_rank_of_two(flags, tmp_path: Path) -> None:
         "sys.exit(cli(lambda: main(sys.argv[1:])))\n"
     )
     output = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
     ended = subprocess.run(
         [*launcher, str(driver), *flags(output)],
         capture_output=True,

@@ -56,9 +56,9 @@ def argv(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def run(where: str, number: int, argv: list[str], output: Path) -> subprocess.CompletedProcess[str]:
+def run(where: str, number: int, argv: list[str], output: Path, python: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, where, str(number), *argv, "--output_dir", str(output)],
+        [python, "-c", PROGRAM, where, str(number), *argv, "--output_dir", str(output)],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -67,23 +67,24 @@ def run(where: str, number: int, argv: list[str], output: Path) -> subprocess.Co
 @pytest.mark.parametrize(
     ("where", "number"), [("imports", signal.SIGUSR1), ("load_from_arguments", signal.SIGTERM)]
 )  # fmt: skip
-def test_before_the_first_step(where: str, number: int, argv: list[str], tmp_path: Path) -> None:
-    done = run(where, number, argv, tmp_path / "out")
+def test_before_the_first_step(where: str, number: int, argv: list[str], tmp_path: Path, warm_python: str) -> None:
+    python = sys.executable if where == "imports" else warm_python  # Once, all of its imports are still to come.
+    done = run(where, number, argv, tmp_path / "out", python)
     assert done.returncode == PREEMPTED, done.stderr[-2000:]
     assert "received before the first step: nothing is lost" in done.stderr
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_between_loading_and_the_first_step(argv: list[str], tmp_path: Path) -> None:
-    done = run("find_checkpoint", signal.SIGUSR1, argv, tmp_path / "out")
+def test_between_loading_and_the_first_step(argv: list[str], tmp_path: Path, warm_python: str) -> None:
+    done = run("find_checkpoint", signal.SIGUSR1, argv, tmp_path / "out", warm_python)
     assert done.returncode == PREEMPTED
     assert not (tmp_path / "out" / "run.lock").exists()
 
 
 @pytest.fixture(scope="module")
-def finished(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(argv: list[str], tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Path:
     output = tmp_path_factory.mktemp("done") / "out"
-    done = run("exit", signal.SIGUSR1, argv, output)
+    done = run("exit", signal.SIGUSR1, argv, output, warm_python)
     assert done.returncode == 0, done.stderr[-2000:]
     return output
 
@@ -99,14 +100,16 @@ def finished(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("exit", signal.SIGTERM),
     ],
 )
-def test_a_finished_run_stays_finished(where: str, number: int, argv: list[str], finished: Path) -> None:
-    done = run(where, number, argv, finished)
+def test_a_finished_run_stays_finished(
+    where: str, number: int, argv: list[str], finished: Path, warm_python: str
+) -> None:
+    done = run(where, number, argv, finished, warm_python)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "is finished" in done.stdout
 
 
-def test_a_longer_run_goes_on_after_one_more_step(argv: list[str], finished: Path) -> None:
-    done = run("imports", signal.SIGUSR1, [*argv, "--max_steps", "9"], finished)
+def test_a_longer_run_goes_on_after_one_more_step(argv: list[str], finished: Path, warm_python: str) -> None:
+    done = run("imports", signal.SIGUSR1, [*argv, "--max_steps", "9"], finished, warm_python)
     assert done.returncode == PREEMPTED, done.stderr[-2000:]
     assert "stopped after step 4 of 9" in done.stderr
 

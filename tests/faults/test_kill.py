@@ -21,8 +21,8 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
+def server(warm_python: str) -> Iterator[ForkServer]:
+    server = ForkServer(warm_python)
     yield server
     server.close()
 

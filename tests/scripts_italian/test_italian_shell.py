@@ -26,6 +26,11 @@ SETTINGS = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def python(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON", warm_python)
+
+
 @pytest.fixture
 def script() -> Path:
     return ROOT / "train_italian_video.sh"
@@ -34,7 +39,7 @@ def script() -> Path:
 def run(script: Path, *words: str, timeout: int = 300, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run the script as a user without a GPU would, in an environment of the given settings alone."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environment |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment |= {name: str(value) for name, value in settings.items()}
     return subprocess.run(
         ["bash", str(script), *words], env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -294,7 +299,7 @@ def test_runs_to_the_end_on_real_clips(
         samples = [{"id": s["id"], "conversations": s["conversations"][1:]} for s in samples]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(samples), encoding="utf-8")
-    settings: dict[str, object] = {"EXP_ID": 1}
+    settings: dict[str, object] = {"EXP_ID": 1, "PYTHON": sys.executable}
     flags = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
     if phase == "vi_it":
         tower = make_tower(tmp_path / "tower", side=224)

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,7 +163,7 @@ except ValueError as error:
 """
 
 
-def test_ranks_share_one_log_and_end_together(tmp_path: Path) -> None:
+def test_ranks_share_one_log_and_end_together(tmp_path: Path, warm_python: str) -> None:
     path = tmp_path / "a.jsonl"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -172,7 +171,7 @@ def test_ranks_share_one_log_and_end_together(tmp_path: Path) -> None:
                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [warm_python, "-c", RANKS, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
@@ -263,10 +262,12 @@ def test_run_ends_when_too_many_are_bad(gpt2_dir, tower_dir, partly_bad: Path, t
         main(argv)
 
 
-def test_shell_sees_one_line_of_a_worker_s_error(gpt2_dir, tower_dir, partly_bad: Path, tmp_path: Path) -> None:
+def test_shell_sees_one_line_of_a_worker_s_error(
+    gpt2_dir, tower_dir, partly_bad: Path, tmp_path: Path, warm_python: str
+) -> None:
     argv = command(gpt2_dir, tower_dir, partly_bad, tmp_path / "out", on_bad_sample="error", dataloader_num_workers=2)
     ended = subprocess.run(
-        [sys.executable, "-m", "llava.train.train", *argv], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [warm_python, "-m", "llava.train.train", *argv], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr

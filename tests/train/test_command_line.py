@@ -99,10 +99,10 @@ def test_a_default_told_in_the_help_is_the_real_one(name: str) -> None:
         assert float(told.split(";")[0]) == field
 
 
-def test_the_formats_named_in_the_help_are_those_that_come_with_the_library() -> None:
+def test_the_formats_named_in_the_help_are_those_that_come_with_the_library(warm_python: str) -> None:
     program = "from llava.data.formats import FORMATS; print(*FORMATS)"
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [warm_python, "-c", program],
         capture_output=True,
         text=True,
         check=True,

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,15 +289,15 @@ Path(f"{sys.argv[1]}-{trained.args.process_index}.json").write_text(json.dumps(s
 """A run that leaves the ids that each rank trained and evaluated on in a file of the rank."""
 
 
-def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained) -> None:
+def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained, warm_python: str) -> None:
     """Of nine samples, one rank has none in an epoch's last step. One process then goes on from their checkpoint."""
     data = write_texts(tmp_path / "nine.json", 9)
     script = tmp_path / "record.py"
     script.write_text(RECORDING)
     common = {"max_steps": 5, "save_steps": 2, "eval_data_path": data, "eval_strategy": "steps", "eval_steps": 3}
     argv = flags(gpt2_dir, data, tmp_path / "two", **common, per_device_eval_batch_size=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
     ended = subprocess.run([*command, str(tmp_path / "rank"), *argv], capture_output=True, text=True, timeout=300,
                            env=environment, check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]

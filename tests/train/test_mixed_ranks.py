@@ -51,11 +51,13 @@ def jobs(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_an_engine_on_two_ranks_does_what_one_process_does(ranks: ModuleType, jobs, engine: str) -> None:
+def test_an_engine_on_two_ranks_does_what_one_process_does(
+    ranks: ModuleType, jobs, engine: str, warm_python: str
+) -> None:
     if engine != "ddp":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     alone, own = jobs("alone"), jobs(engine)
-    ranks.launch(engine, list(own.values()))
+    ranks.launch(engine, list(own.values()), python=warm_python)
     for name in own:
         assert ranks.difference(alone[name], own[name]) < ranks.ALLOWED_DIFFERENCE, name
         expected = ranks.watched(alone[name])["moved"]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,15 +139,15 @@ def test_without_the_check_the_weights_are_lost(overflowing_dir, tower_dir, two_
     assert not list((tmp_path / "out").glob("bad_step-*"))
 
 
-def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path: Path, capsys) -> None:
+def test_one_bad_rank_stops_both(overflowing_dir, tower_dir, two_kinds, tmp_path: Path, capsys, warm_python) -> None:
     samples = json.loads(two_kinds.read_text())
     data = two_kinds.with_name("rank-1-is-bad.json")
     data.write_text(json.dumps([samples[0], samples[2], samples[1], samples[3]]))
     output = tmp_path / "out"
     argv = flags(overflowing_dir, tower_dir, data, output, per_device_train_batch_size=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+    command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                "--log-dir", str(tmp_path / "logs"), "--redirects", "2", "-m", "llava.train.train", *argv]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert ended.returncode == 1, ended.stderr[-3000:]  # torchrun's own
     logs = {path.parent.name: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +276,12 @@ if trainer.args.process_index == 0:
 """
 
 
-def test_two_ranks_give_every_sample_once(argv: list[str], tmp_path: Path) -> None:
+def test_two_ranks_give_every_sample_once(argv: list[str], tmp_path: Path, warm_python: str) -> None:
     program, result = tmp_path / "program.py", tmp_path / "result.json"
     program.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program),
+    command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program),
                json.dumps(argv), str(result)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(result.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,10 +18,10 @@ from llava.train.run_lock import LOCK, release_lock, take_lock
 ROOT = Path(__file__).parents[2]
 
 TAKE = """
-import sys, time
+import os, sys
 from pathlib import Path
 from llava.train.run_lock import take_lock
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 sys.stdin.readline()
 try:
     take_lock(Path(sys.argv[1]))
@@ -35,12 +36,12 @@ else:
 class Taker:
     """A process that takes a folder's lock when it is told to, and keeps it until it is closed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, python: str, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", TAKE, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, "-c", TAKE, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
-        assert self._hear() == "ready"
+        self.pid = int(self._hear())
 
     def tell(self) -> None:
         assert self.process.stdin is not None
@@ -70,12 +71,12 @@ def write_lock(folder: Path, **changes: object) -> None:
     (folder / LOCK).write_text(json.dumps(content))
 
 
-def test_one_run_has_it_and_names_itself_to_the_other(tmp_path: Path) -> None:
-    first, second = Taker(tmp_path), Taker(tmp_path)
+def test_one_run_has_it_and_names_itself_to_the_other(tmp_path: Path, warm_python: str) -> None:
+    first, second = (Taker(warm_python, tmp_path) for _ in range(2))
     assert first.take() == "taken"
     said = second.take()
     assert f"--output_dir {tmp_path} is in use by another run" in said
-    assert f"process {first.process.pid} on {os.uname().nodename}" in said
+    assert f"process {first.pid} on {os.uname().nodename}" in said
     assert time.strftime("since %Y-%m-%dT") in said
     assert "disk" not in said
     first.close()
@@ -84,22 +85,26 @@ def test_one_run_has_it_and_names_itself_to_the_other(tmp_path: Path) -> None:
 
 
 def test_a_killed_runs_lock_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    killed = Taker(tmp_path)
-    assert killed.take() == "taken"
-    killed.process.kill()
+    killed = os.fork()
+    if killed == 0:
+        try:
+            take_lock(tmp_path)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
     # Not waited for: it is there as a zombie, as a child of a scheduler's step may be.
-    time.sleep(0.3)
+    os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+    assert (tmp_path / LOCK).is_file()
     take_lock(tmp_path)
-    assert f"the run that had it is gone (process {killed.process.pid}" in caplog.text
+    assert f"the run that had it is gone (process {killed}" in caplog.text
     release_lock(tmp_path)
-    killed.process.wait()
+    os.waitpid(killed, 0)
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_many_at_once_one_takes_it(tmp_path: Path, stale: bool) -> None:
+def test_of_many_at_once_one_takes_it(tmp_path: Path, stale: bool, warm_python: str) -> None:
     if stale:
         write_lock(tmp_path)
-    takers = [Taker(tmp_path) for _ in range(4)]
+    takers = [Taker(warm_python, tmp_path) for _ in range(4)]
     for taker in takers:
         taker.tell()
     said = [taker._hear() for taker in takers]

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -231,8 +230,8 @@ def test_a_folder_without_weights_needs_a_backbone(call, empty_model: Path, tmp_
     assert "has no weights" in err
 
 
-def test_as_a_program(backbone: Path) -> None:
-    command = [sys.executable, SCRIPT, "--model_name_or_path", backbone, "--variant", "alternating", "--dry_run"]
+def test_as_a_program(backbone: Path, warm_python: str) -> None:
+    command = [warm_python, SCRIPT, "--model_name_or_path", backbone, "--variant", "alternating", "--dry_run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent, check=False)
     assert done.returncode == 3
     assert done.stdout.strip() == AutoConfig.from_pretrained(backbone).model_type

@@ -114,18 +114,18 @@ def assert_same_step(start: Path, one: Path, other: Path) -> None:
     assert (difference / total) ** 0.5 < 1e-6
 
 
-def launch(processes: int, argv: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
+def launch(python: str, processes: int, argv: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
     """Run the trainer under torchrun, as a user does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone",
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone",
                "-m", "llava.train.train", *argv]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": python}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_two_ranks_of_different_modality_give_the_same_step(
-    engine: str, gpt2_dir, tower_dir, mixed_data: Path, tmp_path: Path
+    engine: str, gpt2_dir, tower_dir, mixed_data: Path, tmp_path: Path, warm_python: str
 ) -> None:
     samples = json.loads(mixed_data.read_text())
     # Rank 0 sees two videos, rank 1 two texts; then an image on rank 0 and text on rank 1.
@@ -138,7 +138,7 @@ def test_two_ranks_of_different_modality_give_the_same_step(
     if engine != "ddp":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     argv = flags(gpt2_dir, tower_dir, data, tmp_path / engine, **step, per_device_train_batch_size=2, **extra)
-    ended = launch(2, argv)
+    ended = launch(warm_python, 2, argv)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert_same_step(gpt2_dir, tmp_path / "single", tmp_path / engine)
 
