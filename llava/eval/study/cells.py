@@ -73,7 +73,10 @@ def describe(study: Study, cell: Cell) -> dict[str, object]:
     content: dict[str, object] = {"variant": cell.variant, "seed": cell.seed, "flags": flags, "files": files}
     content["values"] = {name: value for name, value in study.values.items() if f"{{{name}}}" in json.dumps(flags)}
     content["model"] = describe_model(study, cell)
-    content["plugins"] = {name: hash_path(study.here / f"{name.replace('.', '/')}.py") for name in study.plugins}
+    content["plugins"] = {
+        name: next(filter(None, (hash_path(folder / f"{name.replace('.', '/')}.py") for folder in study.folders)), "")
+        for name in study.plugins
+    }
     content["processes"] = study.processes
     return content
 

@@ -100,6 +100,7 @@ class Study:
         output_dir: where everything goes.
         values: texts that ``{name}`` stands for.
         models: of each variant, what its weights start from.
+        folders: of the YAML file and of those that it is laid over, in which plug-ins are looked for.
     """
 
     path: Path
@@ -114,6 +115,7 @@ class Study:
     processes: int
     plugins: tuple[str, ...]
     slurm: dict[str, str]
+    folders: tuple[Path, ...]
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -123,11 +125,6 @@ class Study:
             Cell(number, variant, seed, self.variants[variant], self.models[variant])
             for number, (seed, variant) in enumerate(pairs)
         ]
-
-    @property
-    def here(self) -> Path:
-        """The folder of the YAML file, in which plug-ins are looked for too."""
-        return self.path.resolve().parent
 
     def folder(self, cell: Cell) -> Path:
         return self.output_dir / cell.variant / f"seed-{cell.seed}"
@@ -143,7 +140,7 @@ class Study:
 
     def fill(self, text: str) -> str:
         """A text with its holes filled: ``{output_dir}``, ``{here}``, and those of ``values``."""
-        known = {"output_dir": str(self.output_dir), "here": str(self.here), **self.values}
+        known = {"output_dir": str(self.output_dir), "here": str(self.folders[0]), **self.values}
 
         def value(match: re.Match[str]) -> str:
             if match[1] not in known:
@@ -196,7 +193,7 @@ def read_study(path: Path, output_dir: str | None = None, changed: Sequence[str]
     """
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, not a study' if path.is_dir() else 'no such file'}; give a YAML file")
-    content = _read_with_base(path)
+    content, folders = _read_with_base(path)
     for key in ("variants", "train"):
         if key not in content:
             raise ValueError(f"{path}: has no {key!r}; docs/study.md shows a whole file")
@@ -240,6 +237,7 @@ def read_study(path: Path, output_dir: str | None = None, changed: Sequence[str]
         processes=processes,
         plugins=tuple(_texts(content.get("plugins", []), f"{path}: plugins")),
         slurm={name: as_word(value) for name, value in _mapping(content.get("slurm"), f"{path}: slurm").items()},
+        folders=tuple(dict.fromkeys(folders)),
     )
     _check_holes(study)
     return study
@@ -248,20 +246,36 @@ def read_study(path: Path, output_dir: str | None = None, changed: Sequence[str]
 # Parts of the file. Each names the key in its errors.
 
 
-def _read_with_base(path: Path, begun: tuple[Path, ...] = ()) -> dict[str, object]:
-    """A file's keys over those of the file that it names as its ``base``; mappings are joined, all else is replaced."""
+def _read_with_base(path: Path, begun: tuple[Path, ...] = ()) -> tuple[dict[str, object], list[Path]]:
+    """A file's keys over those of the file that it names as its ``base``; mappings are joined, all else is replaced.
+
+    Returns:
+        The keys, and the folders of both files and of those below.
+    """
     content = _mapping(read_yaml(path, str(path)), str(path))
     _check_keys(content, KEYS, str(path))
     base = content.pop("base", None)
+    here = path.resolve().parent
     if base is None:
-        return content
+        return content, [here]
     there = path.parent / str(base)
     if not there.is_file() or there.resolve() in begun:
         raise ValueError(f"{path}: base is {shorten(base)}; expected another study's file, from this one's folder")
-    below = _read_with_base(there, (*begun, path.resolve()))
+    below, folders = _read_with_base(there, (*begun, path.resolve()))
+    if folders[0] != here:
+        below = _replace_here(below, str(folders[0]))  # type: ignore[assignment]
     joined = {key: {**below[key], **value} for key, value in content.items()  # type: ignore[dict-item]
               if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
-    return {**below, **content, **joined}
+    return {**below, **content, **joined}, [here, *folders]
+
+
+def _replace_here(value: object, folder: str) -> object:
+    """Of a file in another folder, ``{here}`` is that one."""
+    if isinstance(value, dict):
+        return {key: _replace_here(part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_replace_here(part, folder) for part in value]
+    return value.replace("{here}", folder) if isinstance(value, str) else value
 
 
 def _read_variants(content: Mapping[str, object], path: Path) -> dict[str, Flags]:

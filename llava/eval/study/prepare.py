@@ -21,8 +21,8 @@ Run = Callable[[Sequence[str], Path, Study], int]
 
 
 def environment(study: Study) -> dict[str, str]:
-    """The environment of commands: the study's folder comes first where Python looks for plug-ins."""
-    path = os.pathsep.join(filter(None, [str(study.here), os.environ.get("PYTHONPATH", "")]))
+    """The environment of commands: the folders of the study come first where Python looks for plug-ins."""
+    path = os.pathsep.join(filter(None, [*map(str, study.folders), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 

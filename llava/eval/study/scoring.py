@@ -128,8 +128,7 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
     from llava.registry import import_plugins
 
     if study.plugins:
-        if str(study.here) not in sys.path:
-            sys.path.insert(0, str(study.here))
+        sys.path[:0] = [str(folder) for folder in study.folders if str(folder) not in sys.path]
         import_plugins(study.plugins)
     found = find_tasks([study.fill(path) for path in plan.data], plan.tasks, plan.fast)
     if found.missing or not found.tasks:
