@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from PIL import Image
 
@@ -18,10 +18,14 @@ from llava.config import VisionConfig
 from llava.data.media import decode_media
 from llava.data.media_files import MediaError
 from llava.draw import draw_case
+from llava.eval.blind import BlindCheck
 from llava.eval.store import EvalSample, Prediction, Row, Settings
 from llava.eval.tasks import Task
 from llava.io import write_json
 from llava.types import BadSample
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +50,16 @@ class Report(TypedDict):
     bad_samples: list[dict[str, str]]
     settings: Settings
     versions: dict[str, str]
+    blind_check: NotRequired[dict[str, Any]]
 
 
 def write_report(
-    path: Path, settings: Settings, report: dict[str, dict[str, float]], rows: Sequence[Row], **bootstrap: float
+    path: Path,
+    settings: Settings,
+    report: dict[str, dict[str, float]],
+    rows: Sequence[Row],
+    blind: BlindCheck | None = None,
+    **bootstrap: float,
 ) -> Report:
     """Write ``scores.json`` and return what it holds.
 
@@ -58,6 +68,7 @@ def write_report(
         settings: of the evaluation.
         report: for each score its value and the ends of its interval.
         rows: of all samples; those of bad ones are listed with their reasons.
+        blind: whether the score falls with other samples' media; None where that was not asked.
         **bootstrap: how the intervals were found.
     """
     content: Report = {
@@ -77,6 +88,8 @@ def write_report(
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
+    if blind is not None:
+        content["blind_check"] = blind.to_json()
     write_json(path, content)
     return content
 
@@ -88,6 +101,8 @@ def format_report(content: Report) -> str:
     for name, score in content["scores"].items():
         lines.append(f"  {name:<{width}}  {score['value']:.4f}  [{score['low']:.4f}, {score['high']:.4f}]")
     lines.append(f"  {UNPARSABLE:<{width}}  {content['unparsable']:.4f}")
+    if "blind_check" in content:
+        lines.append(f"  {BlindCheck(**content['blind_check']).describe('blind check')}")
     if content["bad_samples"]:
         lines.append(f"  bad samples: {len(content['bad_samples'])} (unparsable, counted 0; listed in scores.json)")
     return "\n".join(lines)

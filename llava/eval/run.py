@@ -7,6 +7,7 @@ run_shares                engine.py        one process or several, each with a d
   answer_batches          engine.py        samples -> questions -> the model -> rows on disk
     task.ask              tasks.py
 score_all                 tasks.py         rows -> scores, with llava.eval.metrics
+check_blind               this file        once more with other samples' media: does the score fall?
 write_report              report.py        scores.json
 write_pictures            report.py        the best and the worst answers, drawn
 """
@@ -17,15 +18,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llava.command import INTERRUPTED, CommandParser, check_at_least, run_command
 from llava.eval.annotations import BOX_FORMATS, MediaFolders, read_annotations
-from llava.eval.store import PICTURES, SCORES, EvalSample, Prediction, PredictionStore, Row, Settings
+from llava.eval.store import BLIND, PICTURES, SCORES, SETTINGS, EvalSample, Prediction, PredictionStore, Row, Settings
 from llava.eval.tasks import EXPRESSION, TASKS, Task
 from llava.io import hash_json, num_cores
 from llava.serve.decoding import add_model_flags, decoding_options, describe_decoding
@@ -33,6 +34,7 @@ from llava.types import ERROR, ON_BAD_SAMPLE, BadSample
 
 if TYPE_CHECKING:
     from llava.config import VisionConfig
+    from llava.eval.blind import BlindCheck
     from llava.eval.engine import AnswererSource
     from llava.eval.report import Report
 
@@ -75,6 +77,9 @@ def build_parser() -> CommandParser:
         "--on_bad_sample", default=ERROR, choices=ON_BAD_SAMPLE, help="stop, or count it 0 and go on (default error)"
     )
     parser.add_argument("--num_pictures", type=int, default=8, metavar="N", help="best and worst to draw (default 8)")
+    parser.add_argument(
+        "--no_blind_check", action="store_true", help="do not ask once more with other samples' images or videos"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete what another evaluation left in --out")
     return parser
 
@@ -119,12 +124,88 @@ def evaluate(args: argparse.Namespace, source: AnswererSource | None = None) -> 
         for row, sample, scores in zip(rows, samples, scored.rows, strict=True)
     ]
     store.finish(rows)
+    blind = None if args.no_blind_check else check_blind(args, task, samples, settings, rows, source)
     content = write_report(
-        store.folder / SCORES, settings, scored.report, rows, seed=args.seed, num_resamples=_NUM_RESAMPLES, level=0.95
-    )
+        store.folder / SCORES, settings, scored.report, rows, blind, seed=args.seed, num_resamples=_NUM_RESAMPLES,
+        level=0.95,
+    )  # fmt: skip
     vision = read_vision(args.model_path)
     write_pictures(store.folder / PICTURES, samples, rows, task, args.num_pictures, vision)
     return content
+
+
+def check_blind(
+    args: argparse.Namespace,
+    task: Task,
+    samples: Sequence[EvalSample],
+    settings: Settings,
+    rows: Sequence[Row],
+    source: AnswererSource | None,
+) -> BlindCheck | None:
+    """Ask about all samples once more, each with another one's image or video, and see whether the score falls.
+
+    Returns:
+        None where nothing else can be shown.
+    """
+    import numpy as np
+
+    from llava.eval.blind import check_blindness
+    from llava.eval.tasks import score_all
+
+    chosen, swapped = swap_samples(samples, [index for index, row in enumerate(rows) if "bad" not in row], args.seed)
+    if not chosen:
+        print("no blind check: all samples are shown the same, or nothing", file=sys.stderr)
+        return None
+    # A folder of its own: it goes on where it was interrupted as the other one does.
+    told = settings | {"samples": hash_json([asdict(sample) for sample in swapped], _DIGITS)}
+    store = PredictionStore(os.path.join(args.out, BLIND), told, overwrite=_is_other(args, told))
+    answered = answer_all(args, swapped, store, source)
+    scored = score_all(task, [Prediction.from_row(row) for row in answered], swapped, 1, args.seed)
+    store.finish([{**row, "scores": scores} for row, scores in zip(answered, scored.rows, strict=True)])
+    own, other = (
+        np.array([100 * told_rows[task.main_score] for told_rows in table])
+        for table in ([rows[index]["scores"] for index in chosen], scored.rows)
+    )
+    check = check_blindness(own, other, args.seed)
+    if check.is_blind:
+        print(f"warning: {check.describe(f'{args.task}, {task.main_score}')}", file=sys.stderr)
+    return check
+
+
+def _is_other(args: argparse.Namespace, settings: Mapping[str, object]) -> bool:
+    """Whether the blind check in the folder is of other settings: the folder is this evaluation's, so it is stale."""
+    path = Path(args.out, BLIND, SETTINGS)
+    try:
+        return bool(path.read_bytes()) and json.loads(path.read_bytes()) != settings
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+
+
+def swap_samples(samples: Sequence[EvalSample], usable: Sequence[int], seed: int) -> tuple[list[int], list[EvalSample]]:
+    """Samples with the media of others of the same kinds, of which there may be as many in a question.
+
+    Args:
+        samples: of the evaluation.
+        usable: indices of those that were answered.
+        seed: of the choice.
+
+    Returns:
+        The indices of those that can be shown something else, and the samples as they are then.
+    """
+    from llava.eval.blind import media_key, swap
+
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index in usable:
+        if samples[index].media:
+            kinds.setdefault(tuple(media.kind for media in samples[index].media), []).append(index)
+    swapped: dict[int, EvalSample] = {}
+    for indices in kinds.values():
+        shown = swap([(samples[i].media, samples[i].split) for i in indices], lambda one: media_key(one[0]), seed)
+        for index, (media, split) in zip(indices, shown or (), strict=shown is not None):
+            swapped[index] = replace(samples[index], media=media, split=split)
+    return sorted(swapped), [swapped[index] for index in sorted(swapped)]
 
 
 def read_samples(args: argparse.Namespace, task: Task) -> list[EvalSample]:

@@ -149,6 +149,7 @@ SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 PICTURES = "pictures"
+BLIND = "blind_check"
 _PART = "predictions-{:02d}.jsonl"
 _PARTS = "predictions-[0-9][0-9]*.jsonl"
 
@@ -178,7 +179,8 @@ class PredictionStore:
             (self.folder / SETTINGS).write_bytes(b"")
             for path in (self.folder / SCORES, *self._files()):
                 path.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / PICTURES, ignore_errors=True)
+            for name in (PICTURES, BLIND):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self._check_settings(settings)
 
     def _take_lock(self) -> BinaryIO:

@@ -42,7 +42,7 @@ def words(rec_data: Path, media_dir: Path, tmp_path: Path) -> list[str]:
     return [
         "--task", "rec", "--model_path", str(model), "--data", str(rec_data), "--image_folder", str(media_dir),
         "--video_folder", str(media_dir), "--out", str(tmp_path / "out"), "--batch_size", "3", "--device", "cpu",
-        "--num_pictures", "0",
+        "--num_pictures", "0", "--no_blind_check",
     ]  # fmt: skip
 
 
@@ -337,3 +337,44 @@ def test_mistakes_are_one_line_and_status_2(words, capsys, more: list[str], mess
 @pytest.mark.parametrize("more", [["--batch_size", "0"], ["--num_processes", "0"], ["--limit", "0"], ["--bits", "3"]])
 def test_values_out_of_range_end_with_status_2(words, more: list[str]) -> None:
     assert main([*words, *more]) == 2
+
+
+def test_the_blind_check_asks_once_more_with_other_pictures(words, source, tmp_path: Path, media_dir, capsys) -> None:
+    words.remove("--no_blind_check")
+    content = run(words, source)
+    # What is said depends on the question alone: this model does not look.
+    check = content["blind_check"]
+    assert check["score"] == check["other_score"] == pytest.approx(100 * content["scores"]["mIoU"]["value"])
+    assert check["is_blind"]
+    assert "warning: rec, mIoU: " in capsys.readouterr().err
+    own, other = predictions(tmp_path / "out"), predictions(tmp_path / "out" / "blind_check")
+    assert [row["id"] for row in own] == [row["id"] for row in other]
+    assert all(
+        one["media"] != two["media"] and one["reference"] == two["reference"]
+        for one, two in zip(own, other, strict=True)
+    )
+    assert sum(path == str(media_dir / "a.png") for row in other for path in row["media"]) == 5
+    # Nothing is asked again, and the scores are the same.
+    source.log.unlink()
+    assert run(words, source.changed(dies_at="thing")) == content
+    # Another evaluation in its place has another check.
+    again = run([*words, "--limit", "4", "--overwrite"], source)
+    assert len(predictions(tmp_path / "out" / "blind_check")) == again["num_samples"] == 4
+
+
+def test_there_is_no_blind_check_where_all_see_the_same(words, source, tmp_path: Path, capsys) -> None:
+    words.remove("--no_blind_check")
+    assert "blind_check" not in run([*words, "--limit", "1"], source)
+    assert "no blind check" in capsys.readouterr().err
+
+
+def test_a_blind_check_that_was_broken_off_goes_on(words, source, tmp_path: Path) -> None:
+    first = run(words, source)
+    words.remove("--no_blind_check")
+    source.log.unlink()
+    with pytest.raises(ValueError, match="the prompt has 900 tokens"):
+        run(words, source.changed(fails_at="thing 7."))
+    source.log.unlink()
+    content = run(words, source)
+    assert asked(source) == [f"Where is thing {i}.?" for i in range(6, NUM_SAMPLES)]
+    assert content | {"blind_check": None} == first | {"blind_check": None}

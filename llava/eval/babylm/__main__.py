@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from llava.command import CommandLineError, CommandParser, check_at_least, check_output_folder, run_command
 
 if TYPE_CHECKING:
-    from llava.eval.babylm.blind import BlindCheck
     from llava.eval.babylm.results import TaskResult
     from llava.eval.babylm.tables import ModelResults
     from llava.eval.babylm.tasks import Item, TaskData
+    from llava.eval.blind import BlindCheck
     from llava.eval.choices import Choice, Scorer
 
 DTYPES = ("float32", "bfloat16", "float16", "stored")
@@ -176,9 +176,9 @@ def score_task(
     """Score a task with a model, write its official files, and see whether pictures matter."""
     import numpy as np
 
-    from llava.eval.babylm.blind import check_blindness, swap_media
     from llava.eval.babylm.official import result_folder, write_official
     from llava.eval.babylm.results import best_candidates, summarize
+    from llava.eval.blind import check_blindness, swap_media
 
     folder = result_folder(Path(args.out), loader.model, loader.revision, data, args.fast)
     choices = [item.choice for item in items]

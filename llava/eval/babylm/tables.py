@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.eval.babylm.blind import BlindCheck
 from llava.eval.babylm.results import TaskResult
+from llava.eval.blind import BlindCheck
 from llava.io import write_beside, write_json
 
 COLUMNS = ("model", "revision", "task", "kind", "group", "score", "low", "high", "adjusted", "ties", "items", "metric")

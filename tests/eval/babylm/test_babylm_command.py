@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from llava.eval.babylm.__main__ import main, parse_arguments, score_models
-from llava.eval.babylm.blind import check_blindness, swap
 from llava.eval.babylm.compare import compare_folders, mcnemar
 from llava.eval.babylm.official import check_results
 from llava.eval.babylm.tasks import read_sizes
+from llava.eval.blind import check_blindness, swap
 from llava.eval.choices import Choice
 
 
@@ -144,16 +144,16 @@ def test_a_model_that_looks_is_not_blind_and_one_that_does_not_is(data: Path, tm
     assert unchecked.blind == {}
 
 
-@pytest.mark.parametrize("shown", ["abcd", "aabbc", "aabbccdd", "aaabbb", "ab"])
+@pytest.mark.parametrize("shown", ["abcd", "aabbc", "aabbccdd", "aaabbb", "ab", "aaab"])
 def test_nobody_keeps_what_is_shown(shown: str) -> None:
     for seed in range(20):
         swapped = swap(list(shown), str, seed)
         assert swapped is not None
-        assert sorted(swapped) == sorted(shown)
+        assert (sorted(swapped) == sorted(shown)) == (shown != "aaab")
         assert all(one != other for one, other in zip(shown, swapped, strict=True))
 
 
-@pytest.mark.parametrize("shown", ["", "a", "aaab", "aaa"])
+@pytest.mark.parametrize("shown", ["", "a", "aaa"])
 def test_there_may_be_no_other_picture(shown: str) -> None:
     assert swap(list(shown), str, 0) is None
 

@@ -23,9 +23,9 @@ class BlindCheck:
     """How much a score falls when each item is shown with another one's picture.
 
     Attributes:
-        score: with its own.
+        score: with its own; the mean over items, times 100.
         other_score: with another one's.
-        drop: the difference, from item to item the mean.
+        drop: the difference, of the same items.
         low, high: its interval at 95 %, by drawing items anew.
         is_blind: whether the score does not fall: the interval reaches down to 0.
     """
@@ -52,38 +52,46 @@ class BlindCheck:
 def swap(shown: Sequence[T], key: Callable[[T], object], seed: int) -> list[T] | None:
     """What each item is shown in place of its own: that of another item, never the same; a seeded choice.
 
+    Where none is shown for more than half of the items, each is given away once; else some are given several times.
+
     Args:
         shown: of each item.
         key: tells whether two are the same.
 
     Returns:
-        One for each item; None where more than half of them are shown the same, so that there is no such choice.
+        One for each item; None where all are shown the same.
     """
-    # Sorted by what is shown, items with the same stand together: a step as long as the largest such group leads away
-    # from it, for every item. The groups come in an order that is drawn.
     groups: dict[object, list[int]] = {}
     for index, one in enumerate(shown):
         groups.setdefault(key(one), []).append(index)
+    if len(groups) < 2:
+        return None
     names = list(groups)
     generator = random.Random(seed)
     generator.shuffle(names)
     order = [index for name in names for index in generator.sample(groups[name], len(groups[name]))]
-    step = max(map(len, groups.values()), default=0)
-    if len(groups) < 2 or 2 * step > len(order):
-        return None
+    # In this order items with the same stand together: a step as long as the largest such group leads away from it.
+    step = max(map(len, groups.values()))
     swapped: list[T] = list(shown)
-    for place, index in enumerate(order):
-        swapped[index] = shown[order[(place + step) % len(order)]]
+    if 2 * step <= len(order):
+        for place, index in enumerate(order):
+            swapped[index] = shown[order[(place + step) % len(order)]]
+        return swapped
+    for name in names:
+        others = [index for other in names if other != name for index in groups[other]]
+        for index in groups[name]:
+            swapped[index] = shown[generator.choice(others)]
     return swapped
 
 
 def swap_media(choices: Sequence[Choice], seed: int) -> list[Choice] | None:
     """Choices with the media of others; None where there are no others."""
-    shown = swap([choice.media for choice in choices], _paths, seed)
+    shown = swap([choice.media for choice in choices], media_key, seed)
     return None if shown is None else [replace(c, media=m) for c, m in zip(choices, shown, strict=True)]
 
 
-def _paths(media: tuple[Media, ...]) -> object:
+def media_key(media: tuple[Media, ...]) -> object:
+    """What tells whether two samples are shown the same."""
     return tuple((one.path, one.frames) for one in media)
 
 
