@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_plan()
     monkeypatch.setattr(cells, "start_training", start)
     monkeypatch.setattr(scoring, "score_model", score)
-    monkeypatch.setattr(command, "check_flags", lambda study, cells: None)
+    monkeypatch.setattr(command, "check_flags", lambda study, cells: [])
     return tmp_path
 
 
@@ -180,6 +180,35 @@ def test_mistakes_in_the_file_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: study.yaml")
     assert expected in line
+
+
+def test_flags_are_checked_by_the_parser_of_training_and_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    write_plan(variants={"a": None, "b": {"leraning_rate": 1}})
+    assert command.main(["study.yaml", "--dry_run"]) == 2
+    assert (
+        "study.yaml: variant b: unknown flag --leraning_rate; did you mean --learning_rate" in capsys.readouterr().err
+    )
+    assert not Path("out").exists(), "a dry run leaves nothing"
+
+
+def test_a_file_laid_over_another(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    below = {**PLAN, "train": {**PLAN["train"], "image_folder": "{here}/x"}, "plugins": ["p"]}  # type: ignore[dict-item]
+    (tmp_path / "below" / "study.yaml").write_text(yaml.safe_dump(below, sort_keys=False))
+    path = tmp_path / "over.yaml"
+    path.write_text("base: below/study.yaml\nvalues: {rate: 0.3}\ntrain: {video_folder: '{here}/y'}\nseeds: [7]\n")
+    study = read_study(path)
+    words = " ".join(study.train_words(study.cells[0]))
+    assert f"--learning_rate 0.3 --plain_lm true --image_folder {tmp_path}/below/x --video_folder {tmp_path}/y" in words
+    assert study.folders == (tmp_path, tmp_path / "below")
+    assert [cell.seed for cell in study.cells] == [7, 7]
+    path.write_text("base: over.yaml\n")
+    with pytest.raises(ValueError, match="expected another study's file"):
+        read_study(path)
 
 
 def test_duplicate_names_and_wrong_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import llava
 from llava.command import INTERRUPTED, CommandLineError, CommandParser, run_command
 from llava.eval.study.plan import Cell, Study, read_study
+from llava.io import hash_json, write_json
 
 _PATHS = ("data_path", "eval_data_path", "vision_tower", "image_folder", "video_folder")
 """Flags of training that name what must be there, unless a step makes it."""
+CHECKED = "prepared/checked.json"
 _CHECK_FLAGS = """
 import json, sys
 from llava.train.command_line import parse_arguments
@@ -100,10 +103,13 @@ def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) ->
         return print_tables(study)
     if args.sbatch:
         return write_sbatch(study, cells, args)
-    check_plan(study, cells)
+    checked = check_plan(study, cells)
     if args.dry_run:
         print_commands(study, cells)
         return 0
+    record = study.output_dir / CHECKED
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, checked)
     lock_and_prepare(study, [] if args.prepare else cells, prepare)
     if args.prepare:
         return 0
@@ -147,8 +153,11 @@ def run_cell(study: Study, cell: Cell, title: str) -> None:
     show(f"done, trained for {seconds:,.0f} s\n" if sys.stderr.isatty() else f"done, trained for {seconds:,.0f} s")
 
 
-def check_plan(study: Study, cells: Sequence[Cell]) -> None:
+def check_plan(study: Study, cells: Sequence[Cell]) -> list[str]:
     """Files and flags of all cells before anything runs: a typo in the last variant shows at once.
+
+    Returns:
+        Marks of what has passed, also before.
 
     Raises:
         ValueError: a file is missing that no step makes, or a flag is wrong.
@@ -164,14 +173,21 @@ def check_plan(study: Study, cells: Sequence[Cell]) -> None:
             check_there(study.fill(text), made, f"{where}: {name}", may_be_name=name == "vision_tower")
     for data in study.score.data if study.score else ():
         check_there(study.fill(data), made, f"{study.path}: score: data")
-    check_flags(study, cells)
+    return check_flags(study, cells)
 
 
-def check_flags(study: Study, cells: Sequence[Cell]) -> None:
+def check_flags(study: Study, cells: Sequence[Cell]) -> list[str]:
     """A ValueError for a flag of a variant that training does not know or cannot take, as its own parser says."""
     from llava.eval.study.prepare import environment
 
     told = [(cell.variant, study.train_words(cell)) for cell in {cell.variant: cell for cell in cells}.values()]
+    # To load that parser takes seconds: not again for each cell of a study that was checked as a whole.
+    record = study.output_dir / CHECKED
+    passed = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+    keys = [hash_json([llava.__version__, study.variants[name], study.values], 16) for name, _ in told]
+    told = [entry for entry, key in zip(told, keys, strict=True) if key not in passed]
+    if not told:
+        return passed
     found = subprocess.run(  # This package lies below training, and does not import it.
         [sys.executable, "-c", _CHECK_FLAGS],
         input=json.dumps(told),
@@ -185,6 +201,7 @@ def check_flags(study: Study, cells: Sequence[Cell]) -> None:
         lines = found.stderr.strip().splitlines()[-1:]
     if lines:
         raise ValueError(f"{study.path}: {lines[0]}")
+    return sorted({*passed, *keys})
 
 
 def _as_list(value: object) -> list[str]:
