@@ -258,9 +258,9 @@ def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object])
     writer = engine.checkpoint_engine
     save = writer.save
 
-    def save_forgiving(state: object, path: str) -> None:
+    def save_forgiving(state_dict: object, path: str) -> None:  # By these names its engine calls it.
         with failure:
-            save(state, path)
+            save(state_dict, path)
             return
         Path(path).unlink(missing_ok=True)  # Room for the small files that follow.
 
