@@ -10,7 +10,7 @@ from typing import Any
 from llava.command import CommandParser, run_command
 from llava.registry import import_plugins
 
-KINDS = ("text", "multimodal")
+KINDS = ("text", "multimodal", "llava_hf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,7 +24,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--as", dest="kind", required=True, choices=KINDS,
         help="text: the plain language model. multimodal: model, processor and tokenizer, with code of their own "
-        "(trust_remote_code)",
+        "(trust_remote_code). llava_hf: transformers' own LlavaForConditionalGeneration, where the parts allow it",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the exported weights (default: as they are stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
@@ -61,7 +61,7 @@ def export_checkpoint(
 
     check_target(Path(out), checkpoint, overwrite)
     weights = None if dtype is None else getattr(torch, dtype)
-    write = _write_text if kind == "text" else _write_multimodal
+    write = {"text": _write_text, "multimodal": _write_multimodal, "llava_hf": _write_llava_hf}[kind]
     with staged_folder(Path(out)) as folder:
         lines, differences = write(folder, checkpoint, weights, model_base, vision_tower)
         found = " and ".join(
@@ -96,6 +96,15 @@ def _write_multimodal(folder: Path, *source: Any) -> tuple[list[str], dict[str, 
     loaded = read_model(*source)
     lines = export_multimodal(loaded, folder)
     return lines, check_multimodal(loaded, folder)
+
+
+def _write_llava_hf(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+    from llava.model.export.llava_hf import check_llava_hf, export_llava_hf
+    from llava.model.export.multimodal import read_model
+
+    loaded = read_model(*source)
+    lines = export_llava_hf(loaded, folder)
+    return lines, check_llava_hf(loaded, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

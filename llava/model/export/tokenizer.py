@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -52,21 +53,30 @@ def removable_from(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) 
     return None if behind != ids or any(token in inner or token in used for token in tokens) else first
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, without: Collection[str] = ()) -> None:
-    """Write a tokenizer, some of its added tokens left out.
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    without: Collection[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a tokenizer, some of its added tokens left out or under other names.
 
     Args:
         tokenizer: a fast one.
         folder: of the export.
         without: added tokens, see ``removable_from``.
+        renamed: new names of added tokens, which keep their ids.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] not in without]
+    for token in backend["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
     kept = {name: getattr(tokenizer, name, None) for name in _SETTINGS}
     special = {name: str(token) for name in _SPECIAL if (token := getattr(tokenizer, name)) is not None}
     # transformers 5 names these "extra", where 4 expects a mapping under that name.
     named = set(special.values())
     others = [token for token in tokenizer.all_special_tokens if token not in without and token not in named]
+    others = [renamed.get(token, token) for token in others]
     # Without this list transformers 4 would give every model token_type_ids, which GPT-2 adds to its embeddings.
     inputs = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     plain = PreTrainedTokenizerFast(
