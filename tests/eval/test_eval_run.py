@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,17 @@ def words(rec_data: Path, media_dir: Path, tmp_path: Path) -> list[str]:
 
 def run(words: list[str], source: FakeSource, *more: str) -> dict:
     return evaluate(parse_arguments([*words, *more]), source)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """--num_processes begins with copies of this process, which have nothing to import."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr("llava.eval.engine.multiprocessing.get_context", lambda method: context)
+    # A training run in this process may have left handlers of its own, and no process would end.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def asked(source: FakeSource) -> list[str]:
@@ -123,19 +137,20 @@ def test_a_finished_run_only_scores_again(words, source, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "pictures").exists()
 
 
-def test_two_processes_say_what_one_says(words, source, tmp_path: Path) -> None:
+def test_two_processes_say_what_one_says(words, source, forked, monkeypatch, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run([*words, "--out", str(whole)], source)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"ended with signal SIGKILL .* goes on where it stopped"):
         run(words, source.changed(dies_at="thing 4."), "--num_processes", "2")
     assert (out / "predictions-01.jsonl").read_bytes() == b""
+    monkeypatch.undo()  # The rest by new processes, as everywhere else.
     run(words, source, "--num_processes", "2")
     assert (out / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert sorted(set(asked(source))) == sorted({f"Where is thing {i}.?" for i in range(NUM_SAMPLES)})
 
 
-def test_other_settings_do_not_go_on(words, source, tmp_path: Path) -> None:
+def test_other_settings_do_not_go_on(words, source, forked, tmp_path: Path) -> None:
     run(words, source)
     for more, name in (
         (["--max_new_tokens", "5"], "max_new_tokens 128, here it is 5"),

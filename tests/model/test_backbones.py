@@ -53,10 +53,11 @@ print(len(llava.model.AVAILABLE_MODELS))
 
 
 @pytest.mark.parametrize("first", ["", "from transformers import AutoModel, AutoTokenizer"], ids=["before", "after"])
-def test_every_model_type_is_known_once_llava_model_is_imported(first: str) -> None:
+def test_every_model_type_is_known_once_llava_model_is_imported(first: str, warm_python: str) -> None:
     """Before transformers and after it, and without loading a backbone's file."""
+    python = warm_python if first else sys.executable
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(first=first, eager=bool(first))],
+        [python, "-c", PROGRAM.format(first=first, eager=bool(first))],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -146,7 +147,7 @@ for found in classes:
 """
 
 
-def test_derived_classes_are_found_by_name_in_any_process() -> None:
+def test_derived_classes_are_found_by_name_in_any_process(warm_python: str) -> None:
     """Those with alternating attention and the classifiers, which no file writes out."""
     from llava.model.language_model import llava_gpt2, llava_llama
     from llava.model.language_model.llava_gpt2 import LlavaGPT2AlternatingConfig, LlavaGPT2AlternatingForCausalLM
@@ -158,7 +159,7 @@ def test_derived_classes_are_found_by_name_in_any_process() -> None:
     assert LlavaGPT2AlternatingForCausalLM.config_class is LlavaGPT2AlternatingConfig
     pickled = pickle.dumps([LlavaGPT2AlternatingConfig(n_layer=3), *classes])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", UNPICKLE], input=pickled, capture_output=True, env=environment)
+    done = subprocess.run([warm_python, "-c", UNPICKLE], input=pickled, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     for module in (models, llava_llama):
         for name in ("LlavaGPT3AlternatingConfig", "LlavaGPT2AlternatingModul"):

@@ -241,9 +241,9 @@ def test_a_batch_without_a_good_sample_has_no_loss_and_no_gradient(load_tiny) ->
             assert not any(gradient.any() for gradient in gradients)
 
 
-def test_shell_sees_one_line_and_status_2(gpt2_dir, tmp_path: Path) -> None:
+def test_shell_sees_one_line_and_status_2(gpt2_dir, tmp_path: Path, warm_python: str) -> None:
     argv = flags(gpt2_dir, None, tmp_path / "nothing.json", tmp_path / "out")
-    command = [sys.executable, "-m", "llava.train.train", *argv]
+    command = [warm_python, "-m", "llava.train.train", *argv]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert ended.returncode == 2
     assert "nothing.json: no such file" in ended.stderr.splitlines()[-1]
