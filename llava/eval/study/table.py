@@ -289,8 +289,8 @@ def format_markdown(results: Results) -> str:
             f"**{task}** ({rows[0].num_items:,} items)",
             "",
             f"| variant | seeds | words | score, mean ± sd | ties | less {results['baseline']} [95 %] | p | "
-            "higher in | hours |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "p over seeds | higher in | hours |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_line(row) for row in rows),
             "",
         ]
@@ -325,14 +325,14 @@ def _number(value: float | None, form: str) -> str:
 def _line(row: Row) -> str:
     score = "" if row.score is None else f"{100 * row.score:.2f}"
     score += "" if row.spread is None else f" ± {100 * row.spread:.2f}"
-    difference, p_value, higher = "", "", ""
+    difference, p_value, p_seeds, higher = "", "", "", ""
     if (found := row.comparison) is not None:
         difference = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-        p_value = f"{found.p_value:.3f}"
+        p_value, p_seeds = f"{found.p_value:.3f}", _number(found.p_seeds, ".3f")
         higher = f"{sum(value > 0 for value in found.by_seed)} of {len(found.by_seed)}"
     cells = (
         row.variant, len(row.seeds), _number(row.words, ",.0f"), score, f"{100 * row.ties:.1f} %", difference, p_value,
-        higher, f"{row.hours:.2f}",
+        p_seeds, higher, f"{row.hours:.2f}",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -341,11 +341,11 @@ def _notes(results: Results) -> list[str]:
     notes = []
     if compared := [row.comparison for row in results["rows"] if row.comparison is not None]:
         fewest = min(len(found.by_seed) for found in compared)
-        few = f"; with {fewest} seed{'s' * (fewest > 1)} they are too narrow, see p_seeds in table.csv"
-        few *= fewest < FEW_SEEDS
+        few = "" if fewest >= FEW_SEEDS else f", and may be too narrow with {fewest} seed{'s' * (fewest > 1)}"
         notes.append(
-            "Differences are in points, of tie-adjusted scores on the same seeds and items; intervals and p are of a "
-            f"bootstrap over seeds and items{few}. No p is corrected for the number of comparisons."
+            "Differences are in points, of tie-adjusted scores on the same seeds and items. Intervals and p are of a "
+            f"bootstrap over seeds and items{few}; p over seeds is a paired t test. No p is corrected for the number "
+            "of comparisons."
         )
     if results["score"].get("fast"):
         notes.append(f"Fast sizes of the tasks, chosen with seed {results['score']['seed']}.")
