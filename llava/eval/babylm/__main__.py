@@ -121,10 +121,12 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
     """
     from llava.eval.babylm.official import model_folder
     from llava.eval.babylm.tables import ModelResults, write_tables
-    from llava.eval.babylm.tasks import read_items
+    from llava.eval.babylm.tasks import describe_repeats, read_items
 
     # All are read before a model is: a broken line is an error at once.
     tasks = [(data, read_items(data, args.fast, args.seed)) for data in find_data(args)]
+    for line in (line for data, items in tasks for line in describe_repeats(data.name, items)):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     pairs = [(model, revision) for model in args.model_path for revision in args.revision or [None]]
     folders = [model_folder(Path(args.out), model, revision) for model, revision in pairs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
@@ -244,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from llava.eval.babylm.official import check_results
 
             lines = check_results(Path(args.check), args.fast, args.tasks)
-            print("\n".join(lines or [f"{args.check}: complete, as the official collation counts"]))
+            rest = "GLUE, reading and AoA, which the collation wants too, are not looked at"
+            print("\n".join(lines or [f"{args.check}: complete, as the official collation counts; {rest}"]))
             return 1 if lines else 0
         if args.compare:
             from llava.eval.babylm.compare import HEAD, compare_folders

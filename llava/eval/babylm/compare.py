@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.eval.babylm.model_scores import ITEM_SCORES, read_item_scores
-from llava.eval.babylm.results import average_groups, best_candidates
+from llava.eval.babylm.model_scores import ITEM_SCORES, read_item_scores, read_ratios
+from llava.eval.babylm.results import average_groups, best_candidates, first_shares, spearman
 
 _NUM_RESAMPLES = 10_000
+_NUM_RANK_RESAMPLES = 2_000
 _LEVEL = 0.95
 
 
@@ -23,32 +24,34 @@ class Comparison:
 
     Attributes:
         task: its folder of results.
-        first, second: their scores: right items in %, ties at 1/k, averaged over groups.
+        first, second: their scores: right items in %, ties at 1/k, averaged over groups; of the wug tasks Spearman's
+            rho times 100, None where a model has none.
         difference: second less first.
         low, high: its interval at 95 %, of items drawn anew within their groups, the same for both models.
-        only_first, only_second: items that one alone has right.
-        p_value: of McNemar's exact test of these two numbers: how likely they, or less equal ones, are by chance.
+        only_first, only_second: items that one alone has right; None of a correlation.
+        p_value: of McNemar's exact test of these two numbers: how likely they, or less equal ones, are by chance; None
+            of a correlation, whose items are not right or wrong.
         num_items: that both were scored on.
     """
 
     task: str
-    first: float
-    second: float
-    difference: float
-    low: float
-    high: float
-    only_first: int
-    only_second: int
-    p_value: float
+    first: float | None
+    second: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    only_first: int | None
+    only_second: int | None
+    p_value: float | None
     num_items: int
 
     def describe(self) -> str:
         """A row of a Markdown table."""
-        return (
-            f"| {self.task} | {self.first:.2f} | {self.second:.2f} | {self.difference:+.2f} "
-            f"[{self.low:+.2f}, {self.high:+.2f}] | {self.only_first} / {self.only_second} | {self.p_value:.2g} | "
-            f"{self.num_items} |"
-        )
+        scores = ["none" if one is None else f"{one:.2f}" for one in (self.first, self.second)]
+        difference = "" if self.difference is None else f"{self.difference:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        only = "" if self.only_first is None else f"{self.only_first} / {self.only_second}"
+        p_value = "" if self.p_value is None else f"{self.p_value:.2g}"
+        return f"| {' | '.join([self.task, *scores, difference, only, p_value, str(self.num_items)])} |"
 
 
 HEAD = (
@@ -98,7 +101,35 @@ def compare_scores(task: str, first: Path, second: Path, seed: int) -> Compariso
     ids = [name for name in one if name in two]
     if len(ids) < max(len(one), len(two)):
         raise ValueError(f"--compare: {first if len(one) < len(two) else second} is not wholly scored; finish it first")
+    if task.startswith("wug_"):
+        ratios = read_ratios(first) or read_ratios(second)
+        if ratios.keys() != set(ids):
+            raise ValueError(f"--compare: {first} does not have people's ratios; score it again with --overwrite")
+        people = np.array([ratios[name] for name in ids])
+        shares = [first_shares([told[name] for name in ids]) for told in (one, two)]
+        return compare_correlations(task, shares[0], shares[1], people, seed)
     return compare_outcomes(task, ids, _outcomes(one, ids), _outcomes(two, ids), seed)
+
+
+def compare_correlations(
+    task: str, first: NDArray[np.float64], second: NDArray[np.float64], people: NDArray[np.float64], seed: int = 0
+) -> Comparison:
+    """Compare two models by how their shares, (items,), go with those of people; the same items drawn for both."""
+    rhos = [spearman(one, people) for one in (first, second)]
+    scores = [None if rho is None else 100 * rho for rho in rhos]
+    if scores[0] is None or scores[1] is None:
+        return Comparison(task, scores[0], scores[1], None, None, None, None, None, None, len(people))
+    generator = np.random.default_rng(seed)
+    differences = []
+    for _ in range(_NUM_RANK_RESAMPLES):
+        drawn = generator.integers(len(people), size=len(people))
+        one, two = (spearman(shares[drawn], people[drawn]) for shares in (first, second))
+        if one is not None and two is not None:
+            differences.append(100 * (two - one))
+    low, high = np.quantile(differences, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Comparison(
+        task, scores[0], scores[1], scores[1] - scores[0], float(low), float(high), None, None, None, len(people)
+    )
 
 
 def _outcomes(scores: Mapping[str, tuple[float, ...]], ids: Sequence[str]) -> NDArray[np.float64]:

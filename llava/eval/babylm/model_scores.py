@@ -61,6 +61,16 @@ def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, d
         raise ValueError(f"{path}: is no file of scores ({error!r}); remove it, or give another --out") from error
 
 
+def read_ratios(folder: Path) -> dict[str, float]:
+    """Of a task that is a correlation, the share of people by item, as the scores were written with; else nothing."""
+    return {row["id"]: row["ratio"] for row in read_json_lines(folder / ITEM_SCORES)[1:] if "ratio" in row}
+
+
+def _row(item: Item, scores: Sequence[float]) -> dict[str, object]:
+    row: dict[str, object] = {"id": item.id, "scores": list(scores)}
+    return row if item.ratio is None else row | {"ratio": item.ratio}
+
+
 def score_items(
     folder: Path,
     settings: Settings,
@@ -111,7 +121,7 @@ def score_items(
     for start in range(0, len(todo), _AT_ONCE):
         part = todo[start : start + _AT_ONCE]
         told = get_scorer().score([choices[index] for index in part], on_scored)
-        rows = [{"id": items[index].id, "scores": list(one)} for index, one in zip(part, told, strict=True)]
+        rows = [_row(items[index], one) for index, one in zip(part, told, strict=True)]
         with path.open("ab") as file:
             append_json_lines(file, rows)
         done |= {items[index].id: one for index, one in zip(part, told, strict=True)}

@@ -83,8 +83,13 @@ def describe_scores(result: TaskResult) -> str:
         shown = (kind, "split") if kind == "UID" else (kind,)
         lines += [f"{row.name}: {scale * row.score:.2f}" for row in result.rows if row.kind in shown]
         lines.append("")
-    average = float("nan") if result.official is None else scale * result.official
-    return "\n".join([*lines, f"### AVERAGE {metric}", f"{average:.2f}", "", ""])
+    if result.metric != ACCURACY:  # A correlation has one group, which is called so there.
+        lines[2:] = [f"### UID {metric}", f"avg: {_scaled(result.official, scale)}", ""]
+    return "\n".join([*lines, f"### AVERAGE {metric}", _scaled(result.official, scale), "", ""])
+
+
+def _scaled(score: float | None, scale: float) -> str:
+    return "nan" if score is None else f"{scale * score:.2f}"
 
 
 def check_results(folder: Path, fast: bool, tasks: Sequence[str] | None = None) -> list[str]:
@@ -113,7 +118,8 @@ def _check_task(root: Path, task: Task, sizes: dict[str, int], fast: bool) -> It
         return
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
-        counts = {uid: len(group["predictions"]) for uid, group in groups.items()}
+        # The collation has the names of all groups in lower case; those of the data have capitals (complex_NP_island).
+        counts = {uid.lower(): len(group["predictions"]) for uid, group in groups.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         yield f"{task.name}: {path} is no file of predictions: {error}"
         return

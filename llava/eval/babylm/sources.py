@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,8 @@ from llava.messages import shorten, shorten_text
 
 SUFFIX = ".jsonl"
 _TABLES = (".tsv", ".csv")
+_LONGEST_LINE = 2**24
+"""Characters. A zip of some kilobytes may hold a line of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class SourceFile:
 
         Raises:
             ValueError: a line is no JSON object, or has not as many cells as the line of names at the head of a table;
-                the text is not UTF-8; or there is no line at all.
+                the text is not UTF-8; the zip is damaged or needs a password; or there is no line at all.
         """
         empty, number = True, 0
         read = self._read_table if self.path.suffix in _TABLES else self._read_json
@@ -52,11 +55,17 @@ class SourceFile:
                     yield number, row
             except UnicodeDecodeError as error:
                 raise ValueError(f"{self}, behind line {number}: is no text in UTF-8: {error}") from error
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ValueError(
+                    f"{self}, behind line {number}: the zip is damaged ({error}); fetch it anew"
+                ) from error
         if empty:
             raise ValueError(f"{self}: has no line; take the file away, or fetch it anew")
 
     def _read_json(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
+            if len(line) == _LONGEST_LINE:
+                raise ValueError(f"{self}, line {number}: has more than {_LONGEST_LINE} characters")
             if not line.strip():
                 continue
             try:
@@ -90,7 +99,11 @@ class SourceFile:
     def _open(self) -> IO[bytes]:
         if self.member is None:
             return self.path.open("rb")
-        return zipfile.ZipFile(self.path).open(self.member)
+        try:
+            return zipfile.ZipFile(self.path).open(self.member)
+        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            # A RuntimeError is what a member with a password raises, as the official fast data of EWoK have one.
+            raise ValueError(f"{self}: cannot be read in the zip ({error}); unpack it, and give the folder") from error
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,13 @@ class Collection:
     files: tuple[SourceFile, ...]
     folder: Path | None
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether this is a part of the official fast data, of which some folders are called as the full ones are."""
+        file = self.files[0]
+        parents = PurePosixPath(file.path.as_posix() if file.member is None else file.member).parent.parts
+        return self.name.endswith("_fast") or "fast_eval" in parents
+
 
 def find_collections(path: str) -> list[Collection]:
     """What a folder, with those within it, a zip or a single file holds; a ValueError where that is nothing."""
@@ -116,7 +136,7 @@ def find_collections(path: str) -> list[Collection]:
     groups: dict[PurePosixPath | Path, list[SourceFile]] = {}
     if root.is_dir():
         for file in sorted(root.rglob(f"*{SUFFIX}")):
-            if not any(part.startswith(".") for part in file.relative_to(root).parts):
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
                 groups.setdefault(file.parent, []).append(SourceFile(file))
     elif zipfile.is_zipfile(root):
         with zipfile.ZipFile(root) as archive:

@@ -16,6 +16,7 @@ Source: the files and the reading of the BabyLM evaluation pipeline of 2025, as 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,12 @@ class Row:
     def number_of(self, name: str) -> float:
         value = self._get(name)
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.source}: {name!r} is {shorten(value)}; expected a number") from error
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{self.source}: {name!r} is {shorten(value)}; expected a number")
+        return number
 
     def label(self, name: str) -> str:
         """A value that names something: a text or a number."""
@@ -189,7 +193,7 @@ def _parse_wug(name: str) -> Callable[[Row], Parsed]:
 def _parse_winoground(row: Row) -> Parsed:
     index, key = row.optional("image_idx"), row.optional("image_key")
     media = row.image(f"{index}_{key}", f"ex_{index}_img_{key[-1:]}")
-    fields = {"type": row.optional("collapsed_tag"), "linguistic_feature": row.optional("tag")}
+    fields = {"type": row.optional("collapsed_tag"), "linguistic feature": row.optional("tag")}
     captions = _whole(row.text("caption_0"), row.text("caption_1"))
     return Parsed("winoground", captions, media=media, fields={kind: name for kind, name in fields.items() if name})
 
@@ -337,7 +341,7 @@ def _recognize(collection: Collection) -> str | None:
 
 def _choose(collections: list[Collection], name: str, fast: bool) -> Collection:
     """The one of several folders of a task: of the official fast data or of the full ones."""
-    fitting = [one for one in collections if one.name.endswith("_fast") == fast] or collections
+    fitting = [one for one in collections if one.is_fast == fast] or collections
     if len(fitting) > 1:
         raise ValueError(f"--data: {name} is there twice, in {' and '.join(str(one.files[0]) for one in fitting)}")
     return fitting[0]
@@ -372,6 +376,23 @@ def read_items(data: TaskData, fast: bool = False, seed: int = 0) -> list[Item]:
         items.append(Item(uid, choice, parsed.uid, 0, predictions, parsed.fields, parsed.ratio))
     # Official fast data are a choice already, and are taken whole.
     return sample_groups(items, data.name, seed) if fast and not data.is_fast else items
+
+
+def describe_repeats(name: str, items: Sequence[Item]) -> list[str]:
+    """What looks wrong in items that can be scored all the same: lines for people, none where all is well."""
+    first: dict[object, str] = {}
+    repeated = []
+    for item in items:
+        key = (item.uid, item.choice.candidates, item.choice.media)
+        if (source := first.setdefault(key, item.choice.source)) != item.choice.source:
+            repeated.append(f"{item.choice.source} (as {source})")
+    equal = [one.choice.source for one in items if len(set(one.choice.candidates)) < len(one.choice.candidates)]
+    lines = []
+    if repeated:
+        lines.append(f"{name}: {len(repeated)} rows say what an earlier one says, and count again: {repeated[0]}")
+    if equal:
+        lines.append(f"{name}: {len(equal)} rows have the same candidate twice, which always ties: {equal[0]}")
+    return lines
 
 
 def _rows(data: TaskData) -> Iterator[Row]:

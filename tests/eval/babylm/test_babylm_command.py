@@ -177,6 +177,27 @@ def test_comparisons(data: Path, tmp_path: Path, capsys) -> None:
         compare_folders(tmp_path / "bad" / "main", tmp_path / "other" / "main")
 
 
+def test_correlations_are_compared_as_correlations(data: Path, tmp_path: Path, capsys) -> None:
+    def agrees(sign: float) -> FakeScorer:
+        return FakeScorer(lambda choice, text: sign * int(text[1:]) if text[0] == "a" else 0.0)
+
+    for model, scorer in (
+        ("for", agrees(1.0)), ("against", agrees(-1.0)), ("constant", FakeScorer(lambda choice, text: 0.0))
+    ):  # fmt: skip
+        score(data, tmp_path, scorer, "--tasks", "wug_past", model=model)
+    (found,) = compare_folders(tmp_path / "against" / "main", tmp_path / "for" / "main")
+    assert (found.first, found.second, found.difference) == pytest.approx((-100, 100, 200))
+    assert (found.low, found.high) == pytest.approx((200, 200))
+    assert (found.only_first, found.only_second, found.p_value) == (None, None, None)
+    assert main(["--compare", str(tmp_path / "constant" / "main"), str(tmp_path / "for" / "main")]) == 0
+    assert "| wug_past/wug_past_tense | none | 100.00 |  |  |  | 6 |" in capsys.readouterr().out
+    path = next((tmp_path / "constant").rglob("best_temperature_report.txt"))
+    assert path.read_text() == (
+        "TEMPERATURE: 1.00\n\n### UID SPEARMAN'S RHO\navg: nan\n\n### AVERAGE SPEARMAN'S RHO\nnan\n\n"
+    )
+    assert "NaN" not in next((tmp_path / "constant").rglob("scores.json")).read_text()
+
+
 def test_mcnemar() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(5, 5) == 1.0
@@ -202,6 +223,31 @@ def test_results_are_held_against_the_official_sizes(tmp_path: Path, capsys) -> 
     score(tmp_path / "data", tmp_path, FakeScorer(), "--overwrite")
     assert main(["--check", str(folder), "--tasks", "supplement"]) == 0
     assert "complete" in capsys.readouterr().out
+
+
+def test_the_check_knows_groups_whatever_their_case(tmp_path: Path) -> None:
+    # The collation's sizes are in lower case; the data and so the predictions are not.
+    groups = {uid.replace("_np_", "_NP_").replace("principle_a_", "principle_A_"): size for uid, size in
+              read_sizes()["full"]["blimp"].items()}  # fmt: skip
+    assert "complex_NP_island" in groups
+    path = tmp_path / "zero_shot" / "causal" / "blimp" / "blimp_filtered" / "predictions.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({uid: {"predictions": [{}] * size} for uid, size in groups.items()}))
+    assert check_results(tmp_path, False, ["blimp"]) == []
+
+
+def test_rows_that_repeat_are_said(data: Path, tmp_path: Path, capsys) -> None:
+    path = data / "blimp_filtered" / "causative.jsonl"
+    first, *others = path.read_text().splitlines()
+    same = json.dumps(json.loads(first) | {"sentence_bad": json.loads(first)["sentence_good"]})
+    path.write_text("\n".join([first, *others, first, same]))
+    score(data, tmp_path, FakeScorer(), "--tasks", "blimp")
+    said = capsys.readouterr().err
+    assert (
+        f"warning: blimp: 1 rows say what an earlier one says, and count again: {path}, line 7 (as {path}, line 1)"
+        in said
+    )
+    assert f"warning: blimp: 1 rows have the same candidate twice, which always ties: {path}, line 8" in said
 
 
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys) -> None:

@@ -113,6 +113,46 @@ def test_a_zip_is_read_without_being_unpacked(official: Path, tmp_path: Path) ->
         assert [item.choice.candidates for item in read_items(data)] == [item.choice.candidates for item in alone]
 
 
+def test_full_and_fast_data_may_lie_beside_each_other(official: Path, tmp_path: Path) -> None:
+    # As in the official download, where the wug tasks have the same folder in both.
+    for part in ("full_eval", "fast_eval"):
+        file = tmp_path / part / "wug_past_tense" / "wug.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(ROWS["wug_past"][1]))
+    for fast, part in ((False, "full_eval"), (True, "fast_eval")):
+        (data,) = find_tasks([str(tmp_path)], ["wug_past"], fast).tasks
+        assert part in str(data.files[0])
+
+
+def test_zips_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("blimp/a.jsonl", json.dumps(ROWS["blimp"][1]))
+    content = whole.read_bytes()
+    locked, broken = bytearray(content), bytearray(content)
+    locked[6] |= 1  # The flags of the member, and of its entry in the directory.
+    locked[content.index(b"PK\x01\x02") + 8] |= 1
+    broken[content.index(b"A b.")] = ord("B")
+    for name, changed, said in (("locked", locked, "password required"), ("broken", broken, "is damaged")):
+        (tmp_path / f"{name}.zip").write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{name}.zip:blimp/a.jsonl.* {said}"):
+            read_items(find_tasks([str(tmp_path / f"{name}.zip")], ["blimp"]).tasks[0])
+
+
+def test_lines_without_an_end_are_not_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llava.eval.babylm.sources._LONGEST_LINE", 100)
+    write_blimp(tmp_path, {"a" * 100: 1})
+    with pytest.raises(ValueError, match="line 1: has more than 100 characters"):
+        read_items(find_tasks([str(tmp_path)], ["blimp"]).tasks[0])
+
+
+def test_a_ratio_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "wug_past_tense").mkdir()
+    (tmp_path / "wug_past_tense" / "w.jsonl").write_text('{"sentences": "a\\tb", "ratio": NaN}')
+    with pytest.raises(ValueError, match="line 1: 'ratio' is nan; expected a number"):
+        read_items(find_tasks([str(tmp_path)]).tasks[0])
+
+
 def test_what_is_missing_is_said(official: Path, tmp_path: Path) -> None:
     (tmp_path / "blimp").mkdir()
     (tmp_path / "blimp" / "a.jsonl").write_text(json.dumps(ROWS["blimp"][1]))
