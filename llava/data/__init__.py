@@ -16,6 +16,7 @@ dataset.py        Record                -> Example
 dataset_stats.py  all Records           -> their lengths, words, media, coordinates and targets
 words.py          text                  -> how many words of it a sample presents
 chunking.py       a long text           -> samples of the context's length
+concatenation.py  the texts of a file   -> samples of the context's length
 samplers.py       indices of samples    -> steps in order, and each rank's share of them
 collator.py       Examples              -> Batch
 module.py         the flags about data  -> data sets and collator

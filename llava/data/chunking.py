@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,10 @@ from llava.data.index import Mixture, RecordSequence
 from llava.data.words import count_begun, expose_chunk, words_of_turns
 from llava.types import BadSample, Example, Exposure, Record
 
-NONE, DOCUMENT = "none", "document"
-TEXT_CHUNKING = (NONE, DOCUMENT)
-"""What ``--text_chunking`` may do with a text that is too long: cut it off, or go on with it in further samples."""
+NONE, DOCUMENT, CONCATENATE = "none", "document", "concatenate"
+TEXT_CHUNKING = (NONE, DOCUMENT, CONCATENATE)
+"""What ``--text_chunking`` may do with texts: cut off what is too long, go on with it in further samples, or fill every
+sample with one text after the other (``concatenation.py``)."""
 
 
 class Documents(TokenizedRecords, Protocol):
@@ -60,13 +61,13 @@ class Documents(TokenizedRecords, Protocol):
 D = TypeVar("D", bound=Documents)
 
 
-class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
-    """The samples of a data set, with each text that is too long in as many chunks as it takes, one behind the other.
+class RearrangedDataset(Dataset["Example | BadSample"], Generic[D]):
+    """The samples of a data set, with their texts cut otherwise.
 
     Samples with media or coordinates stay as they are, and are cut.
 
     Attributes:
-        is_whole: bool (documents,), whether each is one that is not chunked, however long.
+        is_whole: bool (documents,), whether each is one that stays as it is, however long.
 
     Args:
         documents: the samples; of a format that learns all text.
@@ -75,16 +76,72 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
         ValueError: the format writes conversations, which cannot be cut where it happens.
     """
 
+    way: ClassVar[str]
+    """That of ``TEXT_CHUNKING``."""
+
     def __init__(self, documents: D) -> None:
         if documents.text_format.has_prompts:
             raise ValueError(
-                "--text_chunking document cuts running text wherever the context ends, but this format writes "
+                f"--text_chunking {self.way} cuts running text wherever the context ends, but this format writes "
                 "conversations, whose answers would lose their questions; leave it out, or take --plain_lm true"
             )
         self.documents = documents
         self._has_media = count_media(documents.records).any(axis=0)  # bool (documents,)
         # Coordinates belong to the media or the text around them.
         self.is_whole = self._has_media | (count_coordinates(documents.records) > 0)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example | BadSample:
+        """A sample, or a part of the texts; errors are those of the documents."""
+        raise NotImplementedError
+
+    def is_chunk(self, index: int) -> bool:
+        """Whether a sample is a part of the texts, not a sample of the documents."""
+        raise NotImplementedError
+
+    def measure(self, index: int) -> Exposure | None:
+        """What ``self[index]`` presents to a model; None for a bad sample."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What became of how many texts."""
+        raise NotImplementedError
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The record of each sample, with an id of its own."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each sample."""
+        raise NotImplementedError
+
+    @property
+    def modality_lengths(self) -> NDArray[np.int32]:
+        """``lengths``, negative for text-only samples (unless ``early_mix_text``)."""
+        raise NotImplementedError
+
+    @property
+    def presented_words(self) -> NDArray[np.int64]:
+        """As ``count_presented_words``, of each sample: int64 (2, samples)."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> list[str]:
+        """What samples are counted under, by the number of their ``Exposure.source``."""
+        return self.documents.sources
+
+
+class ChunkedDataset(RearrangedDataset[D]):
+    """The samples of a data set, each text that is too long in as many chunks as it takes, one behind the other."""
+
+    way = DOCUMENT
+
+    def __init__(self, documents: D) -> None:
+        super().__init__(documents)
         cut = np.where(self.is_whole, 0, count_cut_tokens(documents)).astype(np.int64)  # (documents,)
         # A chunk begins with the last token of the one before it, so each goes on by one token less than it holds.
         step = documents.max_length - 1
@@ -145,15 +202,10 @@ class ChunkedDataset(Dataset["Example | BadSample"], Generic[D]):
         return chunk.exposure
 
     @property
-    def sources(self) -> list[str]:
-        """What samples are counted under, by the number of their ``Exposure.source``."""
-        return self.documents.sources
-
-    @property
     def presented_words(self) -> NDArray[np.int64]:
         """As ``count_presented_words``, of each sample: int64 (2, samples)."""
-        of_documents = count_presented_words(self.documents)  # (2, documents)
-        words = np.repeat(np.where(self.is_whole, of_documents, of_documents[1]), self._counts, axis=1)
+        of_documents = count_presented_words(self.documents, self.is_whole)  # (2, documents)
+        words = np.repeat(of_documents, self._counts, axis=1)
         for place, document in enumerate(self._long.tolist()):
             first, count = int(self._first_chunks[place]), int(self._counts[document])
             begun = [*self._begun[first : first + count].tolist(), int(of_documents[1, document])]

@@ -107,24 +107,37 @@ def describe_lengths(dataset: TokenizedRecords) -> list[Any]:
     return [words, dataset.text_format.fingerprint, vision, dataset.on_bad_sample]
 
 
-def count_presented_words(dataset: TokenizedRecords) -> NDArray[np.int64]:
+def count_presented_words(dataset: TokenizedRecords, cuts: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
     """Words that each sample presents, those cut off left out, and how many the file has of it: int64 (2, samples).
 
     No media are opened: exact but for videos whose number of frames shows only then.
+
+    Args:
+        dataset: the samples.
+        cuts: bool (samples,), which of them are cut where they are too long; by default all. The others, which
+            ``--text_chunking`` goes on with, count as a whole.
     """
     whole = _numbers(dataset.records, "num_words").astype(np.int64)  # (samples,)
     if not dataset.text_format.writes_user_text:
         whole -= _numbers(dataset.records, "num_user_words")
     whole[_find_bad(dataset.records)] = 0
-    if not (cut := count_cut_tokens(dataset) > 0).any():
+    cut = count_cut_tokens(dataset) > 0
+    if cuts is not None:
+        cut &= cuts
+    if not cut.any():
         return np.stack([whole, whole])
 
     def count_kept(records: Sequence[Record]) -> list[int]:
         return [dataset.count_kept(record) for record in records]
 
-    key = [1, *describe_lengths(dataset), dataset.max_length]
+    key = [1, *describe_lengths(dataset), dataset.max_length, cuts is None]
     kept = _ask_all(dataset, "kept", key, np.int32, count_kept, 0, "counting words of long samples", lambda: cut)
     return np.stack([np.where(cut, kept, whole), whole])
+
+
+def count_answer_words(records: Sequence[Record]) -> NDArray[np.int64]:
+    """Words of the assistant's turns of each sample, int64 (samples,)."""
+    return _numbers(records, "num_answer_words").astype(np.int64)
 
 
 def list_sources(records: Sequence[Record]) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from llava.config import GroundingConfig, VisionConfig
-from llava.data.chunking import DOCUMENT, ChunkedDataset
+from llava.data.chunking import CONCATENATE, DOCUMENT, ChunkedDataset, RearrangedDataset
 from llava.data.collator import SupervisedCollator
+from llava.data.concatenation import ConcatenatedDataset
 from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.media_files import MediaLimits
@@ -15,12 +16,12 @@ from llava.data.records import read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AnyDataset = SupervisedDataset | ChunkedDataset[SupervisedDataset]
+AnyDataset = SupervisedDataset | RearrangedDataset[SupervisedDataset]
 
 
 def documents_of(dataset: AnyDataset) -> SupervisedDataset:
     """The samples as the data files have them."""
-    return dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+    return dataset.documents if isinstance(dataset, RearrangedDataset) else dataset
 
 
 class DataModule(TypedDict):
@@ -106,6 +107,8 @@ def make_supervised_data_module(
         )
         check_samples(dataset)
         # Checked before it is chunked: an error names the sample of the file.
+        if data_args.text_chunking == CONCATENATE:
+            return ConcatenatedDataset(dataset)
         return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
     return {

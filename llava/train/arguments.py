@@ -219,8 +219,9 @@ class DataArguments:
     """Format of conversations, of which only the assistant's turns are learned: chat, gemma, llama_2, llama_v3, mpt,
     plain, plain_lm, qwen, v1. chat (default with --plain_lm false) is the tokenizer's own chat template."""
     text_chunking: str = NONE
-    """What becomes of text that is longer than --model_max_length: none (default) cuts it off, document trains on all
-    of it in several samples (needs --plain_lm)."""
+    """What becomes of text: none (default) cuts off what is longer than --model_max_length, document trains on all of
+    it in several samples, concatenate fills every sample with the texts of a file one after the other, each with its
+    end of text (both need --plain_lm; samples with media stay as they are)."""
     early_mix_text: bool = False
     """Do not keep text-only samples apart when grouping by modality."""
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.constants import IGNORE_INDEX
-from llava.data.chunking import ChunkedDataset
+from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.model.grad_sync import is_distributed
@@ -60,7 +60,7 @@ class CutCounter:
 
     def __init__(self, dataset: object) -> None:
         self.counts: dict[str, int] = {}  # what the log says of them; nothing where nothing was cut
-        documents = dataset.documents if isinstance(dataset, ChunkedDataset) else dataset
+        documents = dataset.documents if isinstance(dataset, RearrangedDataset) else dataset
         self._may_cut = isinstance(documents, SupervisedDataset) and _may_cut(documents)
 
     def add(self, batches: Sequence[Mapping[str, Any]]) -> None:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.check import MediaCheck, find_bad, find_missing
-from llava.data.chunking import ChunkedDataset
+from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset, check_room
-from llava.data.dataset_stats import count_cut_tokens, count_media
+from llava.data.dataset_stats import count_cut_tokens, count_media, count_presented_words
 from llava.data.index import Mixture
 from llava.data.module import AnyDataset, DataModule, documents_of
 from llava.data.placeholders import remove_placeholders
@@ -315,8 +315,8 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
 def data_table(dataset: AnyDataset) -> str:
     """What the samples of each data file have, what is cut of them, and what nothing reads in them."""
     documents = documents_of(dataset)
-    lines = [media_table(documents)]
-    if isinstance(dataset, ChunkedDataset):
+    lines = [media_table(documents), words_table(dataset)]
+    if isinstance(dataset, RearrangedDataset):
         lines += [dataset.describe(), cut_table(documents, dataset.is_whole)]
     else:
         lines.append(cut_table(documents))
@@ -334,6 +334,18 @@ def media_table(dataset: SupervisedDataset) -> str:
         counts = {name: int(having[indices].sum()) for name, having in of_kind.items()}
         parts = [f"{count} {name} ({count / len(indices):.1%})" for name, count in counts.items() if count]
         lines.append(f"  {label}: {len(indices)} samples, with {', '.join(parts) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def words_table(dataset: AnyDataset) -> str:
+    """How many words the samples of each data file present in an epoch, and how many are cut off."""
+    documents = documents_of(dataset)
+    whole = dataset.is_whole if isinstance(dataset, RearrangedDataset) else None
+    presented, all_words = count_presented_words(documents, whole)  # (samples,) each
+    lines = ["words of an epoch"]
+    for label, indices in _by_source(documents.records).items():
+        lost = int(all_words[indices].sum() - presented[indices].sum())
+        lines.append(f"  {label}: {int(presented[indices].sum()):,}" + (f", and {lost:,} are cut off" if lost else ""))
     return "\n".join(lines)
 
 
@@ -377,7 +389,7 @@ def supervision_table(dataset: AnyDataset, num_samples: int = 3) -> str:
     documents = documents_of(dataset)
     for index, record in enumerate(islice(dataset.records, num_samples)):
         try:
-            if isinstance(dataset, ChunkedDataset) and dataset.is_chunk(index):
+            if isinstance(dataset, RearrangedDataset) and dataset.is_chunk(index):
                 chunk = dataset[index]
                 assert isinstance(chunk, Example)
                 ids, labels = chunk.input_ids, chunk.labels

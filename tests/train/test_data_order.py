@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from llava.data.dataset import SupervisedDataset
 from llava.data.samplers import DataOrder, RankBatchSampler
+from llava.train import exposure
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 
@@ -295,6 +296,7 @@ def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained, warm
     script = tmp_path / "record.py"
     script.write_text(RECORDING)
     common = {"max_steps": 5, "save_steps": 2, "eval_data_path": data, "eval_strategy": "steps", "eval_steps": 3}
+    common |= {"milestones": "20,21,60"}
     argv = flags(gpt2_dir, data, tmp_path / "two", **common, per_device_eval_batch_size=2)
     command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
@@ -314,9 +316,16 @@ def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained, warm
     assert [sorted(step) for step in trained] == [sorted(step) for step in steps]
     losses = [entry["eval_loss"] for entry in alone.state.log_history if "eval_loss" in entry]
     assert ranks[0]["losses"] == pytest.approx(losses, rel=1e-4)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    for place in (".", "chck_20", "chck_60"):
+        one, two = (load_file(tmp_path / name / place / "model.safetensors") for name in ("one", "two"))
+        assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    # What was presented is counted over the ranks; the order of the data gives the same once more.
+    counted = [(tmp_path / name / "exposure.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert counted[0] == counted[1]
+    assert exposure.main([str(tmp_path / "two")]) == 0
 
     trained.clear()
     main(flags(gpt2_dir, data, tmp_path / "on", **single, resume_from_checkpoint=tmp_path / "two" / "checkpoint-2"))
     assert [sorted(step) for step in trained] == [sorted(step) for step in steps[2:]]
+    rest = (tmp_path / "on" / "exposure.jsonl").read_text().splitlines()
+    assert rest == [line for line in counted[0] if json.loads(line)["step"] > 2]

@@ -132,7 +132,7 @@ def test_a_recount_says_whether_the_file_is_right(gpt2_dir: Path, texts: Path, t
     (texts.parent / "corpus.train").write_text("\n".join(["una riga " + "lunga " * (9 * i) for i in range(1, 8)]))
     argv_of = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2.5}
     argv_of |= {"model_max_length": 40, "train_sampling_strategy": "group_by_length"}
-    for chunking in ("none", "document"):
+    for chunking in ("none", "document", "concatenate"):
         output = tmp_path / chunking
         words = argv(gpt2_dir, texts, output, **argv_of, text_chunking=chunking)
         words[words.index("--data_path") + 1 : words.index("--data_path") + 1] = [str(texts.parent / "corpus.train")]

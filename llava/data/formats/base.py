@@ -107,6 +107,10 @@ class Format(ABC):
         """What is written of a turn's text."""
         return turn.text.strip()
 
+    def encode_all(self, conversations: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        """The ids that ``encode`` makes of each conversation."""
+        return [[i for segment in self.encode(turns) for i in segment.ids] for turns in conversations]
+
     @abstractmethod
     def encode_prompt(self, turns: Sequence[Turn]) -> list[Segment]:
         """A conversation up to where the assistant's next answer begins, as ``encode`` would write it."""
@@ -262,6 +266,18 @@ class PlainFormat(Format):
             needs_end = [self.prefix_ids, *ids][-1][-1:] != [self.tokenizer.eos_token_id]
             counts.append(len(self.prefix_ids) + sum(map(len, ids)) + needs_end)
         return counts
+
+    def encode_all(self, conversations: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        pieces = [split_at_spans(_join(turns)) for turns in conversations]
+        # A fast tokenizer shares the texts of one call among its threads.
+        encoded = iter(self._tokenize([piece for of_one in pieces for piece, visual in of_one if not visual]))
+        end = self.tokenizer.eos_token_id
+        rows = []
+        for of_one in pieces:
+            parts = [visual_ids(piece, self.tokenizer) if visual else next(encoded) for piece, visual in of_one]
+            ids = [*self.prefix_ids, *(i for part in parts for i in part)]
+            rows.append(ids if [self.prefix_ids, *parts][-1][-1:] == [end] else [*ids, end])
+        return rows
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
