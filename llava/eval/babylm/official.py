@@ -35,11 +35,12 @@ def result_folder(out: Path, model: str, revision: str | None, data: TaskData, f
         model: its path or name, of which the stem is taken, as the official pipeline takes it.
         revision: of the model; None is ``main``.
         data: the task.
-        fast: whether a part of the items was chosen here; the name of the folder says so.
+        fast: whether a part of the items was drawn here; the name of the folder says so. It is not that of the official
+            fast data: the collation would hold the predictions against other sentences.
     """
     stem = Path(data.folder).stem
-    if fast and not stem.endswith("_fast"):
-        stem = _FOLDERS[data.name][1] or f"{data.name}_fast"
+    if fast and not data.is_fast and not data.name.startswith("wug_"):  # Of these the official fast data are all.
+        stem += "_drawn"
     return model_folder(out, model, revision) / "zero_shot" / "causal" / data.task.official / stem
 
 

@@ -236,6 +236,17 @@ def test_the_check_knows_groups_whatever_their_case(tmp_path: Path) -> None:
     assert check_results(tmp_path, False, ["blimp"]) == []
 
 
+def test_a_drawn_part_is_not_taken_for_the_official_fast_data(data: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "own.jsonl", [{"good": f"{n} a", "bad": f"{n} b"} for n in range(3)])
+    flags = ("--tasks", "blimp", "wug_past", "--fast", "--pairs", str(tmp_path / "own.jsonl"))
+    score(data, tmp_path, FakeScorer(), *flags)
+    root = tmp_path / "model" / "main" / "zero_shot" / "causal"
+    assert sorted(path.parent.relative_to(root).as_posix() for path in root.rglob("predictions.json")) == [
+        "blimp/blimp_filtered_drawn", "pairs/own_drawn", "wug_past/wug_past_tense"
+    ]  # fmt: skip
+    assert any(line.startswith("blimp: ") and "is missing" in line for line in check_results(root.parents[1], True))
+
+
 def test_rows_that_repeat_are_said(data: Path, tmp_path: Path, capsys) -> None:
     path = data / "blimp_filtered" / "causative.jsonl"
     first, *others = path.read_text().splitlines()
