@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llava.eval.choices import Candidate, Choice, Scorer
 from llava.eval.logprobs import PLAIN, ModelRunner
 from llava.eval.near_ties import NearTies
-from llava.eval.token_batches import pad_rows, read_alone, share_beginnings
+from llava.eval.token_batches import Sizes, pad_rows, read_alone, share_beginnings
 from llava.eval.token_rows import TextEncoder, TokenRow, find_context, name_choice
 from llava.eval.visual_rows import Features, VisualEncoder, takes_modalities
 from llava.model.backbones import AVAILABLE_MODELS
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Candidate", "Choice", "LikelihoodScorer", "Scorer", "load_any_model"]
 
+
+_BATCH_CPU, _BATCH_GPU = 512, 16384
+"""Tokens that are read together."""
+
+_TREE_CPU, _TREE_GPU = 128, 512
+"""Positions of a tree; on a GPU attention is the smaller part of the time, and longer sequences the faster ones."""
+
+_WIDTH = 768
+"""Of a model whose configuration does not say it."""
 
 _FULL_LOGITS = 2**28
 """The most logits of a batch of a model whose head cannot be run on its own: 1 GB in float32."""
@@ -63,8 +73,13 @@ class LikelihoodScorer:
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._runner = ModelRunner(model, dtype)
-        self._batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 16384)
-        self._tree_tokens = 512
+        on_cpu = model.device.type == "cpu"
+        text_config = model.config.get_text_config()
+        self._sizes = Sizes(
+            batch_tokens or (_BATCH_CPU if on_cpu else _BATCH_GPU),
+            _TREE_CPU if on_cpu else _TREE_GPU,
+            getattr(text_config, "hidden_size", _WIDTH),
+        )
         vision = getattr(model, "vision", None)
         visual_ids = vision.token_ids.values() if vision is not None else ()
         self._text = TextEncoder(tokenizer, find_context(model.config), name, list(visual_ids))
@@ -157,17 +172,18 @@ class LikelihoodScorer:
     ) -> list[float]:
         """The scores of different rows, read together as is fastest."""
         ways = self._runner.find_ways()
-        tokens = self._batch_tokens
+        sizes = self._sizes
         if not ways.head:
-            tokens = min(tokens, max(_FULL_LOGITS // self.model.config.get_text_config().vocab_size, 1))
+            most = max(_FULL_LOGITS // self.model.config.get_text_config().vocab_size, 1)
+            sizes = replace(sizes, batch_tokens=min(sizes.batch_tokens, most))
         # Alternating attention tells text and images apart by their places in a sequence.
         trees = ways.trees and not (features and takes_modalities(self.model))
         in_tree = [n for n, row in enumerate(rows) if trees and len(row.inputs) <= (ways.longest or len(row.inputs))]
         apart = sorted(set(range(len(rows))) - set(in_tree))
         scores = [math.nan] * len(rows)
         for numbers, batches in (
-            (in_tree, share_beginnings([rows[n] for n in in_tree], tokens, self._tree_tokens)),
-            (apart, pad_rows([rows[n] for n in apart], tokens)),
+            (in_tree, share_beginnings([rows[n] for n in in_tree], sizes)),
+            (apart, pad_rows([rows[n] for n in apart], sizes.batch_tokens)),
         ):
             for members, batch in batches:
                 of_batch = self._runner.score(batch, features, ways)

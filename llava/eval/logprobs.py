@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llava.eval.token_batches import Batch, pad_rows, share_beginnings
+from llava.eval.token_batches import Batch, Sizes, pad_rows, share_beginnings
 from llava.eval.token_rows import TokenRow
 from llava.eval.visual_rows import Features, embed_keys
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEAD_POSITIONS = 128
-"""Positions whose logits are in memory at once: with 50,000 tokens 25 MB in float32."""
+_HEAD_CPU, _HEAD_GPU = (512, 1024), (8192, 8192)
+"""Positions, and entries of the vocabulary, whose logits are in memory at once."""
 
 _TOLERANCE = 2.0**-14
 """By which share of the largest log-probability a shorter way may differ in the trial: some hundred roundings of
@@ -177,7 +177,7 @@ class ModelRunner:
         """Whether a tree of rows gives the log-probabilities of the padded rows."""
         if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
             return False
-        tree_order, tree = next(share_beginnings(rows, _NO_LIMIT, _NO_LIMIT))
+        tree_order, tree = next(share_beginnings(rows, Sizes(_NO_LIMIT, _NO_LIMIT, 1)))
         expected = self.call(_log_probs, padded, {}, PLAIN)
         try:
             found = self.call(_log_probs, tree, {}, PLAIN)
@@ -219,32 +219,91 @@ def _is_near(found: Tensor, expected: Tensor) -> bool:
 
 def _log_probs(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -> Tensor:
     """The log-probability of each target of a batch: float64 (targets,), on the CPU."""
-    logits_at = _run(model, batch, features, ways)
+    run, head = _run(model, batch, features, ways), model.get_output_embeddings()
+    positions_each, ids_each = _HEAD_CPU if model.device.type == "cpu" else _HEAD_GPU
+    # A head that is a matrix and nothing else can be read in blocks of its rows.
+    in_blocks = ways.head and type(head) is nn.Linear
+    each = (
+        positions_each if in_blocks else max(positions_each * ids_each // model.config.get_text_config().vocab_size, 1)
+    )
     found = torch.empty(len(batch.targets), dtype=torch.float64)
-    for start in range(0, len(batch.positions), _HEAD_POSITIONS):
-        positions = batch.positions[start : start + _HEAD_POSITIONS]
-        logits = logits_at(positions)  # (chunk, vocabulary)
-        # In float32 at least, whatever the model runs in.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    for start in range(0, len(batch.positions), each):
+        positions = batch.positions[start : start + each]
         first, last = torch.searchsorted(batch.places, torch.tensor([start, start + len(positions)])).tolist()
-        places = (batch.places[first:last] - start).to(logits.device)  # (targets of the chunk,)
-        own = logits[places, batch.targets[first:last].to(logits.device)]
-        found[first:last] = (own.double() - logits.logsumexp(1)[places].double()).cpu()
+        places = (batch.places[first:last] - start).to(model.device)  # (targets of the chunk,)
+        targets = batch.targets[first:last].to(model.device)
+        if in_blocks:
+            own, total = _read_in_blocks(cast(nn.Linear, head), run.hidden_at(positions), places, targets, ids_each)
+        else:
+            logits = _at_least_float32(run.logits_at(positions))  # (chunk, vocabulary)
+            own, total = logits[places, targets], logits.logsumexp(1)
+        found[first:last] = own.double().cpu() - total[places].double().cpu()
     return found
+
+
+def _read_in_blocks(
+    head: nn.Linear, hidden: Tensor, places: Tensor, targets: Tensor, ids_each: int
+) -> tuple[Tensor, Tensor]:
+    """The logits of targets, (targets,), and the logarithms of the sums over all ids, (chunk,).
+
+    Full logits are never in memory: blocks that fit a cache take two thirds of the time.
+
+    Args:
+        head: with weights (vocabulary, width).
+        hidden: (chunk, width).
+        places: int64 (targets,), in which of the chunk's positions each is wanted.
+        targets: int64 (targets,).
+        ids_each: entries of the vocabulary in a block.
+    """
+    own = (hidden[places] * head.weight[targets]).sum(1)  # (targets,)
+    own = _at_least_float32(own if head.bias is None else own + head.bias[targets])
+    highest = torch.full((len(hidden), 1), -math.inf, dtype=own.dtype, device=own.device)
+    total = torch.zeros_like(highest)
+    for start in range(0, len(head.weight), ids_each):
+        bias = None if head.bias is None else head.bias[start : start + ids_each]
+        # (chunk, block)
+        logits = _at_least_float32(nn.functional.linear(hidden, head.weight[start : start + ids_each], bias))
+        higher = torch.maximum(highest, logits.amax(1, keepdim=True))
+        # The sums so far are brought to the new highest logit, as in an online softmax.
+        total = total * (highest - higher).exp_() + logits.sub_(higher).exp_().sum(1, keepdim=True)
+        highest = higher
+    return own, (total.log() + highest)[:, 0]
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Values in float32, whatever a model runs in, or in float64 where it does."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _logits_at_all(model: PreTrainedModel, batch: Batch, ways: Ways) -> Tensor:
     """The logits at all positions that a batch wants: (positions, vocabulary)."""
-    return _run(model, batch, {}, ways)(batch.positions)
+    return _run(model, batch, {}, ways).logits_at(batch.positions)
 
 
-def _run(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -> Callable[[Tensor], Tensor]:
-    """Run a model over a batch; what is returned tells the logits at positions of the flattened batch."""
+@dataclass(frozen=True)
+class _Run:
+    """What a model makes of a batch, at positions of the flattened batch.
+
+    Attributes:
+        logits_at: (positions,) to (positions, vocabulary).
+        hidden_at: (positions,) to (positions, width), what the head gets; an error where it is not run apart.
+    """
+
+    logits_at: Callable[[Tensor], Tensor]
+    hidden_at: Callable[[Tensor], Tensor]
+
+
+def _run(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -> _Run:
+    """Run a model, or its decoder alone, over a batch."""
     inputs = _prepare_inputs(model, batch, features)
     if ways.head:
         hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (sequences * length, width)
         head = cast(nn.Module, model.get_output_embeddings())
-        return lambda positions: head(hidden[positions.to(hidden.device)])
+
+        def hidden_at(positions: Tensor) -> Tensor:
+            return hidden[positions.to(hidden.device)]
+
+        return _Run(lambda positions: head(hidden_at(positions)), hidden_at)
     length = batch.keys.shape[1]
     columns = torch.unique(batch.positions % length)  # at which some sequence wants logits
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -252,9 +311,17 @@ def _run(model: PreTrainedModel, batch: Batch, features: Features, ways: Ways) -
     else:
         columns = torch.arange(length)
     logits = model(**inputs).logits  # (sequences, columns, vocabulary)
-    return lambda positions: logits[
-        (positions // length).to(logits.device), torch.searchsorted(columns, positions % length).to(logits.device)
-    ]
+
+    def logits_at(positions: Tensor) -> Tensor:
+        return logits[
+            (positions // length).to(logits.device), torch.searchsorted(columns, positions % length).to(logits.device)
+        ]
+
+    return _Run(logits_at, _no_hidden)
+
+
+def _no_hidden(positions: Tensor) -> Tensor:
+    raise AssertionError("the head was run with the decoder")
 
 
 def _prepare_inputs(model: PreTrainedModel, batch: Batch, features: Features) -> dict[str, Any]:

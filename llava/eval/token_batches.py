@@ -14,6 +14,7 @@ Position j is part of the beginning of position i if j <= i < ends[j]: that is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor
 
 from llava.eval.token_rows import TokenRow
+
+_SORTED_TREES = 64
+"""Trees of which those of like lengths become batches."""
 
 
 @dataclass(frozen=True)
@@ -168,39 +172,64 @@ def read_alone(row: TokenRow) -> Batch:
     )
 
 
-def share_beginnings(
-    rows: Sequence[TokenRow], batch_tokens: int, tree_tokens: int
-) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of trees of rows, with the numbers of their rows.
+@dataclass(frozen=True)
+class Sizes:
+    """How much is read together.
 
-    Args:
-        rows: in any order.
-        batch_tokens: the most tokens of a batch with padding; a longer tree is a batch of its own.
-        tree_tokens: the most positions of a tree, all of which attention compares; a longer row is a tree of its own.
+    Attributes:
+        batch_tokens: the most tokens of a batch with padding; a longer sequence is a batch of its own.
+        tree_tokens: the positions of a tree up to which it grows by any row.
+        width: of the model.
     """
+
+    batch_tokens: int
+    tree_tokens: int
+    width: int
+
+    def most_in_tree(self, shared: int) -> int:
+        """The positions up to which a tree grows by a row that shares so many with the one before.
+
+        Attention compares all positions of a tree: in time, four positions of a tree for each of its positions are
+        about one position more per unit of ``width``. A tree of n positions that is cut loses ``shared`` and wins
+        n * n / (4 * width), counted in positions.
+        """
+        return max(self.tree_tokens, math.isqrt(4 * self.width * shared))
+
+
+def share_beginnings(rows: Sequence[TokenRow], sizes: Sizes) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of trees of rows, with the numbers of their rows."""
     # Sorted by their tokens, rows with the same beginning stand together.
     order = sorted(range(len(rows)), key=lambda number: rows[number].inputs)
-    trees: list[Branches] = []
-    members: list[int] = []
+    trees: list[tuple[list[int], Branches]] = []
     before: tuple[int, ...] = ()
     for number in order:
         inputs = rows[number].inputs
         shared = count_shared(before, inputs)
-        if not trees or len(trees[-1].keys) + len(inputs) - shared > tree_tokens:
-            if trees:
-                trees[-1].close()
-            longest = max((len(tree.keys) for tree in trees), default=0)
-            if trees and max(longest, tree_tokens, len(inputs)) * (len(trees) + 1) > batch_tokens:
-                yield members, build_batch(trees, as_trees=True)
-                trees, members = [], []
-            trees.append(Branches())
+        if not trees or len(trees[-1][1].keys) + len(inputs) - shared > sizes.most_in_tree(shared):
+            if len(trees) == _SORTED_TREES:
+                yield from _batch_trees(trees, sizes.batch_tokens)
+                trees = []
+            trees.append(([], Branches()))
             shared = 0
-        trees[-1].add(rows[number], shared)
+        members, tree = trees[-1]
         members.append(number)
+        tree.add(rows[number], shared)
         before = inputs
-    if trees:
-        trees[-1].close()
-        yield members, build_batch(trees, as_trees=True)
+    yield from _batch_trees(trees, sizes.batch_tokens)
+
+
+def _batch_trees(trees: list[tuple[list[int], Branches]], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of trees of like lengths."""
+    group: list[tuple[list[int], Branches]] = []
+    for entry in [*sorted(trees, key=lambda entry: -len(entry[1].keys)), None]:
+        if group and (entry is None or len(group[0][1].keys) * (len(group) + 1) > batch_tokens):
+            for _, tree in group:
+                tree.close()
+            members = [number for numbers, _ in group for number in numbers]
+            yield members, build_batch([tree for _, tree in group], as_trees=True)
+            group = []
+        if entry is not None:
+            group.append(entry)
 
 
 def count_shared(one: Sequence[int], other: Sequence[int]) -> int:
