@@ -126,3 +126,56 @@ def test_scores_with_media_equal_those_of_each_candidate_alone(
             assert one == pytest.approx(shown_scores(scorer.model, scorer.tokenizer, choice), abs=2e-4), choice.id
     assert found[0][1] == pytest.approx(found[4][0], abs=1e-5)
     assert found[0] != pytest.approx(found[1], abs=1e-2), "the image changes what is probable"
+
+
+# What could go wrong silently, and what is said of bad input.
+
+
+def test_a_model_in_memory_is_left_as_it_was_and_near_ties_agree_with_float64(gpt2_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=torch.bfloat16).train()
+    model.transformer.h[0].eval()
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes, config, random = [m.training for m in model.modules()], model.config.to_dict(), torch.get_rng_state()
+    scorer = LikelihoodScorer(model, tokenizer)
+    found = scorer.score(CHOICES)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), random)
+    # Everything is near: all scores become those of float64.
+    scorer._near_ties.share = 1.0
+    settled = scorer.score(CHOICES)
+    exact = LikelihoodScorer(model, tokenizer, dtype=torch.float64).score(CHOICES)
+    assert [s for one in settled for s in one] == pytest.approx([s for one in exact for s in one], abs=1e-9)
+    assert [s for one in found for s in one] == pytest.approx([s for one in exact for s in one], abs=2e-4)
+
+
+def test_constant_logits_are_ties_and_infinite_ones_an_error(gpt2_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_dir)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    model.transformer.ln_f.weight.data.zero_()  # The head's logits are all 0.
+    pairs = [
+        Choice(str(i), (Candidate(f"{a} dorme"), Candidate(f"{b} dorme"))) for i, (a, b) in enumerate(["xy", "zq"])
+    ]
+    assert all(one == other for one, other in LikelihoodScorer(model, tokenizer).score(pairs))
+    model.transformer.ln_f.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"item '0': .*no finite numbers"):
+        LikelihoodScorer(model, tokenizer).score(pairs)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (Choice("a", (Candidate("ciao " * 600),), source="f.jsonl, line 3"), r"f.jsonl, line 3: .* context .* is 512"),
+        (Choice("a", (Candidate("il gatto", 8),), source="f.jsonl, line 4"), "f.jsonl, line 4: no token .* scored"),
+        (Choice("a", (Candidate(""),)), "item 'a': no token .* scored"),
+        (Choice("a", ()), "item 'a': it has no candidates"),
+        (Choice("a", (Candidate("x"),), (Media("image", "/none.png"),)), "reads text alone"),
+    ],
+)
+def test_bad_input_is_one_clear_error(gpt2_dir: Path, choice: Choice, said: str) -> None:
+    scorer = LikelihoodScorer.from_folder(str(gpt2_dir), device="cpu")
+    with pytest.raises(ValueError, match=said) as error:
+        scorer.score([Choice("good", (Candidate(ITALIAN[0]),)), choice])
+    assert "\n" not in str(error.value)
