@@ -69,6 +69,16 @@ def _check_precision(args: TrainingArguments) -> None:
         raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
 
 
+def leave_out_faulty_kernels() -> None:
+    """Keep PyTorch from cuDNN's attention, whose gradients are NaN on Hopper GPUs in half precision.
+
+    With a mask, at lengths of 64 more than a multiple of 128, where a row has low logits: PyTorch 2.11 and later
+    (github.com/pytorch/pytorch/issues/196678). A run on an H100 met it at its step 125. Another of the kernels that
+    PyTorch chooses from takes its place.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def check_flash_attention() -> None:
     """A ValueError that says how to get flash attention, where it is missing."""
     if importlib.util.find_spec("flash_attn") is None:

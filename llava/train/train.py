@@ -60,6 +60,7 @@ from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import find_checkpoint, is_auto, reading_checkpoint
 from llava.train.command_line import parse_arguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
+from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.identity import build_identity, is_finished
 from llava.train.parts import set_up_parts
@@ -162,6 +163,7 @@ def build_trainer(
     """
     model_args, data_args, training_args = parse_arguments(argv)
     # Flags first, then folders, then weights and data: what is found soonest is said soonest.
+    leave_out_faulty_kernels()
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
     sources = {

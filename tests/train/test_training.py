@@ -50,9 +50,11 @@ def two_clips(mixed_data: Path) -> Path:
 
 def test_overfits_two_clips_and_captions_them(gpt2_dir, tower_dir, two_clips: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
+    torch.backends.cuda.enable_cudnn_sdp(True)
     main(flags(gpt2_dir, tower_dir, two_clips, output, max_steps=150, per_device_train_batch_size=2, learning_rate=5e-3,
                mm_vision_select_layer=1))  # fmt: skip
     assert losses(output)[-1] < 0.05
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "its gradients are NaN at some lengths, see engines.py"
     printed = capsys.readouterr().out
     assert "mm_vision_resampler" in printed
     assert "video of 3 frames: 39 tokens" in printed
