@@ -257,7 +257,21 @@ def choose_devices(device: str | None, num_processes: int) -> list[str]:
     return [f"cuda:{number}" for number in range(num_processes)]
 
 
-def run_shares(shares: Sequence[Share], on_batch: Callable[[int], None]) -> None:
+class Work(Protocol):
+    """What ``run_shares`` gives to a process: a ``Share``, or something that is done as one."""
+
+    @property
+    def plugins(self) -> Sequence[str]: ...
+
+    @property
+    def num_threads(self) -> int: ...
+
+    def answer(self, on_batch: Callable[[int], None]) -> None:
+        """Do it, and tell how many samples are done since the last call."""
+        ...
+
+
+def run_shares(shares: Sequence[Work], on_batch: Callable[[int], None]) -> None:
     """Do all shares: a single one here, several in processes of their own.
 
     Args:
@@ -314,7 +328,7 @@ def _describe_end(code: int) -> str:
     return f"a process of --num_processes ended with {how}{hint}; the same command goes on where it stopped"
 
 
-def _work(share: Share, messages: Queue[int | str | None], parent: int) -> None:
+def _work(share: Work, messages: Queue[int | str | None], parent: int) -> None:
     """A process of its own: sends numbers of samples, at last None, or the text of an error."""
     # Control-C goes to all processes of a terminal: the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

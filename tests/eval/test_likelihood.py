@@ -1,6 +1,7 @@
 """Likelihood scores equal those of a plain model that reads one sentence at a time."""
 
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from llava.data.formats import build_format
 from llava.data.media import load_media
 from llava.data.placeholders import expand_placeholders
 from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
+from llava.eval.parallel import ParallelScorer, ScorerSource, ScoreShare, cut_evenly
+from llava.io import read_json_lines
 from llava.types import Media, Turn
 from tests.conftest import ITALIAN, TINY_BACKBONES
 
@@ -179,3 +182,17 @@ def test_bad_input_is_one_clear_error(gpt2_dir: Path, choice: Choice, said: str)
     with pytest.raises(ValueError, match=said) as error:
         scorer.score([Choice("good", (Candidate(ITALIAN[0]),)), choice])
     assert "\n" not in str(error.value)
+
+
+def test_shares_of_processes_give_the_scores_of_one(gpt2_dir: Path, tmp_path: Path) -> None:
+    # Without the processes, whose start takes longer than all of this file; run_shares has tests of its own.
+    expected = LikelihoodScorer.from_folder(str(gpt2_dir), device="cpu").score(CHOICES)
+    source, scored = ScorerSource(str(gpt2_dir)), []
+    for number, part in enumerate(cut_evenly(CHOICES, 2)):
+        share = pickle.loads(pickle.dumps(ScoreShare(source, part, "cpu", tmp_path / f"{number}.jsonl")))
+        share.answer(scored.append)
+    lines = [line["scores"] for number in range(2) for line in read_json_lines(tmp_path / f"{number}.jsonl")]
+    assert [s for one in lines for s in one] == pytest.approx([s for one in expected for s in one], abs=1e-4)
+    assert sum(scored) == len(CHOICES)
+    assert ParallelScorer(source, ["cpu"]).score(CHOICES) == expected
+    assert [len(part) for part in cut_evenly(CHOICES[:2], 5)] == [1, 1]

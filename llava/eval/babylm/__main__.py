@@ -58,6 +58,7 @@ def build_parser() -> CommandParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights while they score (default float32)")
     add("--batch_tokens", type=int, metavar="N", help="tokens read together (default: as suits the device)")
+    add("--num_processes", type=int, default=1, metavar="N", help="on the CPU, or each with a GPU (default 1)")
     add("--no_blind_check", action="store_true", help="do not score items with other items' pictures as well")
     add("--overwrite", action="store_true", help="replace scores that were made with other settings")
     add("--compare", nargs=2, metavar=("A", "B"), help="two folders of results, such as out/NAME/main: paired tests")
@@ -69,7 +70,7 @@ def build_parser() -> CommandParser:
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line; a ValueError for flags that do not go together."""
     args = build_parser().parse_args(argv)
-    check_at_least(args, {"seed": 0, "batch_tokens": 1})
+    check_at_least(args, {"seed": 0, "batch_tokens": 1, "num_processes": 1})
     if args.compare or args.check:
         if args.model_path or args.data or args.pairs:
             raise CommandLineError(
@@ -167,6 +168,13 @@ class _Loader:
         from llava.eval.likelihood import LikelihoodScorer
 
         dtype = None if self.args.dtype == "stored" else getattr(torch, self.args.dtype)
+        if self.args.num_processes > 1:
+            from llava.eval.engine import choose_devices
+            from llava.eval.parallel import ParallelScorer, ScorerSource
+
+            devices = choose_devices(self.args.device, self.args.num_processes)
+            source = ScorerSource(model, revision, dtype, self.args.batch_tokens)
+            return ParallelScorer(source, devices, self.args.plugins or ())
         return LikelihoodScorer.from_folder(
             model, revision, device=self.args.device, dtype=dtype, batch_tokens=self.args.batch_tokens
         )
