@@ -45,11 +45,12 @@ TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_sp
 
 
 SLOWEST = (
-    "faults/test_early_signals.py", "scripts_italian/test_italian_shell.py", "train/test_mixed_ranks.py",
-    "test_extending.py", "faults/test_two_rank_runs.py", "train/test_training.py", "train/test_predictions.py",
-    "train/test_data_order.py",
+    "train/test_mixed_ranks.py", "model/language_model/test_alternating.py", "model/test_llava_arch.py",
+    "data/test_video_frames.py", "train/test_data_order.py", "train/test_training.py", "model/test_backbones.py",
+    "scripts_italian/test_italian_shell.py", "faults/test_kill.py", "faults/test_launch.py", "model/test_lora.py",
+    "eval/test_eval_run.py", "train/test_transformers_flags.py", "faults/test_two_rank_runs.py",
 )  # fmt: skip
-"""Files that take a minute or so, which start whole programs: they are run first, so that no process waits for them."""
+"""Files that take 10 s or more: they are run first, so that no process waits for them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -148,8 +148,8 @@ def test_what_is_no_json_object(text: str, message: str) -> None:
 
 COMMANDS = (
     "data.check", "data.localized_narratives", "data.train_tokenizer", "demo", "demo.grounding", "demo.pretrain_tower",
-    "eval.run", "inspect.flags", "inspect.models", "model.export", "model.merge_lora", "model.random_weights",
-    "serve.cli", "train.exposure", "train.launch", "train.replay", "train.train",
+    "eval.babylm", "eval.run", "eval.study", "inspect.flags", "inspect.models", "model.export", "model.merge_lora",
+    "model.random_weights", "serve.cli", "train.exposure", "train.launch", "train.replay", "train.train",
 )  # fmt: skip
 
 

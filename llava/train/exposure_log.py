@@ -69,7 +69,8 @@ class ExposureLog(TrainerCallback):
         """Take in, and out of them, what the micro-batches of a step present; they are trained on right after."""
         for batch in batches:
             for exposure in batch.pop("exposure", ()):
-                self._own[exposure.source] += exposure.counts
+                if self.is_counting:  # Samples of this library may come from a dataset of one's own.
+                    self._own[exposure.source] += exposure.counts
 
     def total(self) -> NDArray[np.int64]:
         """What all ranks have presented, int64 (sources, counts); all ranks call this together."""
