@@ -267,7 +267,8 @@ def write_black_features(folder: Path) -> float:
     def encode(path: Path) -> torch.Tensor:
         pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1) / 255
         with torch.no_grad():
-            return tower(((pixels - mean) / std)[None]).last_hidden_state[0, 1:]  # Without the class token.
+            states = tower(((pixels - mean) / std)[None], output_hidden_states=True).hidden_states
+        return states[-1][0, 1:]  # As layer -1 is taken: before the last norm, without the class token.
 
     black = encode(folder / "pictures" / "black.png")
     others = [path for path in sorted((folder / "pictures").glob("*.png")) if path.stem != "black"][:400]
