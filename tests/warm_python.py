@@ -86,18 +86,18 @@ class WarmPython:
         client = folder / "warm_python"
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not client.exists():
+            connection = _connect(address)
+            if connection is None:  # No worker has begun, or all that had have ended.
                 self._start(address)
                 words = {"python": sys.executable, "address": str(address), "signals": [int(s) for s in SIGNALS]}
                 client.write_text(CLIENT.format(**words))
                 client.chmod(0o755)
-            # The server lives as long as any of these connections does.
-            self._connection = socket.socket(socket.AF_UNIX)
-            self._connection.connect(str(address))
-            self._connection.sendall(bytes(8))
-        self.path = str(client)
+                connection = _connect(address)
+        assert connection is not None
+        self.path, self._connection = str(client), connection
 
     def _start(self, address: Path) -> None:
+        address.unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with address.with_name("said").open("w") as said:
             process = subprocess.Popen(
@@ -112,6 +112,18 @@ class WarmPython:
     def close(self) -> None:
         if self.path != sys.executable:
             self._connection.close()
+
+
+def _connect(address: Path) -> socket.socket | None:
+    """The server lives as long as any of these connections does; None where there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(OSError):
+        connection.connect(str(address))
+        connection.sendall(bytes(8))
+        if connection.recv(1):
+            return connection
+    connection.close()
+    return None
 
 
 # --- the server ---------------------------------------------------------------------------------------
@@ -154,6 +166,7 @@ def serve(address: str) -> dict[str, Any]:
             head, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
             if not descriptors:
                 workers.append(connection)
+                connection.sendall(b"+")
             elif os.fork():
                 connection.close()
                 for descriptor in descriptors:
