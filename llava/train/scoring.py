@@ -202,13 +202,15 @@ class ScoringCallback(TrainerCallback):
 
 
 def add_scoring(trainer: LlavaTrainer, plan: ScorePlan) -> None:
-    """Let a trainer score its model as it trains.
+    """Let a trainer score its model as it trains; the first rank says what is scored, and when.
 
     Raises:
         ValueError: the tables would replace files of another kind.
     """
     table = ScoreTable(Path(str(trainer.args.output_dir)))
     broadcast_from_rank0(table.check)
+    if is_first_rank():
+        print(plan.describe(), flush=True)
     # Behind the callbacks of the trainer's own, which count words and know of signals.
     trainer.add_callback(ScoringCallback(trainer, plan, table))
 

@@ -194,8 +194,6 @@ def build_trainer(
         )
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
         report_words(data["train_dataset"], training_args)
-        if score_plan is not None and is_first_rank():
-            print(score_plan.describe(), flush=True)
         trainer = LlavaTrainer(
             model=model,
             args=training_args,
