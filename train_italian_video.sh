@@ -19,6 +19,8 @@
 # learning rate, model or data file needs another OUTPUT_DIR (docs/running.md). On SIGUSR1, which Slurm sends two
 # minutes before the time is up, it saves a checkpoint and requeues its job (docs/running.md).
 #
+# Models at milestones of words, and their scores on Italian minimal pairs, are left in OUTPUT_DIR (docs/recipes.md).
+#
 # Arguments go on to the trainer and override the recipe. Settings come from the environment:
 #
 #   EXP_ID        1 is _t_it, captions alone; 2 (default) is _vi_it, videos and captions

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 MILESTONES, STEPS = "milestones", "steps"
 """What ``--score_at`` may name; the second with a number: steps:500."""
+NO_TASKS = "none"
+"""What ``--score_tasks`` names for no scores, where a recipe asks for some."""
 
 
 @dataclass
@@ -21,7 +23,8 @@ class ScoringArguments:
     probable it finds right and wrong sentences. Scores go to the log and to scores.csv and scores.png in
     --output_dir; what is trained stays the same, bit for bit."""
     score_tasks: list[str] | None = None
-    """Names of the tasks, such as blimp (default: all that --score_data holds)."""
+    """Names of the tasks, such as blimp (default: all that --score_data holds). italian is part of the library and
+    needs no --score_data; none scores nothing, where a recipe asks for scores."""
     score_at: list[str] | None = None
     """When: milestones (each of --milestones), steps:N (after every N steps), or both. The last step is always scored
     (default: milestones where there are any, else the last step alone)."""
@@ -31,10 +34,17 @@ class ScoringArguments:
 
     def check_scoring(self) -> None:
         """A ValueError for flags of scoring that say nothing, or nothing that can be done."""
-        given = [name for name in ("score_tasks", "score_at") if getattr(self, name) is not None]
-        if self.score_data is None and (given or self.score_fast):
-            raise ValueError(f"--{(given or ['score_fast'])[0]} is given without --score_data; give the tasks' data")
+        if NO_TASKS in (self.score_tasks or []) and self.score_tasks != [NO_TASKS]:
+            raise ValueError(f"--score_tasks {' '.join(self.score_tasks or [])}: none goes with no other task")
+        if self.score_data is None and self.score_tasks is None and (self.score_at is not None or self.score_fast):
+            name = "score_fast" if self.score_at is None else "score_at"
+            raise ValueError(f"--{name} is given without --score_data; give the tasks' data, or --score_tasks italian")
         parse_score_times(self.score_at or [])
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether there is anything to score the model on."""
+        return (self.score_data is not None or self.score_tasks is not None) and self.score_tasks != [NO_TASKS]
 
 
 def parse_score_times(words: list[str]) -> tuple[bool, list[int]]:

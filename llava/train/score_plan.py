@@ -100,23 +100,24 @@ class ScorePlan:
 def plan_scores(
     args: TrainingArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> ScorePlan | None:
-    """What ``--score_data`` asks for; None where it is not given.
+    """What ``--score_data`` and ``--score_tasks`` ask for; None where that is nothing.
 
     Raises:
         ValueError: data are missing, a task is not known, or the model cannot be scored as it trains.
     """
-    if args.score_data is None:
+    if not args.wants_scores:
         return None
+    flag = "--score_tasks" if args.score_data is None else "--score_data"
     if not args.do_train:
         raise ValueError(
-            "--score_data scores a model while it trains, but --do_train is false; python -m llava.eval.babylm "
-            "scores it as it is"
+            f"{flag} scores a model while it trains, but --do_train is false; leave it out, or give --score_tasks none "
+            "where a recipe has it: python -m llava.eval.babylm scores a model as it is"
         )
     engine = getattr(args, "hf_deepspeed_config", None)
     if engine is not None and engine.is_zero3():
         raise ValueError(
-            "--score_data needs whole weights, and --deepspeed shares them out to ranks (ZeRO-3); give zero2, or score "
-            "the checkpoints with python -m llava.eval.babylm"
+            f"{flag} needs whole weights, and --deepspeed shares them out to ranks (ZeRO-3); give zero2, or "
+            "--score_tasks none, and score the checkpoints with python -m llava.eval.babylm"
         )
 
     def build_scorer() -> LikelihoodScorer:
@@ -138,10 +139,9 @@ def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLM
     Raises:
         ValueError: see ``plan_scores``.
     """
-    assert args.score_data is not None
     read = []
     try:
-        found = find_tasks(args.score_data, args.score_tasks, args.score_fast)
+        found = find_tasks(args.score_data or (), args.score_tasks, args.score_fast)
         missing = list(found.missing)
         for data in found.tasks:
             if data.task.needs_images and getattr(scorer.model, "vision", None) is None and not args.score_tasks:
@@ -155,7 +155,7 @@ def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLM
     if missing and (args.score_tasks or not read):
         raise ValueError(f"--score_tasks: {'; '.join(missing)}")
     if not read:
-        raise ValueError(f"--score_data {' '.join(args.score_data)}: holds no task; known are {', '.join(TASKS)}")
+        raise ValueError(f"--score_data {' '.join(args.score_data or ())}: holds no task; known are {', '.join(TASKS)}")
     for line in missing:
         logger.warning("not scored: %s", line)
     return read

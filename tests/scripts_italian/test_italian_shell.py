@@ -273,6 +273,8 @@ def test_a_sweep_in_one_folder_returns_no_other_runs_model(
     flags = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0"]
 
     assert run(script, *flags, **settings).returncode == 0
+    scores = (output / "scores.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[2] for row in scores] == ["task", "italian"]
     model = (output / "model.safetensors").read_bytes()
     again = run(script, *flags, **settings)
     assert again.returncode == 0, again.stderr[-2000:]

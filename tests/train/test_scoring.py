@@ -260,6 +260,7 @@ def test_flags_ask_for_scores_at_steps_and_milestones(model_dir, texts, tasks, p
         ({"score_at": "epochs"}, r"--score_at 'epochs': known are milestones and steps:N"),
         ({"score_at": "milestones"}, r"--score_at milestones needs --milestones"),
         ({"score_data": None, "score_at": "steps:2"}, r"--score_at is given without --score_data"),
+        ({"score_data": None, "score_tasks": "blimp"}, r"--score_tasks: blimp: needs --score_data"),
         ({"do_train": "false", "eval_data_path": "x", "do_eval": "true"}, r"--do_train is false"),
     ],
 )

@@ -79,8 +79,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         return args
     if not args.model_path:
         raise CommandLineError("--model_path is missing; give it, or --compare or --check")
-    if not args.data and not args.pairs:
-        raise CommandLineError("--data is missing; give it or --pairs")
+    if not args.data and not args.pairs and not args.tasks:
+        raise CommandLineError("--data is missing; give it or --pairs, or a task that needs none: --tasks italian")
     columns = ("pair_columns", "prefix_column", "group_columns", "label_column")
     if not args.pairs and (given := [name for name in columns if getattr(args, name)]):
         raise CommandLineError(f"--{given[0]} is about --pairs, which is not given")
@@ -96,12 +96,13 @@ def find_data(args: Namespace) -> list[TaskData]:
     from llava.eval.babylm.tasks import find_tasks
 
     tasks: list[TaskData] = []
-    if args.data:
-        found = find_tasks(args.data, args.tasks, args.fast, args.image_folder)
+    if args.data or args.tasks:
+        found = find_tasks(args.data or (), args.tasks, args.fast, args.image_folder)
         for line in found.missing:
             print(f"missing: {line}", file=sys.stderr, flush=True)
         if not found.tasks:
-            raise ValueError(f"--data {' '.join(args.data)}: no task is found; docs/babylm.md has folders and columns")
+            where = " ".join(args.data) if args.data else "is missing"
+            raise ValueError(f"--data {where}: no task is found; docs/babylm.md has folders and columns")
         tasks += found.tasks
     if args.pairs:
         candidates = tuple(args.pair_columns) if args.pair_columns else None

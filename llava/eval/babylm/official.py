@@ -39,7 +39,8 @@ def result_folder(out: Path, model: str, revision: str | None, data: TaskData, f
             fast data: the collation would hold the predictions against other sentences.
     """
     stem = Path(data.folder).stem
-    if fast and not data.is_fast and not data.name.startswith("wug_"):  # Of these the official fast data are all.
+    is_whole = data.is_fast or data.task.shipped or data.name.startswith("wug_")  # Fast data of wugs are all of them.
+    if fast and not is_whole:
         stem += "_drawn"
     return model_folder(out, model, revision) / "zero_shot" / "causal" / data.task.official / stem
 

@@ -9,6 +9,7 @@
     wug_adj, wug_past two forms of a made-up word     all              one; correlated with people's choices
     winoground        two captions of a picture       all              one
     vqa               question with each answer       the answer       one
+    italian           good, bad sentence              all              paradigm, one of 34; part of the library
 
 Source: the files and the reading of the BabyLM evaluation pipeline of 2025, as SPEC and docs/babylm.md have them.
 """
@@ -215,6 +216,7 @@ class Task:
         parse: a row's meaning.
         official: what the official pipeline calls the task; the folder of its results.
         needs_images: whether its items have pictures.
+        shipped: the file beside this one that holds it, of a task that needs no data; it is scored where it is named.
     """
 
     name: str
@@ -223,6 +225,7 @@ class Task:
     parse: Callable[[Row], Parsed]
     official: str
     needs_images: bool = False
+    shipped: str | None = None
 
 
 def _task(name: str, columns: str, parse: Callable[[Row], Parsed], **options: Any) -> Task:
@@ -245,6 +248,7 @@ TASKS = {
         _task("wug_past", "", _parse_wug("wug_past")),
         _task("winoground", "caption_0 caption_1", _parse_winoground, needs_images=True),
         _task("vqa", "question target_ans distractors", _parse_vqa, needs_images=True),
+        _task("italian", "", _parse_blimp, folders=(), shipped="italian_pairs.jsonl"),
     )
 }  # fmt: skip
 
@@ -294,7 +298,7 @@ def find_tasks(
     """Look for tasks in folders, zips and files.
 
     Args:
-        data: paths; a folder is searched through.
+        data: paths; a folder is searched through. Tasks that are part of the library need none.
         names: of tasks; None or none for all that are there.
         fast: whether the folder of the official fast data is taken where both are there.
         image_folder: where pictures lie, if not in ``images`` beside the items.
@@ -308,13 +312,18 @@ def find_tasks(
     for collection in (one for path in data for one in find_collections(path)):
         if name := _recognize(collection):
             there.setdefault(name, []).append(collection)
+    for task in (TASKS[name] for name in names or ()):
+        if task.shipped:
+            file = SourceFile(Path(__file__).with_name(task.shipped))
+            there[task.name] = [Collection(task.name, (file,), None)]
     tasks, missing = [], []
     for name in names or TASKS:
         task = TASKS[name]
         if name not in there:
             if names:
                 looked = f"a folder {task.folders[0]}* of {', '.join(sorted(task.columns)) or 'its files'}"
-                missing.append(f"{name}: {' '.join(data)} has no data of it ({looked})")
+                where = f"{' '.join(data)} has no data of it" if data else "needs --data"
+                missing.append(f"{name}: {where} ({looked})")
             continue
         chosen = _choose(there[name], name, fast)
         images = None

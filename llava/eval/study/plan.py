@@ -367,11 +367,12 @@ def _read_score(value: object, path: Path) -> ScorePlan | None:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"{where}: seed is {shorten(seed)}; expected a whole number from 0")
     data = _texts(score.get("data", []), f"{where}: data")
-    if not data:
+    tasks = _texts(score.get("tasks", []), f"{where}: tasks")
+    if not data and not tasks:
         raise ValueError(f"{where}: has no 'data'; name the folders or archives of the tasks")
     return ScorePlan(
         data=tuple(data),
-        tasks=tuple(_texts(score.get("tasks", []), f"{where}: tasks")),
+        tasks=tuple(tasks),
         fast=fast,
         seed=seed,
         milestones=bool(milestones),
