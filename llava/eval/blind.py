@@ -46,7 +46,7 @@ class BlindCheck:
             f"{name}: {self.score:.1f} with its own pictures or clips, {self.other_score:.1f} with other items' (falls "
             f"by {self.drop:.1f}, 95 % interval {self.low:.1f} to {self.high:.1f})"
         )
-        return f"{what}: BLIND, the score does not depend on what is shown" if self.is_blind else what
+        return f"{what}: BLIND, the score is not seen to fall with what others are shown" if self.is_blind else what
 
 
 def swap(shown: Sequence[T], key: Callable[[T], object], seed: int) -> list[T] | None:

@@ -122,7 +122,7 @@ def plan_words(plan: WordPlan, args: TrainingArguments) -> list[str]:
             "--word_limit ends the run at step %d, but --max_steps or --num_train_epochs lays the learning rate's "
             "schedule over %d steps; leave both out, and it ends with the words", steps, planned
         )  # fmt: skip
-    if missed := [number for number in args.milestone_numbers if number > max(end, total if limit is None else limit)]:
+    if missed := [number for number in args.milestone_numbers if number > end]:
         names = ", ".join(describe_words(number) for number in missed)
         logger.warning("--milestones %s are never reached: the run ends at %s words", names, f"{end:,}")
     if end > MOST_EPOCHS * plan.per_epoch:

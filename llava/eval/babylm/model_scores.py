@@ -21,7 +21,7 @@ class Settings(TypedDict):
 
     Attributes:
         model, model_files: its path, and a hash of the names, sizes and times of its files.
-        items: a hash of all texts, and of the paths of their pictures.
+        items: a hash of all ids and texts, and of the paths of their pictures.
         dtype: of the weights while they score.
         shown: ``own`` pictures, or those of ``other`` items.
     """
@@ -34,10 +34,10 @@ class Settings(TypedDict):
 
 
 def hash_items(choices: Sequence[Choice]) -> str:
-    """A hash of what is scored."""
+    """A hash of what is scored, and of the names under which scores are written down."""
     return hash_json(
         [
-            [[[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
+            [choice.id, [[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
             for choice in choices
         ],
         16,

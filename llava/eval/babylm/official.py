@@ -103,14 +103,16 @@ def check_results(folder: Path, fast: bool, tasks: Sequence[str] | None = None) 
         tasks: names; None for all that need no pictures.
 
     Raises:
-        ValueError: there are no results in the folder.
+        ValueError: there are no results in the folder, or the collation has no counts of a task.
     """
     root = folder / "zero_shot" / "causal"
     if not root.is_dir():
         raise ValueError(f"--check {folder}: has no zero_shot/causal; give a model's folder, such as results/NAME/main")
     sizes = read_sizes()["fast" if fast else "full"]
+    if uncounted := [name for name in tasks or () if name not in sizes]:
+        raise ValueError(f"--check counts the items of {', '.join(sizes)}, and not of {', '.join(uncounted)}")
     wanted = tasks or [name for name in sizes if not TASKS[name].needs_images]
-    return [line for name in wanted if name in sizes for line in _check_task(root, TASKS[name], sizes[name], fast)]
+    return [line for name in wanted for line in _check_task(root, TASKS[name], sizes[name], fast)]
 
 
 def _check_task(root: Path, task: Task, sizes: dict[str, int], fast: bool) -> Iterator[str]:

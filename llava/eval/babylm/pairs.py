@@ -40,10 +40,7 @@ class PairColumns:
         # Official files, and all that is computed from scores, have the right candidate first.
         texts = [texts[right], *texts[:right], *texts[right + 1 :]]
         prefix = "" if self.prefix is None else row.text(self.prefix)
-        space = " " if prefix and not prefix[-1].isspace() else ""
-        candidates = [
-            Candidate(text) if not prefix else Candidate(f"{prefix}{space}{text}", len(prefix)) for text in texts
-        ]
+        candidates = [_behind(prefix, text) for text in texts]
         uid = row.label(self.groups[0]) if self.groups else row.file.stem
         return Parsed(uid, candidates, texts, fields={name: row.label(name) for name in self.groups[1:]})
 
@@ -68,6 +65,14 @@ class PairColumns:
             f"{row.source}: {self.label!r} is {label!r}; expected a number below {len(names)}, or one of "
             f"{', '.join(names)}"
         )
+
+
+def _behind(prefix: str, text: str) -> Candidate:
+    """A text behind a prefix, with a space between them where neither has one."""
+    if not prefix:
+        return Candidate(text)
+    space = "" if prefix[-1].isspace() or text[0].isspace() else " "
+    return Candidate(f"{prefix}{space}{text}", len(prefix))
 
 
 def build_pair_tasks(paths: Sequence[str], columns: PairColumns) -> list[TaskData]:

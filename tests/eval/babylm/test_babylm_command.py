@@ -114,6 +114,15 @@ def test_scores_of_other_settings_are_not_gone_on_with(data: Path, tmp_path: Pat
     assert len(again.asked) == 12
 
 
+def test_other_groups_of_the_same_pairs_are_scored_anew(tmp_path: Path) -> None:
+    table = tmp_path / "p.tsv"
+    table.write_text("good\tbad\tx\ty\n" + "".join(f"g{n}\tb{n}\tk\t{'ak'[n % 2]}\n" for n in range(4)))
+    words = ["--model_path", "m", "--pairs", str(table), "--out", str(tmp_path / "out"), "--group_columns"]
+    score_models(parse_arguments([*words, "x"]), lambda model, revision: FakeScorer())
+    with pytest.raises(ValueError, match="was made with another items"):
+        score_models(parse_arguments([*words, "y"]), lambda model, revision: FakeScorer())
+
+
 def test_tables(data: Path, tmp_path: Path) -> None:
     (results,) = score(data, tmp_path, FakeScorer(), "--tasks", "blimp", "wug_past")
     folder = tmp_path / "model" / "main"
@@ -221,6 +230,9 @@ def test_results_are_held_against_the_official_sizes(tmp_path: Path, capsys) -> 
     assert main(["--check", str(folder), "--tasks", "supplement"]) == 1
     write_rows(data / "hypernym.jsonl", [{"sentence_good": f"{n} a", "sentence_bad": f"{n} b"} for n in range(842)])
     score(tmp_path / "data", tmp_path, FakeScorer(), "--overwrite")
+    assert main(["--check", str(folder), "--tasks", "supplement"]) == 0
+    assert main(["--check", str(folder), "--tasks", "blmip"]) == 2
+    assert "and not of blmip" in capsys.readouterr().err
     assert main(["--check", str(folder), "--tasks", "supplement"]) == 0
     assert "complete" in capsys.readouterr().out
 

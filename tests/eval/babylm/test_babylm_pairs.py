@@ -37,6 +37,8 @@ def test_named_columns_with_groups_prefix_and_label(tmp_path: Path) -> None:
     assert first.choice.candidates == tuple(Candidate(f"The dog {word}", 7) for word in ("run", "runs", "running"))
     assert (first.uid, first.fields, first.predictions) == ("verb", {"lang": "it"}, ("run", "runs", "running"))
     assert (second.predictions[0], second.uid) == ("z", "2")
+    (spaced,) = read(tmp_path / "s.tsv", "p\tgood\tbad\nThe cat\t sits\tsit\n", PairColumns(prefix="p"))
+    assert [one.text for one in spaced.choice.candidates] == ["The cat sits", "The cat sit"]
 
 
 @pytest.mark.parametrize(
