@@ -56,8 +56,15 @@ data = json.dumps(order).encode()
 socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
 connection.sendall(data)
 pid = read_number()
+
+def hand_on(number, frame):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # It has ended by itself, and its status is on its way.
+
 for number in {signals}:
-    signal.signal(number, lambda number, frame: os.kill(pid, number))
+    signal.signal(number, hand_on)
 status = read_number()
 if status < 0:
     if -status != signal.SIGKILL:
