@@ -172,7 +172,7 @@ class LikelihoodScorer:
     ) -> list[float]:
         """The scores of different rows, read together as is fastest."""
         ways = self._runner.find_ways()
-        sizes = self._sizes
+        sizes = replace(self._sizes, window=ways.longest)
         if not ways.head:
             most = max(_FULL_LOGITS // self.model.config.get_text_config().vocab_size, 1)
             sizes = replace(sizes, batch_tokens=min(sizes.batch_tokens, most))

@@ -180,11 +180,14 @@ class Sizes:
         batch_tokens: the most tokens of a batch with padding; a longer sequence is a batch of its own.
         tree_tokens: the positions of a tree up to which it grows by any row.
         width: of the model.
+        window: behind how many positions some layer of the model forgets; it may count those of other branches, so no
+            tree is longer. None for no limit.
     """
 
     batch_tokens: int
     tree_tokens: int
     width: int
+    window: int | None = None
 
     def most_in_tree(self, shared: int) -> int:
         """The positions up to which a tree grows by a row that shares so many with the one before.
@@ -193,7 +196,8 @@ class Sizes:
         about one position more per unit of ``width``. A tree of n positions that is cut loses ``shared`` and wins
         n * n / (4 * width), counted in positions.
         """
-        return max(self.tree_tokens, math.isqrt(4 * self.width * shared))
+        most = max(self.tree_tokens, math.isqrt(4 * self.width * shared))
+        return most if self.window is None else min(most, self.window)
 
 
 def share_beginnings(rows: Sequence[TokenRow], sizes: Sizes) -> Iterator[tuple[list[int], Batch]]:

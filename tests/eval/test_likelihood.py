@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from llava.data.formats import build_format
 from llava.data.media import load_media
@@ -58,6 +58,26 @@ def test_scores_equal_those_of_one_sentence_at_a_time(backbone_dirs, name: str) 
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=2e-4)
     assert found[5][0] == found[5][1]
+
+
+def test_branches_of_a_tree_see_what_they_share_behind_a_window(gpt2_dir: Path, tmp_path: Path) -> None:
+    """GPT-Neo's local layers count the positions of other branches."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, window_size=48,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
+    )  # fmt: skip
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    endings = ["sì", "no", "la casa gialla", "due uomini e un cane", "una stella", "poi", "qui", "ora dorme", "il mare"]
+    choices = [
+        Choice(f"{i}", tuple(Candidate(f"{ITALIAN[0][:24]} {start} {end}") for end in endings))
+        for i, start in enumerate(("un", "una", "il", "la", "gli", "le"))
+    ]
+    found = LikelihoodScorer.from_folder(str(tmp_path), device="cpu").score(choices)
+    for one, other in zip(found, plain_scores(tmp_path, choices), strict=True):
+        assert one == pytest.approx(other, abs=2e-4)
 
 
 # With images and clips.
