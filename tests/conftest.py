@@ -354,3 +354,19 @@ def italian_vision():
         vision_tower="dinov2", vision_config={}, hidden_size=1024, image_size=224, patches_per_side=16,
         image_resize_size=256, resampler_type="fast_slow_resampler",
     )  # fmt: skip
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that runs train from here on."""
+    from llava.train.trainer import LlavaTrainer
+
+    taken: list[int] = []
+    step = LlavaTrainer.training_step
+
+    def counted(self, *words, **named):
+        taken.append(self.state.global_step)
+        return step(self, *words, **named)
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", counted)
+    return taken

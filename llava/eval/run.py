@@ -160,13 +160,17 @@ def check_blind(
     told = settings | {"samples": hash_json([asdict(sample) for sample in swapped], _DIGITS)}
     store = PredictionStore(os.path.join(args.out, BLIND), told, overwrite=_is_other(args, told))
     answered = answer_all(args, swapped, store, source)
-    scored = score_all(task, [Prediction.from_row(row) for row in answered], swapped, 1, args.seed)
-    store.finish([{**row, "scores": scores} for row, scores in zip(answered, scored.rows, strict=True)])
+    # The own answers of the same samples anew: CIDEr weighs words by how many of all references have them.
     own, other = (
-        np.array([100 * told_rows[task.main_score] for told_rows in table])
-        for table in ([rows[index]["scores"] for index in chosen], scored.rows)
+        score_all(task, [Prediction.from_row(row) for row in table], asked, 1, args.seed).rows
+        for table, asked in (
+            ([rows[index] for index in chosen], [samples[index] for index in chosen]),
+            (answered, swapped),
+        )
     )
-    check = check_blindness(own, other, args.seed)
+    store.finish([{**row, "scores": scores} for row, scores in zip(answered, other, strict=True)])
+    outcomes = [np.array([100 * scores[task.main_score] for scores in table]) for table in (own, other)]
+    check = check_blindness(outcomes[0], outcomes[1], args.seed)
     if check.is_blind:
         print(f"warning: {check.describe(f'{args.task}, {task.main_score}')}", file=sys.stderr)
     return check

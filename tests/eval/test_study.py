@@ -15,6 +15,7 @@ import yaml
 from llava.eval.study import __main__ as command
 from llava.eval.study import cells, scoring
 from llava.eval.study.plan import Study, read_study
+from llava.eval.study.prepare import hash_data
 from llava.eval.study.statistics import compare, paired_t_test, student_p
 
 PLAN: dict[str, object] = {
@@ -272,7 +273,8 @@ def test_student_p_is_that_of_the_tables() -> None:
     for t, freedom in ((12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.228, 10), (2.201, 11)):
         assert student_p(t, freedom) == pytest.approx(0.05, abs=2e-4)
     assert paired_t_test([0.1]) is None
-    assert paired_t_test([0.0, 0.0]) == 1
+    assert paired_t_test([0.0, 0.0]) is None
+    assert paired_t_test([0.5, 0.5]) is None
 
 
 def test_the_interval_has_the_spread_of_seeds_and_of_items() -> None:
@@ -304,3 +306,15 @@ def test_outcomes_share_a_tie() -> None:
     found = scoring.group_outcomes(items, scores)
     assert found["u"] == [1, 0.5, 0]
     assert found["v"] == pytest.approx([1 / 3])
+
+
+def test_data_behind_a_pattern_and_a_mixture_are_hashed(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "mix.yaml").write_text("datasets:\n  - json_path: a.jsonl\n  - json_path: b.jsonl\n")
+    words = [tmp_path / "*.jsonl", tmp_path / "{a,b}.jsonl", tmp_path / "mix.yaml"]
+    before = [hash_data(word) for word in words]
+    assert all(before)
+    (tmp_path / "b.jsonl").write_text('{"text": "y"}')
+    assert all(old != hash_data(word) for old, word in zip(before, words, strict=True))
+    assert hash_data(tmp_path / "none.jsonl") == hash_data(Path("hub:owner/name")) == ""

@@ -48,20 +48,6 @@ WITHOUT_BEST = {"load_best_model_at_end": None, "metric_for_best_model": None, "
                 "eval_strategy": "no"}  # fmt: skip
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that are trained."""
-    taken: list[int] = []
-    step = LlavaTrainer.training_step
-
-    def counted(self, *words, **named):
-        taken.append(self.state.global_step)
-        return step(self, *words, **named)
-
-    monkeypatch.setattr(LlavaTrainer, "training_step", counted)
-    return taken
-
-
 def rewrite(folder: Path, change: Callable[[State], State], file: str = "model.safetensors") -> None:
     """Change the tensors of a file, and say so in the list of checksums."""
     state = change(load_file(folder / file))

@@ -30,20 +30,6 @@ def argv(base: Path, tmp_path: Path) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that are trained."""
-    taken: list[int] = []
-    step = LlavaTrainer.training_step
-
-    def counted(self, *words, **named):
-        taken.append(self.state.global_step)
-        return step(self, *words, **named)
-
-    monkeypatch.setattr(LlavaTrainer, "training_step", counted)
-    return taken
-
-
 def test_vicunas_generation_config_is_mended_with_a_note(argv, base: Path, tmp_path: Path, steps, caplog) -> None:
     written = {"temperature": 0.9, "top_p": 0.6, "length_penalty": 2.0, "eos_token_id": 0, "max_length": 400}
     (base / "generation_config.json").write_text(json.dumps(written))

@@ -18,7 +18,7 @@ from typing import TypedDict
 
 import llava
 from llava.eval.study.plan import Cell, Study, as_word
-from llava.eval.study.prepare import describe_model, environment, hash_path, last_words
+from llava.eval.study.prepare import describe_model, environment, hash_data, hash_path, last_words
 from llava.io import append_json_lines, read_json_lines, write_json
 from llava.messages import shorten
 
@@ -26,7 +26,8 @@ CELL, TRAINED, ATTEMPTS, LOG = "cell.json", "trained.json", "attempts.jsonl", "t
 STOPPED = 85
 """Exit status of a training that was asked to stop and can be gone on with."""
 _UNCOUNTED = (
-    "logging_", "save_", "dataloader_", "report_to", "run_name", "disable_tqdm", "data_cache_dir", "score_"
+    "logging_", "save_", "dataloader_num_workers", "dataloader_p", "report_to", "run_name", "disable_tqdm",
+    "data_cache_dir", "score_",
 )  # fmt: skip
 """Beginnings of flags that leave what is learned as it is: they may change between two cells, or after one."""
 _PAUSE = 0.5
@@ -67,9 +68,9 @@ def describe(study: Study, cell: Cell) -> dict[str, object]:
     }
     files = {}
     for name, value in flags.items():
-        if name.endswith(("data_path", "config")):
-            for path in value if isinstance(value, list) else [value]:
-                files[path] = hash_path(Path(study.fill(path)))
+        hash_file = hash_data if name.endswith("data_path") else hash_path if name.endswith("config") else None
+        for path in (value if isinstance(value, list) else [value]) if hash_file is not None else ():
+            files[path] = hash_file(Path(study.fill(path)))
     content: dict[str, object] = {"variant": cell.variant, "seed": cell.seed, "flags": flags, "files": files}
     content["values"] = {name: value for name, value in study.values.items() if f"{{{name}}}" in json.dumps(flags)}
     content["model"] = describe_model(study, cell)

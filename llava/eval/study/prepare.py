@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava.data.files import HUB, MIXTURE_SUFFIXES, find_entries
 from llava.eval.study.plan import Cell, Study
 from llava.io import hash_file, hash_json, lock_file, write_json
 from llava.messages import shorten_text
@@ -115,6 +116,19 @@ def hash_path(path: Path) -> str:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         return hash_json({str(file.relative_to(path)): hash_file(file) for file in files}, 16)
     return hash_file(path)[:16] if path.is_file() else ""
+
+
+def hash_data(path: Path) -> str:
+    """A hash of what a word of ``--data_path`` stands for: of a pattern and of a mixture all the files, too."""
+    if path.suffix not in MIXTURE_SUFFIXES and path.exists():
+        return hash_path(path)
+    if str(path).startswith(HUB):
+        return ""
+    try:
+        entries = find_entries([str(path)])
+    except (ValueError, OSError):  # It is yet to be made.
+        return ""
+    return hash_json([[entry.sampling, [hash_path(Path(file)) for file in entry.files]] for entry in entries], 16)
 
 
 def create_model(study: Study, cell: Cell) -> None:

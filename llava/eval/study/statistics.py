@@ -115,14 +115,17 @@ def resample_items(items: NDArray[np.float64], replicates: int, rng: np.random.G
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t test that the mean is 0; None for fewer than two values."""
+    """Two-sided p of Student's t test that the mean is 0; None for fewer than two values, or where all are the same.
+
+    Two seeds that differ by the same number of items are no sign of certainty, which p = 0 would be.
+    """
     count = len(differences)
     if count < 2:
         return None
     mean, spread = mean_and_spread(differences)
     assert spread is not None
     if spread == 0:
-        return 1.0 if mean == 0 else 0.0
+        return None
     return student_p(mean / (spread / math.sqrt(count)), count - 1)
 
 

@@ -234,13 +234,13 @@ def load_exported(folder: Path, model_class: type[LlavaMetaForCausalLM]) -> tupl
 
 @torch.no_grad()
 def check_multimodal(loaded: LoadedModel, folder: Path) -> dict[str, float]:
-    """Reload an export and compare it with the checkpoint.
+    """Reload an export and compare it with the checkpoint, on a text and behind a picture of the export's processor.
 
     Returns:
-        The largest difference of a logit on a text and behind a picture.
+        The largest difference of a logit on each.
 
     Raises:
-        ValueError: the logits, the tokenizer or what is generated are others.
+        ValueError: the logits or the tokenizer are others.
     """
     model, vision = loaded.model.float(), loaded.vision
     assert vision is not None
