@@ -135,7 +135,9 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
         raise ValueError(f"--model_path: results of two models would go to {twice[0]}; give them different names")
     models = []
     for (model, revision), folder in zip(pairs, folders, strict=True):
-        results = ModelResults(model, revision or "main", settings={"fast": args.fast, "seed": args.seed})
+        settings = {name: getattr(args, name) for name in ("fast", "seed", "dtype")}
+        settings["model_files"] = _hash_files(model, revision)
+        results = ModelResults(model, revision or "main", settings=settings)
         scorer = _Loader(args, model, revision, load)
         for data, items in tasks:
             result, blind = score_task(args, data, items, scorer)
@@ -144,6 +146,7 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
                 results.blind[data.name] = blind
                 if blind.is_blind:
                     print(f"warning: {blind.describe(data.name)}", file=sys.stderr, flush=True)
+        results.keep_others(folder / "scores.json")
         write_tables(folder, [results])
         models.append(results)
     return models

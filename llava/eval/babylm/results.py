@@ -72,6 +72,11 @@ class TaskResult:
         """As plain values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TaskResult:
+        """From what ``to_json`` gave."""
+        return cls(**{**values, "rows": tuple(GroupResult(**row) for row in values["rows"])})
+
 
 def best_candidates(scores: Sequence[float]) -> list[int]:
     """The indices of the candidates that have the highest score."""

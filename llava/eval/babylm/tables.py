@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,22 @@ class ModelResults:
                 **{name: version(name) for name in names},
             },
         }
+
+    def keep_others(self, path: Path) -> None:
+        """Take up the tasks of an earlier ``scores.json`` of the same model and settings that are not scored now."""
+        if not path.is_file():
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if any(before[name] != getattr(self, name) for name in ("model", "revision", "settings")):
+                return
+            results = {name: TaskResult.from_json(values) for name, values in before["tasks"].items()}
+            blind = {name: BlindCheck(**values) for name, values in before["blind_check"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is no table of scores ({error!r}); remove it, or give another --out") from error
+        others = [name for name in results if name not in self.results]
+        self.results = {name: results[name] for name in others} | self.results
+        self.blind = {name: blind[name] for name in others if name in blind} | self.blind
 
 
 def write_tables(folder: Path, models: Sequence[ModelResults]) -> str:

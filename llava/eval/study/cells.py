@@ -68,9 +68,10 @@ def describe(study: Study, cell: Cell) -> dict[str, object]:
     }
     files = {}
     for name, value in flags.items():
-        hash_file = hash_data if name.endswith("data_path") else hash_path if name.endswith("config") else None
-        for path in (value if isinstance(value, list) else [value]) if hash_file is not None else ():
-            files[path] = hash_file(Path(study.fill(path)))
+        if name.endswith(("data_path", "config")):
+            hash_named = hash_data if name.endswith("data_path") else hash_path
+            for path in value if isinstance(value, list) else [value]:
+                files[path] = hash_named(Path(study.fill(path)))
     content: dict[str, object] = {"variant": cell.variant, "seed": cell.seed, "flags": flags, "files": files}
     content["values"] = {name: value for name, value in study.values.items() if f"{{{name}}}" in json.dumps(flags)}
     content["model"] = describe_model(study, cell)

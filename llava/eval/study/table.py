@@ -215,23 +215,27 @@ def check_same_items(own: Sequence[TaskScores], base: Sequence[TaskScores], wher
 
 
 def build_curve(study: Study, cells: Sequence[Cell]) -> list[dict[str, object]]:
-    """A line for each task, variant and milestone: words, mean and spread over the seeds that have it."""
-    found: dict[tuple[str, str, str], list[tuple[int | None, float]]] = {}
+    """A line for each task, variant and milestone: words, items, mean and spread over the seeds that have it."""
+    found: dict[tuple[str, str, str], list[tuple[int | None, float, int]]] = {}
     for cell in cells if study.score else ():
         for name in list_scored(study, cell):
             told = read_scores(study, cell, name)
             for task, score in told["tasks"].items():
                 if score["official"] is not None:
-                    found.setdefault((task, cell.variant, name), []).append((told["words"], score["official"]))
+                    found.setdefault((task, cell.variant, name), []).append(
+                        (told["words"], score["official"], score["num_items"])
+                    )
     lines: list[dict[str, object]] = []
     for (task, variant, name), values in found.items():
-        mean, spread = mean_and_spread([score for _, score in values])
+        mean, spread = mean_and_spread([score for _, score, _ in values])
         lines.append(
             {
                 "task": task,
                 "variant": variant,
                 "checkpoint": name,
-                "words": _mean([number for number, _ in values]),
+                "words": _mean([number for number, _, _ in values]),
+                # Milestones may be scored on a part of what the last model is.
+                "items": max(items for _, _, items in values),
                 "score": mean,
                 "spread": spread,
                 "seeds": len(values),

@@ -137,6 +137,18 @@ def test_tables(data: Path, tmp_path: Path) -> None:
     assert "| blimp | 12 | 0 |" in (folder / "scores.md").read_text().replace("| model.v1 | blimp", "| blimp")
 
 
+def test_tasks_that_were_scored_before_stay_in_the_tables(data: Path, tmp_path: Path) -> None:
+    def tasks(model: str = "some/model.v1", *flags: str) -> list[str]:
+        score(data, tmp_path, FakeScorer(), *flags, model=model)
+        return sorted(json.loads((tmp_path / "model" / "main" / "scores.json").read_text())["tasks"])
+
+    assert tasks("some/model.v1", "--tasks", "blimp") == ["blimp"]
+    assert tasks("some/model.v1", "--tasks", "wug_past") == ["blimp", "wug_past"]
+    assert "| blimp |" in (tmp_path / "model" / "main" / "scores.md").read_text()
+    # Of another model in its place nothing is kept.
+    assert tasks("other/model.v1", "--tasks", "wug_past", "--overwrite") == ["wug_past"]
+
+
 def test_a_model_that_looks_is_not_blind_and_one_that_does_not_is(data: Path, tmp_path: Path, capsys) -> None:
     def looks(choice: Choice, text: str) -> float:
         return float(text == f"What? t{Path(choice.media[0].path).stem}")
