@@ -32,7 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.conftest import TINY_BACKBONES, TINY_VISION, TinyBackbones, make_tower
 from tests.model.multimodal_encoder.tiny_towers import TINY_TOWERS, write_tower
 
-TEXTS = ["Il gatto dorme sul divano: è così, e il cane guarda la strada.", " una  stella\n\tgialla 日本 🙂", "a"]
+TEXTS = [
+    "Il gatto dorme sul divano: è così, e il cane guarda la strada.",
+    " una  stella\n\tgialla 日本 \U0001f642",
+    "a",
+]
 
 
 def make_tokenizer(folder: Path) -> Path:

@@ -78,6 +78,8 @@ class RearrangedDataset(Dataset["Example | BadSample"], Generic[D]):
 
     way: ClassVar[str]
     """That of ``TEXT_CHUNKING``."""
+    _ends: NDArray[np.int64]
+    """The first sample behind each part: a document, or a data file."""
 
     def __init__(self, documents: D) -> None:
         if documents.text_format.has_prompts:
@@ -90,12 +92,22 @@ class RearrangedDataset(Dataset["Example | BadSample"], Generic[D]):
         # Coordinates belong to the media or the text around them.
         self.is_whole = self._has_media | (count_coordinates(documents.records) > 0)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def __getitem__(self, index: int) -> Example | BadSample:
         """A sample, or a part of the texts; errors are those of the documents."""
         raise NotImplementedError
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker maps the tokens itself.
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_begun")}
+
+    def _find_part(self, index: int) -> int:
+        """Which of the parts that ``_ends`` bounds a sample lies in."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def is_chunk(self, index: int) -> bool:
         """Whether a sample is a part of the texts, not a sample of the documents."""
@@ -151,18 +163,9 @@ class ChunkedDataset(RearrangedDataset[D]):
         # (long + 1,) where the tokens of each begin among those of all.
         self._offsets = np.concatenate(([0], np.cumsum(cut[self._long] + documents.max_length)))
 
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker maps the tokens itself.
-        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_begun")}
-
     def locate(self, index: int) -> tuple[int, int]:
         """The document of a sample, and which of its chunks it is."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        document = int(np.searchsorted(self._ends, index, side="right"))
+        document = self._find_part(index)
         return document, index - int(self._ends[document] - self._counts[document])
 
     def is_chunk(self, index: int) -> bool:

@@ -78,18 +78,9 @@ class ConcatenatedDataset(RearrangedDataset[D]):
         self._ends = np.array([file.end for file in self._files])
         self._num_windows = window
 
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker maps the tokens itself.
-        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_begun")}
-
     def locate(self, index: int) -> tuple[_File, int]:
         """The data file of a sample, and its place among the file's windows, and behind these its other samples."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        file = self._files[int(np.searchsorted(self._ends, index, side="right"))]
+        file = self._files[self._find_part(index)]
         return file, index - file.first
 
     def is_chunk(self, index: int) -> bool:

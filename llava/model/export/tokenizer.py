@@ -21,7 +21,7 @@ _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "clean_up_to
 _SAMPLES = (
     "The cats that the dog sees are sleeping.",
     "  È così: l'acqua n'è più d'1,234.50 €!\n\tPerché no? ",
-    "x" * 40 + " [0.1 0.2] {a} <b> 日本語 🙂 naïve ﬁ",
+    "x" * 40 + " [0.1 0.2] {a} <b> 日本語 \U0001f642 naïve ﬁ",
     "",
 )
 """Texts of many kinds, which the exported tokenizer has to cut as the checkpoint's does."""
