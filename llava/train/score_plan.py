@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llava.eval.babylm.results import TaskResult, summarize
 from llava.eval.babylm.tasks import TASKS, Item, TaskData, find_tasks, read_items
+from llava.eval.blind import swap_media
 from llava.eval.likelihood import Choice, LikelihoodScorer, Scorer
 from llava.train.distributed import broadcast_from_rank0
 from llava.train.progress_arguments import parse_score_times
@@ -34,6 +35,11 @@ class TaskToScore(Protocol):
 
     @property
     def choices(self) -> Sequence[Choice]: ...
+
+    @property
+    def swapped(self) -> Sequence[Choice] | None:
+        """The choices with others' media, for the blind check; None where there are none, or no others."""
+        ...
 
     def summarize(self, scores: Scores) -> TaskResult:
         """What the scores of the choices come to."""
@@ -60,6 +66,11 @@ class BabyLMTask:
     def choices(self) -> list[Choice]:
         """Of the items, in their order."""
         return [item.choice for item in self.items]
+
+    @cached_property
+    def swapped(self) -> list[Choice] | None:
+        """As ``python -m llava.eval.babylm`` swaps them; the same on every rank."""
+        return swap_media(self.choices, seed=0) if self.data.task.needs_images else None
 
     def summarize(self, scores: Scores) -> TaskResult:
         return summarize(self.data, self.items, scores)
@@ -89,8 +100,10 @@ class ScorePlan:
 
     def describe(self) -> str:
         """What is scored and when, for the report before the first step."""
-        names = [f"{task.name} ({len(task.choices):,} items)" for task in self.tasks]
-        num_texts = sum(len(choice.candidates) for task in self.tasks for choice in task.choices)
+        again = {task.name: ", and again with other items' pictures" if task.swapped else "" for task in self.tasks}
+        names = [f"{task.name} ({len(task.choices):,} items{again[task.name]})" for task in self.tasks]
+        shown = [choices for task in self.tasks for choices in (task.choices, task.swapped or ())]
+        num_texts = sum(len(choice.candidates) for choices in shown for choice in choices)
         times = [f"after every {number} steps" for number in self.intervals]
         times += [f"at each of {self.milestones} milestones"] if self.at_milestones else []
         when = " and ".join([", ".join(times), "after the last step"] if times else ["after the last step"])
@@ -149,6 +162,8 @@ def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLM
                 continue
             read.append(BabyLMTask(data, read_items(data, args.score_fast)))
             scorer.check(read[-1].choices)
+            if data.task.needs_images and read[-1].swapped is None:
+                logger.warning("%s: too few different pictures for the blind check", data.name)
     except ValueError as error:
         raise ValueError(_in_flags_of_training(str(error))) from error
     missing = list(map(_in_flags_of_training, missing))

@@ -1,4 +1,4 @@
-"""The scores of a run in its folder: two tables in CSV and a chart, which are whole after a kill and a resume."""
+"""The scores of a run in its folder: tables in CSV and a chart, which are whole after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from llava.chart import Line, Point, draw_chart
 from llava.draw import bare_letters, stack
 from llava.eval.babylm.results import ACCURACY, TaskResult
+from llava.eval.blind import BlindCheck
 from llava.io import write_beside
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORES, SCORE_GROUPS, SCORE_CHART = "scores.csv", "scores_by_group.csv", "scores.png"
-SCORE_FILES = (SCORES, SCORE_GROUPS, SCORE_CHART)
+BLIND_CHECKS = "scores_blind_check.csv"
+"""Only of a run that is scored on tasks with pictures."""
+SCORE_FILES = (SCORES, SCORE_GROUPS, BLIND_CHECKS, SCORE_CHART)
 """What scoring leaves in a run's folder."""
 
 
@@ -70,7 +73,22 @@ class GroupRow:
     items: int
 
 
-Row = TypeVar("Row", ScoreRow, GroupRow)
+@dataclass(frozen=True, slots=True)
+class BlindRow:
+    """The blind check of a task at a step, see ``BlindCheck``; ``is_blind`` is 1 or 0."""
+
+    step: int
+    words: int | None
+    task: str
+    score: float
+    other_score: float
+    drop: float
+    low: float
+    high: float
+    is_blind: int
+
+
+Row = TypeVar("Row", ScoreRow, GroupRow, BlindRow)
 
 
 @dataclass
@@ -79,28 +97,30 @@ class ScoreTable:
 
     Attributes:
         folder: of the run.
-        rows, groups: in the order in which they were scored.
+        rows, groups, checks: in the order in which they were scored.
     """
 
     folder: Path
     rows: list[ScoreRow] = field(default_factory=list)
     groups: list[GroupRow] = field(default_factory=list)
+    checks: list[BlindRow] = field(default_factory=list)
 
     def check(self) -> None:
         """A ValueError where a file of the tables' names is none that a run has written."""
-        _read(self.folder / SCORES, ScoreRow), _read(self.folder / SCORE_GROUPS, GroupRow)
+        self._read_all()
 
     def begin(self, step: int) -> None:
         """Take up the tables of a run that goes on behind a step: what was scored later will be scored again.
 
         At step 0 nothing is kept.
         """
-        rows, groups = _read(self.folder / SCORES, ScoreRow), _read(self.folder / SCORE_GROUPS, GroupRow)
+        rows, groups, checks = self._read_all()
         self.rows = [row for row in rows if row.step <= step and step]
-        # Groups are written first: without the row of their task, the process ended between the two.
+        # These are written first: without the row of their task, the process ended between the two.
         known = {(row.step, row.task) for row in self.rows}
         self.groups = [group for group in groups if (group.step, group.task) in known]
-        if len(self.rows) < len(rows) or len(self.groups) < len(groups):
+        self.checks = [check for check in checks if (check.step, check.task) in known]
+        if [len(rows), len(groups), len(checks)] != [len(self.rows), len(self.groups), len(self.checks)]:
             self._write()
         if not self.rows:
             for name in SCORE_FILES:
@@ -110,8 +130,8 @@ class ScoreTable:
         """The tasks that were scored at a step."""
         return {row.task for row in self.rows if row.step == step}
 
-    def add(self, step: int, words: int | None, result: TaskResult) -> ScoreRow:
-        """Add a task's score, and write the tables and the chart, each whole or not at all."""
+    def add(self, step: int, words: int | None, result: TaskResult, blind: BlindCheck | None = None) -> ScoreRow:
+        """Add a task's score and its blind check, and write the tables and the chart, each whole or not at all."""
         row = ScoreRow(
             step, words, result.task, result.official, result.adjusted, result.ties, result.num_items, result.low,
             result.high, result.chance, result.metric,
@@ -122,18 +142,27 @@ class ScoreTable:
                 "%s: %s has %d items at step %d, and %d at step %d: the data or --score_fast changed, and the two "
                 "scores are not of the same items", SCORES, row.task, before.items, before.step, row.items, row.step
             )  # fmt: skip
-        rows, groups = self.rows, self.groups
-        self.rows = [*rows, row]
-        self.groups = [*groups, *(GroupRow(step, words, result.task, *astuple(group)) for group in result.rows)]
+        before_all = self.rows, self.groups, self.checks
+        self.rows = [*self.rows, row]
+        self.groups = [*self.groups, *(GroupRow(step, words, result.task, *astuple(group)) for group in result.rows)]
+        if blind is not None:
+            told = blind.score, blind.other_score, blind.drop, blind.low, blind.high, int(blind.is_blind)
+            self.checks = [*self.checks, BlindRow(step, words, result.task, *told)]
         try:
             self._write()
         except OSError:
-            self.rows, self.groups = rows, groups
+            self.rows, self.groups, self.checks = before_all
             raise
         return row
 
+    def _read_all(self) -> tuple[list[ScoreRow], list[GroupRow], list[BlindRow]]:
+        groups, checks = _read(self.folder / SCORE_GROUPS, GroupRow), _read(self.folder / BLIND_CHECKS, BlindRow)
+        return _read(self.folder / SCORES, ScoreRow), groups, checks
+
     def _write(self) -> None:
         _write_csv(self.folder / SCORE_GROUPS, GroupRow, self.groups)
+        if self.checks or (self.folder / BLIND_CHECKS).exists():
+            _write_csv(self.folder / BLIND_CHECKS, BlindRow, self.checks)
         _write_csv(self.folder / SCORES, ScoreRow, self.rows)
         if drawn := [row for row in self.rows if row.score is not None]:
             chart = draw_scores(drawn, self.folder.name)

@@ -21,6 +21,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava.eval.babylm.results import check_pictures
+from llava.eval.blind import BlindCheck
 from llava.eval.likelihood import Choice, Scorer
 from llava.io import read_json_lines
 from llava.messages import explain_error
@@ -135,8 +137,12 @@ class ScoringCallback(TrainerCallback):
                 if task.name in done:
                     continue
                 start = time.perf_counter()
-                scores = self._score_task(task)
-                if scores is None or not self._record(task, step, words, scores):
+                scores = self._score_choices(task.choices, task.name)
+                other = None
+                if scores is not None and task.swapped is not None:
+                    # Where this alone fails, as with a larger picture before a long text, the score stays.
+                    other = self._score_choices(task.swapped, f"{task.name} with other items' pictures")
+                if scores is None or not self._record(task, step, words, scores, other):
                     self.missed += [step] if step not in self.missed else []
                 elif is_first_rank():
                     logger.info("step %d: scored %s in %.1f s", step, task.name, time.perf_counter() - start)
@@ -144,21 +150,21 @@ class ScoringCallback(TrainerCallback):
             # To log a score is to have logged the step, for transformers; its loss comes behind.
             control.should_log = should_log
 
-    def _score_task(self, task: TaskToScore) -> list[tuple[float, ...]] | None:
-        """The scores of a task's items, on every rank; None where one could not score its share."""
+    def _score_choices(self, choices: Sequence[Choice], name: str) -> list[tuple[float, ...]] | None:
+        """The scores of choices, on every rank; None where one could not score its share."""
         assert self._scorer is not None
         trainer, device = self.trainer, self.trainer.args.device
         rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         scores: list[tuple[float, ...]] = []
         at_once = _CHOICES_AT_ONCE * num_ranks
-        mine = sum(len(task.choices[i : i + at_once][rank::num_ranks]) for i in range(0, len(task.choices), at_once))
+        mine = sum(len(choices[i : i + at_once][rank::num_ranks]) for i in range(0, len(choices), at_once))
         hidden = trainer.args.disable_tqdm or not is_first_rank()
         with (
             looking_only(trainer.model, device),
-            tqdm(total=mine, desc=f"scoring {task.name}", unit=" items", disable=hidden, leave=False) as bar,
+            tqdm(total=mine, desc=f"scoring {name}", unit=" items", disable=hidden, leave=False) as bar,
         ):
-            for start in range(0, len(task.choices), at_once):
-                together = task.choices[start : start + at_once]
+            for start in range(0, len(choices), at_once):
+                together = choices[start : start + at_once]
                 share = _score_share(self._scorer, together[rank::num_ranks], bar, trainer.stop_request)
                 # Every rank comes here, whatever became of its share: none waits for one that failed.
                 shares = gather_from_ranks(share)
@@ -168,7 +174,7 @@ class ScoringCallback(TrainerCallback):
                 if failed := [(number, share.failure) for number, share in enumerate(shares) if share.failure]:
                     if is_first_rank():
                         said = "; ".join(f"rank {number}: {failure}" for number, failure in failed)
-                        logger.warning("%s is not scored at this step, training goes on: %s", task.name, said)
+                        logger.warning("%s is not scored at this step, training goes on: %s", name, said)
                     return None
                 block: list[tuple[float, ...]] = [()] * len(together)
                 for number, share in enumerate(shares):
@@ -176,18 +182,21 @@ class ScoringCallback(TrainerCallback):
                 scores += block
         return scores
 
-    def _record(self, task: TaskToScore, step: int, words: int | None, scores: Scores) -> bool:
-        """Put a task's scores in the tables and in the log; whether that was possible."""
+    def _record(
+        self, task: TaskToScore, step: int, words: int | None, scores: Scores, other: Scores | None = None
+    ) -> bool:
+        """Put a task's scores, with ``other`` items' pictures too, in the tables and the log; whether that worked."""
 
-        def write() -> ScoreRow:
+        def write() -> tuple[ScoreRow, BlindCheck | None]:
             result = task.summarize(scores)
+            blind = None if other is None else check_pictures(scores, other)
             try:
-                return self.table.add(step, words, result)
+                return self.table.add(step, words, result, blind), blind
             except OSError as error:
                 raise ValueError(explain_error(error)) from error
 
         try:
-            row = broadcast_from_rank0(write)
+            row, blind = broadcast_from_rank0(write)
         except ValueError as error:  # An AgreedError, where there are several ranks.
             if is_first_rank():
                 said = "the scores of %s at step %d could not be written, training goes on: %s"
@@ -197,6 +206,12 @@ class ScoringCallback(TrainerCallback):
         logs: Mapping[str, float | None] = {
             name: row.score, f"{name}_adjusted": row.adjusted, f"{name}_ties": row.ties, "words": words,
         }  # fmt: skip
+        if blind is not None:
+            logs = {**logs, f"{name}_other_pictures": blind.other_score, f"{name}_drop": blind.drop}
+            if is_first_rank():
+                logger.log(
+                    logging.WARNING if blind.is_blind else logging.INFO, "step %d: %s", step, blind.describe(task.name)
+                )
         self.trainer.log({key: value for key, value in logs.items() if value is not None})
         return True
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from llava.eval.babylm.__main__ import parse_arguments, score_models
 from llava.eval.babylm.results import ACCURACY, CORRELATION, GroupResult, TaskResult
-from llava.eval.likelihood import Candidate, Choice
+from llava.eval.blind import BlindCheck
+from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
 from llava.train.preemption import Preempted
 from llava.train.score_plan import ScorePlan
 from llava.train.score_table import ScoreTable
@@ -51,7 +54,7 @@ class RunningScorer:
 
 class Task:
     def __init__(self, name: str, number: int = 3) -> None:
-        self.name = name
+        self.name, self.swapped = name, None
         pair = (Candidate("Il gatto dorme."), Candidate("Il gatto dormono."))
         self.choices = [Choice(str(i), pair) for i in range(number)]
 
@@ -223,6 +226,26 @@ def test_table_comes_back_as_it_was(tmp_path: Path) -> None:
     assert not (tmp_path / "scores.csv").exists()
 
 
+def test_blind_checks_are_cut_with_their_scores(tmp_path: Path) -> None:
+    result = TaskResult("vqa", ACCURACY, 50.0, 50.0, None, None, 0, 5, 50.0, ())
+    table, check = ScoreTable(tmp_path), BlindCheck(50.0, 1 / 3, 50 - 1 / 3, -0.5, 1.0, True)
+    for step in (2, 4):
+        table.add(step, 10 * step, result, check)
+    rows = read(tmp_path, "scores_blind_check.csv")
+    assert rows[0] == {"step": "2", "words": "20", "task": "vqa", "score": "50.0", "other_score": str(1 / 3),
+                       "drop": str(50 - 1 / 3), "low": "-0.5", "high": "1.0", "is_blind": "1"}  # fmt: skip
+    again = ScoreTable(tmp_path)
+    again.begin(4)
+    assert again.checks == table.checks
+    # A kill between the tables of a step: the check is there, its score is not.
+    lines = (tmp_path / "scores.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "scores.csv").write_text("".join(lines[:-1]))
+    again.begin(4)
+    assert read(tmp_path, "scores_blind_check.csv") == rows[:1]
+    again.begin(0)
+    assert not (tmp_path / "scores_blind_check.csv").exists()
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of two tasks."""
@@ -249,6 +272,53 @@ def test_flags_ask_for_scores_at_steps_and_milestones(model_dir, texts, tasks, p
         ("3", "36", "5"), ("5", "56", "5"), ("6", "60", "5"),
     ]  # fmt: skip
     assert_same_run(output, plain)
+
+
+def test_pictures_are_checked_as_by_the_command(
+    model_dir, tower_dir, mixed_data, tmp_path: Path, monkeypatch, caplog, capsys
+) -> None:
+    """Scores with other items' pictures: the same figures as afterwards by hand, and nothing trained is another."""
+    pairs, steps = tmp_path / "winoground", RUN | {"max_steps": 2}
+    (pairs / "images").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 250 - 60 * i, 90)).save(pairs / "images" / f"{i}.png")
+    rows = [{"caption_0": f"Il {i}.", "caption_1": f"Il {i} gatto.", "image": f"{i}.png"} for i in range(4)]
+    (pairs / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain, output = tmp_path / "plain", tmp_path / "out"
+    train(build_trainer(flags(model_dir, tower_dir, mixed_data, plain, **steps)))
+    trainer = build_trainer(
+        flags(model_dir, tower_dir, mixed_data, output, **steps, score_data=pairs, score_at="steps:1")
+    )
+    score = LikelihoodScorer.score
+
+    def look(self: LikelihoodScorer, choices: Sequence[Choice], on_scored=None) -> list[tuple[float, ...]]:
+        """From the second step on, the second caption is the likelier one of a picture that is not its own."""
+        told = score(self, choices, on_scored)
+        seen = trainer.state.global_step >= 2
+        other = [Path(c.media[0].path).stem not in c.candidates[0].text for c in choices]
+        return [(a, b + 100 * (seen and no)) for (a, b), no in zip(told, other, strict=True)]
+
+    monkeypatch.setattr(LikelihoodScorer, "score", look)
+    train(trainer)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, plain))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    assert (
+        "16 sentences each time: winoground (4 items, and again with other items' pictures)" in capsys.readouterr().out
+    )
+    told = read(output, "scores_blind_check.csv")
+    assert [(row["step"], row["task"], row["is_blind"]) for row in told] == [
+        ("1", "winoground", "1"), ("2", "winoground", "0"),
+    ]  # fmt: skip
+    command = ["--model_path", str(output), "--data", str(pairs), "--out", str(tmp_path / "results")]
+    (results,) = score_models(parse_arguments(command))
+    check = results.blind["winoground"].to_json()
+    assert check["drop"] == 100
+    assert {name: float(told[1][name]) for name in check} == check
+    (line,) = (record for record in caplog.records if "BLIND" in record.getMessage())
+    assert (line.levelname, line.getMessage().split(":")[0]) == ("WARNING", "step 1")
+    logged = next(e for e in reversed(trainer.state.log_history) if "score/winoground" in e)
+    assert (logged["score/winoground_other_pictures"], logged["score/winoground_drop"]) == (0.0, 100.0)
 
 
 @pytest.mark.parametrize(

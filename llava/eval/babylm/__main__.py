@@ -188,11 +188,9 @@ def score_task(
     args: Namespace, data: TaskData, items: Sequence[Item], loader: _Loader
 ) -> tuple[TaskResult, BlindCheck | None]:
     """Score a task with a model, write its official files, and see whether pictures matter."""
-    import numpy as np
-
     from llava.eval.babylm.official import result_folder, write_official
-    from llava.eval.babylm.results import best_candidates, summarize
-    from llava.eval.blind import check_blindness, swap_media
+    from llava.eval.babylm.results import check_pictures, summarize
+    from llava.eval.blind import swap_media
 
     folder = result_folder(Path(args.out), loader.model, loader.revision, data, args.fast)
     choices = [item.choice for item in items]
@@ -206,10 +204,7 @@ def score_task(
         print(f"{data.name}: too few different pictures for the blind check", file=sys.stderr, flush=True)
         return result, None
     other = _score(args, folder, items, swapped, loader, f"{data.name}, other pictures", "other")
-    outcomes = [
-        np.array([100 * (0 in best) / len(best) for best in map(best_candidates, scores)]) for scores in (told, other)
-    ]
-    return result, check_blindness(outcomes[0], outcomes[1], args.seed)
+    return result, check_pictures(told, other, args.seed)
 
 
 def _score(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.eval.babylm.tasks import Item, TaskData
+from llava.eval.blind import BlindCheck, check_blindness
 
 UID = "UID"
 ACCURACY, CORRELATION = "accuracy, %", "Spearman's rho, x 100"
@@ -125,6 +126,14 @@ def summarize(data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[f
         100 * float(np.mean([1 / len(item.choice.candidates) for item in items])),
         tuple(rows),
     )
+
+
+def check_pictures(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0) -> BlindCheck:
+    """The blind check of a task: the scores of its candidates with their own pictures and with other items'."""
+    outcomes = [
+        np.array([100 * (0 in best) / len(best) for best in map(best_candidates, scores)]) for scores in (own, other)
+    ]
+    return check_blindness(outcomes[0], outcomes[1], seed)
 
 
 def _group_rows(
