@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 NUMBERS = (
     "num_images", "num_videos", "num_turns", "text_bytes", "num_coordinates", "num_words", "num_user_words",
     "num_answer_words",

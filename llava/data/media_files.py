@@ -82,6 +82,11 @@ def check_file(path: str) -> tuple[str, int]:
 # Paths in data files stay inside the folder of media, whatever they say and wherever links lead.
 
 
+def find_root(folder: str | None, home: str) -> str:
+    """The full path of a folder of media: ``home`` where there is none, the current folder for an empty string."""
+    return os.path.abspath(os.path.expanduser(home if folder is None else folder))  # noqa: PTH111
+
+
 def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str) -> Media:
     """The file that a path of a data file names.
 
@@ -203,8 +208,7 @@ def read_media(
     except ValueError as error:
         raise ValueError(f'{where}: "{kind}": {error}') from error
     if not path:
-        hint = "; a sample without media leaves the key out" if value == "" else ""
-        raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}{hint}')
+        raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}')
     return find_media(os.path.join(source, path), kind, root, anywhere, where)
 
 

@@ -6,9 +6,8 @@ parse_record   one raw sample            -> a Record, or the error that names fi
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,10 +15,10 @@ from typing import Any, TypedDict
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER, VISUAL_TOKEN
 from llava.data.files import choose_rows, find_entries
 from llava.data.index import Mixture, Part, RecordStore, open_store
-from llava.data.media_files import ANIMATED_SUFFIXES, is_picture_name, read_media
+from llava.data.media_files import ANIMATED_SUFFIXES, find_root, is_picture_name, read_media
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
 from llava.data.raw_samples import PlainText, read_samples
-from llava.data.spellings import CONVERSATION_KEYS, name_type, read_raw, suggest
+from llava.data.spellings import CONVERSATION_KEYS, HABITS, name_type, read_raw, suggest
 from llava.grounding.samples import parse_variables
 from llava.types import ERROR, Media, MediaKind, Record, Role, Turn
 
@@ -30,9 +29,10 @@ _LONGEST_ID = 1000
 
 
 class Notes(TypedDict):
-    """What is worth a word of a data file: samples by key that nothing reads, and samples without an id."""
+    """What is worth a word of a data file: samples with keys that nothing reads, with habits, and without an id."""
 
     unread: dict[str, int]
+    habits: dict[str, int]
     without_id: int
 
 
@@ -55,7 +55,8 @@ def read_records(
     Args:
         paths: one word or several: data files (``.json``, ``.jsonl``, ``.parquet``, ``.arrow``, ``.txt``,
             ``.txt.gz``), folders, patterns such as ``prefix{a,b}.json`` or ``*.train``, YAML mixtures.
-        image_folder: what relative image paths start from; by default the folder of their data file.
+        image_folder: what relative image paths start from; by default the folder of their data file. An empty string
+            takes paths as they are: relative ones start from the current folder, absolute ones lead anywhere.
         video_folder: the same for videos.
         cache_dir: where the records are indexed; without it they stay in memory and are parsed every time.
         seed: of random samples.
@@ -78,10 +79,14 @@ def read_records(
         for file in entry.files:
             home = str(Path(file).absolute().parent)
             settings: dict[str, Any] = {
-                "image_folder": _absolute(entry.data_folder or image_folder or home),
-                "video_folder": _absolute(entry.data_folder or video_folder or home),
+                "image_folder": find_root(entry.data_folder or image_folder, home),
+                "video_folder": find_root(entry.data_folder or video_folder, home),
                 "media_source": entry.source,
-                "allow_outside_paths": allow_outside_paths,
+                "outside": [
+                    kind
+                    for kind, folder in (("image", image_folder), ("video", video_folder))
+                    if allow_outside_paths or (not entry.data_folder and folder == "")
+                ],
                 "ignore_keys": tuple(ignore_keys),
                 "text_column": text_column,
                 "media_dir": cache and cache.absolute() / "media",
@@ -103,13 +108,9 @@ def read_records(
     return Mixture(parts, cache)
 
 
-def _absolute(folder: str) -> str:
-    return os.path.abspath(os.path.expanduser(folder))  # noqa: PTH111
-
-
 def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
     """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
-    notes: Notes = {"unread": {}, "without_id": 0}  # Counted as samples are read, kept with the index.
+    notes: Notes = {"unread": {}, "habits": {}, "without_id": 0}  # Counted as samples are read, kept with the index.
 
     def read() -> Iterator[Record]:
         for sample, source in read_samples(path, keep_errors=True):
@@ -148,7 +149,7 @@ def parse_record(
     image_folder: str,
     video_folder: str,
     media_source: str | None = None,
-    allow_outside_paths: bool = False,
+    outside: Collection[MediaKind] = (),
     ignore_keys: Sequence[str] = (),
     media_dir: Path | None = None,
     text_column: str | None = None,
@@ -162,7 +163,7 @@ def parse_record(
         image_folder, video_folder: what its relative paths start from, or the folders that its source is in.
         media_source: the sub-folder of both that its relative paths start from, in place of the sample's
             own ``source``; "" is none.
-        allow_outside_paths: whether its paths may lead out of both folders.
+        outside: the kinds of media whose paths may lead out of their folder.
         ignore_keys: keys that are not looked at, whatever they seem to hold.
         media_dir: where media that are given as bytes are written; by default a folder that goes with the process.
         text_column: the key of a sample without turns that is a text and nothing else.
@@ -180,7 +181,7 @@ def parse_record(
 
     def read(value: object, kind: MediaKind) -> Media:
         root = image_folder if kind == "image" else video_folder
-        return read_media(value, kind, root, folder, allow_outside_paths, media_dir, where)
+        return read_media(value, kind, root, folder, kind in outside, media_dir, where)
 
     # 1. All spellings of turns and media in one form; 2. each image or video as a file; 3. what must fit together.
     raw = read_raw(sample, where, ignore_keys)
@@ -201,8 +202,9 @@ def parse_record(
         raise ValueError(f'{where}: has "meta.split" and {num_videos} videos; it can only speak of one')
     coordinates = parse_variables(sample.get("variables"), " ".join(turn.text for turn in turns), where)
     if notes is not None:
-        for key in set(raw.unread):
-            notes["unread"][key] = notes["unread"].get(key, 0) + 1
+        for counts, found in ((notes["unread"], raw.unread), (notes["habits"], raw.habits)):
+            for key in set(found):
+                counts[key] = counts.get(key, 0) + 1
         notes["without_id"] += sample.get("id") is None
     return Record(identity, turns, tuple(media), source, split, coordinates=coordinates)
 
@@ -329,7 +331,7 @@ def _check_placeholders(shown: Sequence[MediaKind], media: Sequence[Media], unre
 
 
 def describe_notes(mixture: Mixture) -> list[str]:
-    """Lines about the keys of data files that nothing reads, and about samples without an id, with their numbers."""
+    """Lines about keys of data files that nothing reads, habits and samples without an id, with their numbers."""
     lines = []
     for label, store in {part.label: part.store for part in mixture.parts}.items():
         notes = store.footer.notes
@@ -340,6 +342,9 @@ def describe_notes(mixture: Mixture) -> list[str]:
             lines.append(
                 f'{label}: nothing reads the key "{name}"{place}, which {samples} of {len(store)} {have}{suggest(key)}'
             )
+        for habit, count in notes.get("habits", {}).items():
+            samples, have = ("1 sample", "has") if count == 1 else (f"{count} samples", "have")
+            lines.append(f"{label}: {samples} of {len(store)} {have} {HABITS[habit]}")
         if count := notes.get("without_id", 0):
             lines.append(f"{label}: {count} of {len(store)} samples have no id; they are named after file and place")
     return lines

@@ -27,6 +27,13 @@ METADATA_KEYS = frozenset({
 })  # fmt: skip
 """Keys that nothing reads and that nothing is said of."""
 
+EMPTY_MEDIA, VIDEO_AS_IMAGE = "empty_media", "video_as_image"
+HABITS = {
+    EMPTY_MEDIA: "an empty string where a file of media would stand, which is none",
+    VIDEO_AS_IMAGE: 'a "video" that the text shows as <image>, which is read as <video>',
+}
+"""Habits of the LLaVA family that are read as they are meant, in words."""
+
 _READ_KEYS = ("id", "source", "meta", "variables", *CONVERSATION_KEYS, *MEDIA_KEYS["image"], *MEDIA_KEYS["video"])
 _TURN_KEYS = ("from", "role", "value", "content", *MEDIA_KEYS["image"], *MEDIA_KEYS["video"])
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -58,11 +65,13 @@ class RawSample:
         media: of each kind what the sample gives, in the order of its placeholders; more or fewer than these where
             the sample is wrong.
         unread: keys that nothing reads; those within turns and parts as "turn.KEY" and "part.KEY".
+        habits: what it has of the habits of the LLaVA family that are worth a word, of ``HABITS``.
     """
 
     turns: list[tuple[object, str]]
     media: dict[MediaKind, list[object]]
     unread: list[str] = field(default_factory=list)
+    habits: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -94,9 +103,17 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
     waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
     given: dict[MediaKind, list[object]] = {"image": [], "video": []}
     own: dict[MediaKind, list[object]] = {"image": [], "video": []}
-    for number, turn in enumerate(_turns_of(sample, unread, where), start=1):
-        role, pieces = _read_turn(turn, f"{where}, turn {number}", unread)
+    read = [
+        _read_turn(turn, f"{where}, turn {number}", unread)
+        for number, turn in enumerate(_turns_of(sample, unread, where), start=1)
+    ]
+    habits = [EMPTY_MEDIA] if any(sample.get(key) == "" for keys in MEDIA_KEYS.values() for key in keys) else []
+    if _shows_videos_as_images(waiting, [piece for _, pieces in read for piece in pieces]):
+        habits.append(VIDEO_AS_IMAGE)
+    for role, pieces in read:
         for piece in pieces:
+            if VIDEO_AS_IMAGE in habits and piece.kind == "image":
+                piece.kind = "video"
             if piece.kind is None:
                 continue
             if piece.given is not None:
@@ -112,7 +129,14 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
     if not any(given.values()):
         _check_not_blind(sample, unread, where)
     quiet = METADATA_KEYS | {f"part.{option}" for option in _PART_OPTIONS}
-    return RawSample(turns, given, [key for key in unread if key not in quiet])
+    return RawSample(turns, given, [key for key in unread if key not in quiet], habits)
+
+
+def _shows_videos_as_images(waiting: Mapping[MediaKind, Sequence[object]], pieces: Sequence[_Piece]) -> bool:
+    """Whether a sample has videos and no images, and an ``<image>`` for each: LLaVA-NeXT has no other placeholder."""
+    shown = [piece for piece in pieces if piece.kind is not None]
+    are_placeholders = all(piece.kind == "image" and piece.given is None for piece in shown)
+    return bool(shown) and are_placeholders and not waiting["image"] and len(waiting["video"]) == len(shown)
 
 
 def suggest(key: str) -> str:
@@ -292,7 +316,7 @@ def _join(pieces: Sequence[_Piece]) -> str:
 
 def _as_list(value: object) -> list[object]:
     """Media of a key: one or several."""
-    return [] if _is_empty(value) and value != "" else list(value) if isinstance(value, list | tuple) else [value]
+    return [] if _is_empty(value) else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _first(source: Mapping[str, object], *keys: str) -> object:

@@ -102,11 +102,12 @@ def read_texts(path: str) -> Iterator[str]:
     if Path(path).suffix in (".json", ".jsonl"):
         from llava.data.raw_samples import read_samples
         from llava.data.records import parse_record
+        from llava.data.spellings import MEDIA_KEYS
         from llava.grounding.syntax import strip_coordinates
 
         # Media are not opened, wherever they are said to lie.
         for sample, source in read_samples(path):
-            record = parse_record(sample, source, "", "", allow_outside_paths=True)
+            record = parse_record(sample, source, "", "", outside=MEDIA_KEYS)
             # Samples as a model learns them, without what stands for pixels.
             text = text_without_media(record)
             if text := strip_coordinates(text) if record.coordinates else text:

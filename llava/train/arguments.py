@@ -192,9 +192,10 @@ class DataArguments:
 
     # --- images and videos ---
     image_folder: str | None = None
-    """What relative image paths start from (default: the data file's folder)."""
+    """What relative image paths start from (default: the data file's folder); "" takes all paths as they are, relative
+    ones from the current folder."""
     video_folder: str | None = None
-    """What relative video paths start from (default: the data file's folder)."""
+    """The same for videos."""
     allow_outside_paths: bool = False
     """Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of the data file's
     folder), be it by .., as absolute paths or through links."""
@@ -235,9 +236,6 @@ class DataArguments:
     """Seconds that decoding one video may take before its sample is bad; 0: as long as it likes."""
 
     def __post_init__(self) -> None:
-        # Recipes of the family leave folders empty to say "none".
-        self.image_folder = self.image_folder or None
-        self.video_folder = self.video_folder or None
         caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         self.data_cache_dir = self.data_cache_dir or os.path.join(caches, "llava-babylm")
         if os.environ.get("USE_PLAIN_LM", "").lower() in _TRUE:

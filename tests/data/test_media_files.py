@@ -256,6 +256,20 @@ def test_another_folder_allows_other_paths(folders: Path) -> None:
     check_links(Media("image", "/etc/passwd", 1))
 
 
+def test_an_empty_folder_takes_paths_as_they_are(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in the LLaVA family: relative to where the program runs, and absolute ones wherever they lead.
+    monkeypatch.chdir(folders)
+    for path in (f"{folders}/secret.png", "secret.png", "../" + folders.name + "/secret.png"):
+        (media,) = read_records(write(folders, path), image_folder="", cache_dir=str(folders / "cache"))[0].media
+        assert media == Media("image", f"{folders}/secret.png")
+    # What the current folder was is a part of what was read; videos keep to their own folder.
+    monkeypatch.chdir(folders / "media")
+    (media,) = read_records(write(folders, "secret.png"), image_folder="", cache_dir=str(folders / "cache"))[0].media
+    assert media.path == f"{folders}/media/secret.png"
+    with pytest.raises(ValueError, match=r"its image .* lies outside the folder"):
+        read_records(write(folders, f"{folders}/secret.png"), video_folder="")
+
+
 def test_a_source_is_no_way_out(folders: Path) -> None:
     with pytest.raises(ValueError, match="lies outside the folder"):
         read_records(write(folders, "secret.png", source=".."))

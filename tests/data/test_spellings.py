@@ -72,13 +72,13 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("case", SPELLINGS)
 def test_spelling_is_read_with_its_media(case):
-    notes = {"unread": {}, "without_id": 0}
+    notes = {"unread": {}, "habits": {}, "without_id": 0}
     record = parse(SPELLINGS[case], notes=notes)
     kinds = placeholder_kinds(record.turns[0].text)
     assert names(record) == (["a.png"] if kinds == ["image"] else ["c.mp4"])
     assert [file.kind for file in record.media] == kinds
     assert record.turns[1].role == "assistant"
-    assert notes == {"unread": {}, "without_id": 0}
+    assert notes == {"unread": {}, "habits": {}, "without_id": 0}
 
 
 def test_parts_stay_in_order_and_are_joined_as_the_family_writes():
@@ -172,17 +172,59 @@ def test_other_keys_are_named_once_with_their_number(tmp_path):
     samples[2]["varables"] = {"temporal_input_locations": [0.5]}
     samples[2]["conversations"] = [{"from": "human", "value": "ciao", "weight": 0}, *text[1:]]
     samples.append({"conversations": text, "image": "a.png"} | {"conversations": turns("<image>", "x"), "Video": "b"})
+    samples.append({"id": 9, "image": "", "conversations": text})
     path = tmp_path / "a.json"
     path.write_text(json.dumps(samples))
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         lines = describe_notes(read_records(str(path), cache_dir=cache and str(cache)))
         assert sorted(lines) == [
-            f"{path}: 1 of 4 samples have no id; they are named after file and place",
-            f'{path}: nothing reads the key "Video", which 1 sample of 4 has; did you mean "video"?',
-            f'{path}: nothing reads the key "licence_note", which 3 samples of 4 have',
-            f'{path}: nothing reads the key "varables", which 1 sample of 4 has; did you mean "variables"?',
-            f'{path}: nothing reads the key "weight" of a turn, which 1 sample of 4 has',
+            f"{path}: 1 of 5 samples have no id; they are named after file and place",
+            f"{path}: 1 sample of 5 has an empty string where a file of media would stand, which is none",
+            f'{path}: nothing reads the key "Video", which 1 sample of 5 has; did you mean "video"?',
+            f'{path}: nothing reads the key "licence_note", which 3 samples of 5 have',
+            f'{path}: nothing reads the key "varables", which 1 sample of 5 has; did you mean "variables"?',
+            f'{path}: nothing reads the key "weight" of a turn, which 1 sample of 5 has',
         ]
+
+
+HABITS = {
+    "a clip shown as <image>": (
+        {"video": "c.mp4", "conversations": turns("<image>\nche cosa succede?", "x")}, "video_as_image", ["c.mp4"]
+    ),
+    "two clips shown as <image>": (
+        {"video": ["c.mp4", "d.mp4"], "conversations": turns("<image> e <image>", "x")}, "video_as_image",
+        ["c.mp4", "d.mp4"],
+    ),
+    "an empty image": ({"image": "", "conversations": turns("ciao", "x")}, "empty_media", []),
+    "an empty video beside an image": (
+        {"video": "", "image": "a.png", "conversations": turns("<image>", "x")}, "empty_media", ["a.png"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HABITS)
+def test_habits_of_the_family_are_read_as_they_are_meant_and_counted(case):
+    sample, habit, expected = HABITS[case]
+    notes = {"unread": {}, "habits": {}, "without_id": 0}
+    record = parse(sample, notes=notes)
+    assert names(record) == expected
+    assert [file.kind for file in record.media] == placeholder_kinds(record.turns[0].text)
+    assert notes["habits"] == {habit: 1}
+
+
+@pytest.mark.parametrize(
+    ("sample", "error"),
+    [
+        # One <image> for two clips, or a picture beside a clip: which is meant cannot be told.
+        ({"video": ["c.mp4", "d.mp4"], "conversations": turns("<image>", "x")}, "1 <image>, but the sample has 0"),
+        ({"video": "c.mp4", "conversations": turns("<image> <video>", "x")}, "1 <image>, but the sample has 0"),
+        ({"image": "", "conversations": turns("<image>", "x")}, "1 <image>, but the sample has 0"),
+        ({"image": ["a.png", ""], "conversations": turns("<image> <image>", "x")}, "must be a path or a list of"),
+    ],
+)
+def test_what_only_looks_like_a_habit_of_the_family_is_an_error(sample, error):
+    with pytest.raises(ValueError, match=error):
+        parse(sample)
 
 
 def test_an_id_that_is_missing_is_made_up_from_file_and_place(tmp_path):

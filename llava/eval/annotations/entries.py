@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from llava.data.media_files import find_media
+from llava.data.media_files import find_media, find_root
 from llava.data.raw_samples import read_samples
 from llava.geometry import Box, TimeSpan
 from llava.types import Media, MediaKind
@@ -22,7 +22,7 @@ ID_KEYS = ("id", "sent_id", "question_id", "qid")
 
 @dataclass(frozen=True)
 class MediaFolders:
-    """Where the media of annotation files lie; without a folder, beside the annotation file.
+    """Where the media of annotation files lie; without a folder, beside the annotation file (see ``read_records``).
 
     ``allow_outside_paths`` lets their paths lead out of the folder.
     """
@@ -34,8 +34,9 @@ class MediaFolders:
     def find(self, path: str, kind: MediaKind, entry: Entry) -> Media:
         """The file that an entry names; a ValueError if it lies outside the folder."""
         # The file's own folder, as for data files.
-        root = (self.images if kind == "image" else self.videos) or str(Path(entry.file).absolute().parent)
-        return find_media(path, kind, root, self.allow_outside_paths, entry.source)
+        folder = self.images if kind == "image" else self.videos
+        root = find_root(folder, str(Path(entry.file).absolute().parent))
+        return find_media(path, kind, root, self.allow_outside_paths or folder == "", entry.source)
 
 
 @dataclass(frozen=True)
