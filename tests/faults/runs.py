@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,6 +85,22 @@ class ForkServer:
     def run(self, argv: list[str], folder: Path, **hooks: Any) -> int:
         return self.wait(self.start(argv, folder, **hooks))
 
+    def run_ranks(self, argv: list[str], folder: Path, **hooks: Any) -> int:
+        """A run on two ranks, the first with the hooks; where it ends otherwise than well, the other is killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first, second = (
+            self.start(argv, folder, environment={**common, "RANK": rank, "LOCAL_RANK": rank}, **more)
+            for rank, more in (("0", hooks), ("1", {}))
+        )
+        if status := self.wait(first):
+            os.kill(second, signal.SIGKILL)
+            self.wait(second)
+            return status
+        return self.wait(second)
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -118,26 +135,33 @@ def keep_record(folder: Path) -> None:
 
 
 class Moments:
-    """Counts the accesses to files from the first step on, and signals at one of them.
+    """Counts the accesses to files from the first step on, and kills the process at one of them.
 
     They are the same in every run, so a moment can be named; most of them are in saves.
+
+    Args:
+        moment: its number; None for one that ``place`` names, or for none.
+        place: the kind of access, such as ``os.rename``, how the path ends, and how many accesses later.
     """
 
-    def __init__(self, moment: int | None, number: int) -> None:
-        self.moment, self.number, self.count, self.counting = moment, number, 0, False
+    def __init__(self, moment: int | None, place: tuple[str, str, int] | None = None) -> None:
+        self.moment, self.place, self.count, self.counting = moment, place, 0, False
 
-    def __call__(self, name: str, _: Any) -> None:
+    def __call__(self, name: str, arguments: Any) -> None:
         if self.counting and name.startswith(("open", "os.", "shutil.")):
             self.count += 1
+            kind, end, later = self.place or ("", "", 0)
+            if self.moment is None and name == kind and any(str(one).endswith(end) for one in arguments):
+                self.moment = self.count + later
             if self.count == self.moment:
-                os.kill(os.getpid(), self.number)
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
-def count_moments(moment: int | None = None, number: int = signal.SIGKILL) -> Moments:
-    """Let the process signal itself at that moment of the training; None only counts."""
+def count_moments(moment: int | None = None, place: tuple[str, str, int] | None = None) -> Moments:
+    """Let the process kill itself at a moment of the training, see ``Moments``; without one it only counts."""
     from llava.train.trainer import LlavaTrainer
 
-    moments, run_epoch = Moments(moment, number), LlavaTrainer._run_epoch
+    moments, run_epoch = Moments(moment, place), LlavaTrainer._run_epoch
     sys.addaudithook(moments)
 
     def counted(self: Any, *words: Any, **named: Any) -> Any:
@@ -163,23 +187,33 @@ def signal_in(method: str, step: int, number: int, times: int = 1) -> None:
     setattr(LlavaTrainer, method, signalled)
 
 
-def train(argv: list[str], folder: Path, moment: int | None = None, inside: dict[str, Any] | None = None) -> int:
+def train(
+    argv: list[str],
+    folder: Path,
+    moment: int | None = None,
+    place: tuple[str, str, int] | None = None,
+    inside: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+) -> int:
     """A whole run, recorded; its exit status.
 
     Args:
         argv: its command line.
-        folder: for its record, and the number of its moments (``moments``).
-        moment: when it kills itself, see ``Moments``.
+        folder: for its record, and the number of its moments (``moments``), of the first rank's.
+        moment, place: when it kills itself, see ``Moments``.
         inside: what ``signal_in`` takes.
+        environment: variables that are set before, of which a rank is made.
     """
+    os.environ.update(environment or {})
     from llava.train.train import cli, main
 
     keep_record(folder)
-    moments = count_moments(moment)
+    moments = count_moments(moment, place)
     if inside is not None:
         signal_in(**inside)
     status = cli(lambda: main(argv) and None)
-    (folder / "moments").write_text(str(moments.count))
+    if os.environ.get("RANK", "0") == "0":
+        (folder / "moments").write_text(str(moments.count))
     return status
 
 

@@ -14,10 +14,16 @@ from conftest import ITALIAN, turns
 from runs import ForkServer, losses, read_record, trained_on
 from safetensors.torch import load_file
 
-from llava.train.checkpoint import CHECKSUMS, find_damage, list_checkpoints
+from llava.train import exposure
+from llava.train.checkpoint import CHECKSUMS, find_changes, find_damage, list_checkpoints
 from llava.train.preemption import PREEMPTED
 
 STEPS = 8
+LAST = "chck_150"
+MILESTONES = "20,60,100,150"
+"""In steps 1, 3, 5 and 7 of two ranks, of which every second one is saved."""
+NO_NAME = ("os.rename", LAST, 0)
+"""When the last milestone is written, and is to be given its name."""
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +217,54 @@ def test_a_model_only_run_can_still_be_stopped(server: ForkServer, flags, whole:
     assert server.run(argv, tmp_path) == 0
     assert steps_of_start(tmp_path, 1) == list(range(5, STEPS))
     assert_same(tmp_path, whole)
+
+
+@pytest.fixture(scope="module")
+def milestones(flags, tmp_path_factory: pytest.TempPathFactory):
+    """The command line of a run on two ranks, with milestones behind its saves, of which each is scored."""
+    pairs = tmp_path_factory.mktemp("pairs") / "blimp" / "number.jsonl"
+    pairs.parent.mkdir()
+    rows = [{"sentence_good": f"Il {i} dorme.", "sentence_bad": f"I {i} dorme.", "UID": "number", "field": "m"}
+            for i in range(4)]  # fmt: skip
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"per_device_train_batch_size": 1, "save_steps": 2, "milestones": MILESTONES, "score_data": pairs.parent}
+    return lambda output: flags(output, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole_on_two(server: ForkServer, milestones, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole-on-two")
+    assert server.run_ranks(milestones(output), output) == 0, said(output)[-3000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        {"place": NO_NAME},
+        {"place": ("os.rename", LAST, 1)},
+        {"share": random.Random(0).random()},
+    ],
+    ids=["no name", "named", "any moment"],
+)
+def test_milestones_of_two_ranks_that_are_killed(
+    server: ForkServer, milestones, whole_on_two: Path, tmp_path: Path, capsys, kill: dict
+) -> None:
+    if "share" in kill:
+        kill = {"moment": 1 + int(kill["share"] * int((whole_on_two / "moments").read_text()))}
+    assert server.run_ranks(milestones(tmp_path), tmp_path, **kill) == -signal.SIGKILL, said(tmp_path)[-2000:]
+    if "place" in kill:
+        staged = tmp_path / f"tmp-{LAST}" / LAST
+        assert [(tmp_path / LAST).exists(), staged.exists()] == [kill["place"] != NO_NAME, kill["place"] == NO_NAME]
+    assert server.run_ranks(milestones(tmp_path), tmp_path) == 0, said(tmp_path)[-2000:]
+    assert_same(tmp_path, whole_on_two)
+    assert trained_on(tmp_path, rank=1) == trained_on(whole_on_two, rank=1)
+    names = [f"chck_{number}" for number in MILESTONES.split(",")]
+    assert sorted(path.name for path in tmp_path.glob("chck_*")) == sorted(names)
+    for name in names:
+        assert find_changes(tmp_path / name) is None
+        for file in ("model.safetensors", "exposure.json", "config.json"):
+            assert (tmp_path / name / file).read_bytes() == (whole_on_two / name / file).read_bytes()
+    for name in ("exposure.jsonl", "scores.csv", "scores_by_group.csv"):
+        assert (tmp_path / name).read_bytes() == (whole_on_two / name).read_bytes()
+    assert exposure.main([str(tmp_path), "--workers", "0"]) == 0, capsys.readouterr().out
