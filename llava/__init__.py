@@ -5,7 +5,9 @@ needs them, for example ``llava.model`` or ``llava.train.train``.
 """
 
 from llava.compat import hush_imports
+from llava.compat_llava import install_old_modules
 
 __version__ = "0.1.0"
 
 hush_imports()
+install_old_modules()

@@ -36,6 +36,11 @@ VISUAL_TOKENS = (
 VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 """Any of them, in a text."""
 
+IMAGE_TOKEN_INDEX = -200
+"""Where an image stands in ids of the LLaVA family's scripts; see ``compat_llava``."""
+DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IM_END_TOKEN = IMAGE_START, IMAGE_PATCH, IMAGE_END
+"""The family's names for tokens of images."""
+
 Axis = Literal["TEMP", "HEIGHT", "WIDTH"]
 AXES: tuple[Axis, ...] = ("TEMP", "HEIGHT", "WIDTH")
 """The axes of coordinates, in the order in which their bins join a vocabulary."""

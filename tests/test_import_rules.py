@@ -43,12 +43,13 @@ MAY_IMPORT = {
     "chart": {"draw"},
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
-    "train": {*FOUNDATION, "data", "model", "train", "eval", "recipes"},
+    "train": {*FOUNDATION, "data", "model", "train", "eval", "recipes", "compat_llava"},
     "eval": {*FOUNDATION, "data", "model", "serve", "eval"},
     "inspect": {*FOUNDATION, "data", "model", "train", "inspect"},
     "serve": {*FOUNDATION, "data", "model", "serve"},
     "demo": {*FOUNDATION, "data", "model", "train", "serve", "eval", "inspect", "demo"},
     "recipes": set(),
+    "compat_llava": {*FOUNDATION, "data", "model", "train"},
 }
 OPTIONAL = {"deepspeed", "peft", "bitsandbytes", "gradio", "timm", "flash_attn", "decord"}
 HEAVY = ("torch", "transformers", "numpy", "av", "decord", "datasets", "PIL", "yaml")

@@ -381,5 +381,12 @@ def cli(run: Callable[[], Any] = main) -> int:
     return status if isinstance(status, int) else 0
 
 
+def __getattr__(name: str) -> Any:
+    # Names that the LLaVA family's module has.
+    from llava.compat_llava import find_old_name
+
+    return find_old_name(__name__, name)
+
+
 if __name__ == "__main__":
     sys.exit(cli())

@@ -43,6 +43,36 @@ class Template:
     special_tokens: tuple[str, ...] = ()
     media_only: bool = False
 
+    def patterns(self, roles: Sequence[Role]) -> list[str]:
+        """One pattern a turn; that of a system turn, given or not, changes or joins its neighbour's."""
+        patterns = [{"user": self.user, "assistant": self.assistant, "system": self.system}[role] for role in roles]
+        if "system" in roles:
+            if self.system_in_user:  # Llama 2 and Gemma: "[INST] <<SYS>>...<</SYS>> question [/INST]".
+                opening, closing = self.user.split(_TEXT)
+                patterns[:2] = [opening + self.system, _TEXT + closing][: len(roles)]
+        elif self.default_system:
+            system = self.system.replace(_TEXT, self.default_system)
+            patterns[0] = patterns[0].replace(_TEXT, system + _TEXT) if self.system_in_user else system + patterns[0]
+        return patterns
+
+
+def write_turns(template: Template, turns: Sequence[Turn], is_open: bool, eos: str = "</s>", bos: str = "<s>") -> str:
+    """The text of a conversation, without what the tokenizer begins texts with.
+
+    Args:
+        template: how each turn is written.
+        turns: of the conversation.
+        is_open: whether the last turn is an answer that is asked for, before which the text ends.
+        eos, bos: end and beginning of text.
+    """
+    text = ""
+    for pattern, turn in zip(template.patterns([turn.role for turn in turns]), turns, strict=True):
+        before, behind = pattern.replace("{eos}", eos).replace("{bos}", bos).split(_TEXT)
+        text += before + turn.text.strip() + behind
+        if is_open and turn is turns[-1]:
+            text = text.removesuffix(behind).rstrip(" ")
+    return text.removeprefix(bos)
+
 
 class TemplateFormat(ConversationFormat):
     """A named format.
@@ -77,29 +107,12 @@ class TemplateFormat(ConversationFormat):
 
     def markup(self, roles: Sequence[Role]) -> list[str]:
         texts = [""]
-        for pattern in self._patterns(roles):
+        for pattern in self.template.patterns(roles):
             before, behind = pattern.split(_TEXT)  # What stands behind one text and before the next is one markup.
             texts[-1] += self._resolve(before)
             texts.append(self._resolve(behind))
         # The beginning of a sample gets its token from the tokenizer, as with every format.
         return [texts[0].removeprefix(self._special["{bos}"]), *texts[1:]]
-
-    def _patterns(self, roles: Sequence[Role]) -> list[str]:
-        """One pattern a turn; that of a system turn, given or not, changes or joins its neighbour's."""
-        template = self.template
-        patterns = [
-            {"user": template.user, "assistant": template.assistant, "system": template.system}[r] for r in roles
-        ]
-        if "system" in roles:
-            if template.system_in_user:  # Llama 2 and Gemma: "[INST] <<SYS>>...<</SYS>> question [/INST]".
-                opening, closing = template.user.split(_TEXT)
-                patterns[:2] = [opening + template.system, _TEXT + closing][: len(roles)]
-        elif template.default_system:
-            system = template.system.replace(_TEXT, template.default_system)
-            patterns[0] = (
-                patterns[0].replace(_TEXT, system + _TEXT) if template.system_in_user else system + patterns[0]
-            )
-        return patterns
 
     def _resolve(self, text: str) -> str:
         for name, token in self._special.items():
