@@ -17,6 +17,7 @@ from llava.eval.study import cells, scoring
 from llava.eval.study.plan import Study, read_study
 from llava.eval.study.prepare import hash_data
 from llava.eval.study.statistics import compare, paired_t_test, student_p
+from llava.eval.study.table import draw_curve
 
 PLAN: dict[str, object] = {
     "output_dir": "out",
@@ -318,3 +319,14 @@ def test_data_behind_a_pattern_and_a_mixture_are_hashed(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "y"}')
     assert all(old != hash_data(word) for old, word in zip(before, words, strict=True))
     assert hash_data(tmp_path / "none.jsonl") == hash_data(Path("hub:owner/name")) == ""
+
+
+def test_the_curve_has_a_panel_for_each_task_with_milestones():
+    row = {"task": "blimp", "variant": "a", "words": 10.0, "score": 0.5, "spread": 0.01}
+    one = [row, {**row, "words": 20.0, "spread": None}]
+    two = [*one, *({**line, "task": "ewok"} for line in one), {**row, "task": "comps"}]
+    assert draw_curve([row], "s") is None
+    chart, taller = draw_curve(one, "s"), draw_curve(two, "s")
+    assert chart is not None
+    assert taller is not None
+    assert chart.height < taller.height < 2 * chart.height + 1

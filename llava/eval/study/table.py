@@ -7,17 +7,23 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from llava.chart import Line, Point, draw_chart
+from llava.draw import bare_letters, stack
 from llava.eval.study.cells import Trained, read_trained, state
 from llava.eval.study.plan import Cell, Study
 from llava.eval.study.scoring import FINAL, ModelScores, TaskScores, list_scored, read_scores
 from llava.eval.study.statistics import Comparison, Outcomes, compare, mean_and_spread, paired_t_test
 from llava.io import write_beside, write_json
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 RESULTS, MARKDOWN, TABLE, CURVE = "results.json", "table.md", "table.csv", "curve.csv"
+CURVE_CHART = "curve.png"
 FEW_SEEDS = 5
 
 
@@ -245,6 +251,23 @@ def build_curve(study: Study, cells: Sequence[Cell]) -> list[dict[str, object]]:
     return sorted(lines, key=lambda line: (str(line["task"]), order.index(str(line["variant"])), _place(line["words"])))
 
 
+def draw_curve(curve: Sequence[Mapping[str, Any]], name: str) -> Image | None:
+    """A chart for each task: means over seeds, with one spread up and down, against words; None without two points."""
+    panels: list[Image] = []
+    for task in dict.fromkeys(row["task"] for row in curve):
+        points: dict[str, list[Point]] = {}
+        for row in curve:
+            if row["task"] == task and row["words"]:
+                mean, spread = 100 * row["score"], 100 * (row["spread"] or 0)
+                points.setdefault(row["variant"], []).append(Point(row["words"], mean, mean - spread, mean + spread))
+        if all(len(line) < 2 for line in points.values()):  # A line needs milestones.
+            continue
+        lines = [Line(variant, line) for variant, line in points.items()]
+        title = bare_letters(name) if not panels else ""
+        panels.append(draw_chart(lines, title, "words trained on (logarithmic)", f"{task}, percent", log_x=True))
+    return stack(panels, gap=0) if panels else None
+
+
 def _place(words: object) -> float:
     return words if isinstance(words, float) else float("inf")
 
@@ -262,6 +285,9 @@ def write_tables(study: Study) -> str:
     _write(study.output_dir / TABLE, format_csv([row.to_csv() for row in results["rows"]]))
     if results["curve"]:
         _write(study.output_dir / CURVE, format_csv(results["curve"]))
+        if (chart := draw_curve(results["curve"], study.output_dir.name)) is not None:
+            with write_beside(study.output_dir / CURVE_CHART) as beside:
+                chart.save(beside, format="PNG")
     text = format_markdown(results)
     _write(study.output_dir / MARKDOWN, text)
     return text
