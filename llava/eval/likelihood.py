@@ -256,11 +256,7 @@ def load_any_model(
     path: str, revision: str | None, dtype: torch.dtype | None, vision_tower: str | None, flag: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint of this library or of another, and its tokenizer; a ValueError, beginning with ``flag``, if not."""
-    if revision not in (None, "main") and os.path.isdir(os.path.join(path, str(revision))):
-        path, revision = os.path.join(path, str(revision)), None
-    path = locate_model(path, flag)
-    if os.path.isdir(path) and revision not in (None, "main"):
-        raise ValueError(f"{flag} {path}: has no folder {revision!r} within it, the revision that was asked for")
+    path, revision = _locate_revision(path, revision, flag)
     if os.path.isdir(path) and read_config(path, flag).get("model_type") in AVAILABLE_MODELS:
         loaded = load_model(path, dtype=dtype or torch.float32, vision_tower=vision_tower, flag=flag)
         return loaded.model, loaded.tokenizer
@@ -273,3 +269,22 @@ def load_any_model(
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{flag} {path}: it cannot be loaded as a causal language model: {error}") from error
     return model, tokenizer
+
+
+def count_tokens(path: str, revision: str | None, choices: Sequence[Choice], flag: str) -> list[list[int]]:
+    """How many tokens of each candidate a model of ``load_any_model`` scores, by its tokenizer alone; no media."""
+    path, revision = _locate_revision(path, revision, flag)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    rows = TextEncoder(tokenizer, None, f"{flag} {path}").encode(choices)
+    return [[len(row.scored) for row in of_choice] for of_choice in rows]
+
+
+def _locate_revision(path: str, revision: str | None, flag: str) -> tuple[str, str | None]:
+    """A folder or a hub name, and the revision of the latter."""
+    if revision not in (None, "main") and os.path.isdir(os.path.join(path, str(revision))):
+        path, revision = os.path.join(path, str(revision)), None
+    path = locate_model(path, flag)
+    if os.path.isdir(path) and revision not in (None, "main"):
+        raise ValueError(f"{flag} {path}: has no folder {revision!r} within it, the revision that was asked for")
+    return path, revision

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from llava.chart import Line, Point, draw_chart
 from llava.draw import bare_letters, stack
-from llava.eval.babylm.results import ACCURACY, TaskResult
+from llava.eval.babylm.results import ACCURACY, GroupResult, TaskResult
 from llava.eval.blind import BlindCheck
 from llava.io import write_beside
 
@@ -144,7 +144,7 @@ class ScoreTable:
             )  # fmt: skip
         before_all = self.rows, self.groups, self.checks
         self.rows = [*self.rows, row]
-        self.groups = [*self.groups, *(GroupRow(step, words, result.task, *astuple(group)) for group in result.rows)]
+        self.groups = [*self.groups, *(_group_row(step, words, result.task, group) for group in result.rows)]
         if blind is not None:
             told = blind.score, blind.other_score, blind.drop, blind.low, blind.high, int(blind.is_blind)
             self.checks = [*self.checks, BlindRow(step, words, result.task, *told)]
@@ -199,6 +199,11 @@ def draw_scores(rows: Sequence[ScoreRow], name: str) -> Image:
 def _point(row: ScoreRow, counted: bool) -> Point:
     assert row.score is not None
     return Point(float(row.words or 1) if counted else row.step, row.score, row.low, row.high)
+
+
+def _group_row(step: int, words: int | None, task: str, group: GroupResult) -> GroupRow:
+    numbers = group.score, group.adjusted, group.ties, group.num_items
+    return GroupRow(step, words, task, group.kind, group.name, *numbers)
 
 
 def _write_csv(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:

@@ -45,10 +45,10 @@ def build_parser() -> CommandParser:
     add("--data", nargs="+", metavar="PATH", help="folders that hold tasks, zips of them, or files of JSON lines")
     add("--tasks", nargs="+", metavar="NAME", help="only these (default: all that are found)")
     add("--pairs", nargs="+", metavar="FILE", help="pairs of one's own: .jsonl, .tsv or .csv, each file a task")
-    add("--pair_columns", nargs="+", metavar="NAME", help="their columns of sentences, the right one first")
+    add("--pair_columns", nargs="+", metavar="NAME", help="their columns of sentences, the right one first; or one")
     add("--prefix_column", metavar="NAME", help="their column of what stands before each sentence, which is not scored")
     add("--group_columns", nargs="+", metavar="NAME", help="their columns of groups; the first one's are averaged over")
-    add("--label_column", metavar="NAME", help="their column that says which sentence is right: its number or column")
+    add("--label_column", metavar="NAME", help="which sentence is right: its number or column; of one: 1 or 0")
     add("--image_folder", metavar="DIR", help="pictures of winoground and vqa (default: images/ beside their items)")
     add("--out", default="results", metavar="DIR", help="where results go (default: results)")
     add("--fast", action="store_true", help="a part of each task, of the official fast sizes; the same in every run")
@@ -84,8 +84,11 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     columns = ("pair_columns", "prefix_column", "group_columns", "label_column")
     if not args.pairs and (given := [name for name in columns if getattr(args, name)]):
         raise CommandLineError(f"--{given[0]} is about --pairs, which is not given")
-    if args.pair_columns and len(args.pair_columns) < 2:
-        raise CommandLineError(f"--pair_columns is {args.pair_columns[0]}; give two or more, the right one first")
+    if args.pair_columns and len(args.pair_columns) < 2 and not args.label_column:
+        raise CommandLineError(
+            f"--pair_columns is {args.pair_columns[0]}; give two or more, the right one first, or --label_column, "
+            "which says of each sentence whether it is acceptable (1 or 0)"
+        )
     check_output_folder(args.out, "--out")
     return args
 
@@ -166,6 +169,12 @@ class _Loader:
             self._scorer = (self._load or self._load_model)(self.model, self.revision)
         return self._scorer
 
+    def count_tokens(self, choices: Sequence[Choice]) -> list[int]:
+        """Of each choice of a single candidate, how many tokens are scored."""
+        from llava.eval.likelihood import count_tokens
+
+        return [number for (number,) in count_tokens(self.model, self.revision, choices, "--model_path")]
+
     def _load_model(self, model: str, revision: str | None) -> Scorer:
         import torch
 
@@ -196,7 +205,8 @@ def score_task(
     choices = [item.choice for item in items]
     told = _score(args, folder, items, choices, loader, f"{data.name}", "own")
     result = summarize(data, items, told, args.seed)
-    write_official(folder, items, told, result)
+    if items[0].acceptable is None:  # A single sentence is no choice that official files could have.
+        write_official(folder, items, told, result)
     if args.no_blind_check or not data.task.needs_images:
         return result, None
     swapped = swap_media(choices, args.seed)
@@ -218,19 +228,22 @@ def _score(
 ) -> list[tuple[float, ...]]:
     from tqdm import tqdm
 
+    from llava.eval.babylm.acceptability import SentenceScorer
     from llava.eval.babylm.model_scores import ITEM_SCORES, Settings, hash_items, score_items
 
+    labels = [item.acceptable for item in items if item.acceptable is not None]
     settings = Settings(
         model=loader.model,
         model_files=_hash_files(loader.model, loader.revision),
-        items=hash_items(choices),
+        items=hash_items(choices, labels),
         dtype=args.dtype,
         shown=shown,
     )
     name = ITEM_SCORES if shown == "own" else f"{shown}_{ITEM_SCORES}"
     # None: no bar where standard error is no terminal.
     with tqdm(total=len(items), desc=f"{Path(loader.model).name} {label}", unit=" items", disable=None) as bar:
-        return score_items(folder, settings, items, choices, loader, bar.update, args.overwrite, name)
+        get_scorer = (lambda: SentenceScorer(loader(), loader.count_tokens)) if labels else loader
+        return score_items(folder, settings, items, choices, get_scorer, bar.update, args.overwrite, name)
 
 
 def _hash_files(model: str, revision: str | None) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.eval.babylm.model_scores import ITEM_SCORES, read_item_scores, read_ratios
-from llava.eval.babylm.results import average_groups, best_candidates, first_shares, spearman
+from llava.eval.babylm.acceptability import RocArea
+from llava.eval.babylm.model_scores import ITEM_SCORES, read_item_scores, read_labels, read_ratios
+from llava.eval.babylm.results import average_groups, best_candidates, first_shares, spearman, token_means
 
 _NUM_RESAMPLES = 10_000
 _NUM_RANK_RESAMPLES = 2_000
 _LEVEL = 0.95
+
+Statistic = Callable[[NDArray[np.int64]], float | None]
+"""Of items by their indices, some of them drawn several times; None where they have none."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,13 @@ class Comparison:
     Attributes:
         task: its folder of results.
         first, second: their scores: right items in %, ties at 1/k, averaged over groups; of the wug tasks Spearman's
-            rho times 100, None where a model has none.
+            rho times 100, None where a model has none; of sentences with a label the area under the ROC curve,
+            times 100.
         difference: second less first.
         low, high: its interval at 95 %, of items drawn anew within their groups, the same for both models.
         only_first, only_second: items that one alone has right; None of a correlation.
         p_value: of McNemar's exact test of these two numbers: how likely they, or less equal ones, are by chance; None
-            of a correlation, whose items are not right or wrong.
+            of a correlation and an area, whose items are not right or wrong.
         num_items: that both were scored on.
     """
 
@@ -107,28 +113,39 @@ def compare_scores(task: str, first: Path, second: Path, seed: int) -> Compariso
             raise ValueError(f"--compare: {first} does not have people's ratios; score it again with --overwrite")
         people = np.array([ratios[name] for name in ids])
         shares = [first_shares([told[name] for name in ids]) for told in (one, two)]
-        return compare_correlations(task, shares[0], shares[1], people, seed)
+        rhos = [partial(_spearman_of, values, people) for values in shares]
+        return compare_statistics(task, rhos[0], rhos[1], len(ids), seed)
+    if labels := read_labels(first):
+        acceptable = np.array([labels[name] for name in ids])
+        areas = [RocArea(token_means([told[name] for name in ids]), acceptable) for told in (one, two)]
+        return compare_statistics(task, partial(_area_of, areas[0]), partial(_area_of, areas[1]), len(ids), seed)
     return compare_outcomes(task, ids, _outcomes(one, ids), _outcomes(two, ids), seed)
 
 
-def compare_correlations(
-    task: str, first: NDArray[np.float64], second: NDArray[np.float64], people: NDArray[np.float64], seed: int = 0
-) -> Comparison:
-    """Compare two models by how their shares, (items,), go with those of people; the same items drawn for both."""
-    rhos = [spearman(one, people) for one in (first, second)]
-    scores = [None if rho is None else 100 * rho for rho in rhos]
+def _spearman_of(shares: NDArray[np.float64], people: NDArray[np.float64], drawn: NDArray[np.int64]) -> float | None:
+    return spearman(shares[drawn], people[drawn])
+
+
+def _area_of(area: RocArea, drawn: NDArray[np.int64]) -> float | None:
+    return area(np.bincount(drawn, minlength=area.num_items).astype(np.float64))
+
+
+def compare_statistics(task: str, first: Statistic, second: Statistic, num_items: int, seed: int = 0) -> Comparison:
+    """Compare two models by a number that all items make together; the same items are drawn for both."""
+    found = [statistic(np.arange(num_items)) for statistic in (first, second)]
+    scores = [None if one is None else 100 * one for one in found]
     if scores[0] is None or scores[1] is None:
-        return Comparison(task, scores[0], scores[1], None, None, None, None, None, None, len(people))
+        return Comparison(task, scores[0], scores[1], None, None, None, None, None, None, num_items)
     generator = np.random.default_rng(seed)
     differences = []
     for _ in range(_NUM_RANK_RESAMPLES):
-        drawn = generator.integers(len(people), size=len(people))
-        one, two = (spearman(shares[drawn], people[drawn]) for shares in (first, second))
+        drawn = generator.integers(num_items, size=num_items)
+        one, two = first(drawn), second(drawn)
         if one is not None and two is not None:
             differences.append(100 * (two - one))
     low, high = np.quantile(differences, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Comparison(
-        task, scores[0], scores[1], scores[1] - scores[0], float(low), float(high), None, None, None, len(people)
+        task, scores[0], scores[1], scores[1] - scores[0], float(low), float(high), None, None, None, num_items
     )
 
 

@@ -33,15 +33,13 @@ class Settings(TypedDict):
     shown: str
 
 
-def hash_items(choices: Sequence[Choice]) -> str:
-    """A hash of what is scored, and of the names under which scores are written down."""
-    return hash_json(
-        [
-            [choice.id, [[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
-            for choice in choices
-        ],
-        16,
-    )
+def hash_items(choices: Sequence[Choice], labels: Sequence[bool] = ()) -> str:
+    """A hash of what is scored, and of what is written down beside scores: names, and labels of single sentences."""
+    told: list[object] = [
+        [choice.id, [[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
+        for choice in choices
+    ]
+    return hash_json([told, list(labels)] if labels else told, 16)
 
 
 def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, dict[str, tuple[float, ...]]] | None:
@@ -66,9 +64,16 @@ def read_ratios(folder: Path) -> dict[str, float]:
     return {row["id"]: row["ratio"] for row in read_json_lines(folder / ITEM_SCORES)[1:] if "ratio" in row}
 
 
+def read_labels(folder: Path) -> dict[str, bool]:
+    """Of sentences with a label, whether each is acceptable, as the scores were written with; else nothing."""
+    rows = read_json_lines(folder / ITEM_SCORES)[1:]
+    return {row["id"]: row["acceptable"] for row in rows if "acceptable" in row}
+
+
 def _row(item: Item, scores: Sequence[float]) -> dict[str, object]:
     row: dict[str, object] = {"id": item.id, "scores": list(scores)}
-    return row if item.ratio is None else row | {"ratio": item.ratio}
+    more = {"ratio": item.ratio, "acceptable": item.acceptable}
+    return row | {name: value for name, value in more.items() if value is not None}
 
 
 def score_items(

@@ -1,4 +1,4 @@
-"""``--pairs``: files of one's own with a column for each candidate, such as MultiBLiMP and BLiMP-IT."""
+"""``--pairs``: files of one's own, with a column for each candidate (MultiBLiMP, BLiMP-IT) or with labels (ItaCoLA)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ class PairColumns:
 
     Attributes:
         candidates: a column for each candidate, the right one first; None for the ``KNOWN_COLUMNS`` that are there.
+            A single one has sentences with a label.
         prefix: of what stands before every candidate and is not scored; None scores the candidates as a whole.
-        groups: the first one's groups are averaged over, the others are shown beside; none makes one group.
-        label: of which candidate is right: its number, from 0, or the name of its column; None for the first.
+        groups: the first one's groups are averaged over, the others are shown beside; none makes one group. Those of
+            sentences with a label are all shown beside.
+        label: of which candidate is right: its number, from 0, or the name of its column; None for the first. Of a
+            single sentence, whether it is acceptable: 1 or 0.
     """
 
     candidates: tuple[str, ...] | None = None
@@ -34,6 +37,8 @@ class PairColumns:
 
     def parse(self, row: Row) -> Parsed:
         """A row's meaning."""
+        if self.candidates and len(self.candidates) == 1:
+            return self._parse_sentence(row, self.candidates[0])
         names = self.candidates or self._known(row)
         texts = [row.text(name) for name in names]
         right = self._find_right(row, names)
@@ -43,6 +48,19 @@ class PairColumns:
         candidates = [_behind(prefix, text) for text in texts]
         uid = row.label(self.groups[0]) if self.groups else row.file.stem
         return Parsed(uid, candidates, texts, fields={name: row.label(name) for name in self.groups[1:]})
+
+    def _parse_sentence(self, row: Row, name: str) -> Parsed:
+        """A sentence with a label."""
+        assert self.label is not None
+        label = row.label(self.label)
+        if label not in ("0", "1"):
+            raise ValueError(
+                f"{row.source}: {self.label!r} is {label!r}; expected 1 (acceptable) or 0, as --pair_columns names a "
+                "single column"
+            )
+        candidate = _behind("" if self.prefix is None else row.text(self.prefix), row.text(name))
+        fields = {column: row.label(column) for column in self.groups}
+        return Parsed(row.file.stem, [candidate], fields=fields, acceptable=label == "1")
 
     def _known(self, row: Row) -> tuple[str, ...]:
         for names in KNOWN_COLUMNS:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.eval.babylm.acceptability import RocArea, matthews, predict_held_out
 from llava.eval.babylm.tasks import Item, TaskData
 from llava.eval.blind import BlindCheck, check_blindness
 
 UID = "UID"
-ACCURACY, CORRELATION = "accuracy, %", "Spearman's rho, x 100"
-"""What a score is. Both are shown times 100, as the leaderboard has them."""
+ACCURACY, CORRELATION, AREA = "accuracy, %", "Spearman's rho, x 100", "area under the ROC curve, x 100"
+"""What a score is. All are shown times 100, as the leaderboard has them."""
+MEASURE = "measure"
+"""The kind of the rows that say something else than the score about the same sentences."""
 _NUM_RESAMPLES = 1000
 _LEVEL = 0.95
 _SPLITS = ("regular", "ambiref", "move_contents")
@@ -32,6 +36,7 @@ class GroupResult:
         adjusted: where k candidates tie, an item counts 1/k if the right one is among them.
         ties: items whose best score several candidates have.
         num_items: all of them.
+        low, high: the interval of ``score`` at 95 %, where it is told.
     """
 
     kind: str
@@ -40,6 +45,8 @@ class GroupResult:
     adjusted: float
     ties: int
     num_items: int
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class TaskResult:
 
     Attributes:
         task: its name.
-        metric: what the scores are: ``ACCURACY`` or ``CORRELATION``.
+        metric: what the scores are: ``ACCURACY``, ``CORRELATION`` or ``AREA``.
         official: as the official pipeline counts: the first of several equal candidates is taken, and groups are
             averaged. None where there is none: a correlation with what is the same for every item.
         adjusted: the same with ties at 1/k each.
@@ -99,6 +106,8 @@ def summarize(data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[f
     """
     if not items:
         raise ValueError(f"{data.name}: there is no item to score")
+    if items[0].acceptable is not None:
+        return _summarize_labels(data, items, scores, seed)
     best = [best_candidates(told) for told in scores]
     ties = np.array([len(indices) > 1 for indices in best])
     if items[0].ratio is not None:
@@ -242,3 +251,62 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts + 1) / 2)[inverse])
+
+
+# Sentences with a label, whose scores are a sum and the number of tokens that it is of.
+
+
+def token_means(scores: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The mean log-probability of a token of each sentence, float64 (items,)."""
+    table = np.array([list(told) for told in scores], dtype=np.float64)
+    return np.asarray(table[:, 0] / table[:, 1])
+
+
+def _summarize_labels(
+    data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[float]], seed: int
+) -> TaskResult:
+    labels = np.array([bool(item.acceptable) for item in items])
+    means, table = token_means(scores), np.array([list(told) for told in scores], dtype=np.float64)
+    sums, lengths = table[:, 0], table[:, 1]
+    texts = [item.choice.candidates[0].text for item in items]
+    statistics: dict[str, Callable[[NDArray[np.float64] | None], float | None]] = {
+        "area, mean of a token": RocArea(means, labels),
+        "area, sum": RocArea(sums, labels),
+        "area, sentences of one length": RocArea(sums, labels, lengths),
+        "area, the shorter sentence": RocArea(-lengths, labels),
+    }
+    for name, values in (("mean of a token", means), ("sum", sums)):
+        predicted = predict_held_out(values, labels, texts, seed)
+        statistics[f"Matthews correlation, {name}"] = partial(matthews, labels, predicted)
+    rows = [
+        GroupResult(MEASURE, name, score, score, 0, len(items), low, high)
+        for name, statistic in statistics.items()
+        for score, low, high in [_measure(statistic, len(items), seed)]
+        if score is not None
+    ]
+    ties = len(items) - len(np.unique(means))
+    for kind in dict.fromkeys(kind for item in items for kind in item.fields):
+        for name in sorted({item.fields[kind] for item in items}):
+            own = np.array([item.fields[kind] == name for item in items])
+            score, low, high = _measure(RocArea(means[own], labels[own]), int(own.sum()), seed)
+            if score is not None:  # Of one where all labels are the same there is none.
+                rows.append(GroupResult(kind, name, score, score, 0, int(own.sum()), low, high))
+    area = rows[0]
+    # Sentences with the same mean count one half against each other, so that ties are adjusted for already.
+    return TaskResult(data.name, AREA, area.score, area.score, area.low, area.high, ties, len(items), 50.0, tuple(rows))
+
+
+def _measure(
+    statistic: Callable[[NDArray[np.float64] | None], float | None], num_items: int, seed: int
+) -> tuple[float | None, float | None, float | None]:
+    """A statistic of sentences times 100, and its interval by drawing them anew."""
+    score = statistic(None)
+    if score is None:
+        return None, None, None
+    generator = np.random.default_rng(seed)
+    drawn = (
+        statistic(np.bincount(generator.integers(num_items, size=num_items), minlength=num_items).astype(np.float64))
+        for _ in range(_NUM_RESAMPLES)
+    )
+    low, high = np.quantile([one for one in drawn if one is not None], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return 100 * score, 100 * float(low), 100 * float(high)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.eval.babylm.results import TaskResult
+from llava.eval.babylm.results import GroupResult, TaskResult
 from llava.eval.blind import BlindCheck
 from llava.io import write_beside, write_json
 
@@ -102,8 +102,8 @@ def describe_csv(models: Sequence[ModelResults]) -> str:
             for row in result.rows:
                 writer.writerow(
                     [
-                        *head, row.kind, row.name, _number(row.score), "", "", _number(row.adjusted), row.ties,
-                        row.num_items, metric,
+                        *head, row.kind, row.name, *map(_number, (row.score, row.low, row.high, row.adjusted)),
+                        row.ties, row.num_items, metric,
                     ]
                 )  # fmt: skip
     return file.getvalue()
@@ -116,7 +116,8 @@ def describe_markdown(models: Sequence[ModelResults]) -> str:
     lines = ["# Scores", "", *_table(["task", *heads], ([name, *(_score(m, name) for m in models)] for name in names))]
     lines += [
         "", "Official score, with its 95 % interval (items drawn anew within their groups). Accuracies are means over "
-        "groups, in %; of wug_adj and wug_past it is Spearman's rho, times 100.", "",
+        "groups, in %; of wug_adj and wug_past it is Spearman's rho, of sentences with a label the area under the ROC "
+        "curve, times 100.", "",
     ]  # fmt: skip
     rows = (
         [head, name, str(result.num_items), str(result.ties), f"{result.official:.2f}", f"{result.adjusted:.2f}",
@@ -145,8 +146,8 @@ def _describe_groups(name: str, heads: Sequence[str], results: Sequence[TaskResu
     keys = dict.fromkeys((row.kind, row.name) for result in results if result is not None for row in result.rows)
     if len(keys) < 2:
         return []
-    scores = [{} if r is None else {(row.kind, row.name): row.score for row in r.rows} for r in results]
-    rows = ([kind, group, *(_shown(told.get((kind, group))) for told in scores)] for kind, group in keys)
+    scores = [{} if r is None else {(row.kind, row.name): _with_interval(row) for row in r.rows} for r in results]
+    rows = ([kind, group, *(told.get((kind, group), "") for told in scores)] for kind, group in keys)
     return ["", f"## {name}", "", *_table(["kind", "group", *heads], rows)]
 
 
@@ -163,6 +164,10 @@ def _score(model: ModelResults, name: str) -> str:
     if result.official is None:
         return "none: the model's shares are all the same"
     return f"{result.official:.2f} [{_shown(result.low)}, {_shown(result.high)}]"
+
+
+def _with_interval(row: GroupResult) -> str:
+    return _shown(row.score) + ("" if row.low is None else f" [{_shown(row.low)}, {_shown(row.high)}]")
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llava.eval.babylm.acceptability import check_labels
 from llava.eval.babylm.sources import Collection, SourceFile, find_collections
 from llava.eval.choices import Candidate, Choice
 from llava.messages import shorten
@@ -45,6 +46,7 @@ class Item:
         predictions: what official files write for each candidate.
         fields: other groups that the item is in, such as the field of linguistics, by their kind.
         ratio: the share of people who chose the first candidate; None where one candidate is right.
+        acceptable: of a single sentence, whether it is; None of candidates of which one is right.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Item:
     predictions: tuple[str, ...]
     fields: Mapping[str, str] = field(default_factory=dict)
     ratio: float | None = None
+    acceptable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Parsed:
     media: tuple[Media, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     ratio: float | None = None
+    acceptable: bool | None = None
 
 
 def _whole(*texts: str) -> list[Candidate]:
@@ -377,14 +381,16 @@ def read_items(data: TaskData, fast: bool = False, seed: int = 0) -> list[Item]:
         parsed = data.task.parse(row)
         number = counts[parsed.uid] = counts.get(parsed.uid, -1) + 1
         candidates = tuple(parsed.candidates)
-        if len(candidates) < 2:
+        if len(candidates) < 2 and parsed.acceptable is None:
             raise ValueError(f"{row.source}: has {len(candidates)} candidates; expected two or more")
         predictions = tuple(parsed.predictions) or tuple(one.text[one.start :] for one in candidates)
         uid = f"{parsed.uid}_{number}"
         choice = Choice(uid, candidates, parsed.media, row.source)
-        items.append(Item(uid, choice, parsed.uid, 0, predictions, parsed.fields, parsed.ratio))
+        items.append(Item(uid, choice, parsed.uid, 0, predictions, parsed.fields, parsed.ratio, parsed.acceptable))
     # Official fast data are a choice already, and are taken whole.
-    return sample_groups(items, data.name, seed) if fast and not data.is_fast else items
+    items = sample_groups(items, data.name, seed) if fast and not data.is_fast else items
+    check_labels([item.acceptable for item in items], items[-1].choice.source)
+    return items
 
 
 def describe_repeats(name: str, items: Sequence[Item]) -> list[str]:
