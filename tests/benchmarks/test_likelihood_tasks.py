@@ -1,0 +1,49 @@
+"""Items of every task but BLiMP have the winners of a float64 model that reads one candidate after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.eval.babylm.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def likelihood_tasks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("likelihood_tasks", ROOT / "benchmarks" / "likelihood_tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["likelihood_tasks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_winners_are_those_of_each_candidate_alone_in_float64(
+    likelihood_tasks: ModuleType, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(tmp_path / f"{number}.jpg")
+    size = likelihood_tasks.Size(width=32, layers=2, tower_width=32, tower_layers=3, side=56)
+    monkeypatch.setattr(likelihood_tasks, "PARITY", size)
+    flags = ["--tokenizer", str(llama_dir), "--pictures", str(tmp_path), "--out", str(tmp_path / "found.json")]
+    likelihood_tasks.main([*flags, "--items", "10", "--parity", str(llama_dir)])
+    models = json.loads((tmp_path / "found.json").read_text())["parity"]
+    assert len(models) == 2
+    for model in models:
+        assert {*model["tasks"]} == {*TASKS, "pairs"} - {"blimp"}
+        for task, told in model["tasks"].items():
+            assert told["items"] == told["same_winner"] == 10, (model["model"], task, told)
+            assert told["largest_difference_of_scores"] < 1e-3, (model["model"], task, told)
+            if task in ("winoground", "vqa"):
+                assert told["median_change_of_a_score_by_another_picture"] > 1e-3, (model["model"], task, told)
