@@ -28,6 +28,7 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
+from llava.train.family_flags import explain_environment, take_from_environment, whole_roots
 from llava.train.milestones import parse_milestones, parse_words
 from llava.train.progress_arguments import ScoringArguments
 from llava.train.transformers_flags import check_flags, check_spelling
@@ -130,6 +131,10 @@ class ModelArguments:
                 f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "
                 "before a frame is masked, so the number of patches cannot vary"
             )
+        take_from_environment(self, os.environ)
+        if self.mm_resampler_type == "fast_slow_resampler":
+            self.mm_perceiver_latents = whole_roots(self.mm_perceiver_latents, "mm_perceiver_latents")
+            self.mm_perceiver_latents_fast = whole_roots(self.mm_perceiver_latents_fast, "mm_perceiver_latents_fast")
         _check_values(self)
         if self.stage == CONTENT and self.grounding not in (None, NO_GROUNDING):
             raise ValueError(f"--grounding {self.grounding} needs --stage 2: stage 1 trains content alone")
@@ -195,7 +200,7 @@ class DataArguments:
     """What relative image paths start from (default: the data file's folder); "" takes all paths as they are, relative
     ones from the current folder."""
     video_folder: str | None = None
-    """The same for videos."""
+    """What relative video paths start from (default: the data file's folder); "" as for images."""
     allow_outside_paths: bool = False
     """Let paths in data files lead out of --image_folder and --video_folder (or, without these, out of the data file's
     folder), be it by .., as absolute paths or through links."""
@@ -355,6 +360,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
         check_spelling(self)
+        take_from_environment(self, os.environ)
         self._read_words()
         # Checked before it: what transformers would fail on without naming a flag. After it: what it has read.
         asked_to_evaluate = self.do_eval
@@ -365,6 +371,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
         # transformers makes it true for --eval_strategy; here it asks for an evaluation at the end.
         self.do_eval = asked_to_evaluate
         check_flags(self)
+        explain_environment(os.environ, str(self.report_to))
         check_optimization(self)
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.

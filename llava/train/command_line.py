@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import logging
 import operator
 import re
 import sys
@@ -23,42 +22,21 @@ from llava.command import FAILED, CommandParser
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.registry import import_plugins
+from llava.train.family_flags import FAMILY_FLAGS, translate
 from llava.train.transformers_flags import AS_IN_TRANSFORMERS, FLAGS, REFUSED, TOPICS, WORKS
 
 if TYPE_CHECKING:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
-logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PROGRAM = "python -m llava.train.train"
 DESCRIPTION = "Train a language model on text, images and videos."
 CONFIG_HELP = "Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
 
-RENAMED = {
-    "warmup_ratio": "warmup_steps",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "mm_image_grid_pinpoints": "image_grid_pinpoints",
-}
-"""Flags of the family's scripts that have another name now."""
-RETIRED = {
-    "lazy_preprocess": "samples are always read when they are needed",
-    "save_safetensors": "checkpoints are always safetensors",
-    "is_multimodal": "a sample's own media decide",
-}
-"""Flags that ask for what is always so."""
-ALWAYS_OFF = ("force_sample", "use_downsample_image", "mm_use_im_start_end", "mm_use_im_patch_token", "lora_bias")
-"""Switches of the family's scripts that are accepted only as what happens anyway: off."""
-GROUPING = ("group_by_modality_length", "group_by_length")
-"""Switches of the family's scripts, values of ``--train_sampling_strategy`` now; the first that is on counts."""
-UNGROUPED = "random"
-"""The value of ``--train_sampling_strategy`` where they are off."""
 MAY_BE_EMPTY = ("image_folder", "video_folder", "lora_weight_path", "run_name", "fsdp", "debug")
 """Flags of which an empty value says "none", as the family's scripts give them."""
 
-_OFF = ("false", "0", "no", "none")
-_ON = ("true", "1", "yes")
 _HEADING = re.compile(r" *# --- (.+) ---")
 _OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.Pow: operator.pow}
 _OTHER = list(TOPICS)[-1]
@@ -76,7 +54,7 @@ def answer_at_once(words: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in words):
         print(_help_parser().format_help(), end="")
         return 0
-    known = {*read_flags(), *RENAMED, *RETIRED, *ALWAYS_OFF, *GROUPING, "config"}
+    known = {*read_flags(), *FAMILY_FLAGS, "config"}
     # HfArgumentParser adds --no_x for every switch x that is true by default.
     known |= {f"no_{flag.name}" for flag in read_flags().values() if flag.kind == "bool" and flag.default == "True"}
     for word in words:
@@ -122,7 +100,7 @@ def parse_values(
     parser = build_parser(optional)
     recipe, words = _take_config(words)
     before = [] if recipe is None else _recipe_words(recipe, parser)
-    known = parser.parse_words(_translate(words), also, before)
+    known = parser.parse_words(translate(words, MAY_BE_EMPTY), also, before)
     # Before any group looks at its values: they may be names that a plugin registers.
     if known.plugins:
         import_plugins(known.plugins)
@@ -186,7 +164,7 @@ def _recipe_words(path: Path, parser: CommandParser) -> list[str]:
     for key, value in recipe.items():
         if value is not None:
             words += [f"--{key}", *(map(_as_word, value) if isinstance(value, list) else [_as_word(value)])]
-    words = _translate(words)
+    words = translate(words, MAY_BE_EMPTY)
     flags = [word[2:] for word in words if word.startswith("--")]
     for flag in flags:
         if f"--{flag}" not in parser._option_string_actions:
@@ -198,82 +176,6 @@ def _as_word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, default=str) if isinstance(value, dict) else str(value)  # A date is its text.
-
-
-def _translate(words: list[str]) -> list[str]:
-    """Map flags that the family's scripts still pass to today's, with a note for each."""
-    words = _resolve_warmup(words)
-    translated: list[str] = []
-    grouping: dict[str, bool] = {}
-    skipping = False
-    for i, word in enumerate(words):
-        if not word.startswith("--"):
-            translated += [] if skipping else [word]
-            continue
-        name, equals, value = word[2:].partition("=")
-        given = value if equals else (words[i + 1] if i + 1 < len(words) else "")
-        # The words behind such a flag, up to the next one, are its value and go with it.
-        skipping = name in RETIRED or name in ALWAYS_OFF or name in GROUPING
-        if name in RENAMED:
-            logger.warning("--%s is now --%s", name, RENAMED[name])
-            translated.append(f"--{RENAMED[name]}{equals}{value}")
-        elif name in RETIRED:
-            logger.warning("--%s is not needed any more: %s", name, RETIRED[name])
-        elif name in ALWAYS_OFF:
-            if given.lower() not in _OFF:
-                raise ValueError(f"--{name} {given}: not available in this version; leave the flag out")
-            logger.warning("--%s is not needed any more: off is all there is", name)
-        elif name in GROUPING:
-            if given and not given.startswith("--") and given.lower() not in (*_ON, *_OFF):
-                raise ValueError(f"--{name} is {shorten(given)}, expected true or false")
-            grouping[name] = given.lower() not in _OFF
-        else:
-            translated.append(word)
-    return _translate_grouping(grouping) + translated
-
-
-def _resolve_warmup(words: list[str]) -> list[str]:
-    """Of ``--warmup_ratio`` and ``--warmup_steps`` the one that counts, as older transformers had it.
-
-    Steps count unless they are 0; flags of a command line, which come later, override those of its recipe.
-
-    Raises:
-        ValueError: the ratio is not below 1, and would be a number of steps.
-    """
-    given: dict[str, tuple[int, int, float]] = {}
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in ("--warmup_ratio", "--warmup_steps"):
-            text = value if equals else (words[i + 1] if i + 1 < len(words) else "")
-            number = _as_number(text)
-            if number is None:
-                return words  # which the parser explains
-            if name == "--warmup_ratio" and not 0 <= number < 1:
-                raise ValueError(f"--warmup_ratio is {text}; it is a share of the steps, at least 0 and below 1")
-            given[name] = (i, i + (1 if equals else 2), number)
-    if len(given) < 2:
-        return words
-    steps_count = given["--warmup_steps"][2] > 0
-    if steps_count and given["--warmup_ratio"][2] > 0:
-        logger.warning("--warmup_steps and --warmup_ratio are both given: the steps count")
-    first, behind, _ = given["--warmup_ratio" if steps_count else "--warmup_steps"]
-    return words[:first] + words[behind:]
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _translate_grouping(switches: dict[str, bool]) -> list[str]:
-    """The family's switches for grouping as words; they come first, so that the flag of today overrides them."""
-    if not switches:
-        return []
-    strategy = next((name for name in GROUPING if switches.get(name)), UNGROUPED)
-    logger.warning("--%s is now --train_sampling_strategy %s", " and --".join(switches), strategy)
-    return ["--train_sampling_strategy", strategy]
 
 
 # The flags as the source has them.

@@ -311,15 +311,11 @@ def build_bad_sample_log(data_args: DataArguments, training_args: TrainingArgume
 
 
 def choose_max_length(asked: int | None, model: LlavaMetaForCausalLM) -> int:
-    """Most tokens of a sample: what was asked for, or the model's context.
-
-    Raises:
-        ValueError: more than the context was asked for.
-    """
+    """Most tokens of a sample: what was asked for, but no more than the model's context."""
     context = model.config.max_position_embeddings
     if asked is not None and asked > context:
-        raise ValueError(f"--model_max_length is {asked}, but the model's context is {context}; lower it")
-    return asked or context
+        logger.warning("--model_max_length is %d, but the model's context is %d, which is taken", asked, context)
+    return min(asked or context, context)
 
 
 def choose_format(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Format:
