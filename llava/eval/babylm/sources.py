@@ -146,6 +146,8 @@ def find_collections(path: str) -> list[Collection]:
                     groups.setdefault(member.parent, []).append(SourceFile(root, name))
     elif root.suffix == SUFFIX:
         groups[root.parent] = [SourceFile(root)]
+    elif root.suffix == ".zip":
+        raise ValueError(f"--data {shorten_text(path)}: is no whole zip, it is cut short or damaged; copy it again")
     else:
         raise ValueError(f"--data {shorten_text(path)}: expected a folder, a zip or a file of JSON lines ({SUFFIX})")
     if not groups:

@@ -137,6 +137,9 @@ def test_zips_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / f"{name}.zip").write_bytes(changed)
         with pytest.raises(ValueError, match=rf"{name}.zip:blimp/a.jsonl.* {said}"):
             read_items(find_tasks([str(tmp_path / f"{name}.zip")], ["blimp"]).tasks[0])
+    (tmp_path / "cut.zip").write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cut\.zip: is no whole zip, it is cut short or damaged; copy it again"):
+        find_tasks([str(tmp_path / "cut.zip")])
 
 
 def test_lines_without_an_end_are_not_read(tmp_path: Path, monkeypatch) -> None:
