@@ -17,6 +17,7 @@ from llava.eval.blind import BlindCheck, check_blindness
 UID = "UID"
 ACCURACY, CORRELATION, AREA = "accuracy, %", "Spearman's rho, x 100", "area under the ROC curve, x 100"
 """What a score is. All are shown times 100, as the leaderboard has them."""
+MATTHEWS = "Matthews correlation, x 100"
 MEASURE = "measure"
 """The kind of the rows that say something else than the score about the same sentences."""
 _NUM_RESAMPLES = 1000
@@ -37,6 +38,7 @@ class GroupResult:
         ties: items whose best score several candidates have.
         num_items: all of them.
         low, high: the interval of ``score`` at 95 %, where it is told.
+        metric: what ``score`` is, where that is not the task's.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class GroupResult:
     num_items: int
     low: float | None = None
     high: float | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -257,9 +260,12 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def token_means(scores: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """The mean log-probability of a token of each sentence, float64 (items,)."""
+    """The mean log-probability of a token of each sentence, float64 (items,), to what float32 can tell.
+
+    The same sentence in another batch has another score in its last digits, and would be above itself.
+    """
     table = np.array([list(told) for told in scores], dtype=np.float64)
-    return np.asarray(table[:, 0] / table[:, 1])
+    return np.asarray(np.round(table[:, 0] / table[:, 1], 5))
 
 
 def _summarize_labels(
@@ -267,7 +273,7 @@ def _summarize_labels(
 ) -> TaskResult:
     labels = np.array([bool(item.acceptable) for item in items])
     means, table = token_means(scores), np.array([list(told) for told in scores], dtype=np.float64)
-    sums, lengths = table[:, 0], table[:, 1]
+    sums, lengths = np.round(table[:, 0], 4), table[:, 1]
     texts = [item.choice.candidates[0].text for item in items]
     statistics: dict[str, Callable[[NDArray[np.float64] | None], float | None]] = {
         "area, mean of a token": RocArea(means, labels),
@@ -275,16 +281,17 @@ def _summarize_labels(
         "area, sentences of one length": RocArea(sums, labels, lengths),
         "area, the shorter sentence": RocArea(-lengths, labels),
     }
+    areas = set(statistics)
     for name, values in (("mean of a token", means), ("sum", sums)):
         predicted = predict_held_out(values, labels, texts, seed)
         statistics[f"Matthews correlation, {name}"] = partial(matthews, labels, predicted)
     rows = [
-        GroupResult(MEASURE, name, score, score, 0, len(items), low, high)
+        GroupResult(MEASURE, name, score, score, 0, len(items), low, high, None if name in areas else MATTHEWS)
         for name, statistic in statistics.items()
         for score, low, high in [_measure(statistic, len(items), seed)]
         if score is not None
     ]
-    ties = len(items) - len(np.unique(means))
+    counts = np.unique(means, return_counts=True)[1]
     for kind in dict.fromkeys(kind for item in items for kind in item.fields):
         for name in sorted({item.fields[kind] for item in items}):
             own = np.array([item.fields[kind] == name for item in items])
@@ -293,7 +300,18 @@ def _summarize_labels(
                 rows.append(GroupResult(kind, name, score, score, 0, int(own.sum()), low, high))
     area = rows[0]
     # Sentences with the same mean count one half against each other, so that ties are adjusted for already.
-    return TaskResult(data.name, AREA, area.score, area.score, area.low, area.high, ties, len(items), 50.0, tuple(rows))
+    return TaskResult(
+        data.name,
+        AREA,
+        area.score,
+        area.score,
+        area.low,
+        area.high,
+        int(counts[counts > 1].sum()),
+        len(items),
+        50.0,
+        tuple(rows),
+    )
 
 
 def _measure(

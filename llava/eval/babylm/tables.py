@@ -103,7 +103,7 @@ def describe_csv(models: Sequence[ModelResults]) -> str:
                 writer.writerow(
                     [
                         *head, row.kind, row.name, *map(_number, (row.score, row.low, row.high, row.adjusted)),
-                        row.ties, row.num_items, metric,
+                        row.ties, row.num_items, row.metric or metric,
                     ]
                 )  # fmt: skip
     return file.getvalue()
