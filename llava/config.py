@@ -24,6 +24,7 @@ GROUNDING_MODES = (LAPE, PLACEHOLDER, NO_GROUNDING)
 DEFAULT_BINS = 100
 _MOST_BINS = 1000
 """Bins are numbered with three digits."""
+MEAN_PADDING, BLACK_PADDING = "mean", "black"
 _UNBOUNDED_FRAMES = 32
 """Frames that a video counts with, before it is opened, where nothing bounds them."""
 
@@ -64,6 +65,8 @@ class VisionConfig:
     patch_merge_type: str = FLAT
     """How the tokens of an anyres image stand: flat (default: view by view) or spatial_unpad (its tiles as one grid
     without padding, a learned newline behind each row)."""
+    image_padding: str = MEAN_PADDING
+    """What surrounds a picture in a square or canvas: mean (its mean colour) or black, as under LLaVA-NeXT's anyres."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -138,6 +141,8 @@ class VisionConfig:
             raise ValueError("--mm_slow_frames and --video_fps must not be negative")
         if self.frames_upbound < 0:
             raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
+        if self.image_padding not in (MEAN_PADDING, BLACK_PADDING):
+            raise ValueError(f"mm_image_padding is {self.image_padding!r}; known: {MEAN_PADDING}, {BLACK_PADDING}")
         # Without the computed fields below, which are made of these.
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
         layout = build_layout(settings)
@@ -202,6 +207,8 @@ class VisionConfig:
         for name in ("mm_projector_args", "mm_resampler_args"):  # So that files without plug-ins stay as they were.
             if not entries[name]:
                 del entries[name]
+        if self.image_padding == MEAN_PADDING:
+            del entries["mm_image_padding"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
 
 

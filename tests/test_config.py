@@ -82,12 +82,19 @@ def test_most_frames_of_a_video(italian_vision):
 def test_model_config_and_back(italian_vision):
     token_ids = {token: 100 + i for i, token in enumerate(VISUAL_TOKENS)}
     vision = replace(
-        italian_vision, vision_config={"model_type": "dinov2"}, token_ids=token_ids, image_mean=(0.5, 0.4, 0.3)
+        italian_vision,
+        vision_config={"model_type": "dinov2"},
+        token_ids=token_ids,
+        image_mean=(0.5, 0.4, 0.3),
+        image_padding="black",
     )
     entries = json.loads(json.dumps(vision.to_model_config()))
     assert all(name.startswith("mm_") for name in entries)
     assert VisionConfig.from_model_config(SimpleNamespace(**entries)) == vision
     assert vision.visual_token_ids == list(range(100, 108))
+    assert "mm_image_padding" not in italian_vision.to_model_config()  # As in checkpoints from before it.
+    with pytest.raises(ValueError, match="mm_image_padding is 'grey'; known: mean, black"):
+        replace(vision, image_padding="grey")
 
 
 def test_model_without_vision():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.config import VisionConfig
+from llava.config import BLACK_PADDING, VisionConfig
 from llava.data.decoding import FrameRequest, decode_frames, decode_within
 from llava.data.images import read_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, local_path
@@ -175,7 +175,7 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
         frames: uint8 (frames, height, width, 3).
         vision: side and manner: ``square`` with ``image_resize_size`` resizes the shorter side and
             cuts out the centre, without it stretches; ``pad`` keeps all of the picture and fills up
-            with the mean colour. Under ``anyres`` frames (of videos) are fitted as under ``square``.
+            as ``image_padding`` says. Under ``anyres`` frames (of videos) are fitted as under ``square``.
 
     Returns:
         uint8 (frames, 3, side, side).
@@ -221,7 +221,7 @@ def cut_views(picture: Tensor, vision: VisionConfig) -> Tensor:
 
     Returns:
         uint8 (1 + tiles, 3, side, side): all of the picture stretched to the square, then the tiles of
-        its canvas, row by row, padded with the mean colour.
+        its canvas, row by row, padded as ``image_padding`` says.
     """
     assert vision.anyres is not None
     side = vision.image_size
@@ -240,10 +240,11 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _pad_around(pixels: Tensor, height: int, width: int, vision: VisionConfig) -> Tensor:
-    """Pixels (frames, 3, rows, columns) in the middle of (frames, 3, height, width) of the mean colour."""
+    """Pixels (frames, 3, rows, columns) in the middle of (frames, 3, height, width) of ``vision.image_padding``."""
     # LLaVA's expand2square: int() cuts, as there.
-    mean = torch.tensor([int(channel * 255) for channel in vision.image_mean], dtype=torch.uint8)
-    padded = mean.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
+    mean = [int(channel * 255) for channel in vision.image_mean]
+    colour = torch.tensor([0, 0, 0] if vision.image_padding == BLACK_PADDING else mean, dtype=torch.uint8)
+    padded = colour.view(1, 3, 1, 1).repeat(len(pixels), 1, height, width)
     top, left = (height - pixels.shape[-2]) // 2, (width - pixels.shape[-1]) // 2
     padded[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
     return padded
