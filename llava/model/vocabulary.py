@@ -37,6 +37,11 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error!r}") from error
     except (OSError, ValueError) as error:
         note = foreign_code_note(get_tokenizer_config(path))
+        if "tiktoken" in str(error):  # What transformers takes every tokenizer.model for that it cannot read.
+            note = note or (
+                ": it is a tokenizer.model, which Llama's, Vicuna's and others' need SentencePiece for (pip install "
+                "sentencepiece protobuf); or put the tokenizer.json of the same tokenizer into the folder"
+            )
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
     except Exception as error:
         if type(error) is not Exception:  # The tokenizers package has no class of its own.
