@@ -95,7 +95,7 @@ def _generate(
     model: Any,
     generate: Callable[..., Any],
     inputs: Tensor | None = None,
-    images: Any = None,
+    images: list[Tensor] | Tensor | None = None,
     image_sizes: Sequence[tuple[int, int]] | None = None,
     modalities: Sequence[str] = ("image",),
     **kwargs: Any,
@@ -339,7 +339,7 @@ default_conversation = conv_templates["vicuna_v1"]
 
 
 def LazySupervisedDataset(  # noqa: N802
-    data_path: str, tokenizer: PreTrainedTokenizerBase, data_args: Any, vision_config: VisionConfig | None = None
+    data_path: str, tokenizer: PreTrainedTokenizerBase, data_args: object, vision_config: VisionConfig | None = None
 ) -> SupervisedDataset:
     """Samples of data files, read as they are asked for. Today: ``llava.data.module.make_supervised_data_module``.
 

@@ -11,7 +11,7 @@ so that every token but the first is predicted once. Attention crosses from text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -195,7 +195,7 @@ class ConcatenatedDataset(RearrangedDataset[D]):
             self.documents.lengths,
         ).astype(np.int32)
 
-    def _arrange(self, of_windows: Any, of_documents: NDArray[Any]) -> NDArray[Any]:
+    def _arrange(self, of_windows: Callable[[_File], Iterable[Any]], of_documents: NDArray[Any]) -> NDArray[Any]:
         """A number of each sample from those of the windows of a file and of the documents."""
         pieces = [np.array([*of_windows(file), *of_documents[file.whole]], np.int64) for file in self._files]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)

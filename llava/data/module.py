@@ -16,10 +16,10 @@ from llava.data.records import read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AnyDataset = SupervisedDataset | RearrangedDataset[SupervisedDataset]
+RunDataset = SupervisedDataset | RearrangedDataset[SupervisedDataset]
 
 
-def documents_of(dataset: AnyDataset) -> SupervisedDataset:
+def documents_of(dataset: RunDataset) -> SupervisedDataset:
     """The samples as the data files have them."""
     return dataset.documents if isinstance(dataset, RearrangedDataset) else dataset
 
@@ -27,8 +27,8 @@ def documents_of(dataset: AnyDataset) -> SupervisedDataset:
 class DataModule(TypedDict):
     """What the trainer reads; a data set is None where no files were given for it."""
 
-    train_dataset: AnyDataset | None
-    eval_dataset: AnyDataset | None
+    train_dataset: RunDataset | None
+    eval_dataset: RunDataset | None
     data_collator: SupervisedCollator
 
 
@@ -77,7 +77,7 @@ def make_supervised_data_module(
 
     chosen = text_format or build_format(PLAIN_LM, tokenizer)
 
-    def build(flag: str, paths: list[str] | None) -> AnyDataset | None:
+    def build(flag: str, paths: list[str] | None) -> RunDataset | None:
         if not paths:
             return None
         records = read_records(

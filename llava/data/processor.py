@@ -5,12 +5,14 @@ An export has a copy of this class, and of what it uses, in its own module (``ll
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
@@ -19,8 +21,16 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER, VISUAL_TOKEN
 from llava.data.images import to_rgb
 from llava.data.media import cut_views, fit_frames
+from llava.types import MediaKind
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+Picture = Image.Image | NDArray[np.generic] | Tensor | str
+"""As a program has one: PIL's, an array or tensor of RGB, or the path of a file."""
+Clip = Sequence[Picture] | NDArray[np.generic] | Tensor
+"""Frames."""
+Shown = tuple[MediaKind, Tensor, tuple[int, int]]
+"""Kind, uint8 frames (views under anyres) (frames, 3, side, side), and the original (height, width)."""
 
 
 class MultimodalProcessor(ProcessorMixin):
@@ -59,7 +69,9 @@ class MultimodalProcessor(ProcessorMixin):
         return ["tokenizer"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: object, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: object, **kwargs: Any
+    ) -> Any:
         """Load from the folder of an export; what is not about the download goes to the tokenizer."""
         where = {name: kwargs.pop(name) for name in _DOWNLOAD if kwargs.get(name) is not None}
         for name in ("trust_remote_code", "code_revision", "_from_auto", "use_fast", *_DOWNLOAD):
@@ -69,7 +81,9 @@ class MultimodalProcessor(ProcessorMixin):
         vision = VisionConfig.from_model_config(SimpleNamespace(**settings))
         return cls(tokenizer, vision, settings.get("llava_separator", " "))
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """The tokenizer's files; the settings are saved with the model."""
         return list(self.tokenizer.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs))
 
@@ -79,9 +93,9 @@ class MultimodalProcessor(ProcessorMixin):
 
     def __call__(  # type: ignore[override]
         self,
-        images: Any = None,
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
         text: str | Sequence[str] | None = None,
-        videos: Any = None,
+        videos: Clip | Sequence[Clip] | Sequence[Sequence[Clip]] | None = None,
         return_offsets_mapping: bool = False,
         return_tensors: str | None = None,
         padding: bool | str = False,
@@ -125,9 +139,8 @@ class MultimodalProcessor(ProcessorMixin):
             result = {name: torch.tensor(rows) for name, rows in result.items()}
         return BatchFeature({**result, **self._pixels(in_order)})
 
-    def _frames_of(self, images: Sequence[Any]) -> list[tuple[str, Tensor, tuple[int, int]]]:
-        """Kind, uint8 frames (views under anyres) and original size of pictures."""
-        found = []
+    def _frames_of(self, images: Sequence[Picture]) -> list[Shown]:
+        found: list[Shown] = []
         for image in images:
             pixels = _to_pixels(image)  # (height, width, 3)
             views = (
@@ -136,16 +149,14 @@ class MultimodalProcessor(ProcessorMixin):
             found.append(("image", views, (pixels.shape[0], pixels.shape[1])))
         return found
 
-    def _clips_of(self, clips: Sequence[Any]) -> list[tuple[str, Tensor, tuple[int, int]]]:
-        found = []
+    def _clips_of(self, clips: Sequence[Clip]) -> list[Shown]:
+        found: list[Shown] = []
         for clip in clips:
             frames = torch.stack([_to_pixels(frame) for frame in clip])  # (frames, height, width, 3)
             found.append(("video", fit_frames(frames, self.vision), (frames.shape[1], frames.shape[2])))
         return found
 
-    def _encode(
-        self, text: str, media: Sequence[tuple[str, Tensor, tuple[int, int]]], add_special_tokens: bool
-    ) -> dict[str, Any]:
+    def _encode(self, text: str, media: Sequence[Shown], add_special_tokens: bool) -> dict[str, Any]:
         """Ids, offsets and media, in reading order, of one text."""
         shown = ["image" if token == DEFAULT_IMAGE_TOKEN else "video" for token in PLACEHOLDER.findall(text)]
         kinds = [kind for kind, _, _ in media]
@@ -193,7 +204,7 @@ class MultimodalProcessor(ProcessorMixin):
         ids += encoded["input_ids"]
         offsets += [(first + start, last + start) for first, last in encoded["offset_mapping"]]
 
-    def _span(self, kind: Any, frames: Tensor, size: tuple[int, int]) -> list[int]:
+    def _span(self, kind: MediaKind, frames: Tensor, size: tuple[int, int]) -> list[int]:
         """Ids of the tokens of one picture or clip."""
         count = len(frames) if kind == "video" else 1
         tokens = VISUAL_TOKEN.findall(self.vision.layout.text(kind, count, size if kind == "image" else None))
@@ -207,7 +218,7 @@ class MultimodalProcessor(ProcessorMixin):
             left = self.tokenizer.padding_side == "left"
             result[name] = [[*pad, *row] if left else [*row, *pad] for pad, row in zip(padded, rows, strict=True)]
 
-    def _pixels(self, media: Sequence[tuple[str, Tensor, tuple[int, int]]]) -> dict[str, Any]:
+    def _pixels(self, media: Sequence[Shown]) -> dict[str, Any]:
         """Normalised pixels, and what the model cannot tell from their shape."""
         if not media:
             return {}
@@ -268,7 +279,7 @@ def _by_text(media: Any, texts: Sequence[str], nested: bool = False) -> list[lis
     return [list(of_one) for of_one in media]
 
 
-def _to_pixels(image: Any) -> Tensor:
+def _to_pixels(image: Picture) -> Tensor:
     """A picture as uint8 (height, width, 3)."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(to_rgb(image))

@@ -335,6 +335,6 @@ def _prepare_inputs(model: PreTrainedModel, batch: Batch, features: Features) ->
         inputs["attention_mask"] = batch.padding_mask.long().to(model.device)
     if not features:
         return inputs | {"input_ids": keys}
-    embeddings, ids = embed_keys(model, keys, features)
-    inputs["inputs_embeds"] = embeddings
-    return inputs if batch.ends is not None else inputs | cast("LlavaMetaForCausalLM", model).decoder_inputs(ids)
+    seeing = cast("LlavaMetaForCausalLM", model)
+    inputs["inputs_embeds"], ids = embed_keys(seeing, keys, features)
+    return inputs if batch.ends is not None else inputs | seeing.decoder_inputs(ids)

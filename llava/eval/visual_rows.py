@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.data.formats import PLAIN_LM, build_format
 from llava.data.media import load_media
@@ -192,13 +192,15 @@ def _encode_media(model: LlavaMetaForCausalLM, media: Sequence[VisualInput]) -> 
     return encoded
 
 
-def embed_keys(model: Any, keys: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+def embed_keys(model: LlavaMetaForCausalLM, keys: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """The embeddings of keys, (sequences, length, width), and the ids that stand in their places."""
-    visual = keys < 0
+    assert model.vision is not None
+    visual = keys < 0  # bool (sequences, length)
     ids = keys.masked_fill(visual, model.vision.visual_token_ids[0])  # (sequences, length)
-    tables, embed = model.get_model().coordinate_embeddings(), model.get_input_embeddings()
+    tables, coordinates = model.get_model().coordinate_embeddings(), model.find_coordinates(ids, None)
+    embed = cast(nn.Module, model.get_input_embeddings())
     # Every visual position is overwritten below, markers included, as in training.
-    embeddings = embed(ids) if tables is None else embed_tokens(ids, embed, tables, model.find_coordinates(ids, None))
+    embeddings = embed(ids) if coordinates is None else embed_tokens(ids, embed, tables, coordinates)
     found = torch.stack([features[key] for key in keys[visual].tolist()])  # (visual positions, width)
     return embeddings.masked_scatter(visual[..., None], found.to(embeddings.dtype)), ids
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +161,7 @@ class WordBudget(TrainerCallback):
     at_milestone: bool = False
     _words: int = 0  # at the step before
 
-    def check(self, args: Any) -> None:
+    def check(self, args: TrainingArguments) -> None:
         """A ValueError for a data set that does not say its words, where a flag asks for them."""
         if (flag := counting_flag(args)) and not self.exposure.is_counting:
             raise ValueError(f"{flag} counts words, which this program's own data set does not tell")

@@ -176,7 +176,7 @@ class TrainingData(TrainerCallback):
             )
 
 
-def fingerprint_of(order: DataOrder, dataset: Any) -> dict[str, Any]:
+def fingerprint_of(order: DataOrder, dataset: object) -> dict[str, Any]:
     """What the order of a data set was made from."""
     # A program's own data set, whose samples have no ids, is told by its length.
     records = getattr(dataset, "records", None)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -24,6 +24,9 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.model.grad_sync import is_distributed
 from llava.types import BadSample
+
+Rows = TypeVar("Rows")
+"""Tensors of (rows, ...), or tuples and dictionaries of them."""
 
 _BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
 """Metrics that every evaluation has."""
@@ -125,27 +128,27 @@ class EvaluationMeter:
             loss, num_tokens = reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         return loss / num_tokens if num_tokens else math.nan
 
-    def gather_rows(self, values: Any) -> Any:
+    def gather_rows(self, values: Rows) -> Rows:
         """The rows of the newest batch, rank after rank, on all of them, without those of padding.
 
         Args:
-            values: a tensor, or tuples and dictionaries of tensors, of (rows, ...); all but the number of rows
-                is the same on every rank.
+            values: all but the number of rows is the same on every rank.
         """
-        return recursively_apply(self._gather, values)
+        gathered: Rows = recursively_apply(self._gather, values)
+        return gathered
 
     def _gather(self, rows: Tensor) -> Tensor:
         rows = rows[: self.num_rows]
         if not is_distributed():
             return rows
         # gather wants tensors of one shape from all ranks, so rows are padded to the most that a rank has.
-        counts: Any = gather(torch.tensor([len(rows)], device=rows.device))  # (ranks,)
+        counts: Tensor = gather(torch.tensor([len(rows)], device=rows.device))  # (ranks,)
         longest = int(counts.max())
         padded = rows.new_zeros((longest, *rows.shape[1:]))  # (longest, ...)
         padded[: len(rows)] = rows
         if longest == 0:
             return padded
-        together: Any = gather(padded)  # (ranks * longest, ...)
+        together: Tensor = gather(padded)  # (ranks * longest, ...)
         pieces = zip(together.split(longest), counts.tolist(), strict=True)
         return torch.cat([piece[:count] for piece, count in pieces])
 

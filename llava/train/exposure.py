@@ -24,7 +24,7 @@ from llava.config import GroundingConfig, VisionConfig
 from llava.data.files import find_entries
 from llava.data.formats import build_format
 from llava.data.media_files import MediaLimits
-from llava.data.module import AnyDataset, make_supervised_data_module
+from llava.data.module import RunDataset, make_supervised_data_module
 from llava.data.samplers import DataOrder
 from llava.io import num_cores, read_json_lines
 from llava.model.loading import build_config, choose_classes
@@ -114,7 +114,7 @@ def find_saved(folder: Path) -> Path:
     )
 
 
-def open_data(saved: Path, run: RunIdentity, args: argparse.Namespace) -> AnyDataset:
+def open_data(saved: Path, run: RunIdentity, args: argparse.Namespace) -> RunDataset:
     """The training data of a run, read anew.
 
     Raises:
@@ -148,7 +148,7 @@ def open_data(saved: Path, run: RunIdentity, args: argparse.Namespace) -> AnyDat
     return data["train_dataset"]
 
 
-def build_run_order(dataset: AnyDataset, run: RunIdentity) -> DataOrder:
+def build_run_order(dataset: RunDataset, run: RunIdentity) -> DataOrder:
     """The order in which a run had its data.
 
     Raises:
@@ -175,7 +175,7 @@ def build_run_order(dataset: AnyDataset, run: RunIdentity) -> DataOrder:
 class _Measured(Dataset["tuple[int, Exposure | None]"]):
     """What chosen samples of a data set present, each with its index."""
 
-    dataset: AnyDataset
+    dataset: RunDataset
     indices: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ def _first(items: list[Any]) -> Any:
     return items[0]
 
 
-def measure(dataset: AnyDataset, indices: NDArray[np.int64], num_workers: int) -> NDArray[np.int64]:
+def measure(dataset: RunDataset, indices: NDArray[np.int64], num_workers: int) -> NDArray[np.int64]:
     """What each sample presents: int64 (samples, 1 + counts), its source first; zeros for bad and other samples."""
     from tqdm import tqdm
 
@@ -206,7 +206,7 @@ def measure(dataset: AnyDataset, indices: NDArray[np.int64], num_workers: int) -
     return measured
 
 
-def compare(lines: Sequence[dict[str, Any]], dataset: AnyDataset, order: DataOrder, num_workers: int) -> list[str]:
+def compare(lines: Sequence[dict[str, Any]], dataset: RunDataset, order: DataOrder, num_workers: int) -> list[str]:
     """In what the lines of a run differ from a recount: step, number, what is written and what was counted."""
     last = max(line["step"] for line in lines)
     epochs, rest = divmod(last, order.num_steps)

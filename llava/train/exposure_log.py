@@ -76,7 +76,7 @@ class ExposureLog(TrainerCallback):
         """What all ranks have presented, int64 (sources, counts); all ranks call this together."""
         own = self._own
         if PartialState().num_processes > 1:
-            summed: Any = reduce(torch.from_numpy(own).to(PartialState().device), reduction="sum")
+            summed: torch.Tensor = reduce(torch.from_numpy(own).to(PartialState().device), reduction="sum")
             own = summed.cpu().numpy()
         return self._before + own
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def _step(
     return run
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: object, device: torch.device) -> object:
     if isinstance(value, list):
         return [_move(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value
@@ -184,7 +184,7 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def bad_names(tensors: Any) -> list[str]:
+def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the tensors, of (name, tensor) pairs, that are not finite."""
     return [name for name, tensor in tensors if not is_finite(tensor)]
 

@@ -23,7 +23,7 @@ from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset, check_room
 from llava.data.dataset_stats import count_cut_tokens, count_media, count_presented_words
 from llava.data.index import Mixture
-from llava.data.module import AnyDataset, DataModule, documents_of
+from llava.data.module import DataModule, RunDataset, documents_of
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes
 from llava.model.loading import LoadedModel
@@ -88,7 +88,7 @@ def check_and_report(
         print(supervision_table(given[0]), flush=True)
 
 
-def report_words(dataset: AnyDataset | None, args: TrainingArguments) -> None:
+def report_words(dataset: RunDataset | None, args: TrainingArguments) -> None:
     """Print how many words an epoch has and what the flags make of them, and set the number of steps by them.
 
     Args:
@@ -312,7 +312,7 @@ def budget_table(vision: VisionConfig | None, max_length: int, context: int) -> 
     return "\n".join(lines)
 
 
-def data_table(dataset: AnyDataset) -> str:
+def data_table(dataset: RunDataset) -> str:
     """What the samples of each data file have, what is cut of them, and what nothing reads in them."""
     documents = documents_of(dataset)
     lines = [media_table(documents), words_table(dataset)]
@@ -337,7 +337,7 @@ def media_table(dataset: SupervisedDataset) -> str:
     return "\n".join(lines)
 
 
-def words_table(dataset: AnyDataset) -> str:
+def words_table(dataset: RunDataset) -> str:
     """How many words the samples of each data file present in an epoch, and how many are cut off."""
     documents = documents_of(dataset)
     whole = dataset.is_whole if isinstance(dataset, RearrangedDataset) else None
@@ -383,7 +383,7 @@ def _by_source(records: Sequence[Record]) -> dict[str, NDArray[np.intp]]:
     return {label: np.concatenate(pieces) for label, pieces in indices.items()}
 
 
-def supervision_table(dataset: AnyDataset, num_samples: int = 3) -> str:
+def supervision_table(dataset: RunDataset, num_samples: int = 3) -> str:
     """For the first samples, or chunks of them: tokens, how many are supervised, and the text that those cover."""
     lines = ["supervised tokens of the first samples"]
     documents = documents_of(dataset)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -118,7 +118,7 @@ class LlavaTrainer(Trainer):
         """This rank's batches of the training data, in their exact order."""
         return self.data.build_loader(self.data_collator)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """This rank's batches of the evaluation data, every sample once over all ranks.
 
         With ``compute_metrics`` they come in the order of the data, which is that of its predictions.
@@ -134,7 +134,7 @@ class LlavaTrainer(Trainer):
         grouped = strategy in GROUPED and self.compute_metrics is None
         return build_evaluation_loader(dataset, self.args, self.data_collator, strategy if grouped else SEQUENTIAL)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """This rank's batches of data to predict, in their order."""
         return build_evaluation_loader(test_dataset, self.args, self.data_collator)
 

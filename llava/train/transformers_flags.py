@@ -18,6 +18,7 @@ from llava.command import read_json_object
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+    from transformers.trainer_pt_utils import AcceleratorConfig
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def _above_0(applies: Applies = lambda value, args: not value > 0, way_on: str =
     return Refusal(applies, f"it must be above 0{way_on}", "0")
 
 
-def _asks_of_accelerator(asked: Any, args: object) -> bool:
+def _asks_of_accelerator(asked: AcceleratorConfig | dict[str, Any] | None, args: object) -> bool:
     """Whether accelerate is asked for anything but to synchronise gradients in every micro-batch."""
     settings = dict(asked if isinstance(asked, dict) else asked.to_dict() if asked is not None else {})
     accumulation = dict(settings.pop("gradient_accumulation_kwargs", None) or {})

@@ -232,9 +232,17 @@ class Task:
     shipped: str | None = None
 
 
-def _task(name: str, columns: str, parse: Callable[[Row], Parsed], **options: Any) -> Task:
-    options = {"folders": (name,), "official": name, **options}
-    return Task(name, columns=frozenset(columns.split()), parse=parse, **options)
+def _task(
+    name: str,
+    columns: str,
+    parse: Callable[[Row], Parsed],
+    folders: tuple[str, ...] | None = None,
+    official: str | None = None,
+    needs_images: bool = False,
+    shipped: str | None = None,
+) -> Task:
+    begins = (name,) if folders is None else folders
+    return Task(name, begins, frozenset(columns.split()), parse, official or name, needs_images, shipped)
 
 
 TASKS = {

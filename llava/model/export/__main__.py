@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava.command import CommandParser, run_command
 from llava.registry import import_plugins
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("text", "multimodal", "llava_hf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +66,7 @@ def export_checkpoint(
     weights = None if dtype is None else getattr(torch, dtype)
     write = {"text": _write_text, "multimodal": _write_multimodal, "llava_hf": _write_llava_hf}[kind]
     with staged_folder(Path(out)) as folder:
-        lines, differences = write(folder, checkpoint, weights, model_base, vision_tower)
+        lines, differences = write(folder, _Source(checkpoint, weights, model_base, vision_tower))
         found = " and ".join(
             f"{difference:.3g} on a{'n' * (name[0] == 'i')} {name}" for name, difference in differences.items()
         )
@@ -78,7 +81,16 @@ def export_checkpoint(
     return lines
 
 
-def _write_text(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+class _Source(NamedTuple):
+    """What is exported, as ``read_source`` and ``read_model`` take it."""
+
+    checkpoint: str
+    dtype: torch.dtype | None
+    model_base: str | None
+    vision_tower: str | None
+
+
+def _write_text(folder: Path, source: _Source) -> tuple[list[str], dict[str, float]]:
     """Write and check an export; what was done, and the largest differences of logits."""
     from llava.model.export.text import check_text, export_text, read_source
 
@@ -90,7 +102,7 @@ def _write_text(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]
     return lines, {"text": difference}
 
 
-def _write_multimodal(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+def _write_multimodal(folder: Path, source: _Source) -> tuple[list[str], dict[str, float]]:
     from llava.model.export.multimodal import check_multimodal, export_multimodal, read_model
 
     loaded = read_model(*source)
@@ -98,7 +110,7 @@ def _write_multimodal(folder: Path, *source: Any) -> tuple[list[str], dict[str, 
     return lines, check_multimodal(loaded, folder)
 
 
-def _write_llava_hf(folder: Path, *source: Any) -> tuple[list[str], dict[str, float]]:
+def _write_llava_hf(folder: Path, source: _Source) -> tuple[list[str], dict[str, float]]:
     from llava.model.export.llava_hf import check_llava_hf, export_llava_hf
     from llava.model.export.multimodal import read_model
 

@@ -77,7 +77,7 @@ def build_native(loaded: LoadedModel) -> LlavaForConditionalGeneration:
     tied = bool(getattr(text_config, "tie_word_embeddings", False))
     tied = tied and "embed_tokens" in dict(model.get_model().named_children())
     text_config.tie_word_embeddings = tied
-    config: Any = LlavaConfig(
+    config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=vision.token_ids[IMAGE_PATCH],

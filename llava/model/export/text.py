@@ -76,7 +76,7 @@ def read_source(
     tokenizer = load_tokenizer(path, FLAG)
     check_offsets(tokenizer, path)
     notes = []
-    plain: Any = plain_class(model_class)
+    plain = plain_class(model_class)
     plain_config = text_settings(settings, plain_class(config_class))
     if is_adapter_folder(path):
         merged = load_model(path, model_base=model_base, vision_tower=vision_tower, flag=FLAG).model
@@ -97,7 +97,7 @@ def read_source(
         model, info = read_pretrained(plain.from_pretrained, path, FLAG, config=plain_config, dtype=stored)
         _check_read(info, path)
         # The reference is this library's own class, with all embeddings, but for the vision modules.
-        own_config: Any = config_class.from_dict({**_without_own(settings), "model_type": config_class.model_type})
+        own_config = config_class.from_dict({**_without_own(settings), "model_type": config_class.model_type})
         own, _ = read_pretrained(model_class.from_pretrained, path, FLAG, config=own_config, dtype=model.dtype)
         checked = pick_tokens(own.config, vision, grounding, tokenizer)
         reference = score(own, checked)
@@ -130,8 +130,7 @@ def _without_own(settings: dict[str, Any]) -> dict[str, Any]:
 def text_settings(settings: dict[str, Any], plain: type[PretrainedConfig]) -> PretrainedConfig:
     """The configuration of the plain language model, of a class of transformers, from the entries of a checkpoint's."""
     kept = {name: v for name, v in _without_own(settings).items() if name not in ("model_type", "architectures")}
-    config: Any = plain.from_dict(kept)
-    return config
+    return plain.from_dict(kept)
 
 
 def added_tokens(vision: VisionConfig | None, grounding: GroundingConfig | None) -> list[str]:
