@@ -47,6 +47,12 @@ def write_beside(path: Path, *, durable: bool = True, shared: bool = False) -> I
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as it is, atomically and durably."""
+    with write_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
     """Write a value as indented JSON, atomically and durably."""
     with write_beside(path) as beside:

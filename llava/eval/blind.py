@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.eval.choices import Choice
+from llava.eval.metrics import find_interval, resample_means
 from llava.types import Media
 
 T = TypeVar("T")
 _NUM_RESAMPLES = 2000
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def check_blindness(own: NDArray[np.float64], other: NDArray[np.float64], seed: 
     """Compare the scores of items, float64 (items,), with their own pictures and with others'."""
     differences = own - other
     generator = np.random.default_rng(seed)
-    values, counts = np.unique(differences, return_counts=True)
-    drawn = generator.multinomial(len(own), counts / len(own), size=_NUM_RESAMPLES) @ values / len(own)
-    low, high = (float(q) for q in np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+    low, high = find_interval(resample_means(differences, generator, _NUM_RESAMPLES))
     return BlindCheck(
         float(own.mean()), float(other.mean()), float(differences.mean()), low, high, is_blind=low <= 1e-12
     )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from PIL import Image
 
-import llava
 from llava.config import VisionConfig
 from llava.data.media import decode_media
 from llava.data.media_files import MediaError
 from llava.draw import draw_case
+from llava.eval import list_versions
 from llava.eval.blind import BlindCheck
 from llava.eval.store import EvalSample, Prediction, Row, Settings
 from llava.eval.tasks import Task
@@ -82,11 +80,7 @@ def write_report(
         "bootstrap": bootstrap,
         "bad_samples": [BadSample(row["id"], row["source"], **row["bad"]).to_json() for row in rows if "bad" in row],
         "settings": settings,
-        "versions": {
-            "llava": llava.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": list_versions(),
     }
     if blind is not None:
         content["blind_check"] = blind.to_json()

@@ -14,7 +14,7 @@ from llava.chart import Line, Point, draw_chart
 from llava.draw import bare_letters, stack
 from llava.eval.babylm.results import ACCURACY, GroupResult, TaskResult
 from llava.eval.blind import BlindCheck
-from llava.io import write_beside
+from llava.io import write_beside, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -211,8 +211,7 @@ def _write_csv(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.name for column in fields(kind)])
     writer.writerows(["" if value is None else value for value in astuple(row)] for row in rows)
-    with write_beside(path) as beside:
-        beside.write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 def _read(path: Path, kind: type[Row]) -> list[Row]:

@@ -203,7 +203,7 @@ def score_task(
 
     folder = result_folder(Path(args.out), loader.model, loader.revision, data, args.fast)
     choices = [item.choice for item in items]
-    told = _score(args, folder, items, choices, loader, f"{data.name}", "own")
+    told = _score(args, folder, items, choices, loader, data.name, "own")
     result = summarize(data, items, told, args.seed)
     if items[0].acceptable is None:  # A single sentence is no choice that official files could have.
         write_official(folder, items, told, result)
@@ -276,21 +276,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = [one.describe() for one in compare_folders(first, second, args.seed)]
             print("\n".join([f"A: {first}\nB: {second}\n", HEAD, *rows]))
             return 0
-        from llava.eval.babylm.tables import write_tables
+        from llava.eval.babylm.tables import describe_markdown, write_tables
         from llava.registry import import_plugins
 
         import_plugins(args.plugins)
         models = score_models(args)
-        print(write_tables(Path(args.out), models) if len(models) > 1 else _describe(models))
+        print(write_tables(Path(args.out), models) if len(models) > 1 else describe_markdown(models))
         return 0
 
     return run_command(run)
-
-
-def _describe(models: Sequence[ModelResults]) -> str:
-    from llava.eval.babylm.tables import describe_markdown
-
-    return describe_markdown(models)
 
 
 if __name__ == "__main__":

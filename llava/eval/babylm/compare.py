@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from llava.eval.babylm.acceptability import RocArea
 from llava.eval.babylm.model_scores import ITEM_SCORES, read_item_scores, read_labels, read_ratios
 from llava.eval.babylm.results import average_groups, best_candidates, first_shares, spearman, token_means
+from llava.eval.metrics import find_interval, resample_means
 
 _NUM_RESAMPLES = 10_000
 _NUM_RANK_RESAMPLES = 2_000
-_LEVEL = 0.95
 
 Statistic = Callable[[NDArray[np.int64]], float | None]
 """Of items by their indices, some of them drawn several times; None where they have none."""
@@ -143,10 +143,8 @@ def compare_statistics(task: str, first: Statistic, second: Statistic, num_items
         one, two = first(drawn), second(drawn)
         if one is not None and two is not None:
             differences.append(100 * (two - one))
-    low, high = np.quantile(differences, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Comparison(
-        task, scores[0], scores[1], scores[1] - scores[0], float(low), float(high), None, None, None, num_items
-    )
+    low, high = find_interval(differences)
+    return Comparison(task, scores[0], scores[1], scores[1] - scores[0], low, high, None, None, None, num_items)
 
 
 def _outcomes(scores: Mapping[str, tuple[float, ...]], ids: Sequence[str]) -> NDArray[np.float64]:
@@ -170,14 +168,13 @@ def compare_outcomes(
         pair = first[own], second[own]
         for table, values in zip(means, pair, strict=True):
             table[uid] = float(values.mean())
-        values, counts = np.unique(pair[1] - pair[0], return_counts=True)
-        drawn[uid] = generator.multinomial(len(own), counts / len(own), size=_NUM_RESAMPLES) @ values / len(own)
-    low, high = np.quantile(100 * average_groups(kind, drawn), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        drawn[uid] = resample_means(pair[1] - pair[0], generator, _NUM_RESAMPLES)
+    low, high = find_interval(100 * average_groups(kind, drawn))
     scores = [100 * float(average_groups(kind, table)) for table in means]
     only_first = int(((first == 1) & (second < 1)).sum())
     only_second = int(((second == 1) & (first < 1)).sum())
     return Comparison(
-        task, scores[0], scores[1], scores[1] - scores[0], float(low), float(high), only_first, only_second,
+        task, scores[0], scores[1], scores[1] - scores[0], low, high, only_first, only_second,
         mcnemar(only_first, only_second), len(ids),
     )  # fmt: skip
 

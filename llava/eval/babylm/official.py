@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.eval.babylm.results import ACCURACY, TaskResult, best_candidates, first_shares
 from llava.eval.babylm.tasks import TASKS, Item, Task, TaskData, read_sizes
-from llava.io import write_beside
+from llava.io import write_text
 
 PREDICTIONS = "predictions.json"
 REPORT = "best_temperature_report.txt"
@@ -55,10 +55,8 @@ def model_folder(out: Path, model: str, revision: str | None) -> Path:
 def write_official(folder: Path, items: Sequence[Item], scores: Sequence[Sequence[float]], result: TaskResult) -> None:
     """Write ``predictions.json`` and ``best_temperature_report.txt`` of a task."""
     folder.mkdir(parents=True, exist_ok=True)
-    with write_beside(folder / PREDICTIONS) as path:
-        path.write_text(json.dumps(list_predictions(items, scores)), encoding="utf-8")
-    with write_beside(folder / REPORT) as path:
-        path.write_text(describe_scores(result), encoding="utf-8")
+    write_text(folder / PREDICTIONS, json.dumps(list_predictions(items, scores)))
+    write_text(folder / REPORT, describe_scores(result))
 
 
 def list_predictions(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llava.eval.babylm.acceptability import RocArea, matthews, predict_held_out
 from llava.eval.babylm.tasks import Item, TaskData
 from llava.eval.blind import BlindCheck, check_blindness
+from llava.eval.metrics import find_interval, resample_means
 
 UID = "UID"
 ACCURACY, CORRELATION, AREA = "accuracy, %", "Spearman's rho, x 100", "area under the ROC curve, x 100"
@@ -21,7 +22,6 @@ MATTHEWS = "Matthews correlation, x 100"
 MEASURE = "measure"
 """The kind of the rows that say something else than the score about the same sentences."""
 _NUM_RESAMPLES = 1000
-_LEVEL = 0.95
 _SPLITS = ("regular", "ambiref", "move_contents")
 """Kinds of items of entity tracking, whose means over the number of operations are averaged."""
 
@@ -204,14 +204,8 @@ def _interval(task: str, items: Sequence[Item], outcomes: NDArray[np.float64], s
     groups: dict[str, list[float]] = {}
     for item, outcome in zip(items, outcomes.tolist(), strict=True):
         groups.setdefault(item.uid, []).append(outcome)
-    means = {}
-    for uid, own in sorted(groups.items()):
-        # How often each outcome is drawn is all that a mean needs: one draw of counts in place of one an item.
-        values, counts = np.unique(own, return_counts=True)
-        drawn = generator.multinomial(len(own), counts / len(own), size=_NUM_RESAMPLES)  # (resamples, values)
-        means[uid] = drawn @ values / len(own)
-    low, high = np.quantile(100 * average_groups(task, means), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return float(low), float(high)
+    means = {uid: resample_means(own, generator, _NUM_RESAMPLES) for uid, own in sorted(groups.items())}
+    return find_interval(100 * average_groups(task, means))
 
 
 # Tasks whose items have a share of people who chose the first candidate.
@@ -234,7 +228,7 @@ def _summarize_ratios(
         generator = np.random.default_rng(seed)
         drawn = [generator.integers(len(items), size=len(items)) for _ in range(_NUM_RESAMPLES)]
         resampled = [value for p in drawn if (value := spearman(model[p], people[p])) is not None]
-        low, high = (100 * float(q) for q in np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]))
+        low, high = (100 * end for end in find_interval(resampled))
     score = None if rho is None else 100 * rho
     # Equal shares have the mean of their ranks, so that ties are adjusted for already.
     rows = () if score is None else (GroupResult(UID, data.name, score, score, ties, len(items)),)
@@ -326,5 +320,5 @@ def _measure(
         statistic(np.bincount(generator.integers(num_items, size=num_items), minlength=num_items).astype(np.float64))
         for _ in range(_NUM_RESAMPLES)
     )
-    low, high = np.quantile([one for one in drawn if one is not None], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return 100 * score, 100 * float(low), 100 * float(high)
+    low, high = find_interval([one for one in drawn if one is not None])
+    return 100 * score, 100 * low, 100 * high

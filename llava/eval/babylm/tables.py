@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llava
+from llava.eval import list_versions
 from llava.eval.babylm.results import GroupResult, TaskResult
 from llava.eval.blind import BlindCheck
-from llava.io import write_beside, write_json
+from llava.io import write_json, write_text
 
 COLUMNS = ("model", "revision", "task", "kind", "group", "score", "low", "high", "adjusted", "ties", "items", "metric")
 
@@ -40,18 +38,13 @@ class ModelResults:
 
     def to_json(self) -> dict[str, Any]:
         """What ``scores.json`` holds."""
-        names = ("torch", "transformers")
         return {
             "model": self.model,
             "revision": self.revision,
             "tasks": {name: result.to_json() for name, result in self.results.items()},
             "blind_check": {name: check.to_json() for name, check in self.blind.items()},
             "settings": dict(self.settings),
-            "versions": {
-                "llava": llava.__version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in names},
-            },
+            "versions": list_versions(),
         }
 
     def keep_others(self, path: Path) -> None:
@@ -75,10 +68,8 @@ def write_tables(folder: Path, models: Sequence[ModelResults]) -> str:
     """Write ``scores.md``, ``scores.csv`` and ``scores.json`` of some models; returns the first's text."""
     folder.mkdir(parents=True, exist_ok=True)
     text = describe_markdown(models)
-    with write_beside(folder / "scores.md") as path:
-        path.write_text(text, encoding="utf-8")
-    with write_beside(folder / "scores.csv") as path:
-        path.write_text(describe_csv(models), encoding="utf-8")
+    write_text(folder / "scores.md", text)
+    write_text(folder / "scores.csv", describe_csv(models))
     write_json(
         folder / "scores.json", [model.to_json() for model in models] if len(models) > 1 else models[0].to_json()
     )

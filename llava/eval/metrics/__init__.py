@@ -133,3 +133,23 @@ def _resample_sums(statistics: NDArray[np.float64], seed: int, num_resamples: in
         times = np.bincount(drawn.ravel(), minlength=num_rows * size).reshape(num_rows, size)
         parts.append(times @ statistics)  # (resamples, numbers)
     return np.concatenate(parts)
+
+
+_LEVEL = 0.95
+
+
+def find_interval(values: NDArray[np.float64] | Sequence[float]) -> tuple[float, float]:
+    """The ends of the interval at 95 % of what resamples came to, (resamples,): as many lie below it as above."""
+    low, high = np.quantile(values, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
+    return float(low), float(high)
+
+
+def resample_means(
+    values: NDArray[np.float64] | Sequence[float], generator: np.random.Generator, num_resamples: int
+) -> NDArray[np.float64]:
+    """Means, (resamples,), of values (items,) that are drawn anew with replacement."""
+    # How often each value is drawn is all that a mean needs: one draw of counts in place of one an item.
+    distinct, counts = np.unique(values, return_counts=True)
+    num_items = counts.sum()
+    drawn = generator.multinomial(num_items, counts / num_items, size=num_resamples)  # (resamples, distinct values)
+    return np.asarray(drawn @ distinct / num_items)

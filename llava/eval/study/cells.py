@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TypedDict
 
-import llava
+from llava.eval import list_versions
 from llava.eval.study.plan import Cell, Study, as_word
 from llava.eval.study.prepare import describe_model, environment, hash_data, hash_path, last_words
 from llava.io import append_json_lines, read_json_lines, write_json
@@ -186,11 +185,7 @@ def measure(study: Study, cell: Cell) -> Trained:
         "eval_loss": eval_loss,
         "seconds": round(sum_attempts(attempts), 1),
         "attempts": sum(entry["event"] == "start" for entry in attempts),
-        "versions": {
-            "llava": llava.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
+        "versions": list_versions(),
         "device": device_name(),
     }  # fmt: skip
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.eval.metrics import find_interval
+
 REPLICATES = 2000
 Outcomes = Mapping[str, NDArray[np.float64]]
 """For each group of items (a UID) what each item counts: 1 right, 0 wrong, 1/k a tie of k."""
@@ -86,13 +88,13 @@ def compare(
     stretch = math.sqrt(num_seeds / (num_seeds - 1)) if num_seeds > 1 else 1.0
     drawn = rng.integers(num_seeds, size=(num_seeds, replicates))
     found = np.take_along_axis(centre + stretch * (means - centre), drawn, 0).mean(0)  # (replicates,)
-    low, high = np.quantile(found, (0.025, 0.975))
+    low, high = find_interval(found)
     # Both tails with the observed value among the replicates, so that no p is 0.
     below, above = ((1 + np.sum(side)) / (replicates + 1) for side in (found <= 0, found >= 0))
     return Comparison(
         difference=float(observed.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         p_value=min(1.0, 2 * float(min(below, above))),
         by_seed=tuple(float(value) for value in observed),
         p_seeds=paired_t_test(observed.tolist()),

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -17,7 +16,7 @@ from llava.eval.study.cells import Trained, read_trained, state
 from llava.eval.study.plan import Cell, Study
 from llava.eval.study.scoring import FINAL, ModelScores, TaskScores, list_scored, read_scores
 from llava.eval.study.statistics import Comparison, Outcomes, compare, mean_and_spread, paired_t_test
-from llava.io import write_beside, write_json
+from llava.io import write_beside, write_json, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -282,20 +281,15 @@ def write_tables(study: Study) -> str:
         study.output_dir / RESULTS,
         {**results, "rows": list(map(asdict, results["rows"])), "losses": list(map(asdict, results["losses"]))},
     )
-    _write(study.output_dir / TABLE, format_csv([row.to_csv() for row in results["rows"]]))
+    write_text(study.output_dir / TABLE, format_csv([row.to_csv() for row in results["rows"]]))
     if results["curve"]:
-        _write(study.output_dir / CURVE, format_csv(results["curve"]))
+        write_text(study.output_dir / CURVE, format_csv(results["curve"]))
         if (chart := draw_curve(results["curve"], study.output_dir.name)) is not None:
             with write_beside(study.output_dir / CURVE_CHART) as beside:
                 chart.save(beside, format="PNG")
     text = format_markdown(results)
-    _write(study.output_dir / MARKDOWN, text)
+    write_text(study.output_dir / MARKDOWN, text)
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    with write_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="")
 
 
 def format_csv(rows: Sequence[Mapping[str, object]]) -> str:
