@@ -68,11 +68,13 @@ def swap(shown: Sequence[T], key: Callable[[T], object], seed: int) -> list[T] |
         return None
     names = list(groups)
     generator = random.Random(seed)
+    # By lot: neighbours in a file may be alike.
     generator.shuffle(names)
     order = [index for name in names for index in generator.sample(groups[name], len(groups[name]))]
     # In this order items with the same stand together: a step as long as the largest such group leads away from it.
     step = max(map(len, groups.values()))
     swapped: list[T] = list(shown)
+    # Then a step never comes round to the same picture again.
     if 2 * step <= len(order):
         for place, index in enumerate(order):
             swapped[index] = shown[order[(place + step) % len(order)]]
@@ -101,5 +103,11 @@ def check_blindness(own: NDArray[np.float64], other: NDArray[np.float64], seed: 
     generator = np.random.default_rng(seed)
     low, high = find_interval(resample_means(differences, generator, _NUM_RESAMPLES))
     return BlindCheck(
-        float(own.mean()), float(other.mean()), float(differences.mean()), low, high, is_blind=low <= 1e-12
+        # Not 0 itself: means of equal numbers differ in their last bits.
+        float(own.mean()),
+        float(other.mean()),
+        float(differences.mean()),
+        low,
+        high,
+        is_blind=low <= 1e-12,
     )

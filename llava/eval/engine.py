@@ -297,6 +297,7 @@ def run_shares(shares: Sequence[Work], on_batch: Callable[[int], None]) -> None:
             if process.is_alive():
                 process.terminate()
         for process in processes:
+            # It was started: join of a process that never was is an error.
             if process.pid is not None:
                 process.join()
 

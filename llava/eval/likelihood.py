@@ -139,6 +139,7 @@ class LikelihoodScorer:
         with self._runner.running():
             for group in _group_by_media(choices):
                 found = self._score_group([choices[index] for index in group], on_scored or (lambda _: None))
+                # By number: groups come in another order than the choices.
                 scores |= zip(group, found, strict=True)
         return [scores[index] for index in range(len(choices))]
 
@@ -174,6 +175,7 @@ class LikelihoodScorer:
         ways = self._runner.find_ways()
         sizes = replace(self._sizes, window=ways.longest)
         if not ways.head:
+            # These models give logits at all positions, of which the batch is then kept small.
             most = max(_FULL_LOGITS // self.model.config.get_text_config().vocab_size, 1)
             sizes = replace(sizes, batch_tokens=min(sizes.batch_tokens, most))
         # Alternating attention tells text and images apart by their places in a sequence.
@@ -197,6 +199,7 @@ class LikelihoodScorer:
     ) -> None:
         for choice, of_choice in zip(choices, rows, strict=True):
             own = [scores[row] for row in of_choice]
+            # Compared with nan nothing is larger, and the first candidate would win in silence.
             if not all(map(math.isfinite, own)):
                 raise ValueError(
                     f"{name_choice(choice)}: {self.name} gives the scores {own}, which are no finite numbers; its "
@@ -246,6 +249,7 @@ def _group_by_media(choices: Sequence[Choice]) -> Iterator[list[int]]:
         if group and len(seen | set(media)) > _MEDIA_TOGETHER:
             yield group
             group, seen = [], set()
+        # Choices of the same images stay together, however many they are: the limit is on images.
         group += indices
         seen |= set(media)
     if group:

@@ -119,6 +119,7 @@ class ModelRunner:
         A quantised model, one whose weights lie elsewhere (ZeRO-3) and a very large one keep theirs.
         """
         weights = list(self.model.parameters())
+        # Of DeepSpeed's ZeRO-3 a parameter here is an empty tensor; Apple's GPUs have no float64.
         possible = (
             all(weight.is_floating_point() and not hasattr(weight, "ds_id") for weight in weights)
             and sum(weight.numel() for weight in weights) <= _LARGEST_FOR_DOUBLE
@@ -255,6 +256,7 @@ def _read_in_blocks(
         targets: int64 (targets,).
         ids_each: entries of the vocabulary in a block.
     """
+    # The rows of the head that targets have, not the product with all of it.
     own = (hidden[places] * head.weight[targets]).sum(1)  # (targets,)
     own = _at_least_float32(own if head.bias is None else own + head.bias[targets])
     highest = torch.full((len(hidden), 1), -math.inf, dtype=own.dtype, device=own.device)

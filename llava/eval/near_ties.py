@@ -64,6 +64,7 @@ class NearTies:
             # A row that turns out to be further off widens what is near, and more rows are scored.
             while possible and (wanted := {row: None for row in wanted if row not in settled}):
                 rows = list(wanted)
+                # Together: what a batch changes in float64 is far below any margin.
                 settled |= zip(rows, score(rows, False), strict=True)
                 errors = (abs(settled[row] - scores[row]) / abs(settled[row]) for row in rows if settled[row])
                 self.share = max(self.share, _MARGIN * max(errors, default=0.0))
@@ -71,6 +72,7 @@ class NearTies:
             scores |= settled
             alone = list(find_near(choices, scores, _CAST if possible else self.share, _ROUNDING))
             scores |= zip(alone, score(alone, True), strict=True)
+        # Equal as far as float64 tells: equal to the last bit, so that ties are counted as such.
         for of_choice in choices:
             best = max(scores[row] for row in of_choice)
             for row in of_choice:

@@ -87,6 +87,7 @@ def cut_evenly(choices: Sequence[Choice], num_parts: int) -> list[Sequence[Choic
     parts: list[Sequence[Choice]] = []
     start = 0
     for number in range(1, num_parts + 1):
+        # The last choice that ends within this share of the characters; whole numbers, so no rounding.
         stop = sum(end * num_parts <= ends[-1] * number for end in ends) if choices else 0
         if stop > start:
             parts.append(choices[start:stop])

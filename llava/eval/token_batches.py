@@ -60,7 +60,7 @@ class Batch:
         """What is added to scores of attention: (sequences, 1, length, length), 0 for what a token is shown."""
         assert self.ends is not None, "a batch without trees"
         ends = self.ends.to(device)[:, None, :]  # (sequences, 1, keys)
-        place = torch.arange(ends.shape[2], device=device)
+        place = torch.arange(ends.shape[2], device=device)  # (length,), of queries and of keys
         seen = (place <= place[:, None]) & (place[:, None] < ends)  # (sequences, queries, keys)
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
@@ -107,7 +107,7 @@ class Branches:
 
 def build_batch(sequences: Sequence[Branches], as_trees: bool) -> Batch:
     """Put closed sequences into one batch."""
-    lengths = torch.tensor([len(sequence.keys) for sequence in sequences])
+    lengths = torch.tensor([len(sequence.keys) for sequence in sequences])  # (sequences,)
     length = int(lengths.max())
 
     def pad(values: Sequence[int], fill: Sequence[int]) -> list[int]:
@@ -120,8 +120,10 @@ def build_batch(sequences: Sequence[Branches], as_trees: bool) -> Batch:
         base = len(wanted)
         wanted += [(number * length + at, target, base + i) for (at, target), i in sequence.targets.items()]
         entries += [[base + i for i in of_row] for of_row in sequence.rows]
+    # By position: a chunk of positions then has its targets in one piece.
     wanted.sort()
     renumbered = {number: new for new, (_, _, number) in enumerate(wanted)}
+    # Logits are made once where several rows want different tokens behind the same beginning.
     positions, places = torch.unique_consecutive(torch.tensor([at for at, _, _ in wanted]), return_inverse=True)
     return Batch(
         torch.tensor([pad(sequence.keys, zeros) for sequence in sequences]),
@@ -165,6 +167,7 @@ def read_alone(row: TokenRow) -> Batch:
         torch.tensor([len(row.keys)]),
         torch.arange(len(row.keys))[None],
         None,
+        # The logits at a position predict the token behind it.
         torch.tensor(row.scored) - 1,
         torch.tensor([row.keys[position] for position in row.scored]),
         torch.arange(count),

@@ -45,6 +45,7 @@ def find_context(config: PretrainedConfig) -> int | None:
     """The most tokens that a model of a configuration reads; None where it does not say."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        # Some configurations have the name with -1 or None, which is no limit.
         if isinstance(limit := getattr(text, name, None), int) and limit > 0:
             return limit
     return None

@@ -99,6 +99,7 @@ class VisualEncoder:
                         raise ValueError(f"{name_choice(choice)}: {error}") from error
                 self._loaded.move_to_end(media)
                 found[media] = self._loaded[media]
+        # After the choices of a call: all that these need is there, even where it is more.
         while len(self._loaded) > _KEPT:
             self._loaded.popitem(last=False)
         return found
@@ -116,6 +117,7 @@ class VisualEncoder:
 
     def _key(self, media: Media, offset: int) -> int:
         """What stands for a feature in rows."""
+        # Below 0, where no token id is; equal for equal media, so that rows with them share beginnings.
         return -(1 + self._numbers.setdefault(media, len(self._numbers)) * _KEYS_EACH + offset)
 
     def _encode(

@@ -106,6 +106,7 @@ def find_saved(folder: Path) -> Path:
     Raises:
         ValueError: there is none yet.
     """
+    # The newest first: an earlier one may be of other settings (--resume_changed).
     for place in (folder, *reversed(list_checkpoints(folder)), *list_milestones(folder)):
         if (place / RUN_IDENTITY).is_file() and (place / "config.json").is_file():
             return place
@@ -124,6 +125,7 @@ def open_data(saved: Path, run: RunIdentity, args: argparse.Namespace) -> RunDat
     stored = run.fixed["data_content"]
     moved = {name: value for name in ("image_folder", "video_folder") if (value := getattr(args, name)) is not None}
     data_path = args.data_path or stored["source"]
+    # By content: folders may have moved, and a file may have changed under its name.
     if hash_data(find_entries(data_path)) != stored["sha256"]:
         raise ValueError(f"--data_path {' '.join(data_path)}: not the content that the run in {args.output_dir} had")
     limits = {limit.name: settings.get(limit.name, limit.default) for limit in fields(MediaLimits)}
@@ -213,13 +215,15 @@ def compare(lines: Sequence[dict[str, Any]], dataset: RunDataset, order: DataOrd
     # Less than an epoch: only what was trained on is read.
     reached = order.order(0)[: order.bounds[rest]] if not epochs else np.arange(len(dataset))
     measured = measure(dataset, np.unique(reached).astype(np.int64), num_workers)
-    total = np.zeros((len(dataset.sources), len(EXPOSURE_COUNTS)), np.int64)
+    total = np.zeros((len(dataset.sources), len(EXPOSURE_COUNTS)), np.int64)  # (sources, counts)
     differences: list[str] = []
     done = 0
     for line in sorted(lines, key=lambda line: line["step"]):
         for step in range(done, line["step"]):
             epoch, number = divmod(step, order.num_steps)
+            # (samples of the step, 1 + counts)
             samples = measured[order.order(epoch)[order.bounds[number] : order.bounds[number + 1]]]
+            # Not +=, which adds once where a source stands there several times.
             np.add.at(total, samples[:, 0], samples[:, 1:])
         done = line["step"]
         counted = {"": describe(total.sum(0))}

@@ -42,6 +42,7 @@ def parse_milestones(text: str) -> list[int]:
     if text in TRACKS:
         return TRACKS[text]
     try:
+        # A set: 1M and 1000k are one milestone.
         numbers = {parse_words(item, "--milestones") for item in text.split(",")}
     except ValueError as error:
         known = ", ".join(TRACKS)

@@ -56,10 +56,12 @@ class Holder:
         """Whether the holder surely runs no more, as ``here`` can tell; False where it cannot."""
         if self.job and self.job == here.job and self.restart < here.restart:
             return True  # The scheduler starts a job again only when its processes are gone.
+        # Of processes on other machines nothing is known.
         if self.host != here.host:
             return False
         if self.boot and here.boot and self.boot != here.boot:
             return datetime.fromisoformat(self.since).timestamp() < _boot_time()
+        # The same number means another process in another container.
         if self.namespace != here.namespace:
             return False
         return not _is_running(self.pid, self.process_started)
@@ -80,6 +82,7 @@ def take_lock(folder: Path, job: str = "", restart: int = 0) -> None:
         ValueError: another run has it, or it cannot be written; names host, process and start of that run.
     """
     path, key, here = folder / LOCK, folder.resolve(), _describe_process(job, restart)
+    # Each turn takes the lock, finds who has it, or clears a stale one away.
     for _ in range(_TRIES):
         if _create(path, here):
             break

@@ -142,6 +142,7 @@ def plan_scores(
         at_milestones = bool(args.milestone_numbers)
     elif at_milestones and not args.milestone_numbers:
         raise ValueError("--score_at milestones needs --milestones; give them, or --score_at steps:N")
+    # Read once: other ranks may see the files later, or other ones.
     tasks = broadcast_from_rank0(lambda: read_tasks(args, scorer))
     return ScorePlan(tasks, build_scorer, intervals, at_milestones, len(args.milestone_numbers))
 
@@ -161,6 +162,7 @@ def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLM
                 missing.append(f"{data.name}: the model reads text alone, and cannot look at its pictures")
                 continue
             read.append(BabyLMTask(data, read_items(data, args.score_fast)))
+            # Here a text that is too long costs a minute; at the first milestone it would cost a day.
             scorer.check(read[-1].choices)
             if data.task.needs_images and read[-1].swapped is None:
                 logger.warning("%s: too few different pictures for the blind check", data.name)

@@ -143,6 +143,7 @@ class ScoreTable:
                 "scores are not of the same items", SCORES, row.task, before.items, before.step, row.items, row.step
             )  # fmt: skip
         before_all = self.rows, self.groups, self.checks
+        # New lists: where the disk is full the old ones are put back.
         self.rows = [*self.rows, row]
         self.groups = [*self.groups, *(_group_row(step, words, result.task, group) for group in result.rows)]
         if blind is not None:
@@ -172,6 +173,7 @@ class ScoreTable:
 
 def draw_scores(rows: Sequence[ScoreRow], name: str) -> Image:
     """The chart: a panel for each metric, against words on a logarithmic axis or, uncounted, against steps."""
+    # A logarithmic axis has no 0, and one of words no points without them.
     counted = all(row.words for row in rows)
     panels: list[Image] = []
     for metric in dict.fromkeys(row.metric for row in rows):

@@ -178,6 +178,7 @@ class ScoringCallback(TrainerCallback):
                     return None
                 block: list[tuple[float, ...]] = [()] * len(together)
                 for number, share in enumerate(shares):
+                    # As they were dealt: every rank takes each num_ranks-th choice.
                     block[number::num_ranks] = share.scores
                 scores += block
         return scores

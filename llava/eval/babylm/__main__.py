@@ -134,11 +134,13 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
         print(f"warning: {line}", file=sys.stderr, flush=True)
     pairs = [(model, revision) for model in args.model_path for revision in args.revision or [None]]
     folders = [model_folder(Path(args.out), model, revision) for model, revision in pairs]
+    # Only the last part of a path names its results, as in the official pipeline.
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"--model_path: results of two models would go to {twice[0]}; give them different names")
     models = []
     for (model, revision), folder in zip(pairs, folders, strict=True):
         settings = {name: getattr(args, name) for name in ("fast", "seed", "dtype")}
+        # A model that was trained on in the same folder is another one.
         settings["model_files"] = _hash_files(model, revision)
         results = ModelResults(model, revision or "main", settings=settings)
         scorer = _Loader(args, model, revision, load)
@@ -149,6 +151,7 @@ def score_models(args: Namespace, load: Callable[[str, str | None], Scorer] | No
                 results.blind[data.name] = blind
                 if blind.is_blind:
                     print(f"warning: {blind.describe(data.name)}", file=sys.stderr, flush=True)
+        # Tasks of an earlier command stay in the tables, as their files stay in the folder.
         results.keep_others(folder / "scores.json")
         write_tables(folder, [results])
         models.append(results)

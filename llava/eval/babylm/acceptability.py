@@ -59,18 +59,21 @@ class RocArea:
         self, values: NDArray[np.float64], labels: NDArray[np.bool_], strata: NDArray[np.float64] | None = None
     ) -> None:
         strata = np.zeros(len(values)) if strata is None else strata
+        # Sorted by stratum, then by value: running sums below count what scores lower within a stratum.
         keys, places = np.unique(np.stack([strata, values], axis=1), axis=0, return_inverse=True)
         self._places, self._labels, self.num_items = places.reshape(-1), labels, len(labels)
+        # Of each distinct key, the number of its stratum: int64 (keys,).
         self._stratum = np.unique(keys[:, 0], return_inverse=True)[1]
 
     def __call__(self, weights: NDArray[np.float64] | None = None) -> float | None:
         """The area, with each sentence so many times; None where there is nothing to compare."""
         weights = np.ones(len(self._labels)) if weights is None else weights
+        # How many sentences of each label are at each key: float64 (keys,).
         good, bad = (
             np.bincount(self._places, weights * chosen, minlength=len(self._stratum))
             for chosen in (self._labels, ~self._labels)
         )
-        num_good, num_bad = (np.bincount(self._stratum, counts) for counts in (good, bad))
+        num_good, num_bad = (np.bincount(self._stratum, counts) for counts in (good, bad))  # (strata,) each
         before = (np.cumsum(num_bad) - num_bad)[self._stratum]  # in strata that come earlier
         below = np.cumsum(bad) - bad - before
         pairs = float(num_good @ num_bad)
@@ -82,6 +85,7 @@ def matthews(
 ) -> float:
     """Matthews correlation of labels and predictions; 0 where one of the two is the same everywhere."""
     weights = np.ones(len(labels)) if weights is None else weights
+    # In the order of the four cells: true bad, false good, false bad, true good.
     counts = np.bincount(2 * labels + predicted, weights, minlength=4)
     return float(_correlate(counts[0], counts[1], counts[2], counts[3]))
 
@@ -97,7 +101,7 @@ def _correlate(
 
 def best_threshold(values: NDArray[np.float64], labels: NDArray[np.bool_]) -> float:
     """Where to cut, so that Matthews correlation is highest; where all labels are the same, beyond all values."""
-    distinct, places = np.unique(values, return_inverse=True)
+    distinct, places = np.unique(values, return_inverse=True)  # (values,), (items,)
     good, bad = (np.bincount(places, chosen.astype(np.float64), len(distinct)) for chosen in (labels, ~labels))
     if not good.any() or not bad.any():
         return -np.inf if good.any() else np.inf
@@ -121,6 +125,7 @@ def predict_held_out(
         texts: of the sentences; a sentence that stands there twice is in one fold.
         seed: of the folds.
     """
+    # Sorted before they are shuffled: the folds do not depend on the order of the files.
     distinct = sorted(set(texts))
     random.Random(seed).shuffle(distinct)
     fold_of = {text: number % _NUM_FOLDS for number, text in enumerate(distinct)}

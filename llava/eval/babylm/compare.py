@@ -107,7 +107,9 @@ def compare_scores(task: str, first: Path, second: Path, seed: int) -> Compariso
     ids = [name for name in one if name in two]
     if len(ids) < max(len(one), len(two)):
         raise ValueError(f"--compare: {first if len(one) < len(two) else second} is not wholly scored; finish it first")
+    # People chose both forms, so there is no right one to count: what is compared is the correlation.
     if task.startswith("wug_"):
+        # Either folder will do: both were scored on the same items.
         ratios = read_ratios(first) or read_ratios(second)
         if ratios.keys() != set(ids):
             raise ValueError(f"--compare: {first} does not have people's ratios; score it again with --overwrite")
@@ -139,7 +141,7 @@ def compare_statistics(task: str, first: Statistic, second: Statistic, num_items
     generator = np.random.default_rng(seed)
     differences = []
     for _ in range(_NUM_RANK_RESAMPLES):
-        drawn = generator.integers(num_items, size=num_items)
+        drawn = generator.integers(num_items, size=num_items)  # int64 (items,)
         one, two = first(drawn), second(drawn)
         if one is not None and two is not None:
             differences.append(100 * (two - one))
@@ -171,6 +173,7 @@ def compare_outcomes(
         drawn[uid] = resample_means(pair[1] - pair[0], generator, _NUM_RESAMPLES)
     low, high = find_interval(100 * average_groups(kind, drawn))
     scores = [100 * float(average_groups(kind, table)) for table in means]
+    # A tie is not right here: McNemar counts items that one model alone has right.
     only_first = int(((first == 1) & (second < 1)).sum())
     only_second = int(((second == 1) & (first < 1)).sum())
     return Comparison(

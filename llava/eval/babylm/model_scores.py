@@ -39,6 +39,7 @@ def hash_items(choices: Sequence[Choice], labels: Sequence[bool] = ()) -> str:
         [choice.id, [[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
         for choice in choices
     ]
+    # Without labels the hash is that of files that were written before there were any.
     return hash_json([told, list(labels)] if labels else told, 16)
 
 
@@ -107,7 +108,9 @@ def score_items(
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
+        # A run that was killed may have left half a line, which the next one would be written behind.
         cut_unfinished_line(path)
+    # An empty file is what a run leaves that ended before its settings were on the disk.
     found = read_item_scores(folder, name) if path.is_file() and path.stat().st_size else None
     if found is not None and found[0] != settings:
         changed = sorted(key for key, value in settings.items() if found[0].get(key) != value)

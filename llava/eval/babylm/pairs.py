@@ -75,6 +75,7 @@ class PairColumns:
         if self.label is None:
             return 0
         label = row.label(self.label)
+        # A column may be called "0": its name goes before its number.
         if label in names:
             return names.index(label)
         if label.isdecimal() and int(label) < len(names):
@@ -108,6 +109,7 @@ def build_pair_tasks(paths: Sequence[str], columns: PairColumns) -> list[TaskDat
             raise ValueError(f"--pairs {path}: there is no such file")
         if path.suffix not in (".jsonl", ".tsv", ".csv"):
             raise ValueError(f"--pairs {path}: expected a file that ends in .jsonl, .tsv or .csv")
+        # Results lie in folders of these names.
         if path.stem in TASKS or path.stem in [data.name for data in found]:
             raise ValueError(f"--pairs {path}: another task is called {path.stem!r}; rename the file")
         task = Task(path.stem, (), frozenset(), columns.parse, OFFICIAL)

@@ -115,6 +115,7 @@ def summarize(data: TaskData, items: Sequence[Item], scores: Sequence[Sequence[f
     ties = np.array([len(indices) > 1 for indices in best])
     if items[0].ratio is not None:
         return _summarize_ratios(data, items, scores, int(ties.sum()), seed)
+    # The official pipeline takes the first of the best, which is the right one where it is among them.
     official = np.array([float(found[0] == item.gold) for item, found in zip(items, best, strict=True)])
     adjusted = np.array([(item.gold in found) / len(found) for item, found in zip(items, best, strict=True)])
     rows = [
@@ -192,6 +193,7 @@ def _split_rows(of_uids: Mapping[str, GroupResult]) -> list[GroupResult]:
 
 def average_groups(task: str, values: Mapping[str, Any]) -> Any:
     """The mean over the groups of a task, of numbers or arrays; of entity tracking first within its splits."""
+    # The leaderboard averages entity tracking over its kinds, whose numbers of operations differ.
     parts: dict[str, list[Any]] = {}
     for uid, value in values.items():
         parts.setdefault(_split_of(uid) if task == "entity_tracking" else "", []).append(value)
@@ -213,6 +215,7 @@ def _interval(task: str, items: Sequence[Item], outcomes: NDArray[np.float64], s
 
 def first_shares(scores: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """The probability of the first candidate among all of its item, by the softmax of their scores."""
+    # float64 (items, candidates). Less the largest of each item: exp of sums of log-probabilities would be 0.
     table = np.array([list(told) for told in scores], dtype=np.float64)
     table = np.exp(table - table.max(axis=1, keepdims=True))
     return np.asarray(table[:, 0] / table.sum(axis=1))
@@ -225,6 +228,7 @@ def _summarize_ratios(
     rho = spearman(model, people)
     low = high = None
     if rho is not None:
+        # Pairs of shares are drawn together: an item is the model's share and people's.
         generator = np.random.default_rng(seed)
         drawn = [generator.integers(len(items), size=len(items)) for _ in range(_NUM_RESAMPLES)]
         resampled = [value for p in drawn if (value := spearman(model[p], people[p])) is not None]
@@ -246,6 +250,7 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float |
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks from 0; equal values have the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # Rank behind the last of each distinct value, from which the middle of its equal ones follows.
     last = np.cumsum(counts)
     return np.asarray((last - (counts + 1) / 2)[inverse])
 

@@ -63,6 +63,7 @@ class SourceFile:
             raise ValueError(f"{self}: has no line; take the file away, or fetch it anew")
 
     def _read_json(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:
+        # With a limit: what a zip unpacks to is not known before it is read.
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
             if len(line) == _LONGEST_LINE:
                 raise ValueError(f"{self}, line {number}: has more than {_LONGEST_LINE} characters")
@@ -139,6 +140,7 @@ def find_collections(path: str) -> list[Collection]:
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
                 groups.setdefault(file.parent, []).append(SourceFile(file))
     elif zipfile.is_zipfile(root):
+        # Names such as __MACOSX are what archivers add, and hold no items.
         with zipfile.ZipFile(root) as archive:
             for name in sorted(archive.namelist()):
                 member = PurePosixPath(name)

@@ -59,6 +59,7 @@ class ModelResults:
             blind = {name: BlindCheck(**values) for name, values in before["blind_check"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is no table of scores ({error!r}); remove it, or give another --out") from error
+        # Earlier tasks first, as they stood; what is scored now replaces its own.
         others = [name for name in results if name not in self.results]
         self.results = {name: results[name] for name in others} | self.results
         self.blind = {name: blind[name] for name in others if name in blind} | self.blind

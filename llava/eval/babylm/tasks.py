@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -233,14 +233,9 @@ class Task:
 
 
 def _task(
-    name: str,
-    columns: str,
-    parse: Callable[[Row], Parsed],
-    folders: tuple[str, ...] | None = None,
-    official: str | None = None,
-    needs_images: bool = False,
-    shipped: str | None = None,
-) -> Task:
+    name: str, columns: str, parse: Callable[[Row], Parsed], folders: tuple[str, ...] | None = None,
+    official: str | None = None, needs_images: bool = False, shipped: str | None = None,
+) -> Task:  # fmt: skip
     begins = (name,) if folders is None else folders
     return Task(name, begins, frozenset(columns.split()), parse, official or name, needs_images, shipped)
 
@@ -353,6 +348,7 @@ def _recognize(collection: Collection) -> str | None:
     stem = collection.name.lower()
     # The longest first: blimp_supplement is no blimp.
     begins = sorted(((start, task.name) for task in TASKS.values() for start in task.folders), reverse=True)
+    # A name decides before columns do: supplement has the columns of blimp.
     if named := next((name for start, name in begins if stem.startswith(start)), None):
         return named
     _, row = next(collection.files[0].read_rows())
@@ -385,8 +381,10 @@ def read_items(data: TaskData, fast: bool = False, seed: int = 0) -> list[Item]:
     """
     counts: dict[str, int] = {}
     items = []
-    for row in _rows(data):
+    rows = (Row(file, number, values, data.images) for file in data.files for number, values in file.read_rows())
+    for row in rows:
         parsed = data.task.parse(row)
+        # Numbered within the group from 0, in the order of the files: the ids of official predictions.
         number = counts[parsed.uid] = counts.get(parsed.uid, -1) + 1
         candidates = tuple(parsed.candidates)
         if len(candidates) < 2 and parsed.acceptable is None:
@@ -407,6 +405,7 @@ def describe_repeats(name: str, items: Sequence[Item]) -> list[str]:
     repeated = []
     for item in items:
         key = (item.uid, item.choice.candidates, item.choice.media)
+        # Repeats are kept: the official counts have them too.
         if (source := first.setdefault(key, item.choice.source)) != item.choice.source:
             repeated.append(f"{item.choice.source} (as {source})")
     equal = [one.choice.source for one in items if len(set(one.choice.candidates)) < len(one.choice.candidates)]
@@ -416,12 +415,6 @@ def describe_repeats(name: str, items: Sequence[Item]) -> list[str]:
     if equal:
         lines.append(f"{name}: {len(equal)} rows have the same candidate twice, which always ties: {equal[0]}")
     return lines
-
-
-def _rows(data: TaskData) -> Iterator[Row]:
-    for file in data.files:
-        for number, values in file.read_rows():
-            yield Row(file, number, values, data.images)
 
 
 @cache

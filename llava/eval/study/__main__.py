@@ -108,6 +108,7 @@ def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) ->
         print_commands(study, cells)
         return 0
     record = study.output_dir / CHECKED
+    # Only now: --dry_run leaves nothing behind.
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, checked)
     lock_and_prepare(study, [] if args.prepare else cells, prepare)
@@ -162,7 +163,9 @@ def check_plan(study: Study, cells: Sequence[Cell]) -> list[str]:
     Raises:
         ValueError: a file is missing that no step makes, or a flag is wrong.
     """
+    # What a step makes need not be there yet.
     made = [study.fill(step.makes) for step in study.prepare]
+    # One of each variant: seeds differ in no path.
     for cell in {cell.variant: cell for cell in cells}.values():
         where = f"{study.path}: variant {cell.variant}"
         named = [(name, part) for name in _PATHS for part in _as_list(cell.flags.get(name))]
@@ -197,6 +200,7 @@ def check_flags(study: Study, cells: Sequence[Cell]) -> list[str]:
         check=False,
     )
     lines = found.stdout.strip().splitlines()
+    # The parser itself has failed, as where a plug-in cannot be imported.
     if found.returncode and not lines:
         lines = found.stderr.strip().splitlines()[-1:]
     if lines:

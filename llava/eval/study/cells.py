@@ -72,6 +72,7 @@ def describe(study: Study, cell: Cell) -> dict[str, object]:
             for path in value if isinstance(value, list) else [value]:
                 files[path] = hash_named(Path(study.fill(path)))
     content: dict[str, object] = {"variant": cell.variant, "seed": cell.seed, "flags": flags, "files": files}
+    # Only values that flags name: others are those of steps, whose records have them.
     content["values"] = {name: value for name, value in study.values.items() if f"{{{name}}}" in json.dumps(flags)}
     content["model"] = describe_model(study, cell)
     content["plugins"] = {
@@ -143,10 +144,12 @@ def train(study: Study, cell: Cell, start: Start, show: Callable[[str], None]) -
     """
     folder = study.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
+    # Before anything is trained: what the cell was begun as is what it is held against later.
     if not (folder / CELL).is_file():
         write_json(folder / CELL, describe(study, cell))
     begin = time.time()
     note_attempt(folder, event="start", at=begin)
+    # Training looks for its own last checkpoint: the command that goes on is the one that starts.
     words, log = study.train_command(cell), folder / LOG
     with log.open("a", encoding="utf-8") as file:
         print(f"$ {' '.join(words)}", file=file)
@@ -202,6 +205,7 @@ def sum_attempts(attempts: Sequence[Mapping[str, float]]) -> float:
     seconds, begin = 0.0, None
     for entry in attempts:
         if entry["event"] == "start":
+            # A start behind a start: the one before was killed, and its end is not known.
             begin = entry["at"]
         elif begin is not None:
             seconds, begin = seconds + entry["at"] - begin, None
@@ -263,6 +267,7 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def read_progress(log: Path) -> str:
     """The step and the number of steps that the end of a training's output tells."""
     with log.open("rb") as file:
+        # The end alone: a log of days is read twice a second.
         file.seek(max(0, log.stat().st_size - 4000))
         found = _STEP.findall(file.read().decode(errors="replace"))
     return f"step {found[-1][0]} of {found[-1][1]}" if found else ""

@@ -165,6 +165,7 @@ class Study:
         }  # fmt: skip
         words = []
         for name, value in flags.items():
+            # A flag with several values takes them as words of their own.
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(self.fill(as_word(part)) for part in values)]
         return words
@@ -262,6 +263,7 @@ def _read_with_base(path: Path, begun: tuple[Path, ...] = ()) -> tuple[dict[str,
     if not there.is_file() or there.resolve() in begun:
         raise ValueError(f"{path}: base is {shorten(base)}; expected another study's file, from this one's folder")
     below, folders = _read_with_base(there, (*begun, path.resolve()))
+    # Its {here} is filled in now, while it is known which folder that was.
     if folders[0] != here:
         below = _replace_here(below, str(folders[0]))  # type: ignore[assignment]
     joined = {key: {**below[key], **value} for key, value in content.items()  # type: ignore[dict-item]
@@ -289,12 +291,14 @@ def _read_variants(content: Mapping[str, object], path: Path) -> dict[str, Flags
         where = f"{path}: variants: {name}"
         if not _NAME.fullmatch(name) or name.lower() in _TAKEN:
             raise ValueError(f"{where}: the name becomes a folder: letters, digits and . _ + -, not {_TAKEN}")
+        # Folders of some file systems have one name in both cases.
         if (other := taken.setdefault(name.lower(), name)) != name:
             raise ValueError(f"{where}: differs from {other!r} in case alone; give another name")
         flags = {**common, **{key: value for key, value in _mapping(own, where).items() if key != "model"}}
         found[name] = {key: _flag(value, f"{where}: {key}") for key, value in flags.items() if value is not None}
         if given := [flag for flag in OWN_FLAGS if flag in found[name]]:
             raise ValueError(f"{where}: {given[0]} is given by the study itself{_remedy(given[0])}")
+    # Two names for one training: hours for a difference of 0.
     same: dict[str, str] = {}
     for name, given_flags in found.items():
         told = json.dumps([given_flags, _mapping(variants[name], name).get("model")], sort_keys=True)
@@ -310,6 +314,7 @@ def _remedy(flag: str) -> str:
 def _read_seeds(value: object, path: Path) -> tuple[int, ...]:
     seeds = value if isinstance(value, list) else [value]
     for seed in seeds:
+        # To Python true is the number 1.
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"{path}: seeds has {shorten(seed)}; expected whole numbers from 0, such as [0, 1, 2]")
     if not seeds or len(set(seeds)) < len(seeds):

@@ -53,6 +53,7 @@ def prepare(study: Study, run: Run = run_logged) -> None:
     for number, step in enumerate(study.prepare, 1):
         words = [study.fill(word) for word in step.words]
         if words[0] in ("python", "python3"):
+            # The Python that runs the study: another one may not have this library.
             words[0] = sys.executable
         makes = Path(study.fill(step.makes))
         told = step_command(study, number - 1)
@@ -72,6 +73,7 @@ def prepare(study: Study, run: Run = run_logged) -> None:
         start = time.monotonic()
         if status := run(words, log, study):
             raise ValueError(f"{study.path}: prepare, step {number} ended with status {status}: {last_words(log)}")
+        # Status 0 and no file: a typo in the name, most likely.
         if not makes.exists():
             raise ValueError(f"{study.path}: prepare, step {number} has not made {makes}; its output is in {log}")
         write_json(record, {"command": told, "makes": step.makes, "seconds": round(time.monotonic() - start, 1)})
@@ -113,6 +115,7 @@ def describe_model(study: Study, cell: Cell) -> dict[str, str]:
 def hash_path(path: Path) -> str:
     """A hash of a file's content or, of a folder, of its files; "" for what is not there, such as a recipe's name."""
     if path.is_dir():
+        # By their names within the folder, so that it may be moved.
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         return hash_json({str(file.relative_to(path)): hash_file(file) for file in files}, 16)
     return hash_file(path)[:16] if path.is_file() else ""
@@ -162,5 +165,6 @@ def last_words(log: Path) -> str:
     """The last line of a log that says something, and where the log is."""
     lines = log.read_bytes()[-20_000:].decode(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
     said = [line.strip() for line in lines if line.strip()]
+    # Commands of this library say an error in one such line; a log may have more behind it.
     errors = [line for line in said if line.startswith("error: ")]
     return f"{shorten_text((errors or said or ['no output'])[-1], 400)} ({log})"

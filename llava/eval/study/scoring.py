@@ -61,6 +61,7 @@ def score_cell(study: Study, cell: Cell, show: Callable[[str], None]) -> None:
     if study.score.milestones:
         todo = [*((path.name, path, count) for count, path in find_milestones(run)), *todo]
     for name, folder, count in todo:
+        # Milestones first, and each is written when it is done: a study that is ended goes on behind it.
         if name in list_scored(study, cell):
             continue
         show(f"scoring {name}")
@@ -128,6 +129,7 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
     from llava.registry import import_plugins
 
     if study.plugins:
+        # As the environment of trainings has it; scoring is in this process.
         sys.path[:0] = [str(folder) for folder in study.folders if str(folder) not in sys.path]
         import_plugins(study.plugins)
     found = find_tasks([study.fill(path) for path in plan.data], plan.tasks, plan.fast)
@@ -147,8 +149,10 @@ def sum_up(items: Sequence[Item], scores: Sequence[Sequence[float]], result: Tas
     from llava.eval.babylm.results import UID, average_groups
 
     groups = {row.name: row.score / 100 for row in result.rows if row.kind == UID}
+    # A correlation is of all items together; single ones count nothing.
     outcomes = {} if items[0].ratio is not None else group_outcomes([(item.uid, item.gold) for item in items], scores)
     uids = list(outcomes)
+    # The weight of each group, from unit vectors: how groups are averaged is said in one place alone.
     shares = average_groups(result.task, dict(zip(uids, np.eye(len(uids)), strict=True))) if uids else []
     return {
         "official": None if result.official is None else result.official / 100,

@@ -78,12 +78,12 @@ def compare(
         if list(told) != groups or any(len(told[group]) != len(baseline[0][group]) for group in groups):
             raise ValueError("the models were not scored on the same items; score them with the same settings")
     means = np.zeros((num_seeds, replicates))  # Mean over groups, of resampled items.
-    observed = np.zeros(num_seeds)
+    observed = np.zeros(num_seeds)  # (seeds,)
     for group in groups:
         items = np.stack([v[group] - b[group] for v, b in zip(variant, baseline, strict=True)])  # (seeds, items)
         weight = 1 / len(groups) if weights is None else weights[group]
         observed += weight * items.mean(1)
-        means += weight * resample_items(items, replicates, rng)
+        means += weight * resample_items(items, replicates, rng)  # (seeds, replicates)
     centre = means.mean(0)
     stretch = math.sqrt(num_seeds / (num_seeds - 1)) if num_seeds > 1 else 1.0
     drawn = rng.integers(num_seeds, size=(num_seeds, replicates))

@@ -160,6 +160,7 @@ def _row(
     if variant != study.baseline and shared:
         own, base = ([scores[done[name][seed]]["tasks"][task] for seed in shared] for name in (variant, study.baseline))
         check_same_items(own, base, f"{study.path}: {task}: {variant} and {study.baseline}")
+        # A correlation has none: its differences are not tested.
         if all(score["outcomes"] for score in (*own, *base)):
             compared = compare(list(map(_outcomes, own)), list(map(_outcomes, base)), own[0]["weights"])
     return Row(
@@ -364,6 +365,7 @@ def _line(row: Row) -> str:
 def _notes(results: Results) -> list[str]:
     notes = []
     if compared := [row.comparison for row in results["rows"] if row.comparison is not None]:
+        # With so few seeds a bootstrap draws the same ones again and again.
         fewest = min(len(found.by_seed) for found in compared)
         few = "" if fewest >= FEW_SEEDS else f", and may be too narrow with {fewest} seed{'s' * (fewest > 1)}"
         notes.append(

@@ -48,6 +48,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
     try:
         yield staged
         apply_umask(staged)
+        # Contents before names: after a loss of power the folder is whole, or is not there.
         for path in [*staged.rglob("*"), staged]:
             sync(path)
         replaced = staged.with_name(f".{out.absolute().name}.old-{os.getpid()}")

@@ -119,6 +119,7 @@ def export_llava_hf(loaded: LoadedModel, folder: Path) -> list[str]:
         native.save_pretrained(folder)
     write_tokenizer(loaded.tokenizer, folder, renamed={IMAGE_PATCH: DEFAULT_IMAGE_TOKEN})
     edit_json(folder / "config.json", {"torch_dtype": str(native.dtype).removeprefix("torch.")})
+    # In the units of its processor: it counts tokens from pixels, by the side of a patch.
     patch = vision.image_size // vision.patches_per_side
     prefix = _NATIVE_TOWERS[str(vision.vision_config["model_type"])]
     processor: dict[str, Any] = {
@@ -170,7 +171,7 @@ def check_llava_hf(loaded: LoadedModel, folder: Path) -> dict[str, float]:
     compare_tokenizers(loaded.tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     ids = pick_tokens(model.config, vision, model.grounding, loaded.tokenizer).unsqueeze(0)
     found = {"text": compare_logits(model(input_ids=ids).logits, native(input_ids=ids).logits)}
-    span = torch.full((1, vision.layout.num_tokens("image")), vision.token_ids[IMAGE_PATCH])
+    span = torch.full((1, vision.layout.num_tokens("image")), vision.token_ids[IMAGE_PATCH])  # (1, tokens of a picture)
     shown = torch.cat([span, ids], dim=1)[:, : model.config.max_position_embeddings]
     generator = torch.Generator().manual_seed(0)
     pixels: Tensor = torch.randn((1, 3, vision.image_size, vision.image_size), generator=generator)

@@ -172,6 +172,7 @@ def export_multimodal(loaded: LoadedModel, folder: Path) -> list[str]:
     write_tokenizer(loaded.tokenizer, folder)
     (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
     config, _, language_model = class_names(type(model))
+    # Text pipelines ask for the first class, those with pictures for the second.
     models = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), f"{MODULE}.{language_model}")
     auto_map = {"AutoConfig": f"{MODULE}.{config}", **models}
     processor = {"AutoProcessor": f"{MODULE}.{PROCESSOR}"}
@@ -249,9 +250,11 @@ def check_multimodal(loaded: LoadedModel, folder: Path) -> dict[str, float]:
     compare_tokenizers(loaded.tokenizer, processor.tokenizer)
     ids = pick_tokens(model.config, vision, model.grounding, loaded.tokenizer).unsqueeze(0)
     found = {"text": compare_logits(model(input_ids=ids).logits, exported(input_ids=ids).logits)}
+    # Not a square, and no multiple of a patch: resizing and padding are part of what is compared.
     pixels = torch.randint(256, (61, 94, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inputs = processor(images=pixels, text="", return_tensors="pt")
     length = inputs["input_ids"].shape[1]
+    # Behind the picture's tokens, as far as the context reaches.
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)[
         :, : max(model.config.max_position_embeddings, length)
     ]

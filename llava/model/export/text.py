@@ -158,6 +158,7 @@ def pick_tokens(
 @torch.no_grad()
 def score(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """float32 logits (tokens, vocabulary) of one text, computed in float32 whatever the weights are stored in."""
+    # In 16 bits a wrong weight would be lost among the rounding errors.
     dtype = model.dtype
     model.float().eval()
     logits = model(input_ids=ids.unsqueeze(0)).logits[0].clone()  # type: ignore[operator]
@@ -240,7 +241,7 @@ def check_text(source: Source, folder: Path) -> tuple[float, float]:
     logits = score(exported, source.checked)
     words = logits.shape[1]
     difference = compare_logits(source.reference[:, :words], logits)
-    lost = source.reference.softmax(-1)[:, words:].sum(-1)
+    lost = source.reference.softmax(-1)[:, words:].sum(-1)  # (tokens,)
     return difference, float(lost.max()) if lost.numel() else 0.0
 
 

@@ -49,6 +49,7 @@ def removable_from(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) 
     first = min(ids)
     behind = {i for i in vocabulary.values() if i >= first}
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()).get_vocab(with_added_tokens=False)
+    # A padding token that is also a visual one has to stay.
     used = {getattr(tokenizer, name) for name in _SPECIAL}
     return None if behind != ids or any(token in inner or token in used for token in tokens) else first
 
@@ -67,6 +68,7 @@ def write_tokenizer(
         without: added tokens, see ``removable_from``.
         renamed: new names of added tokens, which keep their ids.
     """
+    # Through its JSON: the tokenizers library has no way to take an added token out.
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] not in without]
     for token in backend["added_tokens"]:
