@@ -1,10 +1,10 @@
 """Likelihood scores of every task but BLiMP, on made-up items in the official layout, against each candidate alone.
 
-    python benchmarks/likelihood_tasks.py --tokenizer DIR --parity MODEL_FOLDER
+    python benchmarks/likelihood_tasks.py --tokenizer DIR --parity [MODEL_FOLDER ...]
     python benchmarks/likelihood_tasks.py --tokenizer DIR --speed
 
-``--parity``: winners of all items, against a model in float64 that reads one candidate after the other. The models are
-a random one and those given, each behind a tower and a projector of random weights for the tasks with pictures.
+``--parity``: winners of all items, against a model in float64 that reads one candidate after the other. For tasks
+with pictures, a language model stands behind a tower and a projector of random weights.
 ``--speed``: tasks with pictures, with a random model of 12 x 768 behind a random DINOv2-base, in float32, against
 scoring each candidate alone: its picture decoded and encoded for it, and full logits of a forward pass of its own. The
 two take turns on parts of the same items; times are those of the processor that this process used.
@@ -120,13 +120,13 @@ def make_rows(draw: random.Random, number: int) -> Iterator[tuple[str, Row]]:
             "TargetDiff": "concept swap",
         },
     )  # fmt: skip
-    boxes = "".join(f"Box {place} contains the {thing}, " for place, thing in enumerate(things[:5]))
+    boxes = "".join(f"Box {place} contains the {thing}, " for place, thing in enumerate(things[:3]))
     moved = "".join(f" Move the {things[step]} to Box {step + 1}." for step in range(number % 3))
     yield (
         f"entity_tracking/{('regular', 'ambiref', 'move_contents')[number % 3]}",
         {
-            "input_prefix": f"{boxes}Box 5 contains nothing.{moved} Box {number % 6} contains",
-            "options": [f" the {thing}." for thing in things[:4]] + [" nothing."], "numops": number % 3,
+            "input_prefix": f"{boxes}Box 3 contains nothing.{moved} Box {number % 4} contains",
+            "options": [f" the {thing}." for thing in things[:5]], "numops": number % 3,
         },
     )  # fmt: skip
     prefix = "A {0}" if number % 4 == 0 else "A {1} is a kind of {0}. Therefore, a {1}"
@@ -243,44 +243,38 @@ def score_alone(model: LlavaMetaForCausalLM, tokenizer: PreTrainedTokenizerBase,
         ids = torch.tensor([[*before, *encoded.input_ids]])
         with torch.no_grad():
             logits = model(input_ids=ids, **inputs).logits  # type: ignore[operator]
-        log_probs = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
         first = candidate.start + len(space) if candidate.start else 0
-        scored = [place + len(before) for place, (_, stop) in enumerate(encoded.offset_mapping) if stop > first]
-        scores.append(math.fsum(log_probs[place - 1] for place in scored if place))
+        places = [place + len(before) for place, (_, stop) in enumerate(encoded.offset_mapping) if stop > first]
+        scored = torch.tensor([place for place in places if place])  # Nothing predicts the first token of all.
+        log_probs = logits[0, scored - 1].log_softmax(-1).gather(1, ids[0, scored, None])
+        scores.append(math.fsum(log_probs[:, 0].tolist()))
     return tuple(scores)
 
 
 # What is measured.
 
 
-def check_parity(loaded: LoadedModel, name: str, tasks: dict[str, list[Choice]]) -> dict[str, object]:
-    """Winners of the items of each task, against float64 and one candidate at a time."""
+def check_parity(loaded: LoadedModel, choices: Sequence[Choice]) -> dict[str, object]:
+    """Winners of the items of a task, against float64 and one candidate at a time."""
     scorer = LikelihoodScorer(loaded.model, loaded.tokenizer)  # type: ignore[arg-type]
     exact = copy.deepcopy(loaded.model).double()  # type: ignore[attr-defined]
-    report: dict[str, dict[str, object]] = {}
-    for task, choices in tasks.items():
-        found = scorer.score(choices)
-        expected = [score_alone(exact, loaded.tokenizer, choice) for choice in choices]
-        both = list(zip(found, expected, strict=True))
-        leads = [sorted(scores)[-1] - sorted(scores)[-2] for scores in expected]
-        report[task] = {
-            "items": len(choices),
-            "same_winner": sum(winners(one) == winners(other) for one, other in both),
-            "won_by_the_right_candidate": sum(scores.index(max(scores)) == 0 for scores in found),
-            "smallest_lead_in_float64": min(leads),
-            "largest_difference_of_scores": max(
-                abs(a - b) for one, other in both for a, b in zip(one, other, strict=True)
-            ),
-        }
-        if choices[0].media:
-            shown = [
-                replace(one, media=other.media) for one, other in zip(choices, choices[1:] + choices[:1], strict=True)
-            ]
-            changes = [changed[0] - own[0] for changed, own in zip(scorer.score(shown), found, strict=True)]
-            # Nothing would be proved of pictures that change nothing.
-            report[task]["median_change_of_a_score_by_another_picture"] = statistics.median(map(abs, changes))
-        print(name, task, report[task], flush=True)
-    return {"model": name, "tasks": report}
+    found = scorer.score(choices)
+    expected = [score_alone(exact, loaded.tokenizer, choice) for choice in choices]
+    both = list(zip(found, expected, strict=True))
+    told: dict[str, object] = {
+        "items": len(choices),
+        "same_winner": sum(winners(one) == winners(other) for one, other in both),
+        "won_by_the_right_candidate": sum(scores.index(max(scores)) == 0 for scores in found),
+        "smallest_lead_in_float64": min(sorted(scores)[-1] - sorted(scores)[-2] for scores in expected),
+        "largest_difference_of_scores": max(abs(a - b) for one, other in both for a, b in zip(one, other, strict=True)),
+    }
+    if choices[0].media:
+        pictures = [choice.media for choice in choices]
+        shown = [replace(one, media=media) for one, media in zip(choices, pictures[1:] + pictures[:1], strict=True)]
+        changes = [abs(changed[0] - own[0]) for changed, own in zip(scorer.score(shown), found, strict=True)]
+        # Nothing would be proved of pictures that change nothing.
+        told["median_change_of_a_score_by_another_picture"] = statistics.median(changes)
+    return told
 
 
 def winners(scores: Sequence[float]) -> list[int]:
@@ -361,7 +355,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder with a fast tokenizer")
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--parity", nargs="*", metavar="DIR", help="language models beside a random one of 4 x 256")
+    parser.add_argument(
+        "--parity", nargs="*", metavar="DIR", help="language models; by default a random one of 4 x 256"
+    )
     parser.add_argument("--pictures", type=Path, default=PICTURES, metavar="DIR", help="a folder of *.jpg")
     parser.add_argument("--items", type=int, default=100, help="of each task")
     parser.add_argument("--turns", type=int, default=5)
@@ -369,11 +365,11 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    result: dict[str, object] = {}
-    result["versions"] = {
+    versions = {
         "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
+    add_result(args.out, {"versions": versions})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_items(folder / "data", sorted(args.pictures.glob("*.jpg")), args.items)
@@ -381,16 +377,26 @@ def main(words: Sequence[str] | None = None) -> None:
         if args.speed:
             base = save_random_model(folder / "12x768", SPEED, tokenizer)
             loaded = add_vision(base, save_tower(folder / "base_tower", SPEED))
-            result["speed"] = measure_speed(loaded, tasks, args.turns, {"winoground": 4, "vqa": 2})
+            found = measure_speed(loaded, tasks, args.turns, {"winoground": 2, "vqa": 1})
+            add_result(args.out, {"speed": found})
             del loaded
         if args.parity is not None:
             tower = save_tower(folder / "tower", PARITY)
-            bases = [save_random_model(folder / "random_4x256", PARITY, tokenizer), *args.parity]
-            result["parity"] = [check_parity(add_vision(base, tower), Path(base).name, tasks) for base in bases]
-    # Read at the end, as the other mode may have written meanwhile.
-    result = (json.loads(args.out.read_text()) if args.out.exists() else {}) | result
-    write_json(args.out, result)
-    print(json.dumps(result, indent=1))
+            for base in args.parity or [save_random_model(folder / "random_4x256", PARITY, tokenizer)]:
+                loaded, found = add_vision(base, tower), {}
+                for task, choices in tasks.items():
+                    found[task] = check_parity(loaded, choices)
+                    print(base, task, found[task], flush=True)
+                    # After each task, as a real model takes an hour for all of them.
+                    add_result(args.out, {"parity": {Path(base).name: found}})
+
+
+def add_result(path: Path, found: dict[str, object]) -> None:
+    """Put figures among those that are there."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in found.items():
+        result[name] = result.get(name, {}) | value
+    write_json(path, result)
 
 
 if __name__ == "__main__":
