@@ -28,9 +28,10 @@ from llava.model.loading import LoadedModel, load_model
 from llava.serve.generate import Captioner, Request
 from llava.types import VisualInput
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.conftest import TINY_BACKBONES, TINY_VISION, TinyBackbones, make_tower
-from tests.model.multimodal_encoder.tiny_towers import TINY_TOWERS, write_tower
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from tests.conftest import TINY_BACKBONES, TINY_VISION, TinyBackbones, make_tower  # noqa: E402
+from tests.model.multimodal_encoder.tiny_towers import TINY_TOWERS, write_tower  # noqa: E402
 
 TEXTS = [
     "Il gatto dorme sul divano: è così, e il cane guarda la strada.",
