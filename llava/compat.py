@@ -98,6 +98,15 @@ class OwnAttention:
         return self.attention_prefix + plain
 
 
+WITHOUT_SDPA = {"_supports_sdpa": False}
+"""Attributes of a class whose scores have a soft cap, Gemma 2's: sdpa has none, which 5.17 passes over in silence."""
+
+
+def supports_sdpa(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model may run on torch's ``scaled_dot_product_attention``."""
+    return model_class._supports_sdpa
+
+
 class ModulesFilledLater:
     """Mixin for a model that fills some of its modules itself, right after ``from_pretrained``; put it first.
 

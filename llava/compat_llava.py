@@ -396,6 +396,9 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The family's modules, with the names that are found here. All but ``llava.train.train`` have no file any more."""
 
+_FAMILIES = "llava.model.language_model.llava_"
+"""How modules of language models begin, whose classes ``llava.model`` has."""
+
 GONE = {
     "eval_model": "python -m llava.serve.cli, or llava.serve.generate.Captioner",
     "process_anyres_image": "process_images, or llava.data.media.cut_views",
@@ -425,6 +428,10 @@ def find_old_name(module: str, name: str) -> Any:
         from llava.train.trainer import LlavaTrainer
 
         return LlavaTrainer
+    if module.startswith(_FAMILIES):
+        from llava.model.backbones import find_class
+
+        return find_class(name)
     if name in OLD_MODULES[module]:
         return globals()[name]
     if name in GONE:
@@ -436,10 +443,19 @@ class _OldModules(MetaPathFinder, Loader):
     """Finds ``OLD_MODULES``, behind all finders of real files."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in OLD_MODULES else None
+        return ModuleSpec(name, self) if name in OLD_MODULES or self._is_family(name) else None
+
+    @staticmethod
+    def _is_family(name: str) -> bool:
+        if not name.startswith(_FAMILIES):
+            return False
+        from llava.model.backbones import BACKBONES
+
+        return name.rpartition(".")[2] in BACKBONES
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__doc__ = f"Names of the LLaVA family that are kept: {', '.join(OLD_MODULES[module.__name__])}."
+        names = OLD_MODULES.get(module.__name__, ("those of llava.model",))
+        module.__doc__ = f"Names of the LLaVA family that are kept: {', '.join(names)}."
         module.__dict__["__getattr__"] = partial(find_old_name, module.__name__)
 
 

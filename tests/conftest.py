@@ -132,6 +132,11 @@ _LLAMA_LIKE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
 }  # fmt: skip
+WINDOW = 12
+"""How far layers with a sliding window see: less than a video takes."""
+_GEMMA = _LLAMA_LIKE | {
+    "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "tie_word_embeddings": True,
+}  # fmt: skip
 _EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 
 TINY_BACKBONES: dict[str, tuple[str, dict]] = {
@@ -156,11 +161,30 @@ TINY_BACKBONES: dict[str, tuple[str, dict]] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 512, "rotary_pct": 0.5,
     }),
+    "llava_qwen3": ("qwen3", _LLAMA_LIKE | {"head_dim": 16, "tie_word_embeddings": True}),
+    "llava_phi3": ("phi3", _LLAMA_LIKE | {"sliding_window": WINDOW}),
+    "llava_smollm3": ("smollm3", _LLAMA_LIKE | {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}),
+    "llava_stablelm": ("stablelm", _LLAMA_LIKE | {"qk_layernorm": True, "use_parallel_residual": True}),
+    "llava_olmo": ("olmo", _LLAMA_LIKE | {"clip_qkv": 8.0}),
+    "llava_olmo2": ("olmo2", _LLAMA_LIKE),
+    "llava_gemma2": ("gemma2", _GEMMA | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0,
+    }),
+    "llava_gemma3": ("gemma3_text", _GEMMA | {"layer_types": ["full_attention", "sliding_attention"] * 2}),
 }  # fmt: skip
 """Plain checkpoints by the backbone that wraps them: model type and settings; 2 layers of width 32, context 512.
 
-Among them are tied and untied heads, embeddings narrower than the layers (OPT), grouped keys and experts.
+Among them are tied and untied heads, embeddings narrower than the layers (OPT), grouped keys and experts. Of the last
+eight some layers see the last tokens alone (Phi-3, Gemma 2 and 3), and some logits are capped (Gemma 2).
 """
+
+ROWS = ["llava_qwen3", "llava_phi3", "llava_smollm3", "llava_stablelm", "llava_olmo", "llava_olmo2", "llava_gemma2",
+        "llava_gemma3"]  # fmt: skip
+"""Families that ``model/language_model/test_families.py`` goes through, and other tests do not."""
+
+FAMILIES = sorted(set(TINY_BACKBONES) - set(ROWS))
+"""Families that every test of all backbones goes through."""
 
 
 class TinyBackbones(dict[str, Path]):

@@ -144,6 +144,17 @@ def test_a_name_that_is_gone_says_what_to_use(name):
         exec(f"from llava.mm_utils import {name}")
 
 
+def test_classes_of_models_are_found_where_they_were():
+    from llava.model.language_model.llava_qwen import LlavaQwenAlternatingConfig, LlavaQwenForCausalLM
+
+    import llava.model
+
+    assert LlavaQwenForCausalLM is llava.model.LlavaQwenForCausalLM
+    assert LlavaQwenAlternatingConfig is llava.model.LlavaQwenAlternatingConfig
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("llava.model.language_model.llava_nonsense")
+
+
 def test_a_module_that_was_never_there_is_missing():
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("llava.nonsense")

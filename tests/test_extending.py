@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 CONTRACT = """
 import sys, torch
-import llava_qwen3
+import llava_helium
 from transformers import AutoModelForCausalLM
 from llava.model import AVAILABLE_MODELS, load_model
 
@@ -51,17 +51,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tuple[Path, Path]:
-    """A tiny plain Qwen3 and a tiny I-JEPA."""
-    from transformers import AutoTokenizer, IJepaConfig, IJepaModel, Qwen3Config, Qwen3ForCausalLM
+    """A tiny plain Helium and a tiny I-JEPA."""
+    from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM, IJepaConfig, IJepaModel
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("newcomers")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = Qwen3Config(
+    config = HeliumConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(root / "any name")
+    HeliumForCausalLM(config).save_pretrained(root / "any name")
     tokenizer.save_pretrained(root / "any name")
     tower = IJepaConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=56, patch_size=14
@@ -98,7 +98,7 @@ def test_the_page_works_as_written(
     run(warm_python, folder, "-m", "llava.serve.cli", *plugins, "--model_path", "out", "--video", media_dir / "a.mp4",
         "--max_new_tokens", 3)  # fmt: skip
     printed = run(warm_python, folder, "-c", CONTRACT, plain, "out")
-    assert printed.split() == ["parity", "llava_qwen3", "IJepaTower"]
+    assert printed.split() == ["parity", "llava_helium", "IJepaTower"]
 
 
 OWN_SETTINGS = """
@@ -128,7 +128,7 @@ print(fails("--output_dir", "other", "--mm_resampler_args", '{"stride": 3}'))
 KEPT = """
 from dataclasses import dataclass
 import sys
-import ijepa_tower, llava_qwen3, row_mean
+import ijepa_tower, llava_helium, row_mean
 from llava.config import VisionConfig
 from llava.model import load_model
 from llava.model.multimodal_resampler import RESAMPLERS
@@ -168,7 +168,7 @@ def test_own_settings_on_the_command_line(
 ) -> None:
     plain, tower = models
     printed = run(
-        warm_python, folder, "-c", OWN_SETTINGS, "settings", "--plugins", "llava_qwen3", "ijepa_tower", "row_mean",
+        warm_python, folder, "-c", OWN_SETTINGS, "settings", "--plugins", "llava_helium", "ijepa_tower", "row_mean",
         "--model_name_or_path", plain, "--vision_tower", tower, "--mm_resampler_type", "row_mean", "--num_frames", 3,
         "--data_path", mixed_data, "--per_device_train_batch_size", 7, "--report_to", "none", "--use_cpu",
         "--disable_tqdm", "true",

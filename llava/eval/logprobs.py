@@ -167,10 +167,13 @@ class ModelRunner:
     def _try_ways(self) -> Ways:
         if (self.dtype or self.model.dtype) not in (torch.float32, torch.float64):
             return PLAIN  # So few digits cannot tell a wrong mask from rounding.
-        rows = _build_trial_rows(self.model.config.get_text_config().vocab_size)
+        config = self.model.config.get_text_config()
+        rows = _build_trial_rows(config.vocab_size)
         order, padded = next(pad_rows(rows, _NO_LIMIT))
         logits = self.call(_logits_at_all, padded, PLAIN)  # (positions of all rows, vocabulary)
         has_head = self.model.get_output_embeddings() is not None and self.model.base_model is not self.model
+        # A cap changes large logits alone, which those of the trial need not be.
+        has_head = has_head and getattr(config, "final_logit_softcapping", None) is None
         head = has_head and _is_near(self.call(_logits_at_all, padded, replace(PLAIN, head=True)), logits)
         return Ways(head, self._share and self._can_read_trees(rows, order, padded), find_window(self.model.config))
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from llava.command import CommandParser, run_command
+from llava.compat import supports_sdpa
 from llava.config import VisionConfig
 from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, ASPECT_RATIOS, PATCH_MERGE_TYPES
@@ -32,7 +33,7 @@ A checkpoint is recognised by the `model_type` of its `config.json`, a plain one
 have any name.
 
 {backbones}
-Each exists with alternating attention too (sdpa or eager): {variants}.
+Each exists with alternating attention too (sdpa or eager, where it has them): {variants}.
 `train_alternating.py --help` says how to begin.
 
 ## Vision towers
@@ -72,7 +73,9 @@ def describe_models() -> str:
     # Sorted: the page must not change with the order in which parts were registered.
     for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):
         model_class = find_class(AVAILABLE_MODELS[backbone][2])
-        attention = "sdpa, eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
+        attention = "eager, flash_attention_2" if model_class.decoder_class.has_attention_interface else "eager"
+        if supports_sdpa(model_class):
+            attention = f"sdpa, {attention}"
         backbones.append((f"`{backbone}`", f"`{plain}`", f"`{plain_class(model_class).__name__}`", attention))
     projectors = [(f"`{name}`", first_line(PROJECTORS.get(name))) for name in PROJECTORS]
     resamplers = [(f"`{name}`", first_line(RESAMPLERS.get(name)), *count_tokens(name)) for name in RESAMPLERS]

@@ -1,8 +1,9 @@
 """Backbones: the table of families of language models, their classes by name, and transformers' Auto classes.
 
-A family is three short classes in ``language_model/<model type>.py``: configuration, decoder, language model with
-head. From these, variants with alternating attention and text classifiers are made when they are asked for by name.
-Until then nothing heavy is imported.
+A family is three classes, configuration, decoder and language model with head: transformers' own with vision. They are
+made from a row of the table, or written in a file where there is more to say. From these, variants with alternating
+attention and text classifiers are made. All are made when they are asked for by name; until then nothing heavy is
+imported.
 """
 
 from __future__ import annotations
@@ -34,28 +35,33 @@ class Backbone(NamedTuple):
     Attributes:
         prefix: how the names of its classes begin.
         plain_type: transformers' model type of the checkpoints that it loads, whose tokenizer it has.
-        module: where its three classes are written.
+        module: where its three classes are written; None where they are made by ``language_model.families``.
     """
 
     prefix: str
     plain_type: str
-    module: str
+    module: str | None = None
 
 
 BACKBONES = {
-    model_type: Backbone(prefix, plain_type, f"llava.model.language_model.{model_type}")
-    for model_type, prefix, plain_type in (
-        ("llava_gemma", "LlavaGemma", "gemma"),
-        ("llava_gpt2", "LlavaGPT2", "gpt2"),
-        ("llava_gpt_neox", "LlavaGPTNeoX", "gpt_neox"),
-        ("llava_llama", "LlavaLlama", "llama"),
-        ("llava_mistral", "LlavaMistral", "mistral"),
-        ("llava_mixtral", "LlavaMixtral", "mixtral"),
-        ("llava_mpt", "LlavaMpt", "mpt"),
-        ("llava_opt", "LlavaOPT", "opt"),
-        ("llava_qwen", "LlavaQwen", "qwen2"),
-        ("llava_qwen_moe", "LlavaQwenMoe", "qwen2_moe"),
-    )
+    "llava_gemma": Backbone("LlavaGemma", "gemma"),
+    "llava_gemma2": Backbone("LlavaGemma2", "gemma2"),
+    "llava_gemma3": Backbone("LlavaGemma3", "gemma3_text"),
+    "llava_gpt2": Backbone("LlavaGPT2", "gpt2", "llava.model.language_model.llava_gpt2"),
+    "llava_gpt_neox": Backbone("LlavaGPTNeoX", "gpt_neox"),
+    "llava_llama": Backbone("LlavaLlama", "llama"),
+    "llava_mistral": Backbone("LlavaMistral", "mistral"),
+    "llava_mixtral": Backbone("LlavaMixtral", "mixtral"),
+    "llava_mpt": Backbone("LlavaMpt", "mpt", "llava.model.language_model.llava_mpt"),
+    "llava_olmo": Backbone("LlavaOlmo", "olmo"),
+    "llava_olmo2": Backbone("LlavaOlmo2", "olmo2"),
+    "llava_opt": Backbone("LlavaOPT", "opt"),
+    "llava_phi3": Backbone("LlavaPhi3", "phi3"),
+    "llava_qwen": Backbone("LlavaQwen", "qwen2"),
+    "llava_qwen3": Backbone("LlavaQwen3", "qwen3"),
+    "llava_qwen_moe": Backbone("LlavaQwenMoe", "qwen2_moe"),
+    "llava_smollm3": Backbone("LlavaSmolLM3", "smollm3"),
+    "llava_stablelm": Backbone("LlavaStableLm", "stablelm", "llava.model.language_model.llava_stablelm"),
 }
 """The families by model type; ``register_backbone`` adds others."""
 
@@ -75,7 +81,7 @@ _MODEL_TYPES: dict[str, str] = {}
 """The model type of each class by the class's name, text classifiers included."""
 
 _LANGUAGE_MODELS: dict[str, type[Any]] = {}
-"""By model type, the language models with head of the families whose files have been loaded."""
+"""By model type, the language models with head of the families that have been asked for."""
 
 
 def variant_type(backbone: str, variant: str) -> str:
@@ -147,9 +153,9 @@ class FamilyDefaults(OwnGenerationDefaults):
 
 
 def find_class(name: str) -> type[Any]:
-    """A class of a model type by its name; loads the family's file.
+    """A class of a model type by its name; makes the family's classes, or loads their file.
 
-    It is also the ``__getattr__`` of each family's file and of ``llava.model``, by which pickle finds variants and
+    It is also the ``__getattr__`` of families' files and of ``llava.model``, by which pickle finds variants and
     classifiers in any process.
 
     Raises:
@@ -157,9 +163,15 @@ def find_class(name: str) -> type[Any]:
     """
     if name not in _MODEL_TYPES:
         raise AttributeError(f"llava.model has no attribute {name!r}, and no model type such a class")
-    # The family's file is loaded here and not before: with all ten, ``--help`` would take seconds.
+    # Here and not before: with all families' modules of transformers, ``--help`` would take seconds.
     family, _ = split_type(_MODEL_TYPES[name])
-    import_module(BACKBONES[family].module)  # Registers its language model, the first time.
+    prefix, plain_type, module = BACKBONES[family]
+    if module is not None:
+        import_module(module)  # Registers its language model, the first time.
+    elif family not in _LANGUAGE_MODELS:
+        from llava.model.language_model.families import make_family
+
+        register_backbone(make_family(prefix, family, plain_type))
     backbone = _LANGUAGE_MODELS[family]
     written = {own.__name__: own for own in (backbone.config_class, backbone.decoder_class, backbone)}
     return written[name] if name in written else _derive_classes(family)[name]
@@ -255,5 +267,5 @@ def _list_classes(family: str, written: tuple[str, str, str]) -> None:
                 _extend(sys.modules[name], model_type)
 
 
-for _family, (_prefix, _, _) in BACKBONES.items():
+for _family, (_prefix, *_) in BACKBONES.items():
     _list_classes(_family, (f"{_prefix}Config", f"{_prefix}Model", f"{_prefix}ForCausalLM"))

@@ -74,7 +74,16 @@ class LlavaMetaModel(_Decoder):
     has_attention_interface: ClassVar[bool] = True
     """Whether transformers' decoder runs its attention through ``AttentionInterface``."""
 
+    layers_hand_down: ClassVar[bool] = True
+    """Whether its layers hand keyword arguments that they do not know down to their attention."""
+
     def __init__(self, config: PretrainedConfig) -> None:
+        if getattr(config, "use_bidirectional_attention", False):
+            # Its loss would be that of tokens which it has seen.
+            raise ValueError(
+                "use_bidirectional_attention is true in its config.json: it is an encoder, in which a token sees those "
+                "behind it, and learns and writes no text; use a model that generates"
+            )
         super().__init__(config)
         self.vision = VisionConfig.from_model_config(config)
         self.grounding = GroundingConfig.from_model_config(config)
@@ -285,11 +294,15 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         self, labels: Tensor | None, tables: CoordinateEmbeddings | None, tokens: CoordinateTokens | None
     ) -> tuple[Callable[[Tensor], Tensor], Tensor | TwoHot | None]:
         """The head, with the bins of a model that has tables of coordinates, and what it is to predict."""
-        head = cast(nn.Linear, self.get_output_embeddings())
-        if tables is None:
-            return head, labels
-        targets = labels if labels is None or tokens is None else two_hot_targets(labels, tables.grounding, tokens)
-        return tables.extend_head(head), targets
+        head: Callable[[Tensor], Tensor] = cast(nn.Linear, self.get_output_embeddings())
+        targets: Tensor | TwoHot | None = labels
+        if tables is not None:
+            head = tables.extend_head(cast(nn.Linear, head))
+            if labels is not None and tokens is not None:
+                targets = two_hot_targets(labels, tables.grounding, tokens)
+        # Gemma 2 keeps its logits between -30 and 30.
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return (head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap), targets
 
     def target_ids(self, input_ids: Tensor, labels: Tensor, variables: Variables | None = None) -> Tensor:
         """Labels, (batch, length), as ids that logits have: those of coordinates become the bins nearest to them."""

@@ -15,7 +15,7 @@ from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
 from llava.eval.parallel import ParallelScorer, ScorerSource, ScoreShare, cut_evenly
 from llava.io import read_json_lines
 from llava.types import Media, Turn
-from tests.conftest import ITALIAN, TINY_BACKBONES
+from tests.conftest import FAMILIES, ITALIAN
 
 
 def plain_scores(folder: Path, choices: list[Choice]) -> list[tuple[float, ...]]:
@@ -48,7 +48,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("name", TINY_BACKBONES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_scores_equal_those_of_one_sentence_at_a_time(backbone_dirs, name: str) -> None:
     folder = backbone_dirs[name]
     scored: list[int] = []

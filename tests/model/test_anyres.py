@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_BACKBONES
+from conftest import FAMILIES
 from test_visual import batch_of
 
 from llava.data.media import cut_views
@@ -136,7 +136,7 @@ def test_only_merging_in_rows_has_a_newline(load_tiny) -> None:
     assert name in loaded.new_parameters
 
 
-@pytest.mark.parametrize("name", TINY_BACKBONES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_new_newline_has_the_length_one_and_is_kept(load_tiny, mixed_data: Path, tmp_path: Path, name: str) -> None:
     loaded = load_tiny(name, **UNPADDED, image_grid_pinpoints="(1x1),...,(2x2)")
     newline = loaded.model.get_model().image_newline

@@ -26,6 +26,7 @@ from transformers import (
 import llava.model as models
 from llava.model import AVAILABLE_MODELS, BACKBONES
 from llava.model.loading import load_model
+from tests.conftest import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +67,9 @@ def test_every_model_type_is_known_once_llava_model_is_imported(first: str, warm
     assert int(done.stdout) == len(BACKBONES) * len(models.VARIANTS)
 
 
-@pytest.fixture(scope="module", params=sorted(AVAILABLE_MODELS))
+@pytest.fixture(
+    scope="module", params=[models.variant_type(name, kind) for name in FAMILIES for kind in models.VARIANTS]
+)
 def checkpoint(request, backbone_dirs, tower_dir, tmp_path_factory) -> tuple[str, Path, models.Any]:
     """A checkpoint with vision of each model type, its folder and what was saved."""
     model_type = request.param

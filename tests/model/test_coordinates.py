@@ -15,9 +15,9 @@ from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
 from llava.grounding.syntax import bin_tokens, box_text, span_text
-from llava.model import BACKBONES
 from llava.model.coordinates import CoordinateTables, locate, propagate, two_hot_cross_entropy
 from llava.model.loading import load_model
+from tests.conftest import FAMILIES
 
 TIN, TOUT = "temporal_input_locations", "temporal_output_locations"
 HIN, HOUT = "spatial_height_input_locations", "spatial_height_output_locations"
@@ -123,7 +123,7 @@ def test_patches_are_told_the_mean_of_both_tables_at_their_centres() -> None:
 # The model.
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_backbone_embeds_and_predicts_coordinates(name: str, load_tiny, data: Path) -> None:
     loaded = load_grounded(load_tiny, name)
     model, batch = loaded.model.eval(), make_batch(loaded, data)

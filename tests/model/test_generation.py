@@ -9,12 +9,12 @@ import torch
 
 from llava.constants import VISUAL_TOKENS
 from llava.data.media import load_media
-from llava.model import BACKBONES
 from llava.serve.generate import Captioner, Request
 from llava.types import Media
+from tests.conftest import FAMILIES
 
 
-@pytest.fixture(params=sorted(BACKBONES))
+@pytest.fixture(params=FAMILIES)
 def captioner(request, load_tiny) -> Captioner:
     """A model whose next token really depends on its media: larger random weights than at the start."""
     loaded = load_tiny(request.param)

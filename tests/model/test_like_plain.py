@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llava.model import BACKBONES
 from llava.model.loading import load_model
-from tests.conftest import TINY_BACKBONES
+from tests.conftest import FAMILIES, TINY_BACKBONES
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -38,7 +38,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(TINY_BACKBONES))
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_text_model_answers_as_the_plain_class(name: str, backbone_dirs: dict[str, Path]) -> None:
     folder = str(backbone_dirs[name])

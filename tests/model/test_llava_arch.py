@@ -1,4 +1,4 @@
-"""Contract of every backbone, by its name in BACKBONES."""
+"""Contract of every backbone, by its name in FAMILIES."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llava.constants import VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.model import BACKBONES
 from llava.model.loading import load_model
+from tests.conftest import FAMILIES
 
-pytestmark = pytest.mark.parametrize("name", sorted(BACKBONES))
+pytestmark = pytest.mark.parametrize("name", FAMILIES)
 
 
 def make_batch(loaded, mixed_data: Path, rows: list[int]):

@@ -26,7 +26,7 @@ def copy_checkpoint(source: Path, target: Path, **changes) -> Path:
 def test_unknown_model_type_lists_the_known_ones(gpt2_dir: Path, tmp_path: Path) -> None:
     folder = copy_checkpoint(gpt2_dir, tmp_path / "m", model_type="bert")
     with pytest.raises(
-        ValueError, match=r"unknown model_type 'bert'; known: gemma, gpt2, .*, llava_gemma, .*--plugins"
+        ValueError, match=r"unknown model_type 'bert'; known: gemma, gemma2, .*gpt2, .*, llava_gemma, .*--plugins"
     ):
         load_model(str(folder))
 

@@ -16,7 +16,6 @@ pytest.importorskip("peft", reason="LoRA needs peft: pip install 'llava-babylm[l
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.model import BACKBONES
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, has_adapters, is_adapter_parameter, load_adapter_weights, merge_adapters
 from llava.model.merge_lora import main as merge_main
@@ -24,8 +23,9 @@ from llava.model.quantization import find_linear_layers
 from llava.model.visual import vision_module_of
 from llava.train.arguments import PARTS
 from llava.train.parts import parameter_groups, part_of, parts_table, set_trainable_parts
+from tests.conftest import FAMILIES
 
-every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
+every_backbone = pytest.mark.parametrize("name", FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILIES
 
-from llava.model import BACKBONES
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, is_adapter_parameter, merge_adapters
 from llava.model.quantization import Quantization, check_bitsandbytes, count_weights, find_linear_layers, quantized_bits
@@ -32,7 +32,7 @@ def make_batch(loaded, data: Path, rows: tuple[int, ...] = (0, 2, 5)) -> dict:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", [FOUR, EIGHT], ids=["4", "8"])
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_exactly_the_adapted_layers_are_quantised(name: str, load_tiny, mixed_data: Path, quantization) -> None:
     plain, loaded = load_tiny(name), load_tiny(name, quantization=quantization)
     assert quantized_bits(loaded.model) == quantization.bits

@@ -14,9 +14,9 @@ from transformers import LogitsProcessorList
 from llava.config import GroundingConfig
 from llava.geometry import Box, Letterbox, TimeSpan
 from llava.grounding.syntax import box_text, parse_boxes, parse_spans
-from llava.model import BACKBONES
 from llava.serve.generate import Answer, Captioner, Request, read_answer
 from llava.types import Coordinates, Media
+from tests.conftest import FAMILIES
 
 WHOLE = re.compile(r"\[(<WIDTH-\d{3}><HEIGHT-\d{3}>){2}\]|\{(<TEMP-\d{3}>){2}\}")
 BEGUN = re.compile(r"(\[(<(WIDTH|HEIGHT)-\d{3}>){0,4}|\{(<TEMP-\d{3}>){0,2})$")
@@ -65,7 +65,7 @@ def to_picture(box: Box, letterbox: Letterbox) -> list[float]:
     return [*letterbox.from_square(*box[:2]), *letterbox.from_square(*box[2:])]
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_backbone_keeps_to_the_syntax_cached_or_not(make_captioner, media_dir: Path, name: str) -> None:
     captioner = make_captioner(name)
     requests, options = requests_of(media_dir), {"logits_processor": fond_of_places(captioner), "max_new_tokens": 24}

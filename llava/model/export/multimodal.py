@@ -46,6 +46,7 @@ _LEFT_OUT = {
 }
 _DECORATORS = ("register_backbone",)
 _ALTERNATING = "llava.model.language_model.alternating"
+_FAMILIES = "llava.model.language_model.families"
 
 
 def class_names(model_class: type[LlavaMetaForCausalLM]) -> tuple[str, str, str]:
@@ -66,7 +67,8 @@ def write_module(model_class: type[LlavaMetaForCausalLM], vision: VisionConfig) 
     family, variant = split_type(model_class.config_class.model_type)
     backbone = BACKBONES[family]
     base = f"{backbone.prefix}ForCausalLM"
-    roots = [_root("language model", family, Name(backbone.module, base))]
+    made = Name(_FAMILIES, "make_family")
+    roots = [_root("language model", family, Name(backbone.module, base)) if backbone.module else made]
     roots += [Name(name.module, name.name) for name in _parts(vision)]
     roots += [
         Name("llava.model.export.remote", "WholeModel"),
@@ -108,14 +110,17 @@ def _root(kind: str, name: str, part: Name) -> Name:
 
 
 def _tail(model_class: type[LlavaMetaForCausalLM], family: str, variant: str, base: str) -> str:
-    """What makes a variant of the family's classes, and lets transformers read weights under their stored names."""
+    """What makes a family's classes and a variant of these, and lets weights be read under their stored names."""
     config, decoder, model = class_names(model_class)
     plain, plain_config = plain_class(model_class).__name__, BACKBONES[family].plain_type
     lines = []
+    if BACKBONES[family].module is None:
+        lines.append(f'{base} = make_family("{BACKBONES[family].prefix}", "{family}", "{plain_config}")')
     if variant != "base":
         assert variant in VARIANTS
+        lines.append(f'{model} = make_variant({base}, "{variant}")')
+    if lines:
         lines += [
-            f'{model} = make_variant({base}, "{variant}")',
             f"{decoder}, {config} = {model}.decoder_class, {model}.config_class",
             f"for _made in ({config}, {decoder}, {model}):",
             "    _made.__module__ = __name__",

@@ -213,6 +213,9 @@ def _older_names(path: Path) -> dict[str, object]:
     config = json.loads(path.read_text(encoding="utf-8"))
     changes: dict[str, object] = {"torch_dtype": config.get("dtype")}
     rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3: one for its global layers, one for the others
+        changes["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if isinstance(rope, dict) and "rope_theta" in rope:
         changes["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":

@@ -107,6 +107,12 @@ class AlternatingModel(AlternatingAttention, _Decoder):
             for name, module in self.named_modules():
                 if hasattr(module, "layer_idx") and not name.startswith(VISION_MODULES):
                     module.register_forward_pre_hook(take_mask, with_kwargs=True)
+        elif not self.layers_hand_down:
+            for name, module in self.named_modules():
+                if hasattr(module, "layer_idx") and not name.startswith(VISION_MODULES):
+                    layer = self.get_submodule(name.rpartition(".")[0])
+                    layer.register_forward_pre_hook(partial(_keep_forbidden, module), with_kwargs=True)
+                    module.register_forward_pre_hook(_hand_down, with_kwargs=True)
 
     def forward(
         self,
@@ -258,6 +264,18 @@ def _take_mask(
         row = int(is_restricted(cast(AttentionLayer, module).layer_idx, num_layers))
         kwargs["attention_mask"] = mask[:, row : row + 1]
     return args, kwargs
+
+
+def _keep_forbidden(attention: nn.Module, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook before a layer, also when gradient checkpointing runs it again: what its attention is to have of it."""
+    vars(attention)["forbidden"] = kwargs.get("forbidden")
+
+
+def _hand_down(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook before a layer's attention: what the layer has kept to itself."""
+    return args, {**kwargs, "forbidden": vars(attention)["forbidden"]}
 
 
 AttentionInterface.register(_PREFIX + "sdpa", partial(_attend, sdpa_attention_forward))

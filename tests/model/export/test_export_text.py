@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from llava.constants import VISUAL_TOKENS
 from llava.model.export.__main__ import main
 from llava.model.loading import load_model
-from tests.conftest import TINY_BACKBONES
+from tests.conftest import FAMILIES, TINY_BACKBONES
 
 TEXT = "Il gatto dorme sul divano: è così, e il cane guarda la strada."
 
@@ -43,7 +43,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return model.float().eval()(torch.tensor([ids])).logits[0]
 
 
-@pytest.mark.parametrize("name", sorted(TINY_BACKBONES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_becomes_its_plain_class(name: str, load_tiny: Any, tmp_path: Path) -> None:
     loaded = load_tiny(name)
     randomize(loaded.model)
