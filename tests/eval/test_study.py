@@ -139,6 +139,16 @@ def test_changed_data_and_changed_scoring(folder: Path, capsys: pytest.CaptureFi
     assert command.main(["study.yaml"]) == 0, "what is logged may change"
 
 
+def test_other_items_under_the_same_path_are_scored_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("blimp", "a.jsonl").write_text("{}")
+    assert command.main(["study.yaml"]) == 0
+    Path("blimp", "a.jsonl").write_text("[]")
+    assert command.main(["study.yaml", "--table"]) == 2
+    assert "no cell is done" in capsys.readouterr().err
+    Path("blimp").rename("elsewhere")
+    assert command.main(["study.yaml", "--table"]) == 0, "data that are there no more tell nothing"
+
+
 def test_a_training_that_fails_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

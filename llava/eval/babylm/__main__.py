@@ -10,9 +10,10 @@ write_tables            tables.py         all tasks of all models
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,13 +233,14 @@ def _score(
     from tqdm import tqdm
 
     from llava.eval.babylm.acceptability import SentenceScorer
-    from llava.eval.babylm.model_scores import ITEM_SCORES, Settings, hash_items, score_items
+    from llava.eval.babylm.model_scores import ITEM_SCORES, Settings, hash_items, hash_pictures, score_items
 
     labels = [item.acceptable for item in items if item.acceptable is not None]
     settings = Settings(
         model=loader.model,
         model_files=_hash_files(loader.model, loader.revision),
         items=hash_items(choices, labels),
+        pictures=hash_pictures(choices),
         dtype=args.dtype,
         shown=shown,
     )
@@ -249,6 +251,12 @@ def _score(
         return score_items(folder, settings, items, choices, get_scorer, bar.update, args.overwrite, name)
 
 
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".gguf", ".txt", ".model")
+"""Ends of names of files with weights, settings and vocabularies."""
+_OTHER_FOLDERS = {"config.json": "mm_vision_tower", "adapter_config.json": "base_model_name_or_path"}
+"""Where a checkpoint names a folder that a part of its weights is read from: its tower, and the base of adapters."""
+
+
 def _hash_files(model: str, revision: str | None) -> str:
     """A hash of the names, sizes and times of a model's files; of its name and revision where it is on the hub."""
     from llava.io import hash_json
@@ -256,8 +264,20 @@ def _hash_files(model: str, revision: str | None) -> str:
     folder = Path(model, revision) if revision and Path(model, revision).is_dir() else Path(model)
     if not folder.is_dir():
         return hash_json([model, revision], 16)
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".gguf"))
-    return hash_json([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files], 16)
+    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
+    told: list[object] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    told += [_hash_files(other, None) for other in _other_folders(folder) if Path(other).is_dir()]
+    return hash_json(told, 16)
+
+
+def _other_folders(folder: Path) -> Iterator[str]:
+    for name, key in _OTHER_FOLDERS.items():
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # Not there; one that is broken is an error where the model is read.
+            continue
+        if isinstance(content, dict) and isinstance(other := content.get(key), str) and Path(other) != folder:
+            yield other
 
 
 def main(argv: Sequence[str] | None = None) -> int:

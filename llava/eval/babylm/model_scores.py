@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from llava.eval.babylm.tasks import Item
 from llava.eval.choices import Choice, Scorer
-from llava.io import append_json_lines, cut_unfinished_line, hash_json, read_json_lines
+from llava.io import append_json_lines, cut_unfinished_line, hash_json, lock_file, read_json_lines
 
 ITEM_SCORES = "item_scores.jsonl"
 """Beside the official files: its first line has the settings, each other one the scores of an item's candidates."""
@@ -22,6 +22,8 @@ class Settings(TypedDict):
     Attributes:
         model, model_files: its path, and a hash of the names, sizes and times of its files.
         items: a hash of all ids and texts, and of the paths of their pictures.
+        pictures: a hash of the sizes and times of these files; "" without any. Another copy of the same pictures has
+            other times, so comparisons of models do not look at it.
         dtype: of the weights while they score.
         shown: ``own`` pictures, or those of ``other`` items.
     """
@@ -29,6 +31,7 @@ class Settings(TypedDict):
     model: str
     model_files: str
     items: str
+    pictures: str
     dtype: str
     shown: str
 
@@ -41,6 +44,13 @@ def hash_items(choices: Sequence[Choice], labels: Sequence[bool] = ()) -> str:
     ]
     # Without labels the hash is that of files that were written before there were any.
     return hash_json([told, list(labels)] if labels else told, 16)
+
+
+def hash_pictures(choices: Sequence[Choice]) -> str:
+    """A hash that changes with the files of pictures."""
+    files = sorted({media.path for choice in choices for media in choice.media})
+    stats = [Path(file).stat() for file in files]
+    return hash_json([[one.st_size, one.st_mtime_ns] for one in stats], 16) if stats else ""
 
 
 def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, dict[str, tuple[float, ...]]] | None:
@@ -103,34 +113,37 @@ def score_items(
         The scores of all items, in order.
 
     Raises:
-        ValueError: the folder has scores with other settings, or an item cannot be scored.
+        ValueError: the folder has scores with other settings, another process scores into it, or an item cannot be
+            scored.
     """
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
+    with path.open("ab") as file:
+        try:
+            lock_file(file, wait=False)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process writes its scores there; wait, or give another --out") from None
         # A run that was killed may have left half a line, which the next one would be written behind.
         cut_unfinished_line(path)
-    # An empty file is what a run leaves that ended before its settings were on the disk.
-    found = read_item_scores(folder, name) if path.is_file() and path.stat().st_size else None
-    if found is not None and found[0] != settings:
-        changed = sorted(key for key, value in settings.items() if found[0].get(key) != value)
-        if not overwrite:
+        # An empty file is what a run leaves that ended before its settings were on the disk.
+        found = read_item_scores(folder, name) if path.stat().st_size else None
+        # Versions before "pictures" had no such setting.
+        changed = [key for key, value in settings.items() if found is not None and found[0].get(key, "") != value]
+        if changed and not overwrite:
             raise ValueError(
-                f"{path}: was made with another {', '.join(changed)}; give another --out, or --overwrite to replace it"
+                f"{path}: was made with another {', '.join(sorted(changed))}; give another --out, or --overwrite to "
+                "replace it"
             )
-        found = None
-    done = {} if found is None else found[1]
-    on_scored(sum(item.id in done for item in items))
-    if found is None:
-        path.unlink(missing_ok=True)
-        with path.open("ab") as file:
+        if found is None or changed:
+            found = None
+            file.truncate(0)
             append_json_lines(file, [{"settings": settings}])
-    todo = [index for index, item in enumerate(items) if item.id not in done]
-    for start in range(0, len(todo), _AT_ONCE):
-        part = todo[start : start + _AT_ONCE]
-        told = get_scorer().score([choices[index] for index in part], on_scored)
-        rows = [_row(items[index], one) for index, one in zip(part, told, strict=True)]
-        with path.open("ab") as file:
-            append_json_lines(file, rows)
-        done |= {items[index].id: one for index, one in zip(part, told, strict=True)}
+        done = {} if found is None else found[1]
+        on_scored(sum(item.id in done for item in items))
+        todo = [index for index, item in enumerate(items) if item.id not in done]
+        for start in range(0, len(todo), _AT_ONCE):
+            part = todo[start : start + _AT_ONCE]
+            told = get_scorer().score([choices[index] for index in part], on_scored)
+            append_json_lines(file, [_row(items[index], one) for index, one in zip(part, told, strict=True)])
+            done |= {items[index].id: one for index, one in zip(part, told, strict=True)}
     return [done[item.id] for item in items]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from llava.messages import shorten, shorten_text
 
 SUFFIX = ".jsonl"
 _TABLES = (".tsv", ".csv")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _LONGEST_LINE = 2**24
 """Characters. A zip of some kilobytes may hold a line of gigabytes."""
 
@@ -75,6 +77,8 @@ class SourceFile:
                 raise ValueError(f"{self}, line {number}: no JSON, but {shorten_text(line)!r}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{self}, line {number}: expected a JSON object, got {shorten(row)}")
+            if "\\u" in line and _HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
+                raise ValueError(f"{self}, line {number}: has half of a character (\\ud800 to \\udfff) by itself")
             yield number, row
 
     def _read_table(self, file: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:

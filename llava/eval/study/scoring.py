@@ -14,6 +14,7 @@ import numpy as np
 
 from llava.eval.study.cells import read_trained
 from llava.eval.study.plan import Cell, ScorePlan, Study
+from llava.eval.study.prepare import hash_path
 from llava.io import hash_json, write_json
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def score_cell(study: Study, cell: Cell, show: Callable[[str], None]) -> None:
         show(f"scoring {name}")
         plan = plan_for(study.score, name)
         tasks = score_model(study, plan, folder, _labelled(f"scoring {name}", show))
-        content: ModelScores = {"words": count, "settings": settings(plan), "tasks": tasks}
+        content: ModelScores = {"words": count, "settings": settings(study, plan), "tasks": tasks}
         path = scores_file(study, cell, name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
@@ -82,9 +83,20 @@ def plan_for(plan: ScorePlan, name: str) -> ScorePlan:
     return plan if name == FINAL else replace(plan, fast=plan.milestones_fast)
 
 
-def settings(plan: ScorePlan) -> dict[str, object]:
-    """What scores depend on beside the model."""
-    return {"data": list(plan.data), "tasks": list(plan.tasks), "fast": plan.fast, "seed": plan.seed}
+def settings(study: Study, plan: ScorePlan) -> dict[str, object]:
+    """What scores depend on beside the model; data by a hash of their content, so that they may move."""
+    files = [_hash_items(Path(study.fill(path))) for path in plan.data]
+    return {"data": list(plan.data), "files": files, "tasks": list(plan.tasks), "fast": plan.fast, "seed": plan.seed}
+
+
+def _hash_items(path: Path) -> str:
+    """A hash of a file's content; of a folder that of its items, and of the names and sizes of its pictures."""
+    if not path.is_dir():
+        return hash_path(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    told = [[str(file.relative_to(path)), _hash_items(file) if file.suffix == ".jsonl" else file.stat().st_size]
+            for file in files]  # fmt: skip
+    return hash_json(told, 16)
 
 
 def find_milestones(run: Path) -> list[tuple[int, Path]]:
@@ -104,8 +116,20 @@ def list_scored(study: Study, cell: Cell) -> list[str]:
     """Names of the scores that a cell has, made with the settings of the study as it is now."""
     assert study.score is not None
     names = [path.stem for path in sorted((study.folder(cell) / "scores").glob("*.json"))]
-    plans = {name: settings(plan_for(study.score, name)) for name in names}
-    return [name for name in names if read_scores(study, cell, name)["settings"] == plans[name]]
+    plans = {plan: settings(study, plan) for plan in {plan_for(study.score, name) for name in names}}
+    return [
+        name
+        for name in names
+        if _is_same(read_scores(study, cell, name)["settings"], plans[plan_for(study.score, name)])
+    ]
+
+
+def _is_same(before: dict[str, object], now: dict[str, object]) -> bool:
+    """Whether scores were made with these settings; data that are there no more, or of an old version, tell nothing."""
+    known = [] if not isinstance(found := before.get("files"), list) else found
+    files = now["files"] if isinstance(now["files"], list) else []
+    changed = any(old != new for old, new in zip(known, files, strict=False) if new)
+    return not changed and {**before, "files": None} == {**now, "files": None}
 
 
 def read_scores(study: Study, cell: Cell, name: str) -> ModelScores:

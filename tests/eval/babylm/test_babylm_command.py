@@ -123,6 +123,38 @@ def test_other_groups_of_the_same_pairs_are_scored_anew(tmp_path: Path) -> None:
         score_models(parse_arguments([*words, "y"]), lambda model, revision: FakeScorer())
 
 
+def test_a_picture_that_was_replaced_is_scored_anew(data: Path, tmp_path: Path) -> None:
+    score(data, tmp_path, FakeScorer(), "--tasks", "vqa")
+    (data / "vqa_filtered" / "images" / "2.png").write_bytes(b"another")
+    with pytest.raises(ValueError, match="was made with another pictures"):
+        score(data, tmp_path, FakeScorer(), "--tasks", "vqa")
+
+
+@pytest.mark.parametrize("changed", ["merges.txt", "../tower/model.safetensors"])
+def test_a_changed_vocabulary_or_tower_makes_another_model(data: Path, tmp_path: Path, changed: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"mm_vision_tower": str(tmp_path / "tower")}))
+    words = (data, tmp_path / "out", FakeScorer(), "--tasks", "blimp")
+    score(*words, model=str(tmp_path / "m"))
+    (tmp_path / "m" / changed).write_text("a")
+    with pytest.raises(ValueError, match="was made with another model_files"):
+        score(*words, model=str(tmp_path / "m"))
+
+
+def test_two_processes_do_not_write_into_one_file(data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def start_another(choice: Choice, text: str) -> float:
+        with pytest.raises(ValueError, match="another process writes its scores there"):
+            score(data, tmp_path, FakeScorer(), "--tasks", "blimp", "--dtype", "bfloat16", "--overwrite")
+        told.append(text)
+        return 0.0
+
+    score(data, tmp_path, FakeScorer(start_another), "--tasks", "blimp")
+    assert len(told) == 24
+
+
 def test_tables(data: Path, tmp_path: Path) -> None:
     (results,) = score(data, tmp_path, FakeScorer(), "--tasks", "blimp", "wug_past")
     folder = tmp_path / "model" / "main"

@@ -175,6 +175,7 @@ def test_what_is_missing_is_said(official: Path, tmp_path: Path) -> None:
         ("", "has no line"),
         ("[1]", "line 1: expected a JSON object"),
         ('{"sentence_good": "a"', "line 1: no JSON"),
+        (r'{"sentence_good": "a \ud83d"}', "line 1: has half of a character"),
         ('\n{"sentence_good": "a", "UID": "x", "field": "y"}', "line 2: has no 'sentence_bad', but 'sentence_good'"),
         ('{"sentence_good": "a", "sentence_bad": 3, "UID": "x", "field": "y"}', "line 1: 'sentence_bad' is 3"),
     ],
