@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -176,9 +177,34 @@ class WordBudget(TrainerCallback):
         self._words = self.exposure.count_words()
         # Written before the checkpoint of its step, so a milestone of this step is there.
         found = [path / EXPOSURE_STATE for path in list_milestones(str(args.output_dir))] if step else []
-        self.at_milestone = step in [json.loads(path.read_text("utf-8"))["step"] for path in found if path.is_file()]
+        steps = {p.parent.name: json.loads(p.read_text("utf-8"))["step"] for p in found if p.is_file()}
+        self.at_milestone = step in steps.values()
+        if step and is_first_rank():
+            self._warn_of_gaps(args, step, steps)
         self.reached = args.word_limit_number is not None and self._words >= args.word_limit_number
         return self.reached
+
+    def _warn_of_gaps(self, args: TrainingArguments, step: int, steps: Mapping[str, int]) -> None:
+        """Say which milestones a run that goes on behind a step will not write, and which are of steps it may not take.
+
+        Args:
+            args: of the run.
+            step: of the checkpoint that it goes on from.
+            steps: of the milestones that are there.
+        """
+        asked = {milestone_name(number): number for number in args.milestone_numbers}
+        if gone := [name for name, number in asked.items() if number <= self._words and name not in steps]:
+            logger.warning(
+                "--milestones: %s will not be written: the run goes on behind %s words; start anew to have them",
+                ", ".join(gone), f"{self._words:,}",
+            )  # fmt: skip
+        limit = args.word_limit_number or sys.maxsize
+        later = [name for name, at in steps.items() if at > step and not asked.get(name, sys.maxsize) <= limit]
+        if later:
+            logger.warning(
+                "%s: %s is of a step behind %d, from where the run goes on, and will not be written anew; remove it if "
+                "this is another run (--resume_changed)", args.output_dir, ", ".join(later), step,
+            )  # fmt: skip
 
     def on_step_end(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -80,6 +80,7 @@ _LABELS = {
     "versions": "versions",
     "model_type": "the kind of model (--model_name_or_path, --variant)",
     "data_content": "the content of --data_path",
+    "score_items": "the items that it is scored on (--score_data)",
 }
 _READERS = 8
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from llava.eval.babylm.model_scores import hash_items
 from llava.eval.babylm.results import TaskResult, summarize
-from llava.eval.babylm.tasks import TASKS, Item, TaskData, find_tasks, read_items
+from llava.eval.babylm.tasks import TASKS, Item, TaskData, describe_repeats, find_tasks, read_items
 from llava.eval.blind import swap_media
 from llava.eval.likelihood import Choice, LikelihoodScorer, Scorer
 from llava.train.distributed import broadcast_from_rank0
@@ -98,6 +99,10 @@ class ScorePlan:
         """Whether a step's model is scored."""
         return is_last or (at_milestone and self.at_milestones) or any(step % number == 0 for number in self.intervals)
 
+    def hash_items(self) -> dict[str, str]:
+        """Of each task a hash of its items: a run that is gone on with says where they have changed."""
+        return {task.name: hash_items(task.choices) for task in self.tasks}
+
     def describe(self) -> str:
         """What is scored and when, for the report before the first step."""
         again = {task.name: ", and again with other items' pictures" if task.swapped else "" for task in self.tasks}
@@ -164,6 +169,8 @@ def read_tasks(args: TrainingArguments, scorer: LikelihoodScorer) -> list[BabyLM
             read.append(BabyLMTask(data, read_items(data, args.score_fast)))
             # Here a text that is too long costs a minute; at the first milestone it would cost a day.
             scorer.check(read[-1].choices)
+            for line in describe_repeats(data.name, read[-1].items):
+                logger.warning("%s", line)
             if data.task.needs_images and read[-1].swapped is None:
                 logger.warning("%s: too few different pictures for the blind check", data.name)
     except ValueError as error:

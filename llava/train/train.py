@@ -210,6 +210,8 @@ def build_trainer(
             trainer.checkpoints.identity = broadcast_from_rank0(
                 lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
             )
+            if score_plan is not None:
+                trainer.checkpoints.identity.free["score_items"] = score_plan.hash_items()
     return trainer
 
 

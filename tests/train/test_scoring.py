@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,19 @@ def test_mistakes_are_named_before_anything_is_trained(model_dir, texts, tasks, 
     argv = flags(model_dir, None, texts, tmp_path / "out", **{"score_data": tasks, **changes})
     with pytest.raises(ValueError, match=said):
         build_trainer(argv)
+
+
+def test_items_that_changed_are_said_and_so_are_repeats(model_dir, texts, tasks, tmp_path: Path, caplog) -> None:
+    data = shutil.copytree(tasks / "blimp", tmp_path / "blimp") / "pairs.jsonl"
+    identities = []
+    for text in (data.read_text(), data.read_text().replace("Il gatto 1", "Il gatto 0")):
+        data.write_text(text)
+        trainer = build_trainer(flags(model_dir, None, texts, tmp_path / "out", score_data=tmp_path, **RUN))
+        assert trainer.checkpoints.identity is not None
+        identities.append(replace(trainer.checkpoints.identity, length={"steps": 6}))
+    (said,) = identities[1].compare(identities[0]).allowed
+    assert said.startswith("the items that it is scored on (--score_data) was {'blimp': ")
+    assert [m for m in caplog.messages if "blimp: 1 rows say what an earlier one says" in m]
 
 
 def test_a_sentence_over_the_context_is_named_with_its_line(model_dir, texts, tmp_path: Path) -> None:

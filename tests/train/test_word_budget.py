@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from llava.model.loading import load_model
 from llava.train import exposure
+from llava.train.budget import WordBudget
 from llava.train.checkpoint import find_changes, find_damage, list_checkpoints
 from llava.train.milestones import TRACKS, Milestone, milestone_name, parse_milestones, parse_words
 from llava.train.train import build_trainer, main, train
@@ -153,3 +156,20 @@ def test_a_recount_says_whether_the_file_is_right(gpt2_dir: Path, texts: Path, t
     assert exposure.main([str(output)]) == 2
     assert "not the content that the run" in capsys.readouterr().err
     assert exposure.main([str(tmp_path)]) == 2
+
+
+def test_milestones_that_a_resumed_run_does_not_write_are_named(tmp_path: Path, caplog) -> None:
+    for name, step in (("chck_100", 5), ("chck_300", 15), ("chck_500", 25), ("chck_350", 18)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "exposure.json").write_text(json.dumps({"step": step}))
+    budget = WordBudget(SimpleNamespace(count_words=lambda: 200), lambda milestone: None)  # type: ignore[arg-type]
+    args: Any = SimpleNamespace(
+        output_dir=str(tmp_path), milestone_numbers=[100, 150, 200, 300, 500], word_limit_number=400
+    )
+    assert not budget.begin(args, 10)
+    gone, later = caplog.messages
+    assert "chck_150, chck_200 will not be written: the run goes on behind 200 words" in gone
+    assert ": chck_350, chck_500 is of a step behind 10" in later
+    caplog.clear()
+    assert not budget.begin(args)
+    assert not caplog.messages

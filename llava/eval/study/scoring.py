@@ -148,7 +148,7 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
         ValueError: a task is not found, or the model cannot be scored.
     """
     from llava.eval.babylm.results import summarize
-    from llava.eval.babylm.tasks import find_tasks, read_items
+    from llava.eval.babylm.tasks import describe_repeats, find_tasks, read_items
     from llava.eval.likelihood import LikelihoodScorer
     from llava.registry import import_plugins
 
@@ -163,6 +163,8 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
     scores: dict[str, TaskScores] = {}
     for data in found.tasks:
         items = read_items(data, plan.fast, plan.seed)
+        for line in describe_repeats(data.name, items):
+            show(f"warning: {line}")
         told = scorer.score([item.choice for item in items], _Counter(data.name, len(items), show))
         scores[data.name] = sum_up(items, told, summarize(data, items, told))
     return scores

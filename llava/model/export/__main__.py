@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,11 @@ def export_checkpoint(
         found = " and ".join(
             f"{difference:.3g} on a{'n' * (name[0] == 'i')} {name}" for name, difference in differences.items()
         )
-        lines.append(f"checked: its logits differ from the checkpoint's by at most {found}")
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights_type = written.get("dtype") or written.get("torch_dtype")
+        lines.append(
+            f"checked: its logits differ from the checkpoint's, with weights in {weights_type}, by at most {found}"
+        )
         write_json(
             folder / EXPORT_FILE,
             {

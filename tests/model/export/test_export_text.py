@@ -147,6 +147,7 @@ def test_adapters_are_merged_and_the_dtype_is_that_asked_for(gpt2_dir: Path, tow
             torch.nn.init.normal_(parameter, std=0.1)
     save(loaded, tmp_path / "checkpoint")
     assert main([str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--as", "text", "--dtype", "bfloat16"]) == 0
+    assert "the checkpoint's, with weights in bfloat16, by at most" in (tmp_path / "out" / "export.json").read_text()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.dtype == torch.bfloat16
     ids = loaded.tokenizer(TEXT)["input_ids"]
