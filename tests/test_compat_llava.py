@@ -11,7 +11,8 @@ from conftest import ITALIAN, turns
 from PIL import Image
 
 from llava import compat_llava
-from llava.compat_llava import GONE, IMAGE_TOKEN_INDEX, OLD_MODULES, conv_templates
+from llava.compat_llava import GONE, IMAGE_TOKEN_INDEX, OLD_MODULES
+from llava.data.formats.conversation import conv_templates
 from llava.serve.generate import Captioner, Request
 from llava.types import Media
 
