@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from llava.compat import cache_name
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import AXES, Axis
 from llava.grounding.syntax import BOX_AXES, SPAN_AXES
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # What the mixin is mixed into; at run time each backbone bri
     from transformers import PreTrainedModel as _LanguageModel
 else:
     _LanguageModel = object
+
+
+_CACHE = cache_name()
 
 
 class MultimodalGeneration(_LanguageModel):
@@ -127,6 +131,12 @@ class MultimodalGeneration(_LanguageModel):
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if kwargs.get(_CACHE) is not None and model_inputs.get(_CACHE) is None:
+            # Phi-3 begins anew where its rotary factors change; 5.17 drops the cache, and the tokens in it too.
+            anew = {**kwargs, _CACHE: None, "next_sequence_length": None}
+            model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+                input_ids, inputs_embeds=inputs_embeds, **anew
+            )
         step_ids = model_inputs.get("input_ids")
         # With a cache, steps behind the first hold the newest token alone, and need no prompt.
         if prompt_embeds is not None and step_ids is not None and step_ids.shape[1] == input_ids.shape[1]:

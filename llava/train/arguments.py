@@ -223,7 +223,8 @@ class DataArguments:
     """Plain language modelling: all turns joined, all text learned (default without --version)."""
     version: str | None = None
     """Format of conversations, of which only the assistant's turns are learned: chat, gemma, llama_2, llama_v3, mpt,
-    plain, plain_lm, qwen, v1. chat (default with --plain_lm false) is the tokenizer's own chat template."""
+    plain, plain_lm, qwen, v1. chat (default with --plain_lm false) is the tokenizer's own chat template, which
+    Qwen3, Phi, Gemma and SmolLM3 bring."""
     text_chunking: str = NONE
     """What becomes of text: none (default) cuts off what is longer than --model_max_length, document trains on all of
     it in several samples, concatenate fills every sample with the texts of a file one after the other, each with its

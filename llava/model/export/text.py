@@ -104,6 +104,8 @@ def read_source(
     variant = split_type(config_class.model_type)[1]
     if variant != "base":
         notes.append(f"its {variant} attention is plain causal attention on text, and so is the exported model's")
+    if _has_cap(model):
+        notes.append("its attention scores have a cap, which sdpa of some releases leaves out: load it with eager")
     return Source(path, model, tokenizer, vision, grounding, reference, checked, notes)
 
 
@@ -203,6 +205,11 @@ def _has_tables(grounding: GroundingConfig | None) -> bool:
     return grounding is not None and grounding.has_tables
 
 
+def _has_cap(model: PreTrainedModel) -> bool:
+    """Whether attention scores are capped, as Gemma 2's are."""
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
+
+
 def _list(tokens: Iterable[str]) -> str:
     names = list(tokens)
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"
@@ -223,6 +230,9 @@ def _older_names(path: Path) -> dict[str, object]:
             changes["rope_scaling"] = {name: value for name, value in rope.items() if name not in left_out}
         if "partial_rotary_factor" in rope:
             changes["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if config["model_type"] == "phi3" and "rope_scaling" in changes:  # These three and no others are taken.
+            named = {"type": rope["rope_type"], **{name: rope[name] for name in ("short_factor", "long_factor")}}
+            changes["rope_scaling"] = named
         if config["model_type"] == "gpt_neox":
             changes |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor")}
     return changes
@@ -240,7 +250,8 @@ def check_text(source: Source, folder: Path) -> tuple[float, float]:
     """
     compare_tokenizers(source.tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     with quiet_transformers():
-        exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        attention = "eager" if _has_cap(source.model) else None
+        exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, attn_implementation=attention)
     logits = score(exported, source.checked)
     words = logits.shape[1]
     difference = compare_logits(source.reference[:, :words], logits)

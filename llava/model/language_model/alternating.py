@@ -46,6 +46,7 @@ class AttentionLayer(Protocol):
 
     layer_idx: int
     config: PretrainedConfig
+    was_restricted: bool
 
 
 def is_restricted(layer: int, num_layers: int) -> bool:
@@ -98,6 +99,7 @@ class AlternatingModel(AlternatingAttention, _Decoder):
     """
 
     variant: ClassVar[str]
+    _is_tried = False
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -138,10 +140,23 @@ class AlternatingModel(AlternatingAttention, _Decoder):
         outputs = super().forward(
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
+        if "forbidden" in kwargs and not self._is_tried:
+            self._check_restricted()
         if (filled := getattr(outputs, CACHE)) is not None:
             # The next step's tokens have to know which of those before them were visual.
             filled.modality_ids = modality_ids
         return outputs
+
+    def _check_restricted(self) -> None:
+        """A ValueError if no layer was given what it must not see; a plug-in would be causal, and nothing say so."""
+        count = self.config.num_hidden_layers
+        restricted = any(is_restricted(layer, count) for layer in range(count))
+        if restricted and not any(getattr(module, "was_restricted", False) for module in self.modules()):
+            raise ValueError(
+                f"the layers of {type(self).__name__} keep keyword arguments to themselves, and alternating "
+                "attention is handed to them so; say layers_hand_down = False in its decoder (docs/extending.md)"
+            )
+        self._is_tried = True
 
 
 class AlternatingForCausalLM(AlternatingAttention, _LanguageModel):
@@ -219,6 +234,7 @@ def _attend(
     layer = cast(AttentionLayer, module)
     if forbidden is not None and is_restricted(layer.layer_idx, layer.config.num_hidden_layers):
         attention_mask = _restrict(attention_mask, forbidden, key.shape[2])
+        layer.was_restricted = True
     return attention_function(module, query, key, value, attention_mask, **kwargs)
 
 

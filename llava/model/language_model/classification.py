@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
+from llava.compat import WITHOUT_SDPA, supports_sdpa
 from llava.config import GroundingConfig, VisionConfig
 from llava.model.backbones import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, plain_class
 from llava.model.coordinates import COORDINATES
@@ -70,6 +71,7 @@ def make_classifiers(backbone: type[LlavaMetaForCausalLM]) -> list[type[Any]]:
             "__module__": "llava.model",
             "__doc__": f"Text alone: ``{bases[0].__name__}`` on a checkpoint's language model.",
             "config_class": backbone.config_class,
+            **({} if supports_sdpa(backbone) else WITHOUT_SDPA),
         }
         name = backbone.__name__.removesuffix("ForCausalLM") + ending
         classifiers.append(type(name, (TextClassifier, *bases), attributes))

@@ -6,6 +6,8 @@ What all families have in common, the tests beside this one and above it hold fo
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROWS, TINY_VISION, WINDOW, TinyBackbones
+from conftest import ITALIAN, ROWS, TINY_VISION, WINDOW, TinyBackbones
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from llava.constants import VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import read_records
-from llava.eval.likelihood import LikelihoodScorer
+from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
+from llava.eval.logprobs import ModelRunner
 from llava.model import split_type
 from llava.model.export.__main__ import main as export
 from llava.model.language_model.alternating import forbidden_keys, is_restricted
@@ -206,11 +209,21 @@ def test_what_is_saved_is_what_was_there(loaded: LoadedModel, make_batch, tmp_pa
     assert export([str(tmp_path / "own"), str(tmp_path / "whole"), "--as", "multimodal"]) == 0
 
 
-def test_likelihoods_are_those_of_one_sentence_at_a_time(loaded: LoadedModel, plain_dirs: TinyBackbones) -> None:
-    """Trees of shared beginnings, beside windows and caps."""
-    folder = plain_dirs[loaded.model.config.model_type]
+LONG = Choice("long", tuple(Candidate(" ".join(texts)) for texts in (ITALIAN, ITALIAN[::-1])))
+
+
+def test_likelihoods_are_those_of_one_sentence_at_a_time(
+    loaded: LoadedModel, plain_dirs: TinyBackbones, tmp_path: Path
+) -> None:
+    """Trees of shared beginnings that are longer than a window, of texts that are not, and a text that is."""
+    folder = Path(shutil.copytree(plain_dirs[loaded.model.config.model_type], tmp_path / "wide"))
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("sliding_window"):
+        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 32}))
     scorer = LikelihoodScorer.from_folder(str(folder), device="cpu")
-    for one, other in zip(scorer.score(CHOICES), plain_scores(folder, CHOICES), strict=True):
+    found, expected = scorer.score([*CHOICES, LONG]), plain_scores(folder, [*CHOICES, LONG])
+    assert scorer._runner.find_ways().trees
+    for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=2e-3)
 
 
@@ -274,6 +287,51 @@ def test_both_attention_functions_agree(varied: LoadedModel, load, make_batch) -
 
 
 # What is particular.
+
+
+@torch.no_grad()
+def test_layers_that_keep_the_mask_to_themselves_are_told_of(load, make_batch, monkeypatch) -> None:
+    """A plug-in whose author does not know: its variants would be causal."""
+    from llava.model.language_model.llava_stablelm import LlavaStableLmModel
+
+    monkeypatch.setattr(LlavaStableLmModel, "layers_hand_down", True)
+    loaded = load("llava_stablelm", "alternating")
+    loaded.model(input_ids=text_ids())
+    with pytest.raises(ValueError, match=r"keep keyword arguments to themselves, .*layers_hand_down = False"):
+        loaded.model(**make_batch(loaded, [0]))
+
+
+def test_capped_heads_are_not_run_alone(plain_dirs: TinyBackbones) -> None:
+    """The trial of likelihood scores has small logits, on which a cap does nothing."""
+    model = AutoModelForCausalLM.from_pretrained(plain_dirs["llava_gemma2"])
+    model.config.final_logit_softcapping = 1e4
+    runner = ModelRunner(model)
+    with runner.running():
+        assert not runner.find_ways().head
+
+
+def test_rotary_settings_are_written_as_transformers_4_reads_them(plain_dirs: TinyBackbones, tmp_path: Path) -> None:
+    """Gemma 3 has two bases; Phi-4-mini's context grows by factors, of which three entries are taken and no more."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    name = "llava_phi3"
+    model = AutoModelForCausalLM.from_pretrained(plain_dirs[name])
+    model.config.original_max_position_embeddings = 32
+    model.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 32, **factors}
+    model.save_pretrained(tmp_path / name)
+    for file in plain_dirs[name].glob("tokenizer*"):
+        (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    for folder in (tmp_path / name, plain_dirs["llava_gemma3"]):
+        assert export([str(folder), str(tmp_path / "out" / folder.name), "--as", "text"]) == 0
+    phi, gemma = (json.loads((tmp_path / "out" / one / "config.json").read_text()) for one in (name, "llava_gemma3"))
+    assert phi["rope_scaling"] == {"type": "longrope", **factors}
+    assert (phi["rope_theta"], phi["original_max_position_embeddings"]) == (10000, 32)
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (1e6, 1e4)
+    assert "rope_scaling" not in gemma
+    # Beyond the first context, where the factors change within an answer, and so must keys in the cache.
+    own = load_model(str(tmp_path / name)).model.eval()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached, uncached = (own.generate(text_ids(1, 28), use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(cached, uncached)
 
 
 def test_an_encoder_is_refused(plain_dirs: TinyBackbones, tmp_path: Path) -> None:
