@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
+from llava.eval.choices import Choice
+from llava.eval.likelihood import LikelihoodScorer
 from llava.eval.study import __main__ as command
 from llava.eval.study import cells, scoring
 from llava.eval.study.plan import Study, read_study
 from llava.eval.study.prepare import hash_data
 from llava.eval.study.statistics import compare, paired_t_test, student_p
 from llava.eval.study.table import draw_curve
+
+SCORE_MODEL = scoring.score_model
 
 PLAN: dict[str, object] = {
     "output_dir": "out",
@@ -36,11 +40,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("{}")
     (tmp_path / "blimp").mkdir()
+    write_items("Il gatto dorme.")
     write_plan()
     monkeypatch.setattr(cells, "start_training", start)
     monkeypatch.setattr(scoring, "score_model", score)
     monkeypatch.setattr(command, "check_flags", lambda study, cells: [])
     return tmp_path
+
+
+def write_items(*good: str) -> None:
+    rows = [{"sentence_good": text, "sentence_bad": "b", "UID": "u", "field": "f"} for text in good]
+    Path("blimp", "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def write_plan(**changes: object) -> None:
@@ -139,10 +149,46 @@ def test_changed_data_and_changed_scoring(folder: Path, capsys: pytest.CaptureFi
     assert command.main(["study.yaml"]) == 0, "what is logged may change"
 
 
-def test_other_items_under_the_same_path_are_scored_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("blimp", "a.jsonl").write_text("{}")
+@pytest.mark.parametrize(
+    ("plan", "items", "said"),
+    [
+        ({"data": ["blimp"], "tasks": ["blmip"]}, ("a",), "study.yaml: score: --tasks 'blmip': known are blimp"),
+        ({"data": ["blimp"]}, ("a", ""), "study.yaml: score: blimp/a.jsonl, line 2: 'sentence_good' is ''"),
+    ],
+)
+def test_what_is_scored_is_read_before_anything_is_trained(
+    folder: Path, plan: dict[str, object], items: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan(score=plan)
+    write_items(*items)
+    assert command.main(["study.yaml"]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(Path("out").rglob("train.log"))
+
+
+def test_tasks_with_pictures_are_scored_with_others_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Blind:
+        def score(self, choices: Sequence[Choice], on_scored: Callable[[int], None]) -> list[tuple[float, ...]]:
+            return [(0.0, -1.0)] * len(choices)
+
+    Path("blimp").rename("vqa")
+    Path("vqa/images").mkdir()
+    rows = [{"question": "q", "target_ans": "a", "distractors": ["b"], "idx_in_hf_dataset": n} for n in range(3)]
+    Path("vqa/a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for n in range(3):
+        Path(f"vqa/images/{n}.png").write_bytes(b"x")
+    monkeypatch.setattr(scoring, "score_model", SCORE_MODEL)
+    monkeypatch.setattr(LikelihoodScorer, "from_folder", lambda path: Blind())
+    write_plan(score={"data": ["vqa"]})
     assert command.main(["study.yaml"]) == 0
-    Path("blimp", "a.jsonl").write_text("[]")
+    assert "Blind check of b, seed 5, vqa: 100.0 with its own pictures or clips, 100.0" in capsys.readouterr().out
+
+
+def test_other_items_under_the_same_path_are_scored_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["study.yaml"]) == 0
+    write_items("Il cane dorme.")
     assert command.main(["study.yaml", "--table"]) == 2
     assert "no cell is done" in capsys.readouterr().err
     Path("blimp").rename("elsewhere")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import zipfile
 import zlib
@@ -13,13 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from llava.messages import shorten, shorten_text
+from llava.messages import list_names, shorten, shorten_text
 
 SUFFIX = ".jsonl"
 _TABLES = (".tsv", ".csv")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _LONGEST_LINE = 2**24
 """Characters. A zip of some kilobytes may hold a line of gigabytes."""
+
+
+_PACKED = re.compile(r"(\.zip|\.jsonl\.\w+|\.(?!jsonl$)(?i:jsonl))$")
+"""Names of files in a folder that may hold items, and are not read."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,10 @@ class Collection:
         return self.name.endswith("_fast") or "fast_eval" in parents
 
 
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def find_collections(path: str) -> list[Collection]:
     """What a folder, with those within it, a zip or a single file holds; a ValueError where that is nothing."""
     root = Path(path)
@@ -140,9 +151,15 @@ def find_collections(path: str) -> list[Collection]:
         raise ValueError(f"--data {shorten_text(path)}: there is no such file or folder")
     groups: dict[PurePosixPath | Path, list[SourceFile]] = {}
     if root.is_dir():
-        for file in sorted(root.rglob(f"*{SUFFIX}")):
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
+        shown = [file for file in sorted(root.rglob("*")) if file.is_file() and not _is_hidden(file, root)]
+        for file in shown:
+            if file.suffix == SUFFIX:
                 groups.setdefault(file.parent, []).append(SourceFile(file))
+        if packed := [str(file) for file in shown if _PACKED.search(file.name)]:
+            logger.warning(
+                "--data %s: not read, as they are packed or end otherwise than in %s: %s",
+                path, SUFFIX, list_names(packed),
+            )  # fmt: skip
     elif zipfile.is_zipfile(root):
         # Names such as __MACOSX are what archivers add, and hold no items.
         with zipfile.ZipFile(root) as archive:

@@ -17,6 +17,7 @@ Source: the files and the reading of the BabyLM evaluation pipeline of 2025, as 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ from llava.eval.babylm.sources import Collection, SourceFile, find_collections
 from llava.eval.choices import Candidate, Choice
 from llava.messages import shorten
 from llava.types import Media
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -333,6 +336,8 @@ def find_tasks(
                 missing.append(f"{name}: {where} ({looked})")
             continue
         chosen = _choose(there[name], name, fast)
+        if chosen.is_fast and not fast:
+            logger.warning("%s: only its official fast data are there, a part of its items: %s", name, chosen.name)
         images = None
         if task.needs_images:
             images = Path(image_folder) if image_folder else _images_beside(chosen)

@@ -95,6 +95,7 @@ def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) ->
     """What one call of the command does."""
     from llava.eval.study import cells as trainings
     from llava.eval.study.prepare import prepare
+    from llava.eval.study.scoring import check_scoring
 
     if args.list:
         print(format_list(study, cells))
@@ -116,6 +117,7 @@ def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) ->
         return 0
     for cell in cells:  # All before the first training: hours may lie between the first and the last.
         trainings.check_unchanged(study, cell)
+    check_scoring(study, cells)
     for place, cell in enumerate(cells, 1):
         run_cell(study, cell, f"[{place}/{len(cells)}] {cell.name}")
     return print_tables(study)

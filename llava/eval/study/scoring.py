@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -18,8 +19,12 @@ from llava.eval.study.prepare import hash_path
 from llava.io import hash_json, write_json
 
 if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
     from llava.eval.babylm.results import TaskResult
-    from llava.eval.babylm.tasks import Item
+    from llava.eval.babylm.tasks import Item, TaskData
+
+logger = logging.getLogger(__name__)
 
 FINAL = "final"
 """The name of a trained model's scores; those of milestones are named as their folders."""
@@ -32,7 +37,8 @@ class TaskScores(TypedDict):
 
     ``outcomes`` has for each group of items what each counted: 1 right, 0 wrong, 1/k where k candidates tied; none for
     a correlation. ``weights`` are the groups' in the score. ``items_hash`` tells whether two models were scored on the
-    same items. ``official`` is None for a correlation with what is the same for every item.
+    same items. ``official`` is None for a correlation with what is the same for every item. ``blind`` is the blind
+    check of a task with pictures, see ``BlindCheck``.
     """
 
     official: float | None
@@ -43,6 +49,7 @@ class TaskScores(TypedDict):
     outcomes: dict[str, list[float]]
     weights: dict[str, float]
     items_hash: str
+    blind: NotRequired[dict[str, Any]]
 
 
 class ModelScores(TypedDict):
@@ -137,8 +144,34 @@ def read_scores(study: Study, cell: Cell, name: str) -> ModelScores:
     return content
 
 
+def read_tasks(study: Study, plan: ScorePlan) -> list[tuple[TaskData, list[Item]]]:
+    """The tasks of a plan and their items.
+
+    Raises:
+        ValueError: a task is not known or not found, or a line of it is broken.
+    """
+    from llava.eval.babylm.tasks import describe_repeats, find_tasks, read_items
+
+    try:
+        found = find_tasks([study.fill(path) for path in plan.data], plan.tasks, plan.fast)
+        if found.missing or not found.tasks:
+            raise ValueError((found.missing or ["the data have no task"])[0])
+        tasks = [(data, read_items(data, plan.fast, plan.seed)) for data in found.tasks]
+    except ValueError as error:
+        raise ValueError(f"{study.path}: score: {error}") from error
+    for line in (line for data, items in tasks for line in describe_repeats(data.name, items)):
+        logger.warning("%s", line)
+    return tasks
+
+
+def check_scoring(study: Study, cells: Sequence[Cell]) -> None:
+    """Read what cells will be scored on: a fault in it is an error before hours of training."""
+    if study.score is not None and any(FINAL not in list_scored(study, cell) for cell in cells):
+        read_tasks(study, study.score)
+
+
 def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str], None]) -> dict[str, TaskScores]:
-    """Score one model on all tasks.
+    """Score one model on all tasks; those with pictures with other items' pictures, too.
 
     Args:
         folder: of the model.
@@ -147,26 +180,25 @@ def score_model(study: Study, plan: ScorePlan, folder: Path, show: Callable[[str
     Raises:
         ValueError: a task is not found, or the model cannot be scored.
     """
-    from llava.eval.babylm.results import summarize
-    from llava.eval.babylm.tasks import describe_repeats, find_tasks, read_items
+    from llava.eval.babylm.results import check_pictures, summarize
+    from llava.eval.blind import swap_media
     from llava.eval.likelihood import LikelihoodScorer
     from llava.registry import import_plugins
 
     if study.plugins:
-        # As the environment of trainings has it; scoring is in this process.
         sys.path[:0] = [str(folder) for folder in study.folders if str(folder) not in sys.path]
         import_plugins(study.plugins)
-    found = find_tasks([study.fill(path) for path in plan.data], plan.tasks, plan.fast)
-    if found.missing or not found.tasks:
-        raise ValueError(f"{study.path}: score: {(found.missing or ['the data have no task'])[0]}")
+    tasks = read_tasks(study, plan)
     scorer = LikelihoodScorer.from_folder(str(folder))
     scores: dict[str, TaskScores] = {}
-    for data in found.tasks:
-        items = read_items(data, plan.fast, plan.seed)
-        for line in describe_repeats(data.name, items):
-            show(f"warning: {line}")
-        told = scorer.score([item.choice for item in items], _Counter(data.name, len(items), show))
+    for data, items in tasks:
+        choices = [item.choice for item in items]
+        told = scorer.score(choices, _Counter(data.name, len(items), show))
         scores[data.name] = sum_up(items, told, summarize(data, items, told))
+        swapped = swap_media(choices, plan.seed) if data.task.needs_images else None
+        if swapped is not None:
+            other = scorer.score(swapped, _Counter(f"{data.name}, other pictures", len(items), show))
+            scores[data.name]["blind"] = check_pictures(told, other, plan.seed).to_json()
     return scores
 
 

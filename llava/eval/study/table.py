@@ -12,6 +12,7 @@ import numpy as np
 
 from llava.chart import Line, Point, draw_chart
 from llava.draw import bare_letters, stack
+from llava.eval.blind import BlindCheck
 from llava.eval.study.cells import Trained, read_trained, state
 from llava.eval.study.plan import Cell, Study
 from llava.eval.study.scoring import FINAL, ModelScores, TaskScores, list_scored, read_scores
@@ -94,6 +95,7 @@ class Results(TypedDict):
     losses: list[LossRow]
     curve: list[dict[str, object]]
     missing: list[str]
+    blind: list[str]
     score: dict[str, object]
     versions: dict[str, list[str]]
     devices: list[str]
@@ -135,6 +137,12 @@ def build_results(study: Study) -> Results:
         "losses": [_loss_row(study, variant, done, trained) for variant in study.variants if done[variant]],
         "curve": build_curve(study, cells),
         "missing": missing,
+        "blind": [
+            f"{cell.name}, {BlindCheck(**score['blind']).describe(task)}"
+            for cell, told in scores.items()
+            for task, score in told["tasks"].items()
+            if "blind" in score
+        ],
         "score": {} if study.score is None else {"fast": study.score.fast, "seed": study.score.seed},
         "versions": {name: sorted(values) for name, values in versions.items()},
         "devices": sorted({told["device"] for told in trained.values()}),
@@ -380,6 +388,7 @@ def _notes(results: Results) -> list[str]:
     mixed = [name for name, values in results["versions"].items() if len(values) > 1]
     if mixed or len(results["devices"]) > 1:
         notes.append(f"Cells differ in {', '.join([*mixed, *['device'] * (len(results['devices']) > 1)])}.")
+    notes += [f"Blind check of {line}." for line in results["blind"]]
     if results["missing"]:
         notes.append(f"Not done yet: {'; '.join(results['missing'])}.")
     return [line for note in notes for line in (note, "")][:-1]

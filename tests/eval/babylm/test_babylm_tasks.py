@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_full_and_fast_data_may_lie_beside_each_other(official: Path, tmp_path: 
     for fast, part in ((False, "full_eval"), (True, "fast_eval")):
         (data,) = find_tasks([str(tmp_path)], ["wug_past"], fast).tasks
         assert part in str(data.files[0])
+
+
+def test_fast_data_alone_and_packed_files_are_said(official: Path, tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "blimp_fast"
+    shutil.copytree(next(official.rglob("blimp_filtered")), folder)
+    for name in ("b.jsonl.gz", "c.JSONL", "d.zip", "e.json"):
+        (folder / name).write_bytes(b"")
+    find_tasks([str(tmp_path)])
+    packed, fast = caplog.messages
+    assert packed.endswith(f"in .jsonl: {folder}/b.jsonl.gz, {folder}/c.JSONL, {folder}/d.zip")
+    assert fast.startswith("blimp: only its official fast data are there")
 
 
 def test_zips_that_cannot_be_read_are_named(tmp_path: Path) -> None:
