@@ -225,6 +225,8 @@ def add_scoring(trainer: LlavaTrainer, plan: ScorePlan) -> None:
     """
     table = ScoreTable(Path(str(trainer.args.output_dir)))
     broadcast_from_rank0(table.check)
+    if trainer.checkpoints.identity is not None:
+        trainer.checkpoints.identity.free["score_items"] = plan.hash_items()
     if is_first_rank():
         print(plan.describe(), flush=True)
     # Behind the callbacks of the trainer's own, which count words and know of signals.

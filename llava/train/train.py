@@ -204,14 +204,12 @@ def build_trainer(
             callbacks=callbacks,
             **data,
         )
-        if score_plan is not None:
-            add_scoring(trainer, score_plan)
         if training_args.do_train:  # Files are read on one rank only.
             trainer.checkpoints.identity = broadcast_from_rank0(
                 lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
             )
-            if score_plan is not None:
-                trainer.checkpoints.identity.free["score_items"] = score_plan.hash_items()
+        if score_plan is not None:
+            add_scoring(trainer, score_plan)
     return trainer
 
 

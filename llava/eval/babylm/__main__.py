@@ -233,14 +233,13 @@ def _score(
     from tqdm import tqdm
 
     from llava.eval.babylm.acceptability import SentenceScorer
-    from llava.eval.babylm.model_scores import ITEM_SCORES, Settings, hash_items, hash_pictures, score_items
+    from llava.eval.babylm.model_scores import ITEM_SCORES, Settings, hash_items, score_items
 
     labels = [item.acceptable for item in items if item.acceptable is not None]
     settings = Settings(
         model=loader.model,
         model_files=_hash_files(loader.model, loader.revision),
         items=hash_items(choices, labels),
-        pictures=hash_pictures(choices),
         dtype=args.dtype,
         shown=shown,
     )

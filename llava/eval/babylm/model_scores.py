@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 from llava.eval.babylm.tasks import Item
 from llava.eval.choices import Choice, Scorer
@@ -22,8 +22,6 @@ class Settings(TypedDict):
     Attributes:
         model, model_files: its path, and a hash of the names, sizes and times of its files.
         items: a hash of all ids and texts, and of the paths of their pictures.
-        pictures: a hash of the sizes and times of these files; "" without any. Another copy of the same pictures has
-            other times, so comparisons of models do not look at it.
         dtype: of the weights while they score.
         shown: ``own`` pictures, or those of ``other`` items.
     """
@@ -31,7 +29,6 @@ class Settings(TypedDict):
     model: str
     model_files: str
     items: str
-    pictures: str
     dtype: str
     shown: str
 
@@ -46,11 +43,10 @@ def hash_items(choices: Sequence[Choice], labels: Sequence[bool] = ()) -> str:
     return hash_json([told, list(labels)] if labels else told, 16)
 
 
-def hash_pictures(choices: Sequence[Choice]) -> str:
-    """A hash that changes with the files of pictures."""
-    files = sorted({media.path for choice in choices for media in choice.media})
-    stats = [Path(file).stat() for file in files]
-    return hash_json([[one.st_size, one.st_mtime_ns] for one in stats], 16) if stats else ""
+def hash_pictures(choice: Choice) -> str | None:
+    """A hash of the sizes and times of a choice's pictures; None without any."""
+    stats = [Path(media.path).stat() for media in choice.media]
+    return hash_json([[one.st_size, one.st_mtime_ns] for one in stats], 16) if stats else None
 
 
 def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, dict[str, tuple[float, ...]]] | None:
@@ -65,6 +61,7 @@ def read_item_scores(folder: Path, name: str = ITEM_SCORES) -> tuple[Settings, d
     rows = read_json_lines(path)
     try:
         settings: Settings = rows[0]["settings"]
+        # The last score of an item counts.
         return settings, {row["id"]: tuple(row["scores"]) for row in rows[1:]}
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no file of scores ({error!r}); remove it, or give another --out") from error
@@ -81,9 +78,38 @@ def read_labels(folder: Path) -> dict[str, bool]:
     return {row["id"]: row["acceptable"] for row in rows if "acceptable" in row}
 
 
-def _row(item: Item, scores: Sequence[float]) -> dict[str, object]:
+def _take_up(file: BinaryIO, path: Path, settings: Settings, overwrite: bool) -> dict[str, tuple[float, ...]]:
+    """The scores by item that an open file has; where it has none, or others that may go, it gets the settings."""
+    try:
+        lock_file(file, wait=False)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another process writes its scores there; wait, or give another --out") from None
+    # A run that was killed may have left half a line, which the next one would be written behind.
+    cut_unfinished_line(path)
+    # An empty file is what a run leaves that ended before its settings were on the disk.
+    found = read_item_scores(path.parent, path.name) if path.stat().st_size else None
+    changed = [key for key, value in settings.items() if found is not None and found[0].get(key) != value]
+    if changed and not overwrite:
+        raise ValueError(
+            f"{path}: was made with another {', '.join(sorted(changed))}; give another --out, or --overwrite to "
+            "replace it"
+        )
+    if found is not None and not changed:
+        return found[1]
+    file.truncate(0)
+    append_json_lines(file, [{"settings": settings}])
+    return {}
+
+
+def _find_replaced(path: Path, items: Sequence[Item], pictures: Sequence[str | None]) -> set[str]:
+    """Items whose pictures are others than those they were scored with; versions before tell nothing of them."""
+    before = {row["id"]: row["pictures"] for row in read_json_lines(path)[1:] if "pictures" in row}
+    return {item.id for item, now in zip(items, pictures, strict=True) if before.get(item.id, now) != now}
+
+
+def _row(item: Item, scores: Sequence[float], pictures: str | None) -> dict[str, object]:
     row: dict[str, object] = {"id": item.id, "scores": list(scores)}
-    more = {"ratio": item.ratio, "acceptable": item.acceptable}
+    more = {"ratio": item.ratio, "acceptable": item.acceptable, "pictures": pictures}
     return row | {name: value for name, value in more.items() if value is not None}
 
 
@@ -97,7 +123,7 @@ def score_items(
     overwrite: bool = False,
     name: str = ITEM_SCORES,
 ) -> list[tuple[float, ...]]:
-    """Score what is not scored yet, and write it down.
+    """Score what is not scored yet, or with pictures that were replaced since, and write it down.
 
     Args:
         folder: of the task's results.
@@ -119,31 +145,16 @@ def score_items(
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        try:
-            lock_file(file, wait=False)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process writes its scores there; wait, or give another --out") from None
-        # A run that was killed may have left half a line, which the next one would be written behind.
-        cut_unfinished_line(path)
-        # An empty file is what a run leaves that ended before its settings were on the disk.
-        found = read_item_scores(folder, name) if path.stat().st_size else None
-        # Versions before "pictures" had no such setting.
-        changed = [key for key, value in settings.items() if found is not None and found[0].get(key, "") != value]
-        if changed and not overwrite:
-            raise ValueError(
-                f"{path}: was made with another {', '.join(sorted(changed))}; give another --out, or --overwrite to "
-                "replace it"
-            )
-        if found is None or changed:
-            found = None
-            file.truncate(0)
-            append_json_lines(file, [{"settings": settings}])
-        done = {} if found is None else found[1]
+        done = _take_up(file, path, settings, overwrite)
+        pictures = [hash_pictures(choice) for choice in choices]
+        replaced = _find_replaced(path, items, pictures)
+        done = {name: told for name, told in done.items() if name not in replaced}
         on_scored(sum(item.id in done for item in items))
         todo = [index for index, item in enumerate(items) if item.id not in done]
         for start in range(0, len(todo), _AT_ONCE):
             part = todo[start : start + _AT_ONCE]
             told = get_scorer().score([choices[index] for index in part], on_scored)
-            append_json_lines(file, [_row(items[index], one) for index, one in zip(part, told, strict=True)])
-            done |= {items[index].id: one for index, one in zip(part, told, strict=True)}
+            scored = list(zip(part, told, strict=True))
+            append_json_lines(file, (_row(items[index], one, pictures[index]) for index, one in scored))
+            done |= {items[index].id: one for index, one in scored}
     return [done[item.id] for item in items]

@@ -183,3 +183,14 @@ def find_collections(path: str) -> list[Collection]:
         )
         for parent, files in groups.items()
     ]
+
+
+def choose_collection(collections: list[Collection], name: str, fast: bool) -> Collection:
+    """The one of several folders of a task: of the official fast data or of the full ones."""
+    fitting = [one for one in collections if one.is_fast == fast] or collections
+    if len(fitting) > 1:
+        raise ValueError(f"--data: {name} is there twice, in {' and '.join(str(one.files[0]) for one in fitting)}")
+    (chosen,) = fitting
+    if chosen.is_fast and not fast:
+        logger.warning("%s: only its official fast data are there, a part of its items: %s", name, chosen.name)
+    return chosen

@@ -17,7 +17,6 @@ Source: the files and the reading of the BabyLM evaluation pipeline of 2025, as 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,12 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.babylm.acceptability import check_labels
-from llava.eval.babylm.sources import Collection, SourceFile, find_collections
+from llava.eval.babylm.sources import Collection, SourceFile, choose_collection, find_collections
 from llava.eval.choices import Candidate, Choice
 from llava.messages import shorten
 from llava.types import Media
-
-logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -335,9 +332,7 @@ def find_tasks(
                 where = f"{' '.join(data)} has no data of it" if data else "needs --data"
                 missing.append(f"{name}: {where} ({looked})")
             continue
-        chosen = _choose(there[name], name, fast)
-        if chosen.is_fast and not fast:
-            logger.warning("%s: only its official fast data are there, a part of its items: %s", name, chosen.name)
+        chosen = choose_collection(there[name], name, fast)
         images = None
         if task.needs_images:
             images = Path(image_folder) if image_folder else _images_beside(chosen)
@@ -359,14 +354,6 @@ def _recognize(collection: Collection) -> str | None:
     _, row = next(collection.files[0].read_rows())
     fitting = [task for task in TASKS.values() if task.columns and task.columns <= row.keys()]
     return max(fitting, key=lambda task: len(task.columns)).name if fitting else None
-
-
-def _choose(collections: list[Collection], name: str, fast: bool) -> Collection:
-    """The one of several folders of a task: of the official fast data or of the full ones."""
-    fitting = [one for one in collections if one.is_fast == fast] or collections
-    if len(fitting) > 1:
-        raise ValueError(f"--data: {name} is there twice, in {' and '.join(str(one.files[0]) for one in fitting)}")
-    return fitting[0]
 
 
 def _images_beside(collection: Collection) -> Path | None:

@@ -124,10 +124,17 @@ def test_other_groups_of_the_same_pairs_are_scored_anew(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_was_replaced_is_scored_anew(data: Path, tmp_path: Path) -> None:
-    score(data, tmp_path, FakeScorer(), "--tasks", "vqa")
+    score(data, tmp_path, FakeScorer(), "--tasks", "vqa", "--no_blind_check")
     (data / "vqa_filtered" / "images" / "2.png").write_bytes(b"another")
-    with pytest.raises(ValueError, match="was made with another pictures"):
-        score(data, tmp_path, FakeScorer(), "--tasks", "vqa")
+    again = FakeScorer(lambda choice, text: float("t2" in text))
+    for _ in range(2):
+        score(data, tmp_path, again, "--tasks", "vqa", "--no_blind_check")
+    assert again.asked == ["vqa_2"]
+    assert [
+        row["scores"]
+        for row in map(json.loads, next(tmp_path.rglob("item_scores.jsonl")).open())
+        if row.get("id") == "vqa_2"
+    ][1:] == [[1.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("changed", ["merges.txt", "../tower/model.safetensors"])
