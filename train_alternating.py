@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Train a model with alternating attention, or look at what a training would start from.
 
-A thin file over ``llava.train.train``, whose flags it takes too. Exit statuses: 0 done, 2 a mistake on
+A thin file over ``llava.train.train``, whose flags it takes too. Without ``--model_name_or_path`` the model has the
+configuration of ``--backbone_model``, with the attention of ``--variant``. Exit statuses: 0 done, 2 a mistake on
 the command line or in a file, 3 a checkpoint with another kind of attention than ``--variant``.
 """
 
@@ -19,6 +20,7 @@ from llava.command import CommandParser
 from llava.data.files import count_samples, find_entries
 from llava.data.raw_samples import read_samples
 from llava.model import VARIANTS, split_type
+from llava.model.loading import choose_classes
 from llava.model.pretrained import read_config
 from llava.train import preemption
 from llava.train.arguments import DataArguments, ModelArguments
@@ -80,14 +82,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, words = parser.parse_known_args(argv)
     parser.warn_of_repeats(list(sys.argv[1:] if argv is None else argv))
     inspecting = own.dry_run or own.inspect_data or own.inspect_weights
-    values = parse_values(words, optional=("data_path", "output_dir") if inspecting else (), also=parser.flags)
+    # With a backbone the model's own folder may be missing. A run tells what became of older flags, when it reads them.
+    optional = [
+        *(["data_path", "output_dir"] if inspecting else []),
+        *(["model_name_or_path"] if own.backbone_model else []),
+    ]
+    values = parse_values(words, optional=optional, also=parser.flags, tells_notes=inspecting)
+    variant = None if own.variant == "auto" else own.variant
+    is_new = own.backbone_model is not None and values["model_name_or_path"] is None
+    if is_new:
+        values["model_name_or_path"] = own.backbone_model
+        words += ["--model_name_or_path", own.backbone_model]
     check_flags(own, values)
 
     model_type = read_config(values["model_name_or_path"])["model_type"]
+    if is_new:
+        model_type = describe_new(own.backbone_model, variant)
     if own.dry_run:
         print(model_type)
     found = split_type(model_type)[1]
-    variant = None if own.variant == "auto" else own.variant
     if variant not in (None, found) and not own.force:
         print(
             f"error: --variant is {variant}, but {values['model_name_or_path']} has the model type {model_type!r} "
@@ -125,6 +138,21 @@ def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
     for flag in ("data_path", "eval_data_path"):
         find_entries(values[flag] or [], f"--{flag}")
     check_media_folders(values["image_folder"], values["video_folder"])
+
+
+def describe_new(backbone: str, variant: str | None) -> str:
+    """The type of the model that has a backbone's configuration, with the attention of ``variant``.
+
+    Raises:
+        ValueError: the backbone sees: its vision modules would be loaded with it, and are never to be copied.
+    """
+    config = read_config(backbone, "--backbone_model")
+    if config.get("mm_vision_config") or config.get("mm_vision_tower"):
+        raise ValueError(
+            f"--backbone_model {backbone!r} has vision modules, which --init_from_backbone never copies; say with "
+            "--model_name_or_path which model gets its language model"
+        )
+    return choose_classes(config["model_type"], backbone, variant)[0].model_type
 
 
 def inspect_data(paths: Sequence[str]) -> None:

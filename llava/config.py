@@ -73,6 +73,8 @@ class VisionConfig:
     """Per channel, of pixels in [0, 1]."""
     projector_type: str = "mlp2x_gelu"
     """linear, identity, pooler, mlpNx_gelu or mlpNx_resMx_gelu."""
+    projector_width: int | None = None
+    """Width between the layers of an mlpNx projector (default: the language model's)."""
     resampler_type: str | None = None
     """fast_slow_resampler, perceiver, qformer, spatial_pool, masked_drop, or none (default): every patch becomes a
     token."""
@@ -204,8 +206,8 @@ class VisionConfig:
         """The entries that ``from_model_config`` reads, as plain values; those of plug-ins where there are any."""
         # Copied: whoever edits a configuration must not change the settings of a model.
         entries = {"mm_" + item.name: deepcopy(getattr(self, item.name)) for item in fields(self) if item.init}
-        for name in ("mm_projector_args", "mm_resampler_args"):  # So that files without plug-ins stay as they were.
-            if not entries[name]:
+        for name in ("mm_projector_args", "mm_resampler_args", "mm_projector_width"):
+            if not entries[name]:  # So that files without them stay as they were.
                 del entries[name]
         if self.image_padding == MEAN_PADDING:
             del entries["mm_image_padding"]

@@ -1,4 +1,4 @@
-"""``python -m llava.inspect.flags``: what each flag of transformers does here, as tables in Markdown.
+"""``python -m llava.inspect.flags``: what each flag of transformers, and of the LLaVA family, does here, in Markdown.
 
 ``docs/flags.md`` is its output.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from llava.command import CommandParser, run_command
 from llava.inspect import table
+from llava.train import family_flags as family
 from llava.train.engines import OPTIMIZERS, OptimizerRule
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 
@@ -38,7 +39,7 @@ def describe_flags() -> str:
     ):
         rows = [(show(name), flag.note) for name, flag in FLAGS.items() if flag.effect == effect]
         sections.append(f"## {title}\n\n{meaning}\n\n{table(('flag', 'because'), rows)}")
-    return "\n".join([*sections, describe_optimizers()])
+    return "\n".join([*sections, describe_optimizers(), describe_family()])
 
 
 def show(name: str) -> str:
@@ -65,6 +66,41 @@ All that work run over the same groups: a learning rate for each part, weight de
 keep the state of embeddings in 32.
 
 {table(("optimizer", "", "`--optim_args`"), rows)}"""
+
+
+def describe_family() -> str:
+    """What becomes of the flags and variables of LLaVA, LLaVA-NeXT, LLaVA-ST and its fork for BabyLM."""
+    rows = [(f"`--{name}`", f"`--{new}`") for name, new in family.RENAMED.items()]
+    rows += [(f"`--{name} {old}`", f"`{new}`") for name, known in family.VALUES.items() for old, new in known.items()]
+    rows += [(f"`--{name}`", f"`--mm_tunable_parts` {what}") for name, what in family.PARTS_SWITCHES.items()]
+    rows += [(f"`--{name}`", f"`--train_sampling_strategy {value}`") for name, value in family.GROUPING.items()]
+    rows += [(f"`--{name}`", what) for name, what in family.FRAMES.items()]
+    rows += [(f"`--deepspeed .../{name}.json`", f"`--deepspeed {ours}`") for name, ours in family.DEEPSPEED.items()]
+    gone = [
+        (
+            f"`--{name}`",
+            "all" if flag.accepted is None else ", ".join(filter(None, flag.accepted)),
+            flag.note,
+            flag.instead,
+        )
+        for name, flag in family.WITHOUT_EFFECT.items()
+    ]
+    variables = [(f"`{name}`", what) for name, what in family.ENVIRONMENT.items()]
+    return f"""
+## Flags of the LLaVA family
+
+Those of LLaVA, LLaVA-NeXT, LLaVA-ST and its fork for BabyLM, and of transformers 4, that this library does not have.
+What became of each is said once, before the run.
+
+{table(("there", "here"), rows)}
+
+These change nothing at the values that are accepted; another value is an error:
+
+{table(("flag", "accepted", "because", "instead"), gone)}
+
+## Variables of the environment
+
+{table(("there", "here"), variables)}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ one node of the graph, whatever is done with them behind it. Its backward pass h
 in their own order, zeros where nothing was encoded. A rank without media runs no vision module: nothing is computed
 that could overflow or take time.
 
+So it is on one process where nothing but vision modules trains: a batch of text alone has a backward pass too.
+
 A gradient of zero is not none, though: ``UnusedVisionModules`` keeps the optimizer from moving what no rank used.
 """
 
@@ -124,6 +126,12 @@ def encode_in_step(decoder: SeeingDecoder, media: MediaArguments | None) -> list
     return [*functional_call(_Encoder(decoder), joined, media), anchor]
 
 
+def trains_vision_alone(decoder: SeeingDecoder) -> bool:
+    """Whether vision modules train and nothing else does: a batch of text alone would then have no gradient at all."""
+    # True at the first parameter, as a rule: the language model's embeddings.
+    return not any(p.requires_grad and vision_module_of(name) is None for name, p in decoder.named_parameters())
+
+
 def _is_trained(name: str, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and vision_module_of(name) is not None
 
@@ -136,11 +144,13 @@ class UnusedVisionModules(TrainerCallback):
 
     Args:
         used: the model's ``used_vision_modules``, which the backward passes of the step fill.
+        in_step: whether they do so on one process too (``trains_vision_alone``); among several ranks they always do.
         device: where the ranks' small collective runs, one for each step of the optimizer.
     """
 
-    def __init__(self, used: set[str], device: torch.device) -> None:
+    def __init__(self, used: set[str], in_step: bool, device: torch.device) -> None:
         self.used = used
+        self.in_step = in_step
         self.device = device
         self._moving: set[str] | None = None
 
@@ -154,7 +164,8 @@ class UnusedVisionModules(TrainerCallback):
         ZeRO steps group by group, with flat shares of the parameters in the groups.
         """
         if self._moving is None:  # Once a step: ZeRO comes here for each group, and ranks must agree as often.
-            self._moving = self._agree() if is_distributed() else _modules_with_gradients(optimizer)
+            alone = self.used if self.in_step else _modules_with_gradients(optimizer)
+            self._moving = self._agree() if is_distributed() else set(alone)
         # No gradient at all is the one way to tell AdamW to leave a parameter alone, its step count and decay included.
         for group in optimizer.param_groups:
             module = group["vision_module"]

@@ -39,7 +39,7 @@ from llava.model.coordinates import (
     two_hot_targets,
 )
 from llava.model.generation import MultimodalGeneration
-from llava.model.grad_sync import encode_in_step, is_distributed
+from llava.model.grad_sync import encode_in_step, is_distributed, trains_vision_alone
 from llava.model.lora import has_adapters, save_adapters
 from llava.model.loss import add_balance_loss, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
@@ -348,10 +348,12 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             raise ValueError("pass input_ids or inputs_embeds")
         model, vision = self.get_model(), self.vision
         media = (images, modalities, image_sizes, tables) if images is not None and len(images) else None
-        if media is None and tables is None and (vision is None or not is_distributed()):
+        learns = self.training and torch.is_grad_enabled()
+        in_step = is_distributed() or (learns and vision is not None and trains_vision_alone(model))
+        if media is None and tables is None and (vision is None or not in_step):
             return None
         # The media before the text: their gradients then come last, behind the language model's, on every rank.
-        if is_distributed() and self.training and torch.is_grad_enabled():
+        if in_step and learns:
             features = encode_in_step(model, media)
         else:
             features = [] if media is None else model.encode_media(*media)  # one (tokens, width) for each

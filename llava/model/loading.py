@@ -42,7 +42,7 @@ from llava.token_layout import NO_RESAMPLER
 logger = logging.getLogger(__name__)
 
 # Settings that decide which parameters exist, with those of the resampler: a trained checkpoint's cannot be changed.
-_STRUCTURE = ("vision_select_layer", "projector_type", "resampler_type", "patch_merge_type")
+_STRUCTURE = ("vision_select_layer", "projector_type", "projector_width", "resampler_type", "patch_merge_type")
 # What a RuntimeError says that is about a file of weights.
 _UNREADABLE = ("PytorchStreamReader", "Error(s) in loading state_dict", "automatic conversion", "unexpected EOF")
 # What a generation configuration has no use for where it does not sample, or searches without beams.

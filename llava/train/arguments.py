@@ -2,8 +2,8 @@
 
 A flag without a docstring takes type, default and help from the settings it becomes: ``kept(VisionConfig.num_frames)``
 is the flag of that field. ``llava.train.command_line`` reads them all from this source, for ``--help``; the comments
-between them are its headings. This module alone reads environment variables: programs that build the groups themselves,
-without a command line, get the same cache folder, job and checks.
+between them are its headings. Programs that build the groups themselves, without a command line, get the same cache
+folder, job and checks from the environment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from llava.data.samplers import RANDOM, STRATEGIES
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
-from llava.train.family_flags import explain_environment, take_from_environment, whole_roots
 from llava.train.milestones import parse_milestones, parse_words
 from llava.train.progress_arguments import ScoringArguments
 from llava.train.transformers_flags import check_flags, check_spelling
@@ -54,9 +53,9 @@ CHOICES: dict[str, Sequence[str]] = {
 """Flags that take one of a few words."""
 _LEAST = {
     "num_frames": 1, "video_fps": 0, "frames_upbound": 0, "model_max_length": 1, "seed": 0, "data_seed": 0, "lora_r": 1,
+    "mm_projector_width": 1,
 }  # fmt: skip
 """The least that a number may be."""
-_TRUE = ("1", "true", "yes", "on")
 _COUNTED = {"true": "all", "1": "all", "yes": "all", "false": "no", "0": "no", "none": "no"}
 
 
@@ -82,6 +81,7 @@ class ModelArguments:
     """Store the frozen tower's weights in checkpoints too, not only its source and hash."""
     mm_vision_select_layer: int | None = kept(VisionConfig.vision_select_layer)
     mm_projector_type: str | None = kept(VisionConfig.projector_type)
+    mm_projector_width: int | None = kept(VisionConfig.projector_width)
     mm_projector_args: str | None = None
     """Settings of a plug-in projector, as a JSON object such as '{"depth": 3}' (docs/extending.md)."""
     mm_resampler_type: str | None = kept(VisionConfig.resampler_type)
@@ -131,10 +131,6 @@ class ModelArguments:
                 f"--mm_mask_drop_mode is {self.mm_mask_drop_mode!r}, but only fixed exists: the text is written "
                 "before a frame is masked, so the number of patches cannot vary"
             )
-        take_from_environment(self, os.environ)
-        if self.mm_resampler_type == "fast_slow_resampler":
-            self.mm_perceiver_latents = whole_roots(self.mm_perceiver_latents, "mm_perceiver_latents")
-            self.mm_perceiver_latents_fast = whole_roots(self.mm_perceiver_latents_fast, "mm_perceiver_latents_fast")
         _check_values(self)
         if self.stage == CONTENT and self.grounding not in (None, NO_GROUNDING):
             raise ValueError(f"--grounding {self.grounding} needs --stage 2: stage 1 trains content alone")
@@ -244,9 +240,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         self.data_cache_dir = self.data_cache_dir or os.path.join(caches, "llava-babylm")
-        if os.environ.get("USE_PLAIN_LM", "").lower() in _TRUE:
-            transformers.logging.get_logger(__name__).warning("USE_PLAIN_LM is honoured; its name now is --plain_lm")
-            self.plain_lm, self.version = True, None
         if self.plain_lm and self.version not in (None, PLAIN_LM):
             raise ValueError(
                 f"--version {self.version} asks for a chat format, but --plain_lm is true; leave one of them out, or "
@@ -281,7 +274,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
 
     # --- text ---
     model_max_length: int | None = None
-    """Most tokens of a sample, visual ones included (default: the model's context)."""
+    """Most tokens of a sample, visual ones included (default, and at most: the model's context)."""
 
     # --- parts that train ---
     mm_projector_lr: float | None = None
@@ -361,7 +354,6 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
             str(self.include_num_input_tokens_seen).lower(), self.include_num_input_tokens_seen
         )
         check_spelling(self)
-        take_from_environment(self, os.environ)
         self._read_words()
         # Checked before it: what transformers would fail on without naming a flag. After it: what it has read.
         asked_to_evaluate = self.do_eval
@@ -372,7 +364,6 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
         # transformers makes it true for --eval_strategy; here it asks for an evaluation at the end.
         self.do_eval = asked_to_evaluate
         check_flags(self)
-        explain_environment(os.environ, str(self.report_to))
         check_optimization(self)
         if self.stop_on_bad_numbers:
             # It would hide from the log what now cannot get there, at two waits for the device a micro-batch.

@@ -1,20 +1,16 @@
 """A command line and a recipe file, read into the groups of arguments; ``--help`` and unknown flags at once.
 
-The flags and their help are read from the source of ``arguments.py`` and of the installed transformers. To load these
-takes seconds, which neither ``--help`` nor a wrong flag is worth: this module imports nothing heavy before it must.
+Flags of the LLaVA family, and its variables of the environment, become today's (``family_words``). To load what reads
+the values takes seconds, which neither ``--help`` nor a wrong flag is worth: nothing heavy is imported before it must.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
-import operator
-import re
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,26 +18,25 @@ from llava.command import FAILED, CommandParser
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.registry import import_plugins
-from llava.train.family_flags import FAMILY_FLAGS, translate
+from llava.train.family_flags import FAMILY
+from llava.train.family_words import Line, read_environment, translate
+from llava.train.flag_source import Flag, read_flags
 from llava.train.transformers_flags import AS_IN_TRANSFORMERS, FLAGS, REFUSED, TOPICS, WORKS
 
 if TYPE_CHECKING:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PROGRAM = "python -m llava.train.train"
 DESCRIPTION = "Train a language model on text, images and videos."
 CONFIG_HELP = "Recipe: a YAML file, or the name of one that comes with llava. Flags override it."
 
-MAY_BE_EMPTY = ("image_folder", "video_folder", "lora_weight_path", "run_name", "fsdp", "debug")
+MAY_BE_EMPTY = (
+    "image_folder", "video_folder", "lora_weight_path", "pretrain_mm_mlp_adapter", "run_name", "fsdp", "debug",
+)  # fmt: skip
 """Flags of which an empty value says "none", as the family's scripts give them."""
-
-_HEADING = re.compile(r" *# --- (.+) ---")
-_OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.Pow: operator.pow}
-_OTHER = list(TOPICS)[-1]
-_TOPIC_OF = {name: topic for topic, flags in TOPICS.items() for name in flags}
-_GROUPS = ("ModelArguments", "DataArguments", "TrainingArguments")
 
 Arguments = tuple["ModelArguments", "DataArguments", "TrainingArguments"]
 Group = TypeVar("Group")
@@ -54,7 +49,7 @@ def answer_at_once(words: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in words):
         print(_help_parser().format_help(), end="")
         return 0
-    known = {*read_flags(), *FAMILY_FLAGS, "config"}
+    known = {*read_flags(), *FAMILY, "config"}
     # HfArgumentParser adds --no_x for every switch x that is true by default.
     known |= {f"no_{flag.name}" for flag in read_flags().values() if flag.kind == "bool" and flag.default == "True"}
     for word in words:
@@ -85,7 +80,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 
 def parse_values(
-    argv: Sequence[str] | None = None, optional: Sequence[str] = (), also: Sequence[str] = ()
+    argv: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
+    also: Sequence[str] = (),
+    tells_notes: bool = True,
 ) -> dict[str, Any]:
     """The value of every flag of every group, before a group has looked at them.
 
@@ -93,14 +91,22 @@ def parse_values(
         argv: as for ``parse_arguments``.
         optional: names of flags that may be missing although their group needs them; they are None then.
         also: flags of the command that are read elsewhere, for the errors.
+        tells_notes: whether to say what became of flags and variables of the LLaVA family.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
         sys.exit(answer_at_once(["--help"]))
     parser = build_parser(optional)
     recipe, words = _take_config(words)
-    before = [] if recipe is None else _recipe_words(recipe, parser)
-    known = parser.parse_words(translate(words, MAY_BE_EMPTY), also, before)
+    before, notes = ([], []) if recipe is None else _recipe_words(recipe, parser)
+    of_variables, is_plain, more = read_environment(os.environ, words, before)
+    words, changes = translate(words, [*before, *of_variables])
+    if is_plain:
+        before, words = (_without_version(line) for line in (before, words))
+        changes = [note for note in changes if not note.startswith("--version ")]
+    if tells_notes:
+        _tell([*notes, *more, *changes])
+    known = parser.parse_words(words, also, [*before, *of_variables])
     # Before any group looks at its values: they may be names that a plugin registers.
     if known.plugins:
         import_plugins(known.plugins)
@@ -155,8 +161,8 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
     raise ValueError(f"--config {shorten(recipe)}: {what}; recipes that come with llava: {shipped}")
 
 
-def _recipe_words(path: Path, parser: CommandParser) -> list[str]:
-    """A recipe as words of a command line, so that both take one way."""
+def _recipe_words(path: Path, parser: CommandParser) -> tuple[list[str], list[str]]:
+    """A recipe as words of a command line, so that both take one way, and notes of what became of flags."""
     recipe = read_yaml(path, f"--config {path}") or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: expected names and values, found {type(recipe).__name__}")
@@ -164,12 +170,12 @@ def _recipe_words(path: Path, parser: CommandParser) -> list[str]:
     for key, value in recipe.items():
         if value is not None:
             words += [f"--{key}", *(map(_as_word, value) if isinstance(value, list) else [_as_word(value)])]
-    words = translate(words, MAY_BE_EMPTY)
+    words, notes = translate(words)
     flags = [word[2:] for word in words if word.startswith("--")]
     for flag in flags:
         if f"--{flag}" not in parser._option_string_actions:
             raise ValueError(f"{path}: {parser.explain_unknown('--' + flag)}")
-    return words
+    return words, notes
 
 
 def _as_word(value: object) -> str:
@@ -178,25 +184,22 @@ def _as_word(value: object) -> str:
     return json.dumps(value, default=str) if isinstance(value, dict) else str(value)  # A date is its text.
 
 
-# The flags as the source has them.
+def _without_version(words: list[str]) -> list[str]:
+    line = Line(words)
+    line.take("version")
+    return line.words
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One field of a group of arguments: its type and default as the source has them, and its heading in the help."""
-
-    name: str
-    kind: str
-    default: str | None
-    help: str
-    topic: str
-    of_transformers: bool = False
+def _tell(notes: Sequence[str]) -> None:
+    """Say, once for all ranks, what became of flags and variables of the LLaVA family."""
+    if notes and os.environ.get("RANK", "0") == "0":  # Ranks are not joined yet; torchrun and deepspeed number them so.
+        logger.warning(
+            "Flags and variables of other versions (docs/migrating.md):\n%s",
+            "\n".join(f"  {note}" for note in dict.fromkeys(notes)),
+        )
 
 
-@cache
-def read_flags() -> dict[str, Flag]:
-    """All flags by name, in the order of the groups."""
-    return {name: flag for group in _GROUPS for name, flag in _fields_of("llava.train.arguments", group).items()}
+# Help.
 
 
 def _help_parser() -> CommandParser:
@@ -227,122 +230,3 @@ def _describe(flag: Flag) -> str:
     if known.effect != WORKS:
         return f"{'Refused' if known.effect == REFUSED else 'No effect'}: {note}."
     return f"{theirs.removesuffix('.')}. Here: {note}."
-
-
-class _Source:
-    """A module as its source has it: enough of it to read the fields of its dataclasses.
-
-    A flag is one of these::
-
-        mm_slow_frames: int | None = kept(VisionConfig.slow_frames)    None; help and default are the setting's
-        max_image_bytes: int = MediaLimits.max_image_bytes             the setting's default and help
-        stage: str = CONTENT                                           with its help as the docstring below
-        seed: int = field(default=42, metadata={"help": "..."})        as transformers writes them
-    """
-
-    def __init__(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        body = ast.parse(text).body
-        self.classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-        lines = enumerate(text.splitlines(), 1)
-        self.headings = [(number, match[1]) for number, line in lines if (match := _HEADING.fullmatch(line))]
-        self.imports: dict[str, tuple[str, str]] = {}
-        self.values: dict[str, ast.expr] = {}
-        for node in body:
-            if isinstance(node, ast.ImportFrom):
-                self.imports |= {alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names}
-            elif isinstance(node, ast.AnnAssign) and node.value is not None:
-                self.values[ast.unparse(node.target)] = node.value
-            elif isinstance(node, ast.Assign):
-                target, value = node.targets[0], node.value
-                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):  # CONTENT, COORDINATES = "1", "2"
-                    self.values |= {ast.unparse(name): part for name, part in zip(target.elts, value.elts, strict=True)}
-                else:
-                    self.values[ast.unparse(target)] = value
-
-    def read_fields(self, name: str) -> dict[str, Flag]:
-        """The fields of a dataclass, those of its bases first, as ``dataclasses`` orders them."""
-        node = self.classes[name]
-        found: dict[str, Flag] = {}
-        for base in reversed(node.bases):  # As dataclasses orders the fields: those of the last base first.
-            module, base_name = self._find(ast.unparse(base))
-            inherited = _fields_of(module, base_name)
-            if not module.startswith("llava."):  # transformers', whose headings here are ours.
-                inherited = {
-                    name: replace(flag, topic=_TOPIC_OF.get(name, _OTHER), of_transformers=True)
-                    for name, flag in inherited.items()
-                }
-            found |= inherited
-        # Each statement with the one behind it: a docstring under a field is an expression of its own.
-        for statement, behind in zip(node.body, [*node.body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
-                text = ""
-                if isinstance(behind, ast.Expr):  # The docstring under the field.
-                    text = " ".join(str(self.evaluate(behind.value)).split())
-                if (flag := self._read_field(statement, text)) is not None:
-                    found[flag.name] = flag
-        return found
-
-    def _read_field(self, node: ast.AnnAssign, text: str) -> Flag | None:
-        name, value = ast.unparse(node.target), node.value
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-            given = {keyword.arg: keyword.value for keyword in value.keywords}
-            if "init" in given:  # No flag: field(init=False) is set in __post_init__.
-                return None
-            value = given.get("default")
-            if isinstance(metadata := given.get("metadata"), ast.Dict):
-                entries = dict(zip(map(ast.unparse, filter(None, metadata.keys)), metadata.values, strict=True))
-                text = str(self.evaluate(entries["'help'"])) if "'help'" in entries else text
-        elif isinstance(value, ast.Call) and ast.unparse(value.func) == "kept":
-            kept = self._find_setting(value.args[0])
-            text, value = kept.help, ast.Constant(None)
-            if kept.default not in (None, "None", "False") and "(default" not in text:
-                text = f"{text.removesuffix('.')} (default {kept.default})."
-        elif isinstance(value, ast.Attribute) and not text:
-            text = self._find_setting(value).help
-        heading = next((title for line, title in reversed(self.headings) if line < node.lineno), "")
-        default = None if value is None else str(self.evaluate(value))
-        return Flag(name, ast.unparse(node.annotation), default, text, heading)
-
-    def _find_setting(self, node: ast.expr) -> Flag:
-        """The field that ``VisionConfig.num_frames`` names."""
-        class_name, _, name = ast.unparse(node).partition(".")
-        return _fields_of(*self._find(class_name))[name]
-
-    def _find(self, name: str) -> tuple[str, str]:
-        """Module and name of what is called ``name`` here, if it is imported."""
-        if name == "transformers.TrainingArguments":
-            return "transformers.training_args", "TrainingArguments"
-        return self.imports[name]
-
-    def evaluate(self, node: ast.expr) -> Any:
-        """A constant expression: texts, numbers, tuples, names of such, and what joins them; else its source."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name) and node.id in self.values:
-            return self.evaluate(self.values[node.id])
-        if isinstance(node, ast.Name) and node.id in self.imports:
-            module, original = self.imports[node.id]
-            return _source_of(module).evaluate(ast.Name(original))
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in self.imports:
-            return self._find_setting(node).default
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](self.evaluate(node.left), self.evaluate(node.right))
-        return ast.unparse(node)
-
-
-@cache
-def _fields_of(module: str, class_name: str) -> dict[str, Flag]:
-    return _source_of(module).read_fields(class_name)
-
-
-@cache
-def _source_of(module: str) -> _Source:
-    """A module's source, found without importing it or its packages."""
-    # For a dotted name find_spec imports the packages above it, and transformers takes seconds: so the top one only.
-    first, *rest = module.split(".")
-    spec = importlib.util.find_spec(first)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{first} is not installed")
-    path = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
-    return _Source(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from llava.messages import shorten, shorten_text
-
-logger = logging.getLogger(__name__)
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
@@ -141,10 +138,6 @@ def find_deepspeed_config(given: DeepSpeedConfig) -> DeepSpeedConfig:
     if given in SHIPPED:
         return str(Path(__file__).parent / "deepspeed" / f"{given}.json")
     if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
-        # The family's scripts name files of their own repository, such as scripts/zero2.json.
-        if (stem := Path(given).stem.removesuffix("_fused_adamw")) in SHIPPED and Path(given).suffix == ".json":
-            logger.warning("--deepspeed %s is no file here; taking --deepspeed %s, which comes with llava", given, stem)
-            return find_deepspeed_config(stem)
         raise ValueError(f"--deepspeed {shorten(given)} is no file; give one, or one of {', '.join(SHIPPED)}")
     return given
 

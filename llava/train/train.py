@@ -183,14 +183,10 @@ def build_trainer(
         model, tokenizer = loaded.model, loaded.tokenizer
         score_plan = plan_scores(training_args, model, tokenizer)
         max_length = choose_max_length(training_args.model_max_length, model)
+        text_format = choose_format(data_args.format_name, tokenizer, model.config)
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         data = make_supervised_data_module(
-            tokenizer,
-            data_args,
-            loaded.vision,
-            max_length,
-            choose_format(data_args.format_name, tokenizer, model.config),
-            training_args.seed if training_args.data_seed is None else training_args.data_seed,
-            model.grounding,
+            tokenizer, data_args, loaded.vision, max_length, text_format, seed, model.grounding
         )
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
         report_words(data["train_dataset"], training_args)
@@ -313,7 +309,7 @@ def build_bad_sample_log(data_args: DataArguments, training_args: TrainingArgume
 def choose_max_length(asked: int | None, model: LlavaMetaForCausalLM) -> int:
     """Most tokens of a sample: what was asked for, but no more than the model's context."""
     context = model.config.max_position_embeddings
-    if asked is not None and asked > context:
+    if asked is not None and asked > context and is_first_rank():
         logger.warning("--model_max_length is %d, but the model's context is %d, which is taken", asked, context)
     return min(asked or context, context)
 

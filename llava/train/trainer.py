@@ -34,7 +34,7 @@ from transformers.trainer_utils import TrainOutput
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
-from llava.model.grad_sync import UnusedVisionModules
+from llava.model.grad_sync import UnusedVisionModules, trains_vision_alone
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
@@ -174,7 +174,8 @@ class LlavaTrainer(Trainer):
                 trained, self.args.part_learning_rates(), self.args.weight_decay, optimizer_class, options
             )
             # AdamW moves a parameter by its moments and its decay even where the gradient is an exact zero.
-            unused = UnusedVisionModules(self.model.get_model().used_vision_modules, self.args.device)
+            decoder = self.model.get_model()
+            unused = UnusedVisionModules(decoder.used_vision_modules, trains_vision_alone(decoder), self.args.device)
             self.optimizer.register_step_pre_hook(unused.before_optimizer_step)
             self.add_callback(unused)
         return self.optimizer

@@ -124,7 +124,7 @@ def test_a_module_moves_as_a_whole_or_not_at_all() -> None:
     """In one process: AdamW leaves vision modules alone that no micro-batch of the step used."""
     language_model, resampler = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(optimizer_groups(language_model=language_model, vision_resampler=resampler), lr=0.1)
-    unused = UnusedVisionModules(set(), torch.device("cpu"))
+    unused = UnusedVisionModules(set(), False, torch.device("cpu"))
     optimizer.register_step_pre_hook(unused.before_optimizer_step)
 
     def step(*used: nn.Parameter) -> None:

@@ -51,7 +51,10 @@ def test_every_shipped_recipe_parses_by_its_name(recipe: str) -> None:
         (["--version", "qwen_9"], "unknown --version .* 'qwen_9'; known: chat, gemma, llama_2, llama_v3, mpt, plain"),
         (["--plain_lm", "true", "--version", "qwen"], "--version qwen asks for a chat format, but --plain_lm is true"),
         (["--config", "italian_text.yaml", "--version", "v1"], "give --plain_lm false where a recipe says true"),
-        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True: not available"),
+        (
+            ["--s2", "True"],
+            "--s2 True: not available; several scales at once do not exist; use --image_aspect_ratio anyres",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_error(argv: list[str], message: str) -> None:
@@ -80,7 +83,7 @@ def test_flags_of_older_scripts_are_mapped_with_a_note(caplog: pytest.LogCapture
         _, _, training = parse_arguments([*REQUIRED, *old, "--video_folder", "", "--num_frames", "4"])
     assert (training.warmup_steps, training.eval_strategy.value) == (0.1, "no")
     assert "--warmup_ratio is now --warmup_steps" in caplog.text
-    assert "--lazy_preprocess is not needed any more" in caplog.text
+    assert "--lazy_preprocess True is not needed any more" in caplog.text
 
 
 def test_older_flags_are_mapped_in_recipes_too(tmp_path: Path) -> None:
@@ -164,7 +167,8 @@ def test_the_format_that_two_flags_ask_for(argv: list[str], name: str) -> None:
 
 def test_use_plain_lm_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_PLAIN_LM", "1")
-    assert parse_arguments([*REQUIRED, "--plain_lm", "false"])[1].plain_lm
+    assert parse_arguments([*REQUIRED, "--version", "llama_v2"])[1].plain_lm
+    assert not parse_arguments([*REQUIRED, "--plain_lm", "false"])[1].plain_lm
 
 
 def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:

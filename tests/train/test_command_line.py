@@ -15,8 +15,9 @@ from llava.command import CommandParser
 from llava.config import VisionConfig
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, RANDOM
 from llava.token_layout import POOL_MODES
-from llava.train import arguments, command_line, family_flags
+from llava.train import arguments, command_line
 from llava.train.command_line import build_parser, parse_arguments, read_flags
+from llava.train.family_flags import FAMILY, GROUPING, UNGROUPED
 from llava.train.transformers_flags import AS_IN_TRANSFORMERS, FLAGS, TOPICS, WORKS
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,9 @@ def parser() -> CommandParser:
 def test_every_flag_of_the_parser_is_in_the_table(parser: CommandParser) -> None:
     real = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
     assert list(read_flags()) == list(dict.fromkeys(real))
-    assert {BY_LENGTH, BY_MODALITY} < set(family_flags.GROUPING)
-    assert family_flags.UNGROUPED == RANDOM
+    assert set(GROUPING.values()) == {BY_LENGTH, BY_MODALITY}
+    assert UNGROUPED == RANDOM
+    assert FAMILY.isdisjoint(read_flags())
 
 
 def test_flags_of_transformers_have_the_help_of_the_installed_release() -> None:

@@ -175,8 +175,8 @@ def test_an_output_folder_that_is_a_file(argv: list[str]) -> None:
 
 
 def test_a_start_that_fails_gives_the_folder_back(argv: list[str]) -> None:
-    with pytest.raises(ValueError, match="model_max_length"):
-        main([*argv, "--model_max_length", "99999"])
+    with pytest.raises(ValueError, match="--stage 3 starts from a checkpoint of stage 2"):
+        main([*argv, "--stage", "3"])
     assert not list(Path(argv[-1]).iterdir())
 
 

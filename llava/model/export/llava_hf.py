@@ -39,6 +39,8 @@ def find_reasons(loaded: LoadedModel) -> Iterator[str]:
         yield f"{variant} attention"
     if parse_mlp(vision.projector_type) != MlpShape(2, 0):
         yield f"the projector {vision.projector_type} (it has two layers with GELU between them, mlp2x_gelu)"
+    if vision.projector_width not in (None, loaded.model.config.hidden_size):
+        yield f"--mm_projector_width {vision.projector_width} (its layers are as wide as the language model)"
     if vision.layout.resamples("image"):
         yield f"the resampler {vision.resampler_type}, which images pass (it keeps a token a patch)"
     if vision.anyres is not None or vision.image_aspect_ratio == "pad":

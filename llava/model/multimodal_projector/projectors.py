@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -95,12 +96,14 @@ def parse_mlp(name: str) -> MlpShape | None:
     return MlpShape(int(match.group(1)), int(match.group(2) or 0)) if match else None
 
 
-def build_mlp(input_size: int, output_size: int, shape: MlpShape) -> nn.Module:
-    """N linear layers with GELU between them, the first of which changes the width, then M residual blocks."""
+def build_mlp(input_size: int, output_size: int, shape: MlpShape, width: int | None = None) -> nn.Module:
+    """N linear layers with GELU between them, ``width`` wide (by default as the output), then M residual blocks."""
     # "mlp2x_gelu" is the projector of LLaVA-1.5 (arXiv 2310.03744); parameters are named by their place, as there.
-    layers: list[nn.Module] = [nn.Linear(input_size, output_size)]
-    for _ in range(shape.depth - 1):
-        layers += [nn.GELU(), nn.Linear(output_size, output_size)]
+    sizes = [input_size, *[width or output_size] * (shape.depth - 1), output_size]
+    layers: list[nn.Module] = []
+    for before, behind in pairwise(sizes):
+        layers += [nn.Linear(before, behind), nn.GELU()]
+    layers.pop()
     return nn.Sequential(*layers, *(ResidualBlock(output_size) for _ in range(shape.num_blocks)))
 
 
@@ -111,8 +114,13 @@ def build_projector(vision: VisionConfig, hidden_size: int) -> nn.Module:
         ValueError: an unknown type, or widths that the type cannot join.
     """
     shape = parse_mlp(vision.projector_type)
+    if vision.projector_width is not None and (shape is None or shape.depth == 1):
+        raise ValueError(
+            f"--mm_projector_width is {vision.projector_width}, but --mm_projector_type {vision.projector_type} has no "
+            "layers that it could lie between; use mlp2x_gelu, or leave the width out"
+        )
     if shape is not None:
-        return build_mlp(vision.hidden_size, hidden_size, shape)
+        return build_mlp(vision.hidden_size, hidden_size, shape, vision.projector_width)
     if vision.projector_type not in PROJECTORS:
         known = ", ".join([*PROJECTORS.names(), *MLP_NAMES])
         raise ValueError(f"unknown --mm_projector_type {vision.projector_type!r}; known: {known}; {PLUGIN_HINT}")
