@@ -103,7 +103,8 @@ def _generate(
 
     Args:
         model, generate: its own.
-        inputs: int64 (batch, length) with ``IMAGE_TOKEN_INDEX`` where media stand; also ``input_ids``.
+        inputs: int64 (batch, length) with ``IMAGE_TOKEN_INDEX`` where media stand; also ``input_ids``. Without
+            ``attention_mask`` all of it counts.
         images: pixels of each, as ``process_images`` gives them.
         image_sizes: (width, height) of each image, as Pillow has it; needed for anyres alone.
         modalities: "image" or "video" of each, or one for all.
@@ -114,18 +115,20 @@ def _generate(
     """
     import torch
 
-    ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-    if ids is None or images is None:
-        return generate(ids, **kwargs)
-    media = [frames if frames.dim() == 4 else frames[None] for frames in images]  # (frames, 3, side, side) each
+    ids, mask = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.pop("attention_mask", None)
+    if ids is None:  # Embeddings, of which transformers returns the new tokens alone.
+        return generate(ids, attention_mask=mask, **kwargs)
+    # (frames, 3, side, side) each
+    media = [frames if frames.dim() == 4 else frames[None] for frames in (() if images is None else images)]
     kinds = list(modalities) * len(media) if len(modalities) == 1 else list(modalities)
     sizes = [(height, width) for width, height in image_sizes or ()]
-    if image_sizes is None and model.vision.anyres is not None:
+    if media and image_sizes is None and model.vision.anyres is not None:
         raise ValueError("generate needs image_sizes, the (width, height) of each image: anyres cuts images by it")
     rows, used = [], 0
-    for row in ids.tolist():
+    # Padding goes: images take another room in each row, so that the rows are padded anew.
+    for row, kept in zip(ids, torch.ones_like(ids) if mask is None else mask, strict=True):
         new: list[int] = []
-        for token in row:
+        for token in row[kept.bool()].tolist():
             if token != IMAGE_TOKEN_INDEX:
                 new.append(token)
                 continue
@@ -143,10 +146,11 @@ def _generate(
     longest, pad = max(map(len, rows)), model.generation_config.pad_token_id or 0
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    kwargs.pop("attention_mask", None)  # Of the ids before images took their room.
     kwargs.setdefault("pad_token_id", pad)
-    where = {"images": [frames.to(model.device) for frames in media], "modalities": kinds, "image_sizes": sizes or None}
-    out = generate(padded, attention_mask=mask, **where, **kwargs)
+    if media:
+        frames = [one.to(model.device) for one in media]
+        kwargs |= {"images": frames, "modalities": kinds, "image_sizes": sizes or None}
+    out = generate(padded, attention_mask=mask, **kwargs)
     if not torch.is_tensor(out):  # return_dict_in_generate
         out.sequences = out.sequences[:, longest:]
         return out
@@ -333,6 +337,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "llava.eval.run_llava": (),
     "llava.utils": ("disable_torch_init", "rank0_print"),
     "llava.model.builder": ("load_pretrained_model",),
+    **{f"llava.model.multimodal_{part}.builder": () for part in ("encoder", "projector", "resampler")},
     "llava.train.llava_trainer": ("LLaVATrainer",),
     "llava.train.train": ("LazySupervisedDataset", "DataCollatorForSupervisedDataset"),
 }  # fmt: skip
@@ -351,6 +356,9 @@ GONE = {
     "build_logger": "Python's logging",
     "preprocess": "llava.data.formats.build_format",
     **{f"preprocess_{name}": "llava.data.formats.build_format" for name in ("qwen", "v1", "llama3", "plain")},
+    "build_vision_tower": "--vision_tower, or llava.model.load_model with vision_tower",
+    "build_vision_projector": "--mm_projector_type, or llava.model.load_model with projector_type",
+    "build_vision_resampler": "--mm_resampler_type, or llava.model.load_model with resampler_type",
     "smart_tokenizer_and_embedding_resize": "llava.model.load_model, which adds tokens itself",
     "safe_save_model_for_hf_trainer": "LlavaTrainer.save_model",
     "find_all_linear_names": "--lora_enable",
@@ -373,7 +381,7 @@ def find_old_name(module: str, name: str) -> Any:
     if module.startswith(_FAMILIES):
         from llava.model.backbones import find_class
 
-        return find_class(name)
+        return find_class("LlavaLlamaConfig" if name == "LlavaConfig" else name)
     if name in OLD_MODULES[module]:
         if module == "llava.conversation":
             from llava.data.formats import conversation

@@ -38,6 +38,8 @@ VISUAL_TOKEN = re.compile("|".join(map(re.escape, VISUAL_TOKENS)))
 
 IMAGE_TOKEN_INDEX = -200
 """Where an image stands in ids of the LLaVA family's scripts; see ``compat_llava``."""
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+"""What the family's scripts replace in a question by ``<image>``."""
 DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IM_END_TOKEN = IMAGE_START, IMAGE_PATCH, IMAGE_END
 """The family's names for tokens of images."""
 

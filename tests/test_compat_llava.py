@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -96,6 +97,15 @@ def test_media_and_prompts_that_do_not_go_together_are_errors(checkpoint):
     together = model.generate(torch.tensor(prompts), images=[frames[0]] * 2, max_new_tokens=4)
     alone = [model.generate(torch.tensor([ids]), images=frames, max_new_tokens=4) for ids in prompts]
     assert torch.equal(together, torch.cat(alone))
+    # Padded on the left, with a mask, as the family's scripts for batches have them; and text alone.
+    longer = compat_llava.tokenizer_image_token("<image> un gatto bianco e nero", tokenizer)
+    padding = len(longer) - len(prompts[0])
+    padded = torch.tensor([[tokenizer.pad_token_id] * padding + prompts[0], longer])
+    mask = torch.tensor([[0] * padding + [1] * len(prompts[0]), [1] * len(longer)])
+    together = model.generate(padded, attention_mask=mask, images=[frames[0]] * 2, max_new_tokens=4)
+    assert torch.equal(together[:1], alone[0])
+    text = torch.tensor([tokenizer("un gatto").input_ids])
+    assert model.generate(text, max_new_tokens=4, min_new_tokens=4).shape == (1, 4)
 
 
 def test_templates_write_what_the_family_s_do():
@@ -107,6 +117,8 @@ def test_templates_write_what_the_family_s_do():
         "<|im_start|>assistant\nun {gatto}<|im_end|>\n<|im_start|>user\nE poi?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert conv_templates["qwen_1_5"].messages == []
+    with pytest.raises(AttributeError, match="system"):
+        conv.system = "You answer in Italian."  # It would not be written.
     conv = conv_templates["v1"].copy()
     for role, text in zip(conv.roles * 2, ("Chi è?", "un gatto", "E poi?", None), strict=True):
         conv.append_message(role, text)
@@ -146,14 +158,25 @@ def test_a_name_that_is_gone_says_what_to_use(name):
 
 
 def test_classes_of_models_are_found_where_they_were():
+    from llava.model.language_model.llava_llama import LlavaConfig
     from llava.model.language_model.llava_qwen import LlavaQwenAlternatingConfig, LlavaQwenForCausalLM
 
     import llava.model
 
     assert LlavaQwenForCausalLM is llava.model.LlavaQwenForCausalLM
+    assert LlavaConfig is llava.model.LlavaLlamaConfig
     assert LlavaQwenAlternatingConfig is llava.model.LlavaQwenAlternatingConfig
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("llava.model.language_model.llava_nonsense")
+
+
+def test_the_program_has_no_names_but_its_own():
+    # As other packages ask of __main__, with a default.
+    import llava.train.train as program
+
+    asked = FunctionType(program.__getattr__.__code__, {**vars(program), "__name__": "__main__"})
+    with pytest.raises(AttributeError):
+        asked("nonsense")
 
 
 def test_a_module_that_was_never_there_is_missing():

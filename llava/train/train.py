@@ -377,7 +377,7 @@ def __getattr__(name: str) -> Any:
     # Names that the LLaVA family's module has.
     from llava.compat_llava import find_old_name
 
-    return find_old_name(__name__, name)
+    return find_old_name("llava.train.train", name)  # __name__ is __main__ where this is the program.
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ SeparatorStyle = Enum("SeparatorStyle", ["TWO", "LLAMA_2", "LLAMA_3", "CHATML", 
 SeparatorStyle.__doc__ = "What a conversation writes between turns: only ``TWO`` has two separators."
 
 
-@dataclass
+@dataclass(slots=True)  # An attribute that is none here, such as system, is an error and not passed over.
 class Conversation:
     """A conversation in one of the family's templates, which are the named formats of ``--version``.
 
