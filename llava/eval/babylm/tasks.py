@@ -387,6 +387,8 @@ def read_items(data: TaskData, fast: bool = False, seed: int = 0) -> list[Item]:
         items.append(Item(uid, choice, parsed.uid, 0, predictions, parsed.fields, parsed.ratio, parsed.acceptable))
     # Official fast data are a choice already, and are taken whole.
     items = sample_groups(items, data.name, seed) if fast and not data.is_fast else items
+    if not items:
+        raise ValueError(f"{data.name}: the official fast data have no item of its groups {', '.join(counts)}")
     check_labels([item.acceptable for item in items], items[-1].choice.source)
     return items
 

@@ -248,3 +248,12 @@ def test_ratios_are_correlated_by_rank(official: Path) -> None:
     assert summarize(data, items, [(0, 0)] * 2).official is None
     assert spearman(np.array([1.0, 2.0, 3.0, 3.0]), np.array([10.0, 20.0, 40.0, 30.0])) == pytest.approx(0.9486833)
     assert spearman(np.array([1.0, 1.0]), np.array([1.0, 2.0])) is None
+
+
+def test_a_fast_choice_of_no_item_is_told(official: Path) -> None:
+    """Of entity tracking the official fast data have some groups alone."""
+    (data,) = find_tasks([str(official)], ["entity_tracking"]).tasks
+    with pytest.raises(
+        ValueError, match="entity_tracking: the official fast data have no item of its groups ambiref_2"
+    ):
+        read_items(data, fast=True)
