@@ -14,6 +14,7 @@ import math
 import os
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from llava.data.raw_samples import TABLE_SUFFIXES, TEXT_SUFFIXES, check_data_file, suffix_of
 from llava.io import read_yaml
+from llava.messages import list_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +80,10 @@ def find_entries(paths: Sequence[str], flag: str = "--data_path") -> list[DataEn
             entries += _read_mixture(path, flag)
         else:
             entries += [DataEntry((file,), name=f"{flag} {path}") for file in _find_files(path, f"{flag} {path}")]
+    # Those of a mixture say with sampling_strategy which part of a file they take.
+    named = Counter(os.path.realpath(file) for one in entries if one.name.startswith(flag) for file in one.files)
+    if twice := [file for file, number in named.items() if number > 1]:
+        logger.warning("%s: named more than once, and trained on as often: %s", flag, list_names(twice))
     return entries
 
 
@@ -160,15 +166,16 @@ def _open_folder(path: str, name: str) -> list[str]:
 def _list_corpora(folder: str, name: str) -> list[str]:
     """The text files and tables in a folder and those in it, in the order of their paths.
 
-    Files that only speak of the others (README.txt, LICENSE.txt) are left out, with a word, and so are hidden ones.
+    Files that only speak of the others (README.txt, LICENSE.txt) or are of other kinds are left out, with a word, and
+    so are hidden ones, without.
     """
     kinds = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), *TABLE_SUFFIXES)
-    files = [file for file in sorted(Path(folder).rglob("*")) if suffix_of(file) in kinds and file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    about = [file for file in files if _ABOUT.match(file.name)]
-    if about:
-        logger.warning("%s: left out, by their names no corpora: %s", name, ", ".join(map(str, about)))
-    if not (kept := [str(file) for file in files if file not in about]):
+    found = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    kept = [str(file) for file in files if suffix_of(file) in kinds and not _ABOUT.match(file.name)]
+    if left := sorted({*map(str, files)}.difference(kept)):
+        logger.warning("%s: left out, by their names no corpora: %s", name, list_names(left))
+    if not kept:
         raise ValueError(f"{name}: is a folder without a corpus in it; known kinds: {', '.join(kinds)}")
     return kept
 

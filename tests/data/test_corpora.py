@@ -45,7 +45,13 @@ def test_lines_are_samples(corpus: Path, tmp_path: Path) -> None:
 def test_folders_and_patterns(corpus: Path, path: str, caplog) -> None:
     found = read_records(str(corpus.parent / path))
     assert [record.id for record in found] == ["b.train:1", "b.train:3", "b.train:4", "c.txt.gz:1", "c.txt.gz:2"]
-    assert ("README.txt" in caplog.text) == (path == "corpus")
+    assert (f"{corpus}/README.txt, {corpus}/notes.md" in caplog.text) == (path == "corpus")
+    assert ".hidden" not in caplog.text
+
+
+def test_a_file_that_is_named_twice_is_said(corpus: Path, caplog) -> None:
+    assert len(read_records([str(corpus / "b.train"), str(corpus / "*.train")])) == 6
+    assert f"named more than once, and trained on as often: {corpus}/b.train" in caplog.text
 
 
 def test_columns_of_tables(tmp_path: Path) -> None:
