@@ -81,6 +81,7 @@ def export_checkpoint(
             {
                 "checkpoint": checkpoint, "as": kind, "llava": __version__, "transformers": transformers.__version__,
                 "done": lines, "largest_difference": differences,
+                "files": sorted(path.name for path in folder.iterdir()),
             },
         )  # fmt: skip
     return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llava.command import check_output_folder
 from llava.io import apply_umask, sync, write_json
+from llava.messages import list_names
 
 EXPORT_FILE = "export.json"
 """What was exported from where, and how the check at the end came out; the mark by which ``--overwrite`` knows it."""
@@ -37,6 +38,17 @@ def check_target(out: Path, checkpoint: str, overwrite: bool) -> None:
             f"OUT {out} has no {EXPORT_FILE}, so it is no export, and --overwrite replaces nothing else; give another "
             "folder, or remove it yourself"
         )
+    if others := find_others(out):
+        raise ValueError(
+            f"OUT {out} holds {list_names(others)} beside the export, which --overwrite would remove; move it away"
+        )
+
+
+def find_others(out: Path) -> list[str]:
+    """What lies in the folder of an export and is none of it; nothing of one whose version kept no list."""
+    wrote = json.loads((out / EXPORT_FILE).read_text(encoding="utf-8")).get("files")
+    known = {*(wrote or ()), EXPORT_FILE, "__pycache__"}
+    return sorted(path.name for path in out.iterdir() if path.name not in known) if wrote else []
 
 
 @contextmanager

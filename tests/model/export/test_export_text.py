@@ -180,9 +180,15 @@ def test_what_is_in_the_way_stays(checkpoint: Path, tmp_path: Path, capsys: pyte
     out = tmp_path / "out"
     assert run(out) == ""
     assert "is not empty" in run(out)
-    (out / "old.txt").write_text("")
+    (out / "notes.txt").write_text("")
+    assert "holds notes.txt beside the export" in run(out, "--overwrite")
+    (out / "notes.txt").unlink()
+    told = json.loads((out / "export.json").read_text())
+    # An earlier export of another kind, whose files go.
+    (out / "old.py").write_text("")
+    (out / "export.json").write_text(json.dumps({**told, "files": [*told["files"], "old.py"]}))
     assert run(out, "--overwrite") == ""
-    assert not (out / "old.txt").exists()
+    assert not (out / "old.py").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
