@@ -161,7 +161,7 @@ class ModelRunner:
         """The shorter ways that this model allows; tried when they are first asked for."""
         if self._ways is None:
             self._ways = self._try_ways()
-            logger.info("likelihood scores of %s: %s", type(self.model).__name__, self._ways)
+            logger.debug("likelihood scores of %s: %s", type(self.model).__name__, self._ways)
         return self._ways
 
     def _try_ways(self) -> Ways:

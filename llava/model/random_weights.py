@@ -87,7 +87,10 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
         raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
     # A tokenizer of one's own brings its own special tokens, which replace those of the configuration below.
     special_ids = None if tokenizer_path else config.to_dict()
-    check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path, special_ids=special_ids)
+    unused = None
+    if tokenizer_path:  # Named on purpose: it cannot be another model's by mistake.
+        unused = f'"vocab_size": {len(tokenizer)} in {model_path}/config.json makes the model smaller by the rest'
+    check_vocabulary(tokenizer, vocab_size, tokenizer_path or model_path, special_ids=special_ids, unused=unused)
     if tokenizer_path is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))

@@ -68,6 +68,7 @@ def check_vocabulary(
     path: str,
     grounding: GroundingConfig | None = None,
     special_ids: Mapping[str, Any] | None = None,
+    unused: str | None = None,
 ) -> None:
     """A ValueError if the tokenizer has ids that the model has no embedding for, or is another model's.
 
@@ -77,6 +78,7 @@ def check_vocabulary(
         grounding: what coordinates are to it; bins, which come last, have tables of their own.
         special_ids: entries of its ``config.json``, whose ``eos_token_id`` and ``bos_token_id`` must be those of a
             tokenizer that leaves many embeddings without a token.
+        unused: what to say of so many of them; by default that the tokenizer may be another model's.
     """
     ids = tokenizer.get_vocab().values()
     num_tokens = len(tokenizer) if grounding is None or grounding.first_bin is None else grounding.first_bin
@@ -99,7 +101,7 @@ def check_vocabulary(
                 f"{message}, and {name} {getattr(tokenizer, name)}, where its config.json has {own[name]}: it is "
                 f"another model's; {remedy}"
             )
-        logger.warning("%s: if it is another model's, %s", message, remedy)
+        logger.warning("%s: %s", message, unused or f"if it is another model's, {remedy}")
 
 
 def add_tokens(

@@ -224,7 +224,7 @@ def loading_options(args: TrainingArguments, batches: RankBatchSampler, collate:
         "batch_sampler": batches,
         "collate_fn": collate,
         "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
+        "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",  # which warns in every loader
         "multiprocessing_context": args.dataloader_multiprocessing_context,
         "prefetch_factor": args.dataloader_prefetch_factor,
     }

@@ -158,7 +158,8 @@ class ScoringCallback(TrainerCallback):
         scores: list[tuple[float, ...]] = []
         at_once = _CHOICES_AT_ONCE * num_ranks
         mine = sum(len(choices[i : i + at_once][rank::num_ranks]) for i in range(0, len(choices), at_once))
-        hidden = trainer.args.disable_tqdm or not is_first_rank()
+        # None: no bar where standard error is no terminal, as a log would have a line for each of its moves.
+        hidden = trainer.args.disable_tqdm or not is_first_rank() or None
         with (
             looking_only(trainer.model, device),
             tqdm(total=mine, desc=f"scoring {name}", unit=" items", disable=hidden, leave=False) as bar,

@@ -377,6 +377,15 @@ def test_data_behind_a_pattern_and_a_mixture_are_hashed(tmp_path: Path) -> None:
     assert hash_data(tmp_path / "none.jsonl") == hash_data(Path("hub:owner/name")) == ""
 
 
+def test_milestones_have_the_words_that_they_were_trained_on(tmp_path: Path) -> None:
+    for name, sources in (("chck_1M", None), ("chck_20k", {"a.txt": {"words": 21_000}, "b.txt": {"words": 427}})):
+        (tmp_path / name).mkdir()
+        if sources:
+            (tmp_path / name / "exposure.json").write_text(json.dumps({"step": 28, "sources": sources}))
+    found = [(number, path.name) for number, path in scoring.find_milestones(tmp_path)]
+    assert found == [(21_427, "chck_20k"), (1_000_000, "chck_1M")]
+
+
 def test_the_curve_has_a_panel_for_each_task_with_milestones():
     row = {"task": "blimp", "variant": "a", "words": 10.0, "score": 0.5, "spread": 0.01}
     one = [row, {**row, "words": 20.0, "spread": None}]

@@ -136,12 +136,16 @@ def test_the_seed_decides_the_weights(weights_script: ModuleType, gpt2_dir: Path
 
 
 def test_from_scratch_with_a_config_and_a_tokenizer(
-    weights_script: ModuleType, trained_tokenizer: Path, tmp_path: Path
+    weights_script: ModuleType, trained_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "config").mkdir()
     settings = {"model_type": "gpt2", "vocab_size": 500, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
     (tmp_path / "config" / "config.json").write_text(json.dumps(settings))
     create(weights_script, tmp_path / "config", tmp_path / "model", "--tokenizer", str(trained_tokenizer))
+    # A tokenizer that was named is no mistake: what is said is how to be rid of embeddings without a token.
+    num_tokens = len(load_tokenizer(str(trained_tokenizer)))
+    assert f'"vocab_size": {num_tokens} in {tmp_path / "config"}/config.json makes the model smaller' in caplog.text
+    assert "another model's" not in caplog.text
     loaded = load_model(str(tmp_path / "model"))
     assert loaded.new_parameters == []
     assert loaded.model.config.eos_token_id == 0

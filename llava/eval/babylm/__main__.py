@@ -292,18 +292,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(lines or [f"{args.check}: complete, as the official collation counts; {rest}"]))
             return 1 if lines else 0
         if args.compare:
-            from llava.eval.babylm.compare import HEAD, compare_folders
+            from llava.eval.babylm.compare import HEAD, compare_folders, describe_uncompared
 
             first, second = map(Path, args.compare)
             rows = [one.describe() for one in compare_folders(first, second, args.seed)]
             print("\n".join([f"A: {first}\nB: {second}\n", HEAD, *rows]))
+            for line in describe_uncompared(first, second):
+                print(line, file=sys.stderr)
             return 0
-        from llava.eval.babylm.tables import describe_markdown, write_tables
+        from llava.eval.babylm.official import model_folder
+        from llava.eval.babylm.tables import describe_markdown, describe_score, write_tables
         from llava.registry import import_plugins
 
         import_plugins(args.plugins)
         models = score_models(args)
         print(write_tables(Path(args.out), models) if len(models) > 1 else describe_markdown(models))
+        # Last, as the tables of groups are long.
+        for model in models:
+            told = ", ".join(f"{name} {describe_score(model, name)}" for name in model.results)
+            print(f"{model_folder(Path(args.out), model.model, model.revision) / 'scores.md'}: {told}", file=sys.stderr)
         return 0
 
     return run_command(run)

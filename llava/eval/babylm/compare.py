@@ -86,6 +86,17 @@ def compare_folders(first: Path, second: Path, seed: int = 0) -> list[Comparison
     return [compare_scores(name, tasks[0][name], tasks[1][name], seed) for name in common]
 
 
+def describe_uncompared(first: Path, second: Path) -> list[str]:
+    """The tasks that one of two folders alone has, a line for each folder that has such."""
+    tasks = [_find_scores(folder) for folder in (first, second)]
+    alone = [[name for name in own if name not in other] for own, other in (tasks, tasks[::-1])]
+    return [
+        f"not compared, only in {folder}: {', '.join(names)}"
+        for folder, names in zip((first, second), alone, strict=True)
+        if names
+    ]
+
+
 def _find_scores(folder: Path) -> dict[str, Path]:
     """The folders of scores by their names, such as ``blimp/blimp_filtered``."""
     root = folder / "zero_shot" / "causal"

@@ -116,7 +116,9 @@ def check_results(folder: Path, fast: bool, tasks: Sequence[str] | None = None) 
 def _check_task(root: Path, task: Task, sizes: dict[str, int], fast: bool) -> Iterator[str]:
     path = root / task.official / str(_FOLDERS[task.name][1 if fast else 0]) / PREDICTIONS
     if not path.is_file():
-        yield f"{task.name}: {path} is missing"
+        line = f"{task.name}: {path}, where the collation looks, is missing"
+        others = [other.parent.name for other in sorted((root / task.official).glob(f"{task.name}*/{PREDICTIONS}"))]
+        yield f"{line}; there is {', '.join(others)}, which it does not take for that" if others else line
         return
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))

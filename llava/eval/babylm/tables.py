@@ -105,7 +105,11 @@ def describe_markdown(models: Sequence[ModelResults]) -> str:
     """Tasks with the models side by side, then ties, groups and the blind check."""
     names = list(dict.fromkeys(name for model in models for name in model.results))
     heads = _heads(models)
-    lines = ["# Scores", "", *_table(["task", *heads], ([name, *(_score(m, name) for m in models)] for name in names))]
+    lines = [
+        "# Scores",
+        "",
+        *_table(["task", *heads], ([name, *(describe_score(m, name) for m in models)] for name in names)),
+    ]
     lines += [
         "", "Official score, with its 95 % interval (items drawn anew within their groups). Accuracies are means over "
         "groups, in %; of wug_adj and wug_past it is Spearman's rho, of sentences with a label the area under the ROC "
@@ -149,7 +153,8 @@ def _heads(models: Sequence[ModelResults]) -> list[str]:
     return heads if len(set(heads)) == len(heads) else [f"{model.model} {model.revision}" for model in models]
 
 
-def _score(model: ModelResults, name: str) -> str:
+def describe_score(model: ModelResults, name: str) -> str:
+    """The official score of a task with its interval; empty where the model has none."""
     result = model.results.get(name)
     if result is None:
         return ""

@@ -251,10 +251,13 @@ def print_commands(study: Study, cells: Sequence[Cell]) -> None:
 
 
 def print_tables(study: Study) -> int:
-    from llava.eval.study.table import MARKDOWN, write_tables
+    from llava.eval.study.table import CURVE_CHART, MARKDOWN, write_tables
 
     print(write_tables(study), end="")
-    print(f"\n{study.output_dir / MARKDOWN}, with results.json and table.csv beside it", file=sys.stderr)
+    beside = "results.json and table.csv"
+    if (study.output_dir / CURVE_CHART).is_file():
+        beside = f"{CURVE_CHART}, {beside}"
+    print(f"\n{study.output_dir / MARKDOWN}, with {beside} beside it", file=sys.stderr)
     return 0
 
 

@@ -321,7 +321,7 @@ def format_markdown(results: Results) -> str:
         lines += [
             f"**{task}** ({rows[0].num_items:,} items)",
             "",
-            f"| variant | seeds | words | score, mean ± sd | ties | less {results['baseline']} [95 %] | p | "
+            f"| variant | seeds | words | score, mean ± sd | ties | minus {results['baseline']} [95 %] | p | "
             "p over seeds | higher in | hours |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_line(row) for row in rows),
@@ -335,7 +335,7 @@ def format_markdown(results: Results) -> str:
 def format_losses(results: Results) -> list[str]:
     """The table of trainings, for each variant once."""
     lines = [
-        f"| variant | seeds | words | steps | loss | held-out loss, mean ± sd | less {results['baseline']} | "
+        f"| variant | seeds | words | steps | loss | held-out loss, mean ± sd | minus {results['baseline']} | "
         "p over seeds | hours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

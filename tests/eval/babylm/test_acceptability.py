@@ -96,7 +96,9 @@ def test_command_scores_sentences_and_compares_models(gpt2_dir, llama_dir, tmp_p
     out = tmp_path / "out"
     command = ["--pairs", str(table), *FLAGS, "--out", str(out), "--model_path"]
     assert main([*command, str(gpt2_dir), str(llama_dir)]) == 0
-    assert "area, mean of a token" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "area, mean of a token" in said.out
+    assert f"{out / gpt2_dir.stem / 'main' / 'scores.md'}: itacola " in said.err
     folders = [out / path.stem / "main" for path in (gpt2_dir, llama_dir)]
     files = [folder / "zero_shot" / "causal" / "pairs" / "itacola" for folder in folders]
     assert sorted(path.name for path in files[0].iterdir()) == ["item_scores.jsonl"]

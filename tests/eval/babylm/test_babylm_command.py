@@ -233,6 +233,9 @@ def test_comparisons(data: Path, tmp_path: Path, capsys) -> None:
     assert "| blimp/blimp_filtered | 0.00 | 100.00 | +100.00 [+100.00, +100.00] | 0 / 12 |" in capsys.readouterr().out
     (data / "blimp_filtered" / "causative.jsonl").unlink()
     score(data, tmp_path, FakeScorer(), "--tasks", "blimp", model="other")
+    score(data, tmp_path, FakeScorer(), "--tasks", "wug_past", model="bad")
+    assert main(["--compare", str(tmp_path / "good" / "main"), str(tmp_path / "bad" / "main")]) == 0
+    assert f"not compared, only in {tmp_path / 'bad' / 'main'}: wug_past/wug_past_tense" in capsys.readouterr().err
     with pytest.raises(ValueError, match="were scored on other items"):
         compare_folders(tmp_path / "bad" / "main", tmp_path / "other" / "main")
 
@@ -277,8 +280,12 @@ def test_results_are_held_against_the_official_sizes(tmp_path: Path, capsys) -> 
         "supplement: hypernym has 841 items; the collation expects 842"
     ]
     lines = check_results(folder, False)
-    assert any(line.startswith("blimp: ") and line.endswith("predictions.json is missing") for line in lines)
+    assert any(line.startswith("blimp: ") and line.endswith("where the collation looks, is missing") for line in lines)
     assert main(["--check", str(folder), "--tasks", "supplement"]) == 1
+    # Of a fast run, or of a zip of another name.
+    write_rows(folder / "zero_shot" / "causal" / "blimp" / "blimp_en_drawn" / "predictions.json", [{}])
+    (line,) = check_results(folder, False, ["blimp"])
+    assert line.endswith("there is blimp_en_drawn, which it does not take for that")
     write_rows(data / "hypernym.jsonl", [{"sentence_good": f"{n} a", "sentence_bad": f"{n} b"} for n in range(842)])
     score(tmp_path / "data", tmp_path, FakeScorer(), "--overwrite")
     assert main(["--check", str(folder), "--tasks", "supplement"]) == 0
