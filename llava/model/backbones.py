@@ -131,7 +131,6 @@ def register_backbone(backbone: LanguageModel) -> LanguageModel:
         BACKBONES[model_type] = Backbone(names[2].removesuffix("ForCausalLM"), plain_type, backbone.__module__)
         _list_classes(model_type, names)
     _LANGUAGE_MODELS[model_type] = backbone
-    _derive_classes.cache_clear()  # A notebook may run a family's cell again.
     for variant in VARIANTS:
         own_type = variant_type(model_type, variant)
         inherit_conversions(plain_type, own_type)
@@ -174,16 +173,16 @@ def find_class(name: str) -> type[Any]:
         register_backbone(make_family(prefix, family, plain_type))
     backbone = _LANGUAGE_MODELS[family]
     written = {own.__name__: own for own in (backbone.config_class, backbone.decoder_class, backbone)}
-    return written[name] if name in written else _derive_classes(family)[name]
+    # mypy takes no class for hashable.
+    return written[name] if name in written else _derive_classes(backbone)[name]  # type: ignore[arg-type]
 
 
 @cache
-def _derive_classes(family: str) -> dict[str, type[Any]]:
-    """By name, the classes that are made from a family's written ones; the same ones at every call."""
+def _derive_classes(backbone: type[Any]) -> dict[str, type[Any]]:
+    """By name, the classes that are made from a language model with head; the same ones at every call."""
     from llava.model.language_model.alternating import make_variant
     from llava.model.language_model.classification import make_classifiers
 
-    backbone = _LANGUAGE_MODELS[family]
     variants = [make_variant(backbone, variant) for variant in VARIANTS if variant != "base"]
     classes: list[type[Any]] = []
     for language_model in (backbone, *variants):

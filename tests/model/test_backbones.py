@@ -150,6 +150,13 @@ for found in classes:
 """
 
 
+def test_derived_classes_stay_when_another_family_is_registered() -> None:
+    variant = models.LlavaLlamaAlternatingForCausalLM
+    # As the first look at another family's class does.
+    models.register_backbone(models.LlavaGPT2ForCausalLM)
+    assert pickle.loads(pickle.dumps(variant)) is variant is models.LlavaLlamaAlternatingForCausalLM
+
+
 def test_derived_classes_are_found_by_name_in_any_process(warm_python: str) -> None:
     """Those with alternating attention and the classifiers, which no file writes out."""
     from llava.model.language_model import llava_gpt2, llava_llama
