@@ -239,7 +239,7 @@ def _score(
     settings = Settings(
         model=loader.model,
         model_files=_hash_files(loader.model, loader.revision),
-        items=hash_items(choices, labels),
+        items=hash_items(choices, labels or [item.ratio for item in items if item.ratio is not None]),
         dtype=args.dtype,
         shown=shown,
     )

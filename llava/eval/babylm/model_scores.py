@@ -33,8 +33,13 @@ class Settings(TypedDict):
     shown: str
 
 
-def hash_items(choices: Sequence[Choice], labels: Sequence[bool] = ()) -> str:
-    """A hash of what is scored, and of what is written down beside scores: names, and labels of single sentences."""
+def hash_items(choices: Sequence[Choice], labels: Sequence[bool | float] = ()) -> str:
+    """A hash of what is scored, and of what is written down beside scores.
+
+    Args:
+        choices: of all items, whose names are told beside their texts.
+        labels: of single sentences, or the shares of people who chose the first candidate.
+    """
     told: list[object] = [
         [choice.id, [[one.text, one.start] for one in choice.candidates], [media.path for media in choice.media]]
         for choice in choices

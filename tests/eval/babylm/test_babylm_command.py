@@ -259,6 +259,9 @@ def test_correlations_are_compared_as_correlations(data: Path, tmp_path: Path, c
         "TEMPERATURE: 1.00\n\n### UID SPEARMAN'S RHO\navg: nan\n\n### AVERAGE SPEARMAN'S RHO\nnan\n\n"
     )
     assert "NaN" not in next((tmp_path / "constant").rglob("scores.json")).read_text()
+    write_rows(data / "wug_past_tense" / "w.jsonl", [{"sentences": f"a{n}\tb{n}", "ratio": n / 7} for n in range(6)])
+    with pytest.raises(ValueError, match="was made with another items"):  # Comparisons take people's shares from there.
+        score(data, tmp_path, agrees(1.0), "--tasks", "wug_past", model="for")
 
 
 def test_mcnemar() -> None:
