@@ -322,7 +322,8 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
     there too."""
     milestones: str | None = None
     """Leave the model in OUTPUT_DIR/chck_1M, chck_2M, ... at the first step that brings the words trained on to each of
-    these numbers: strict_small or strict, those of BabyLM's tracks, or a list such as 1M,2M,500k."""
+    these numbers: strict_small or strict, those of BabyLM's tracks, or a list such as 1M,2M,500k. none takes a
+    recipe's away."""
     milestone_optimizer: bool = False
     """Give milestones what a run needs to go on from them too, as checkpoints have it."""
 

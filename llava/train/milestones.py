@@ -34,11 +34,13 @@ def parse_words(text: str, flag: str) -> int:
 
 
 def parse_milestones(text: str) -> list[int]:
-    """The words of milestones, ascending: those of a track, or of a list such as 1M,2M,500k.
+    """The words of milestones, ascending: those of a track, or of a list such as 1M,2M,500k; none of ``none``.
 
     Raises:
         ValueError: it is neither.
     """
+    if text == "none":
+        return []
     if text in TRACKS:
         return TRACKS[text]
     try:
@@ -46,7 +48,7 @@ def parse_milestones(text: str) -> list[int]:
         numbers = {parse_words(item, "--milestones") for item in text.split(",")}
     except ValueError as error:
         known = ", ".join(TRACKS)
-        raise ValueError(f"{error}; or one of {known}, or several numbers with commas between") from None
+        raise ValueError(f"{error}; or one of {known}, or several numbers with commas between, or none") from None
     return sorted(numbers)
 
 

@@ -62,6 +62,7 @@ def test_milestones_of_the_tracks() -> None:
     assert [len(TRACKS[name]) for name in ("strict_small", "strict")] == [19, 28]
     assert milestone_name(TRACKS["strict"][-1]) == "chck_1000M"
     assert parse_milestones("2M,500k,1M") == [500_000, 10**6, 2 * 10**6]
+    assert parse_milestones("none") == []
     with pytest.raises(ValueError, match=r"--milestones is 'strickt'.*strict_small, strict"):
         parse_milestones("strickt")
 
