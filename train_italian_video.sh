@@ -35,6 +35,10 @@
 #   NUM_GPUS      how many GPUs to use (default: all that are visible; 0 trains on the CPU)
 #   PYTHON        python to run (default: the active environment's, else .venv's, else python3)
 #   EXTRA_ARGS    more arguments for the trainer, split at blanks
+#
+# The trainer reads the variables of older scripts too, MM_PERCEIVER_LATENTS, MM_PERCEIVER_LATENTS_FAST, BABYLM_ENABLED,
+# BABYLM_WORD_LIMIT, USE_PLAIN_LM and WANDB_PROJECT: they override the recipe, and arguments override them. Its log says
+# what became of each (docs/flags.md).
 
 set -euo pipefail
 

@@ -312,11 +312,10 @@ def read_environment(
         what = "is read by wandb" if {"wandb", "all"} & set(told) else "has no effect without --report_to wandb"
         found.notes.append(f"WANDB_PROJECT={given['WANDB_PROJECT']} {what}")
     # Latents have values of another name, as on a command line.
-    if resampler := line.get("mm_resampler_type") or in_recipe.get("mm_resampler_type"):
-        found.put("mm_resampler_type", resampler)
-        for one in list(found.flags):
-            _translate_flag(found, one)
-        found.take("mm_resampler_type")
+    found.put("mm_resampler_type", line.get("mm_resampler_type") or in_recipe.get("mm_resampler_type") or "")
+    for one in list(found.flags):
+        _translate_flag(found, one)
+    found.take("mm_resampler_type")
     return found.words, plain, found.notes
 
 

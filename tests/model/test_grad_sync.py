@@ -120,6 +120,20 @@ def optimizer_groups(**modules: nn.Module) -> list[dict]:
             for name, module in modules.items()]  # fmt: skip
 
 
+def test_where_vision_alone_trains_a_gradient_of_zero_moves_nothing() -> None:
+    resampler, used = nn.Linear(2, 2), set[str]()
+    optimizer = torch.optim.AdamW(optimizer_groups(vision_resampler=resampler), lr=0.1)
+    unused = UnusedVisionModules(used, True, torch.device("cpu"))
+    optimizer.register_step_pre_hook(unused.before_optimizer_step)
+    for module, moves in ((None, False), ("vision_resampler", True)):
+        unused.on_step_begin()
+        used |= {module} if module else set()
+        before = resampler.weight.detach().clone()
+        resampler.weight.grad = torch.zeros_like(resampler.weight)
+        optimizer.step()
+        assert (not torch.equal(resampler.weight, before)) is moves  # by weight decay
+
+
 def test_a_module_moves_as_a_whole_or_not_at_all() -> None:
     """In one process: AdamW leaves vision modules alone that no micro-batch of the step used."""
     language_model, resampler = nn.Linear(2, 2), nn.Linear(2, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
 def test_identity_names_widths_that_differ() -> None:
     with pytest.raises(ValueError, match="the tower is 7 wide and the language model 10; use linear or mlp2x_gelu"):
         build_projector(make_vision("identity", tower_width=7), WIDTH)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp1x_gelu", "pooler"])
+def test_a_width_needs_layers_to_lie_between(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--mm_projector_width is 20, but --mm_projector_type {name} has no layers"):
+        build_projector(replace(make_vision(name), projector_width=20), WIDTH)
+
+
+def test_a_width_lies_between_all_layers_and_not_in_the_blocks() -> None:
+    projector = build_projector(replace(make_vision("mlp3x_res1x_gelu"), projector_width=20), WIDTH)
+    assert [(layer.in_features, layer.out_features) for layer in projector if isinstance(layer, nn.Linear)] == [
+        (WIDTH, 20), (20, 20), (20, WIDTH)
+    ]  # fmt: skip
+    assert projector(torch.randn(2, 16, WIDTH)).shape == (2, 16, WIDTH)
 
 
 def test_identity_changes_nothing() -> None:

@@ -178,6 +178,26 @@ def test_training_from_a_backbone_falls(
     assert split_type(trained.config.model_type) == (family, "alternating")
 
 
+def test_a_backbone_alone_is_the_model(call, family, backbone, tower_dir, tmp_path) -> None:
+    new = ["--backbone_model", backbone, "--init_from_backbone", "--variant", "alternating"]
+    assert call("--dry_run", *new)[:2] == (0, f"{family}_with_alternating_attn\n")
+    run = ["--data_path", text_data(tmp_path), "--output_dir", tmp_path / "out", "--max_steps", 1, "--learning_rate", 0,
+           "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--lazy_preprocess", "True"]  # fmt: skip
+    code, out, err = call(*new, "--vision_tower", tower_dir, *run)
+    assert code == 0, err
+    assert re.search(r"shape mismatch +0 tensors", out)
+    trained = load_model(str(tmp_path / "out")).model
+    assert split_type(trained.config.model_type) == (family, "alternating")
+    plain = dict(AutoModelForCausalLM.from_pretrained(backbone).named_parameters())
+    own = dict(trained.named_parameters())
+    # New tokens are behind those of the backbone.
+    assert all(torch.equal(own[name][: len(weights)], weights) for name, weights in plain.items())
+    # Its projector and tower are never copied, so a model that sees has to be named.
+    code, _, err = call("--dry_run", "--backbone_model", tmp_path / "out", "--init_from_backbone")
+    assert code == 2
+    assert "has vision modules, which --init_from_backbone never copies" in err
+
+
 def test_forced_variant_trains_a_plain_checkpoint(call, family, backbone, tmp_path) -> None:
     code, _, err = call(
         "--model_name_or_path", backbone, "--variant", "alternating_cross", "--force",

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,12 @@ def assert_same_step(start: Path, one: Path, other: Path) -> None:
     assert (difference / total) ** 0.5 < 1e-6
 
 
-def launch(python: str, processes: int, argv: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
+def launch(
+    python: str, processes: int, argv: list[str], timeout: int = 400, start: Sequence[str] = ("-m", "llava.train.train")
+) -> subprocess.CompletedProcess[str]:
     """Run the trainer under torchrun, as a user does."""
     command = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone",
-               "-m", "llava.train.train", *argv]  # fmt: skip
+               *start, *argv]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": python}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
@@ -136,12 +139,15 @@ def test_two_ranks_of_different_modality_give_the_same_step(
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1000, "lr_scheduler_type": "constant", "max_grad_norm": 0,
             "train_sampling_strategy": "sequential"}  # fmt: skip
     main(flags(gpt2_dir, tower_dir, data, tmp_path / "single", **step, per_device_train_batch_size=4))
-    extra = {} if engine == "ddp" else {"deepspeed": engine}
+    # The second as scripts of the LLaVA family do.
+    extra = {} if engine == "ddp" else {"deepspeed": f"scripts/{engine}.json"}
+    start = ["-m", "llava.train.train"] if engine == "ddp" else [str(ROOT / "llava" / "train" / "train_mem.py")]
     if engine != "ddp":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     argv = flags(gpt2_dir, tower_dir, data, tmp_path / engine, **step, per_device_train_batch_size=2, **extra)
-    ended = launch(warm_python, 2, argv)
+    ended = launch(warm_python, 2, argv, start=start)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stderr.count("the library's own settings of --deepspeed zero3") == (engine == "zero3")  # once
     assert_same_step(gpt2_dir, tmp_path / "single", tmp_path / engine)
 
 
