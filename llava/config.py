@@ -54,6 +54,8 @@ class VisionConfig:
     """Whether checkpoints hold the tower's weights too."""
     vision_select_layer: int = -2
     """Hidden state of the tower to use; -2 is the output of the last layer but one (default)."""
+    vision_final_norm: bool = False
+    """Whether features pass the tower's final norm, behind the last layer; so in checkpoints of some forks."""
     image_resize_size: int | None = None
     """With aspect ratio ``square``, the shorter side before a centre crop; None stretches the image to the square."""
     image_aspect_ratio: str = "square"
@@ -206,8 +208,9 @@ class VisionConfig:
         """The entries that ``from_model_config`` reads, as plain values; those of plug-ins where there are any."""
         # Copied: whoever edits a configuration must not change the settings of a model.
         entries = {"mm_" + item.name: deepcopy(getattr(self, item.name)) for item in fields(self) if item.init}
-        for name in ("mm_projector_args", "mm_resampler_args", "mm_projector_width"):
-            if not entries[name]:  # So that files without them stay as they were.
+        # So that files without them, and with towers as most are, stay as they were.
+        for name in ("mm_projector_args", "mm_resampler_args", "mm_projector_width", "mm_vision_final_norm"):
+            if not entries[name]:
                 del entries[name]
         if self.image_padding == MEAN_PADDING:
             del entries["mm_image_padding"]
@@ -295,7 +298,11 @@ class GroundingConfig:
 
 
 def choose_grounding(
-    trained: GroundingConfig | None, mode: str | None, num_temporal: int | None, num_spatial: int | None
+    trained: GroundingConfig | None,
+    mode: str | None,
+    num_temporal: int | None,
+    num_spatial: int | None,
+    sees: bool = True,
 ) -> GroundingConfig | None:
     """What coordinates are to a model: what they are to its checkpoint, or what flags ask for where that is new.
 
@@ -303,12 +310,15 @@ def choose_grounding(
         trained: of the checkpoint; None without coordinates.
         mode: of ``GROUNDING_MODES``; None asks for nothing.
         num_temporal, num_spatial: bins; None asks for nothing.
+        sees: whether the model has vision modules, which coordinates need.
 
     Raises:
-        ValueError: what is asked for is not what the checkpoint was trained with.
+        ValueError: what is asked for is not what the checkpoint was trained with, or the model does not see.
     """
     if mode is not None and mode not in GROUNDING_MODES:
         raise ValueError(f"--grounding is {mode!r}; known: {', '.join(GROUNDING_MODES)}")
+    if not sees and (trained is not None or mode not in (None, NO_GROUNDING)):
+        raise ValueError("--grounding needs a model that sees; give --vision_tower")
     # From placeholders to tables a checkpoint may go on: tables are new parameters. Not the other way.
     if trained is None or (trained.mode == PLACEHOLDER and mode == LAPE):
         if mode in (None, NO_GROUNDING):

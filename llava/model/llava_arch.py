@@ -374,19 +374,28 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
     # Checkpoints: a frozen tower is kept out of them, and found again by its source and its hash.
 
     @classmethod
-    def from_pretrained(cls, *args: Any, vision_tower: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        *args: Any,
+        vision_tower: str | None = None,
+        fill_tower: Callable[[Any], None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' ``from_pretrained``; a frozen tower's weights come from their own source.
 
         Args:
             vision_tower: another place of the same tower, where it has moved; its weights must hash
                 to what the checkpoint says.
+            fill_tower: gives a model its tower's weights, in place of ``load_vision_tower``.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.vision is not None:
             # Loading replaces parameters, and with them what the structure said about gradients.
             model.get_model().vision_tower.requires_grad_(False)
-            if not model.vision.save_vision_tower:
+            if fill_tower is not None:
+                fill_tower(model)
+            elif not model.vision.save_vision_tower:
                 model.load_vision_tower(vision_tower)
         return loaded
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.config import GroundingConfig, VisionConfig, choose_grounding
 from llava.messages import list_names, shorten
-from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, find_class, known_types, split_type, variant_type
+from llava.model.backbones import split_type
+from llava.model.classes import build_config, choose_classes
+from llava.model.convert.foreign import ForeignCheckpoint, open_foreign
+from llava.model.convert.report import ConversionReport
 from llava.model.coordinates import COORDINATES
+from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
@@ -27,7 +31,6 @@ from llava.model.pretrained import (
     NOT_JUST_TENSORS,
     UNSAFE_WEIGHTS,
     describe_damage,
-    foreign_code_note,
     locate_model,
     quiet_transformers,
     read_config,
@@ -36,7 +39,6 @@ from llava.model.quantization import Quantization, quantization_options
 from llava.model.transfer import TransferReport, copy_parameters
 from llava.model.visual import is_added, vision_module_of
 from llava.model.vocabulary import add_tokens, check_vocabulary, grow_vocabulary, load_tokenizer
-from llava.registry import PLUGIN_HINT
 from llava.token_layout import NO_RESAMPLER
 
 logger = logging.getLogger(__name__)
@@ -45,16 +47,14 @@ logger = logging.getLogger(__name__)
 _STRUCTURE = ("vision_select_layer", "projector_type", "projector_width", "resampler_type", "patch_merge_type")
 # What a RuntimeError says that is about a file of weights.
 _UNREADABLE = ("PytorchStreamReader", "Error(s) in loading state_dict", "automatic conversion", "unexpected EOF")
-# What a generation configuration has no use for where it does not sample, or searches without beams.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_BEAMS = ("early_stopping", "length_penalty")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its tokenizer, its visual settings (None for text alone) and the names of its new parameters.
 
-    ``transfer`` says what was taken over from another model, if one was asked for.
+    ``transfer`` says what was taken over from another model, if one was asked for; ``conversion``, what became of a
+    checkpoint of another layout.
     """
 
     model: LlavaMetaForCausalLM
@@ -62,6 +62,7 @@ class LoadedModel:
     vision: VisionConfig | None
     new_parameters: list[str]
     transfer: TransferReport | None = None
+    conversion: ConversionReport | None = None
 
 
 def load_model(
@@ -86,7 +87,8 @@ def load_model(
 
     Args:
         model_name_or_path: folder or hub name of either; its ``config.model_type`` chooses the class.
-            A folder with LoRA adapters is put on its base model.
+            A folder with LoRA adapters is put on its base model. One of the LLaVA family's layouts or
+            transformers' own is translated (``convert``), and what became of it is logged as a table.
         model_base: folder or hub name of that base model, where it is no longer what the folder says.
         vision_tower: folder or hub name of the vision model. A plain language model without one
             stays a text model. For a multimodal checkpoint: where its tower lies now.
@@ -111,20 +113,20 @@ def load_model(
             a setting that contradicts the checkpoint, or k bits where they cannot be had.
     """
     path = locate_model(model_name_or_path, flag)
-    name = f"{flag} {path!r}"
-    config_dict = read_config(path, flag)
+    name, config_dict = f"{flag} {path!r}", read_config(path, flag)
+    # A checkpoint of other code is one of this library's from here on, whose tensors have other names.
+    foreign = open_foreign(path, config_dict, vision_tower, flag)
+    config_dict = foreign.config if foreign else config_dict
     config_class, model_class = choose_classes(config_dict["model_type"], path, variant)
     config_dict["model_type"] = config_class.model_type
     stored = build_config(config_class, config_dict, name)
     tokenizer = load_tokenizer(path, flag)
-    trained = GroundingConfig.from_model_config(stored)
+    trained = foreign.find_grounding(tokenizer) if foreign else GroundingConfig.from_model_config(stored)
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), path, trained, config_dict)
 
     # What was asked for: refused where it contradicts what was trained.
     vision = _build_vision(name, stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
-    coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens)
-    if coordinates is not None and vision is None:
-        raise ValueError("--grounding needs a model that sees; give --vision_tower")
+    coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens, vision is not None)
     if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
     # Tokens are added before the model is built: bins have to be the last, and their first id is a setting.
@@ -137,38 +139,35 @@ def load_model(
     # The weights: the model's own or, under adapters, their base's; then another model's, new tokens, adapters.
     options: dict[str, Any] = {"config": build_config(config_class, config_dict, name), "dtype": dtype}
     options |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if quantization is not None:
-        options |= quantization_options(quantization, model_class, options["config"])
-    begins_empty = weights_from is not None and not has_weights(source)
-    model, new = (_build_model if begins_empty else _read_model)(model_class, source, options, vision_tower, flag)
-    transfer = None if weights_from is None else copy_parameters(model, weights_from)
+    options |= {} if quantization is None else quantization_options(quantization, model_class, options["config"])
+    if weights_from is not None and not has_weights(source):
+        model, new = _build_model(options, vision_tower)
+    else:
+        model, new = _read_model(model_class, source, options, vision_tower, flag, foreign)
+    transfer = copy_parameters(model, weights_from) if weights_from is not None else None
     if vision is not None:
-        new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
-        grow_vocabulary(model, [i for token, i in new_tokens.items() if token not in known])
-        model.set_vision(replace(model.vision, save_vision_tower=save_vision_tower or model.vision.save_vision_tower))
+        _finish_vision(model, vision, coordinates, known, save_vision_tower)
     if source != path:
         load_adapters(model, path, source)
     if not allow_bad_weights:
         check_weights(model, name)
-    _prepare_generation(model, tokenizer, path)
-    return LoadedModel(model, tokenizer, model.vision, new if source == path else [], transfer)
+    prepare_generation(model, tokenizer, path)
+    report = foreign and foreign.report
+    return LoadedModel(model, tokenizer, model.vision, new if source == path else [], transfer, report)
 
 
-def choose_classes(
-    model_type: str, path: str, variant: str | None = None
-) -> tuple[type[PretrainedConfig], type[LlavaMetaForCausalLM]]:
-    """Configuration and model class for a model type and, where one is asked for, a variant."""
-    # "gpt2" is loaded as "llava_gpt2"; a type of this library is itself.
-    name = PLAIN_TYPES.get(model_type, model_type)
-    if name not in AVAILABLE_MODELS:
-        raise ValueError(
-            f"{path!r} has the unknown model_type {model_type!r}; known: {', '.join(known_types())}"
-            f"{foreign_code_note(read_config(path)) or '; ' + PLUGIN_HINT}"
-        )
-    if variant is not None:
-        name = variant_type(split_type(name)[0], variant)
-    config_name, _, model_name = AVAILABLE_MODELS[name]
-    return find_class(config_name), find_class(model_name)
+def _finish_vision(
+    model: LlavaMetaForCausalLM,
+    vision: VisionConfig,
+    coordinates: GroundingConfig | None,
+    known: Collection[str],
+    save_vision_tower: bool,
+) -> None:
+    """Make room for tokens that are not ``known``, and record whether checkpoints are to hold the tower."""
+    new_tokens = vision.token_ids | (coordinates.token_ids if coordinates is not None else {})
+    grow_vocabulary(model, [i for token, i in new_tokens.items() if token not in known])
+    current = model.get_model().vision  # The tower's source and hash became known as it was read.
+    model.set_vision(replace(current, save_vision_tower=save_vision_tower or current.save_vision_tower))
 
 
 def has_weights(name_or_path: str) -> bool:
@@ -234,15 +233,6 @@ def vocab_size(config_dict: dict[str, Any], config_class: type[PretrainedConfig]
     return config_dict.get("vocab_size", config_class().vocab_size)
 
 
-def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any], path: str) -> PretrainedConfig:
-    """A configuration of a ``config.json``'s entries; a ValueError, beginning with ``path``, if they do not fit."""
-    try:
-        # A copy, which transformers may change.
-        return config_class.from_dict(dict(settings))
-    except (TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
-        raise ValueError(f"{path}: its config.json does not fit {config_class.__name__}: {error}") from error
-
-
 def check_weights(model: nn.Module, path: str) -> None:
     """A ValueError, beginning with ``path``, that names the weights of a model that are NaN or infinite."""
     bad = [
@@ -282,9 +272,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def _build_model(
-    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None, flag: str
-) -> tuple[Any, list[str]]:
+def _build_model(options: dict[str, Any], vision_tower: str | None) -> tuple[Any, list[str]]:
     """A model with random weights, none of which count as new; only its tower's are read."""
     model = AutoModelForCausalLM.from_config(**options, trust_remote_code=False)
     if model.vision is not None:
@@ -293,7 +281,12 @@ def _build_model(
 
 
 def _read_model(
-    model_class: type[LlavaMetaForCausalLM], path: str, options: dict[str, Any], vision_tower: str | None, flag: str
+    model_class: type[LlavaMetaForCausalLM],
+    path: str,
+    options: dict[str, Any],
+    vision_tower: str | None,
+    flag: str,
+    foreign: ForeignCheckpoint | None,
 ) -> tuple[Any, list[str]]:
     """A checkpoint's model, and the names of the parameters that the checkpoint does not have."""
     if not has_weights(path):
@@ -301,9 +294,12 @@ def _read_model(
             f"{flag} {path!r} has no weights (*.safetensors, *.bin); give a folder that has, or begin "
             "from another model's with --init_from_backbone (train_alternating.py)"
         )
-    read = model_class.from_pretrained
+    read = model_class.from_pretrained if foreign is None else partial(foreign.read, model_class)
     model, info = read_pretrained(read, path, flag, vision_tower=vision_tower, **options)
-    return model, _check_loaded(info, f"{flag} {path!r}")
+    new = _check_loaded(info, f"{flag} {path!r}")
+    if foreign is not None:
+        logger.warning("%s", foreign.report)
+    return model, new
 
 
 def read_pretrained(read: Callable[..., Any], path: str, flag: str, **options: object) -> tuple[Any, dict[str, Any]]:
@@ -396,50 +392,3 @@ def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
         modules = ", ".join(sorted({vision_module_of(name) or COORDINATES for name in missing}))
         logger.info("new parameters, not in %s: %d tensors of %s", path, len(missing), modules)
     return missing
-
-
-def _prepare_generation(model: LlavaMetaForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Give the configurations the tokenizer's special tokens, and take from them what could not be saved again."""
-    # GPT-2 ships with ids of its own vocabulary in both files, and ``generate`` goes by them.
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        config.bos_token_id = tokenizer.bos_token_id
-    _drop_unused_sampling(model.generation_config, source)
-
-
-def _drop_unused_sampling(config: GenerationConfig, source: str) -> None:
-    """Leave out settings without effect that transformers refuses to save, and with them the whole model.
-
-    Vicuna's ``generation_config.json`` is the best known: a temperature, but no sampling.
-
-    Args:
-        config: of a model that was loaded; what it generates stays the same.
-        source: the model's folder or hub name, for the note.
-    """
-    if _can_be_saved(config):
-        return
-    # Back to transformers' own defaults, but only if that is what makes the configuration one that can be saved.
-    unused = [] if config.do_sample else [name for name in _SAMPLING if hasattr(config, name)]
-    unused += [name for name in _BEAMS if (config.num_beams or 1) == 1]
-    fresh = GenerationConfig()
-    given = {name: getattr(config, name) for name in unused if getattr(config, name) != getattr(fresh, name)}
-    for name in given:
-        setattr(config, name, getattr(fresh, name))
-    if given and _can_be_saved(config):
-        settings = ", ".join(f"{name} {value}" for name, value in given.items())
-        logger.warning(
-            "generation_config.json of %s sets %s, without effect as it neither samples nor searches with beams, and "
-            "could not be saved again; left out", source, settings
-        )  # fmt: skip
-        return
-    for name, value in given.items():
-        setattr(config, name, value)
-
-
-def _can_be_saved(config: GenerationConfig) -> bool:
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        return False
-    return True

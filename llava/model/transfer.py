@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llava.messages import list_names
+from llava.model.convert.names import FAMILY_NAMES, translate_names
 from llava.model.generation import MultimodalGeneration
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
@@ -140,14 +141,6 @@ def _files_of_tensors(path: str) -> dict[str, str]:
 
 _MODULES = ("mm_projector", "image_newline", "vision_resampler")
 
-# Names in LLaVA-ST checkpoints (left) of what is called otherwise here.
-_RENAMED = (
-    ("vision_resampler.token_packer_slow.devide_attention.", "vision_resampler.slow."),
-    ("vision_resampler.token_packer_fast.devide_attention.", "vision_resampler.fast."),
-    ("vision_resampler.token_packer.devide_attention.", "vision_resampler.main."),
-    (".attn.out_proj.", ".o_proj."),
-)
-
 
 def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
     """Copy projector, image newline and resampler of a checkpoint into a model; returns the names of their parameters.
@@ -201,20 +194,13 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep what belongs to projector, newline and resampler, under this library's names."""
-    translated: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
+    names: dict[str, str] = {}
+    for name in weights:
         parts = name.split(".")
         # Names begin with whatever holds the decoder there: model., base_model.model.model., module. ...
         start = next((i for i, part in enumerate(parts) if part in _MODULES), None)
-        if start is None:
-            continue
-        name = ".".join(parts[start:])
-        for theirs, ours in _RENAMED:
-            name = name.replace(theirs, ours)
-        if ".attn.in_proj_" in name:
-            # torch's attention keeps queries, keys and values in one tensor (3 * width, ...).
-            prefix, _, kind = name.partition(".attn.in_proj_")
-            translated |= {f"{prefix}.{p}_proj.{kind}": t for p, t in zip("qkv", tensor.chunk(3), strict=True)}
-        else:
-            translated[name] = tensor
-    return translated
+        if start is not None:
+            names[".".join(parts[start:])] = name
+    translated = translate_names(names, FAMILY_NAMES, "", "", set())
+    stored = {short: weights[name] for short, name in names.items()}
+    return {name: part.read(stored) for name, part in translated.parts.items()}

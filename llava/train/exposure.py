@@ -27,7 +27,7 @@ from llava.data.media_files import MediaLimits
 from llava.data.module import RunDataset, make_supervised_data_module
 from llava.data.samplers import DataOrder
 from llava.io import num_cores, read_json_lines
-from llava.model.loading import build_config, choose_classes
+from llava.model.classes import build_config, choose_classes
 from llava.model.pretrained import read_config
 from llava.model.vocabulary import load_tokenizer
 from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints, list_milestones

@@ -17,25 +17,27 @@ EXPORT_FILE = "export.json"
 """What was exported from where, and how the check at the end came out; the mark by which ``--overwrite`` knows it."""
 
 
-def check_target(out: Path, checkpoint: str, overwrite: bool) -> None:
+def check_target(out: Path, checkpoint: str, overwrite: bool, mark: str = EXPORT_FILE) -> None:
     """A ValueError where an export must not be written to ``out``: it would be lost, or something else would.
 
     Args:
         out: a folder that there is not yet, an empty one or, with ``overwrite``, an earlier export.
         checkpoint: what is exported.
         overwrite: whether an earlier export may be replaced.
+        mark: a file that every export, or other result of the same command, has.
     """
     check_output_folder(str(out), "OUT")
+    what = Path(mark).stem
     source, target = Path(os.path.realpath(checkpoint)), Path(os.path.realpath(out))
     if target == source or target in source.parents:
         raise ValueError(f"OUT {out} is the checkpoint itself or holds it; give another folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"OUT {out} is not empty; give another folder, or replace an earlier export with --overwrite")
-    if not (out / EXPORT_FILE).is_file():
+        raise ValueError(f"OUT {out} is not empty; give another folder, or replace an earlier {what} with --overwrite")
+    if not (out / mark).is_file():
         raise ValueError(
-            f"OUT {out} has no {EXPORT_FILE}, so it is no export, and --overwrite replaces nothing else; give another "
+            f"OUT {out} has no {mark}, so it is no {what}, and --overwrite replaces nothing else; give another "
             "folder, or remove it yourself"
         )
     if others := find_others(out):

@@ -14,6 +14,8 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PATCH
 from llava.io import write_json
 from llava.model.backbones import plain_class, split_type
+from llava.model.convert.names import PROJECTOR_LAYERS
+from llava.model.convert.settings import NATIVE_TOWERS
 from llava.model.export.folder import edit_json
 from llava.model.export.text import compare_logits, pick_tokens, text_settings
 from llava.model.export.tokenizer import compare_tokenizers, write_tokenizer
@@ -22,10 +24,6 @@ from llava.model.multimodal_encoder.hf import HuggingFaceTower, build_config
 from llava.model.multimodal_projector.projectors import MlpShape, parse_mlp
 from llava.model.pretrained import quiet_transformers
 from llava.model.visual import is_added
-
-_NATIVE_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
-"""Towers whose hidden states that class reads, and how many tokens before the patches: none, or one, which it drops."""
-
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 
@@ -47,9 +45,11 @@ def find_reasons(loaded: LoadedModel) -> Iterator[str]:
         yield f"--image_aspect_ratio {vision.image_aspect_ratio} (it sees one square, stretched or cut)"
     if grounding is not None and grounding.has_tables:
         yield "tables of coordinates"
+    if vision.vision_final_norm:
+        yield "features that pass the tower's final norm"
     kind = str(vision.vision_config["model_type"])
-    if kind not in _NATIVE_TOWERS:
-        yield f"the vision tower {kind} (it reads those of {', '.join(sorted(_NATIVE_TOWERS))})"
+    if kind not in NATIVE_TOWERS:
+        yield f"the vision tower {kind} (it reads those of {', '.join(sorted(NATIVE_TOWERS))})"
     elif build_config(vision).image_size != vision.image_size:
         yield f"pictures of {vision.image_size} pixels, which are not the tower's own {build_config(vision).image_size}"
     embeddings = cast(nn.Embedding, loaded.model.get_input_embeddings())
@@ -85,7 +85,7 @@ def build_native(loaded: LoadedModel) -> LlavaForConditionalGeneration:
         image_token_index=vision.token_ids[IMAGE_PATCH],
         image_seq_length=vision.layout.num_tokens("image"),
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default" if _NATIVE_TOWERS[vision_config.model_type] else "full",
+        vision_feature_select_strategy="default" if NATIVE_TOWERS[vision_config.model_type] else "full",
         tie_word_embeddings=tied,
     )
     native = LlavaForConditionalGeneration(config).to(model.dtype)  # type: ignore[arg-type]
@@ -93,9 +93,9 @@ def build_native(loaded: LoadedModel) -> LlavaForConditionalGeneration:
     native.model.language_model.load_state_dict(decoder)
     with torch.no_grad():
         native.lm_head.weight.copy_(cast(nn.Linear, model.get_output_embeddings()).weight)
-    first, _, second = model.get_model().mm_projector
-    native.model.multi_modal_projector.linear_1.load_state_dict(first.state_dict())
-    native.model.multi_modal_projector.linear_2.load_state_dict(second.state_dict())
+    for theirs, place in PROJECTOR_LAYERS.items():
+        layer = model.get_model().mm_projector[int(place)]
+        native.model.multi_modal_projector.get_submodule(theirs).load_state_dict(layer.state_dict())
     # Behind the selected layer that class has a norm, which a hidden state does not pass.
     loaded_keys = native.model.vision_tower.load_state_dict(tower.vision_tower.state_dict(), strict=False)
     assert all(tower.final_norm in name.split(".") for name in loaded_keys.missing_keys), loaded_keys.missing_keys
@@ -123,7 +123,7 @@ def export_llava_hf(loaded: LoadedModel, folder: Path) -> list[str]:
     edit_json(folder / "config.json", {"torch_dtype": str(native.dtype).removeprefix("torch.")})
     # In the units of its processor: it counts tokens from pixels, by the side of a patch.
     patch = vision.image_size // vision.patches_per_side
-    prefix = _NATIVE_TOWERS[str(vision.vision_config["model_type"])]
+    prefix = NATIVE_TOWERS[str(vision.vision_config["model_type"])]
     processor: dict[str, Any] = {
         "processor_class": "LlavaProcessor",
         "image_token": DEFAULT_IMAGE_TOKEN,

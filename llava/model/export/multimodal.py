@@ -37,7 +37,7 @@ _ENCODER = "llava.model.multimodal_encoder"
 _LEFT_OUT = {
     # How a tower is read from its own folder: in an export it is among the weights.
     Name(f"{_ENCODER}.base", "VisionTower"): ("describe", "load_weights"),
-    Name(f"{_ENCODER}.hf", "HuggingFaceTower"): ("describe", "own_side", "load_weights", "_read_weights"),
+    Name(f"{_ENCODER}.hf", "HuggingFaceTower"): ("describe", "own_side", "load_weights", "read_weights"),
     Name(f"{_ENCODER}.hf", "Siglip2Tower"): ("own_side",),
     Name(f"{_ENCODER}.timm", "TimmTower"): ("describe",),
     Name("llava.model.llava_arch", "LlavaMetaModel"): ("from_pretrained",),

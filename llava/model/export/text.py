@@ -17,9 +17,10 @@ from llava.config import GroundingConfig, VisionConfig
 from llava.constants import VISUAL_TOKENS
 from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, bin_tokens
 from llava.model.backbones import plain_class, split_type
+from llava.model.classes import build_config, choose_classes
 from llava.model.export.folder import edit_json
 from llava.model.export.tokenizer import check_offsets, compare_tokenizers, removable_from, write_tokenizer
-from llava.model.loading import build_config, choose_classes, load_model, read_pretrained
+from llava.model.loading import load_model, read_pretrained
 from llava.model.lora import is_adapter_folder, merge_adapters
 from llava.model.pretrained import locate_model, quiet_transformers, read_config
 from llava.model.visual import is_added

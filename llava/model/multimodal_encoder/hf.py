@@ -40,7 +40,7 @@ class HuggingFaceTower(VisionTower):
 
     Layers behind the selected one are never built: they would cost memory, time and, where the
     tower is trained, leave parameters without gradients. The final norm goes with them, since a
-    hidden state is what stands before it.
+    hidden state is what stands before it; with ``vision_final_norm`` it stays.
 
     A family of models is a subclass that declares where it differs:
 
@@ -89,7 +89,8 @@ class HuggingFaceTower(VisionTower):
         config.num_hidden_layers = count_layers(self.vision, config.num_hidden_layers)
         model = AutoModel.from_config(config, trust_remote_code=False)
         # LLaVA takes a hidden state, which stands before this norm (Liu et al., arXiv 2310.03744).
-        setattr(model, self.final_norm, nn.Identity())
+        if not self.vision.vision_final_norm:
+            setattr(model, self.final_norm, nn.Identity())
         return model
 
     def freeze_unused(self) -> None:
@@ -115,7 +116,7 @@ class HuggingFaceTower(VisionTower):
             ValueError: the source is gone, lacks weights of this tower, or (where the configuration
                 has a hash) holds other weights than those the model was trained with.
         """
-        weights = self._read_weights(source)
+        weights = self.read_weights(source)
         found = hash_weights(weights)
         expected = self.vision.vision_tower_hash
         if expected is not None and found != expected:
@@ -127,14 +128,19 @@ class HuggingFaceTower(VisionTower):
         self.vision_tower.load_state_dict(weights)
         return found
 
-    def _read_weights(self, source: str) -> dict[str, Tensor]:
+    def read_weights(self, source: str, stored: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """This tower's weights at a source, in the dtype that they are stored in.
 
         The tower's own class and configuration read them, so that of a two-tower model the other
         half is left out, and layers that are not built.
+
+        Args:
+            source: a folder or hub name.
+            stored: tensors under the names of the tower's class, or those that it had once, which are taken in place
+                of the source's files.
         """
         try:
-            source = locate_model(source, "vision tower")
+            source = source if stored is not None else locate_model(source, "vision tower")
         except ValueError as error:
             raise ValueError(
                 f"{error}. Give the folder that has its weights with --vision_tower; a checkpoint written with "
@@ -146,7 +152,12 @@ class HuggingFaceTower(VisionTower):
         try:
             with quiet_transformers():
                 loaded, info = model_class.from_pretrained(
-                    source, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+                    source if stored is None else None,
+                    config=config,
+                    state_dict=None if stored is None else dict(stored),
+                    dtype="auto",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
