@@ -375,11 +375,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
 
     @classmethod
     def from_pretrained(
-        cls,
-        *args: Any,
-        vision_tower: str | None = None,
-        fill_tower: Callable[[Any], None] | None = None,
-        **kwargs: Any,
+        cls, *args: Any, vision_tower: str | None = None, fill_tower: Callable[[Any], None] | None = None, **kwargs: Any
     ) -> Any:
         """transformers' ``from_pretrained``; a frozen tower's weights come from their own source.
 
@@ -403,8 +399,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         """Fill the tower with its weights.
 
         Args:
-            source: folder or hub name; by default what the configuration says. What it is goes into the
-                configuration, with the hash of the weights.
+            source: folder or hub name; by default the configuration's, which gets it, with the hash of the weights.
         """
         decoder = self.get_model()
         source = source or decoder.vision.vision_tower

@@ -152,7 +152,7 @@ def load_model(
     if not allow_bad_weights:
         check_weights(model, name)
     prepare_generation(model, tokenizer, path)
-    report = foreign and foreign.report
+    report = foreign.report if foreign else None
     return LoadedModel(model, tokenizer, model.vision, new if source == path else [], transfer, report)
 
 

@@ -18,6 +18,7 @@ from llava.messages import list_names
 from llava.model.classes import build_config, choose_classes
 from llava.model.convert.layouts import NATIVE, find_layout
 from llava.model.convert.names import FAMILY_NAMES, NATIVE_NAMES, TranslatedNames, translate_names
+from llava.model.convert.published import note_on_frozen_tower
 from llava.model.convert.report import ConversionReport
 from llava.model.convert.settings import Settings, translate_family, translate_native
 from llava.model.convert.tensors import StoredTensors
@@ -50,6 +51,7 @@ class ForeignCheckpoint:
         text = _text_entries(config, self.tensors, self.where) if native else _family_entries(config)
         _, self._model_class = choose_classes(text["model_type"], path)
         self._source = find_source(config, path, vision_tower) if not native else vision_tower
+        self._frozen_note = None if native else note_on_frozen_tower(config)
         tower = self._describe_tower(config)
         self.names = self._translate_names(set())
         shapes = {name: part.shape(self.tensors.shapes) for name, part in self.names.parts.items()}
@@ -158,8 +160,8 @@ class ForeignCheckpoint:
         ]
         if halves:
             raise ValueError(
-                f"{self.where} lacks {list_names(halves)}, and has the rest of the module: it is damaged, or another one "
-                "than its config.json describes"
+                f"{self.where} lacks {list_names(halves)}, and has the rest of the module: it is damaged, or another "
+                "one than its config.json describes"
             )
 
     def state_dict(self, with_vision: bool = True) -> dict[str, Tensor]:
@@ -215,6 +217,8 @@ class ForeignCheckpoint:
             model.load_vision_tower(self._source)
             self.report.found["tower"] += f": {note}; the same as at the source, and so not stored again"
             return
+        if self._frozen_note is not None and why.startswith("as those of"):
+            self.report.changed.append(self._frozen_note)
         tower.vision_tower.load_state_dict(weights)
         vision = replace(model.get_model().vision, vision_tower_hash=hash_weights(weights), save_vision_tower=True)
         model.set_vision(vision)

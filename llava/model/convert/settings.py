@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava.model.convert.published import follow_published_code
 from llava.model.multimodal_encoder.base import TowerDescription
 
 FAMILY_ENTRIES = {
@@ -100,10 +101,11 @@ def translate_family(
         raise ValueError(
             f"{where}: mm_vision_select_feature is {feature!r}, and towers here give the patches of one layer (patch)"
         )
+    follow_published_code(config, tower, shapes, found, where)
     _look_at_tower(config, tower, found)
     if kind == _PACKER:
         _translate_packer(config, tower, shapes, found)
-    if kind is None:
+    if fields.get("resampler_type") is None:
         for name in ("spatial_pool_stride", "spatial_pool_mode"):
             fields.pop(name, None)
     return found

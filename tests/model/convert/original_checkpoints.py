@@ -1,4 +1,4 @@
-"""Writes small checkpoint folders laid out as LLaVA-1.5 and LLaVA-NeXT (OneVision) save theirs.
+"""Writes small checkpoint folders laid out as LLaVA-1.5, LLaVA-NeXT (OneVision) and LLaVA-ST save theirs.
 
     python original_checkpoints.py FOLDER
 
@@ -67,8 +67,16 @@ LLAVA_NEXT: dict[str, Any] = _COMMON | {
     "mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": None,
     "mm_newline_position": "one_token", "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
     "mm_vision_tower_lr": 2e-06, "vision_tower_pretrained": None, "pos_skipping_range": 4096, "use_pos_skipping": False,
-    "tokenizer_model_max_length": 32768, "vocab_size": 264,
+    "tokenizer_model_max_length": 32768, "max_position_embeddings": 32768, "vocab_size": 264,
 }  # fmt: skip
+LLAVA_ST: dict[str, Any] = LLAVA_NEXT | {
+    "image_aspect_ratio": "pad", "image_grid_pinpoints": None, "mm_patch_merge_type": "flat", "max_frame": 100,
+    "mm_resampler_type": "fast_slow_resampler", "mm_perceiver_depth": 2, "mm_perceiver_latents": 81,
+    "mm_perceiver_latents_fast": 9, "mm_perceiver_ff_mult": 4, "mm_perceiver_pretrained": None,
+    "num_spatial_tokens": 100, "num_temporal_tokens": 100, "use_downsample_image": False, "vision_tower": "siglip-tiny",
+}  # fmt: skip
+PACKER_WIDTH = 32
+"""Inner width of LLaVA-ST's packer; 1,024, a constant, in the original."""
 
 SIZES = {"square": (400, 400), "wide": (330, 700), "tall": (620, 290)}
 """(height, width) of the pictures that features are recorded of."""
@@ -81,7 +89,7 @@ def fill(name: str, shape: tuple[int, ...]) -> Tensor:
     """Weights that are a function of their name: about one for norms, small for the rest."""
     numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
-        is_scale = name.endswith("weight") and ("norm" in name or "layrnorm" in name)
+        is_scale = name.endswith("weight") and ("norm" in name or "layrnorm" in name or ".ln_" in name)
         return torch.from_numpy((numbers * 0.1 + is_scale).astype(np.float32))
     return torch.from_numpy((numbers * 1.5 / math.sqrt(math.prod(shape[1:]))).astype(np.float32))
 
@@ -141,7 +149,33 @@ def model_shapes(config: dict[str, Any]) -> Shapes:
     shapes |= _linear("model.mm_projector.2", width, width)
     if "unpad" in config["mm_patch_merge_type"]:
         shapes["model.image_newline"] = (width,)
+    if config["mm_resampler_type"] is not None:
+        for axis in ("temporal", "spatial_height", "spatial_width"):
+            shapes |= {f"model.{axis}_{end}put_embeddings.weight": (100, width) for end in ("in", "out")}
+        shapes |= {f"model.vision_resampler.{name}": shape for name, shape in packer_shapes(width).items()}
     return shapes | {"lm_head.weight": (config["vocab_size"], width)}
+
+
+def packer_shapes(width: int) -> Shapes:
+    """LLaVA-ST's packer: three blocks of one class, with torch's attention in them."""
+    shapes: Shapes = {}
+    for block in ("", "_slow", "_fast"):
+        prefix = f"token_packer{block}.devide_attention."
+        for letter in "qkv":
+            shapes |= _linear(f"{prefix}to_{letter}.0", PACKER_WIDTH, width)
+            shapes |= _linear(f"{prefix}to_{letter}.2", PACKER_WIDTH, PACKER_WIDTH)
+            shapes |= {f"{prefix}ln_{letter}.{part}": (PACKER_WIDTH,) for part in ("weight", "bias")}
+        shapes[f"{prefix}attn.in_proj_weight"] = (3 * PACKER_WIDTH, PACKER_WIDTH)
+        shapes[f"{prefix}attn.in_proj_bias"] = (3 * PACKER_WIDTH,)
+        shapes |= _linear(f"{prefix}attn.out_proj", PACKER_WIDTH, PACKER_WIDTH)
+        shapes[f"{prefix}to_out.weight"] = (width, PACKER_WIDTH)
+    return shapes
+
+
+def projected_frames() -> Tensor:
+    """(100, 729, 64): a stand-in for a video behind LLaVA-ST's projector, whose packer takes 100 frames alone."""
+    numbers = np.random.default_rng(5).standard_normal((100, 729, 64))
+    return torch.from_numpy(numbers.astype(np.float32))
 
 
 def make_state(config: dict[str, Any], tower: Shapes | None) -> dict[str, Tensor]:
@@ -237,6 +271,13 @@ def write_llava_next(folder: Path, **settings: object) -> Path:
     layers = SIGLIP["num_hidden_layers"] - 1
     config = LLAVA_NEXT | {"mm_vision_tower": str(tower), **settings}
     return _write(folder / "llava-onevision-tiny", config, tower_shapes(SIGLIP, layers))
+
+
+def write_llava_st(folder: Path) -> Path:
+    """LLaVA-ST: as LLaVA-NeXT, with a packer for videos and tables of coordinates."""
+    tower = write_tower(folder / "siglip-tiny", SIGLIP, SIGLIP_PIXELS)
+    layers = SIGLIP["num_hidden_layers"] - 1
+    return _write(folder / "llava-st-tiny", LLAVA_ST | {"mm_vision_tower": str(tower)}, tower_shapes(SIGLIP, layers))
 
 
 def _write(folder: Path, config: dict[str, Any], tower: Shapes | None) -> Path:

@@ -1,10 +1,10 @@
 """Writes ``originals.json``: what the originals' own code computes for the checkpoints of ``original_checkpoints.py``.
 
-    python record_originals.py LLAVA LLAVA_NEXT FOLDER
+    python record_originals.py LLAVA LLAVA_NEXT LLAVA_ST FOLDER
 
-LLAVA and LLAVA_NEXT are clones of haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT, FOLDER is for the checkpoints; run with
-Python 3.11, torch 2.13, transformers 4.40.0, numpy 1.26 and einops. What the clones import and these models do not need
-is replaced by empty modules.
+The first three are clones of haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT and appletea233/LLaVA-ST, FOLDER is for the
+checkpoints; run with Python 3.11, torch 2.13, transformers 4.40.0, numpy 1.26 and einops. What the clones import and
+these models do not need is replaced by empty modules.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from original_checkpoints import FRAMES, PROMPT, SIZES, draw, write_llava_15, write_llava_next
+from original_checkpoints import (
+    FRAMES,
+    PACKER_WIDTH,
+    PROMPT,
+    SIZES,
+    draw,
+    projected_frames,
+    write_llava_15,
+    write_llava_next,
+    write_llava_st,
+)
 from torch import Tensor
 
 _UNUSED = ("deepspeed", "decord", "open_clip", "av", "timm", "cv2")
@@ -87,14 +98,11 @@ def pixels_mean(pixels: Tensor) -> list[float]:
 
 
 def load(checkpoint: Path, class_name: str) -> tuple[Any, Any]:
-    import llava.model.language_model.llava_llama as llama
-
-    if class_name == "LlavaQwenForCausalLM":
-        import llava.model.language_model.llava_qwen as llama  # type: ignore[no-redef]
     from transformers import AutoTokenizer
 
+    family = import_module(f"llava.model.language_model.llava_{'qwen' if 'Qwen' in class_name else 'llama'}")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model, info = getattr(llama, class_name).from_pretrained(checkpoint, output_loading_info=True)
+    model, info = getattr(family, class_name).from_pretrained(checkpoint, output_loading_info=True)
     print(checkpoint.name, {name: sorted(map(str, found))[:3] for name, found in info.items() if found})
     tower = model.get_vision_tower()
     if not tower.is_loaded:
@@ -120,11 +128,11 @@ def record_llava_15(folder: Path) -> dict[str, Any]:
 
 
 def record_llava_next(folder: Path) -> dict[str, Any]:
-    import llava.model.multimodal_encoder.builder as builder
     from llava.mm_utils import process_images, tokenizer_image_token
 
+    builder = import_module("llava.model.multimodal_encoder.builder")
     # A tower that exists as a folder is taken for a CLIP there, whatever it is.
-    builder.os = type("os", (), {"path": type("path", (), {"exists": staticmethod(lambda path: False)})})
+    vars(builder)["os"] = type("os", (), {"path": type("path", (), {"exists": staticmethod(lambda path: False)})})
     checkpoint = write_llava_next(folder)
     model, tokenizer = load(checkpoint, "LlavaQwenForCausalLM")
     ids = tokenizer_image_token(PROMPT, tokenizer)
@@ -146,16 +154,37 @@ def record_llava_next(folder: Path) -> dict[str, Any]:
     return result
 
 
+def record_llava_st(folder: Path) -> dict[str, Any]:
+    packer = import_module("llava.model.multimodal_resampler.token_packer")
+    # Its widths are constants of a model of seven thousand millions.
+    whole_module = packer.TokenPackerModule
+    narrow = {"visual_dim": 64, "hidden_size": 64, "embed_dim": PACKER_WIDTH}
+    vars(packer)["TokenPackerModule"] = lambda **options: whole_module(**options | narrow)
+    model, tokenizer = load(write_llava_st(folder), "LlavaQwenForCausalLM")
+    word = tokenizer("A").input_ids[:1]
+    with torch.no_grad():
+        slow, fast = model.model.vision_resampler(projected_frames(), slow=False)
+        # One token, which is all that it takes without media: its logits, and those of the bins behind them.
+        logits = model(torch.tensor([word]), images=[], variables=[None]).logits[0, -1]
+    return {
+        "fast": summarize(fast.flatten(0, 1)),
+        "slow": summarize(slow.flatten(0, 1)),
+        "word": word[0],
+        "logits": [round(v, 6) for v in logits[:12].tolist()],
+        "bins": [round(v, 6) for v in logits[-300::25].tolist()],
+    }
+
+
 if __name__ == "__main__":
-    if sys.argv[1] in ("llava_15", "llava_next"):
+    if sys.argv[1] in ("llava_15", "llava_next", "llava_st"):
         sys.path.insert(0, sys.argv[2])
         sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
         recorded = globals()[f"record_{sys.argv[1]}"](Path(sys.argv[3]))
         Path(sys.argv[3], f"{sys.argv[1]}.json").write_text(json.dumps(recorded))
-    else:  # Each in a process of its own: both are named llava.
+    else:  # Each in a process of its own: all are named llava.
         *clones, folder = sys.argv[1:]
         whole = {}
-        for name, clone in zip(("llava_15", "llava_next"), clones, strict=True):
+        for name, clone in zip(("llava_15", "llava_next", "llava_st"), clones, strict=True):
             Path(folder).mkdir(parents=True, exist_ok=True)
             subprocess.run([sys.executable, __file__, name, clone, folder], check=True)
             whole[name] = json.loads(Path(folder, f"{name}.json").read_text())
