@@ -19,8 +19,8 @@ from llava.model.classes import build_config, choose_classes
 from llava.model.convert.layouts import NATIVE, find_layout
 from llava.model.convert.names import FAMILY_NAMES, NATIVE_NAMES, TranslatedNames, translate_names
 from llava.model.convert.published import note_on_frozen_tower
-from llava.model.convert.report import ConversionReport
-from llava.model.convert.settings import Settings, translate_family, translate_native
+from llava.model.convert.report import ConversionReport, Settings
+from llava.model.convert.settings import translate_family, translate_native
 from llava.model.convert.tensors import StoredTensors
 from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM

@@ -11,7 +11,7 @@ from llava.model.coordinates import COORDINATES
 from llava.model.multimodal_encoder.base import TowerDescription
 
 if TYPE_CHECKING:
-    from llava.model.convert.settings import Settings
+    from llava.model.convert.report import Settings
 
 _POOLED = 2
 """Patches a side that LLaVA-NeXT makes one token of in videos, whatever ``mm_spatial_pool_stride`` says."""

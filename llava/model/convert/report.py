@@ -13,6 +13,23 @@ _COLUMN = 16
 
 
 @dataclass
+class Settings:
+    """Today's visual settings of a checkpoint, as fields of ``VisionConfig``, and what is said of them.
+
+    Attributes:
+        fields: the settings.
+        used: entries of ``config.json`` that they were made of, or that have no meaning any more.
+        changed: what means something else here than in the code that wrote the checkpoint.
+        assumed: what its files do not say.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+
+@dataclass
 class ConversionReport:
     """What became of a checkpoint's tensors and settings.
 

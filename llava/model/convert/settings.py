@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from llava.model.convert.published import follow_published_code
+from llava.model.convert.report import Settings
 from llava.model.multimodal_encoder.base import TowerDescription
 
 FAMILY_ENTRIES = {
@@ -46,23 +46,6 @@ one, which it drops."""
 _PACKER = "fast_slow_resampler"
 _POOLED_HERE = ("spatial_pool", "masked_drop", _PACKER)
 """Resamplers of the family whose parameters, if any, are those of the resampler of this name here."""
-
-
-@dataclass
-class Settings:
-    """Today's visual settings of a checkpoint, as fields of ``VisionConfig``, and what is said of them.
-
-    Attributes:
-        fields: the settings.
-        used: entries of ``config.json`` that they were made of, or that have no meaning any more.
-        changed: what means something else here than in the code that wrote the checkpoint.
-        assumed: what its files do not say.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    used: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    assumed: list[str] = field(default_factory=list)
 
 
 def translate_family(
