@@ -64,8 +64,9 @@ def test_captioning_commands_parse(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if "train_alternating.py" in c])
 def test_alternating_commands_parse(command: str) -> None:
     script = runpy.run_path(str(ROOT / "train_alternating.py"))
-    _, words = script["build_parser"]().parse_known_args(words_after(command, "train_alternating.py"))
-    parse_values(words, optional=("data_path", "output_dir"))
+    own, words = script["build_parser"]().parse_known_args(words_after(command, "train_alternating.py"))
+    values = parse_values(words, optional=("data_path", "output_dir", "model_name_or_path"))
+    assert values["model_name_or_path"] or (own.init_from_backbone and own.backbone_model)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.model.merge_lora" in c])
