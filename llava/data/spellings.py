@@ -103,11 +103,11 @@ def read_raw(sample: Mapping[str, object], where: str, ignored: Collection[str] 
     waiting = {kind: _only_value(sample, keys, where, _as_list) for kind, keys in MEDIA_KEYS.items()}
     given: dict[MediaKind, list[object]] = {"image": [], "video": []}
     own: dict[MediaKind, list[object]] = {"image": [], "video": []}
-    read = [
-        _read_turn(turn, f"{where}, turn {number}", unread)
-        for number, turn in enumerate(_turns_of(sample, unread, where), start=1)
-    ]
-    habits = [EMPTY_MEDIA] if any(sample.get(key) == "" for keys in MEDIA_KEYS.values() for key in keys) else []
+    raw_turns = _turns_of(sample, unread, where)
+    read = [_read_turn(turn, f"{where}, turn {number}", unread) for number, turn in enumerate(raw_turns, start=1)]
+    holders = [sample, *(turn for turn in raw_turns if isinstance(turn, dict))]
+    media_keys = [key for keys in MEDIA_KEYS.values() for key in keys]
+    habits = [EMPTY_MEDIA] if any(holder.get(key) == "" for holder in holders for key in media_keys) else []
     if _shows_videos_as_images(waiting, [piece for _, pieces in read for piece in pieces]):
         habits.append(VIDEO_AS_IMAGE)
     for role, pieces in read:

@@ -196,6 +196,7 @@ HABITS = {
         ["c.mp4", "d.mp4"],
     ),
     "an empty image": ({"image": "", "conversations": turns("ciao", "x")}, "empty_media", []),
+    "an empty image of a turn": ({"conversations": [turns("ciao", "x")[0] | {"image": ""}]}, "empty_media", []),
     "an empty video beside an image": (
         {"video": "", "image": "a.png", "conversations": turns("<image>", "x")}, "empty_media", ["a.png"]
     ),

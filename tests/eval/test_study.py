@@ -387,7 +387,7 @@ def test_milestones_have_the_words_that_they_were_trained_on(tmp_path: Path) -> 
 
 
 def test_the_curve_has_a_panel_for_each_task_with_milestones():
-    row = {"task": "blimp", "variant": "a", "words": 10.0, "score": 0.5, "spread": 0.01}
+    row = {"task": "blimp", "variant": "a", "words": 10.0, "score": 0.5, "spread": 0.01, "items": 9}
     one = [row, {**row, "words": 20.0, "spread": None}]
     two = [*one, *({**line, "task": "ewok"} for line in one), {**row, "task": "comps"}]
     assert draw_curve([row], "s") is None
@@ -395,3 +395,13 @@ def test_the_curve_has_a_panel_for_each_task_with_milestones():
     assert chart is not None
     assert taller is not None
     assert chart.height < taller.height < 2 * chart.height + 1
+
+
+def test_the_curve_says_where_milestones_were_scored_on_fewer_items(monkeypatch):
+    row = {"task": "blimp", "variant": "a", "words": 10.0, "score": 0.5, "spread": None, "items": 9}
+    said = []
+    monkeypatch.setattr("llava.eval.study.table.draw_chart", lambda *args, **kwargs: said.append(args[3]))
+    monkeypatch.setattr("llava.eval.study.table.stack", lambda *args, **kwargs: None)
+    for items in (9, 1234):
+        draw_curve([row, {**row, "words": 20.0, "items": items}], "s")
+    assert said == ["blimp, percent", "blimp, percent of 9 items; in the end 1,234"]

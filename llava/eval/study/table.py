@@ -264,15 +264,18 @@ def draw_curve(curve: Sequence[Mapping[str, Any]], name: str) -> Image | None:
     panels: list[Image] = []
     for task in dict.fromkeys(row["task"] for row in curve):
         points: dict[str, list[Point]] = {}
-        for row in curve:
-            if row["task"] == task and row["words"]:
-                mean, spread = 100 * row["score"], 100 * (row["spread"] or 0)
-                points.setdefault(row["variant"], []).append(Point(row["words"], mean, mean - spread, mean + spread))
+        own = [row for row in curve if row["task"] == task and row["words"]]
+        for row in own:
+            mean, spread = 100 * row["score"], 100 * (row["spread"] or 0)
+            points.setdefault(row["variant"], []).append(Point(row["words"], mean, mean - spread, mean + spread))
         if all(len(line) < 2 for line in points.values()):  # A line needs milestones.
             continue
         lines = [Line(variant, line) for variant, line in points.items()]
         title = bare_letters(name) if not panels else ""
-        panels.append(draw_chart(lines, title, "words trained on (logarithmic)", f"{task}, percent", log_x=True))
+        # The step up to the last point may be that to other items.
+        few, most = min(row["items"] for row in own), max(row["items"] for row in own)
+        of = f"{task}, percent" + (f" of {few:,} items; in the end {most:,}" if few < most else "")
+        panels.append(draw_chart(lines, title, "words trained on (logarithmic)", of, log_x=True))
     return stack(panels, gap=0) if panels else None
 
 
