@@ -26,6 +26,7 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",
 }
 """Flags that have another name now."""
+LORA_NOTE = "its adapters train on, where LLaVA-ST merged them and began new ones"
 
 VALUES = {
     "version": {

@@ -18,6 +18,7 @@ from llava.train.family_flags import (
     FAMILY,
     GROUPING,
     LATENTS_NOTE,
+    LORA_NOTE,
     OFF,
     ON,
     OTHER_DEFAULTS,
@@ -137,7 +138,7 @@ def _translate_flag(line: Line, given: _Given) -> None:
         line.flags.remove(given)
         line.notes.append(f"{given.text} is not needed any more: {gone.note}")
     elif name in RENAMED:
-        line.notes.append(f"--{name} is now --{RENAMED[name]}")
+        line.notes.append(f"--{name} is now --{RENAMED[name]}" + (f": {LORA_NOTE}" if name == "load_lora_path" else ""))
         given.name, given.words = RENAMED[name], [f"--{RENAMED[name]}", *(given.values or [])]
     elif name == "deepspeed" and value.endswith(".json") and not Path(value).is_file():
         settings = DEEPSPEED.get(Path(value).stem)

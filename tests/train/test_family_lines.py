@@ -160,7 +160,7 @@ def test_the_three_stages_of_llava_st(qwen_dir, grid16, mixed_data, tmp_path, ca
     trainer, _ = train(ST_LORA, caplog, model=one, out=two, stage=2, **values)
     assert trainer.model.grounding.mode == "lape"
     trainer, told = train(f"{ST_LORA} --load_lora_path {two}", caplog, model=one, out=three, stage=3, **values)
-    assert "--load_lora_path is now --lora_weight_path" in told
+    assert "--load_lora_path is now --lora_weight_path: its adapters train on, where LLaVA-ST merged them" in told
     assert trainer.model.grounding.mode == "lape"
 
 
