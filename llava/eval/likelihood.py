@@ -23,6 +23,7 @@ from llava.eval.token_batches import Sizes, pad_rows, read_alone, share_beginnin
 from llava.eval.token_rows import TextEncoder, TokenRow, find_context, name_choice
 from llava.eval.visual_rows import Features, VisualEncoder, takes_modalities
 from llava.model.backbones import AVAILABLE_MODELS
+from llava.model.convert.layouts import find_layout
 from llava.model.loading import choose_device, load_model
 from llava.model.pretrained import locate_model, quiet_transformers, read_config
 from llava.types import Media
@@ -261,7 +262,8 @@ def load_any_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint of this library or of another, and its tokenizer; a ValueError, beginning with ``flag``, if not."""
     path, revision = _locate_revision(path, revision, flag)
-    if os.path.isdir(path) and read_config(path, flag).get("model_type") in AVAILABLE_MODELS:
+    config = read_config(path, flag) if os.path.isdir(path) else {}
+    if config.get("model_type") in AVAILABLE_MODELS or find_layout(config, path, flag) is not None:
         loaded = load_model(path, dtype=dtype or torch.float32, vision_tower=vision_tower, flag=flag)
         return loaded.model, loaded.tokenizer
     try:

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from llava.constants import IMAGE_END, IMAGE_PATCH, IMAGE_START
+from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
 from llava.model.export.__main__ import main
 from llava.model.loading import load_model
 from llava.serve.generate import Captioner, Request
@@ -64,6 +65,15 @@ def test_it_answers_as_the_checkpoint(
     assert (inputs["pixel_values"] - pixels).abs().max() < 5 / 255 / 0.22
     answer = native.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert not set(answer[0, len(prompt.ids) :].tolist()) & set(loaded.model.vision.visual_token_ids)
+    # Loaded as the checkpoint that somebody else has: the same pixels and logits, and the same scores of texts.
+    back = Captioner(load_model(str(tmp_path / "out")))
+    again = back._collate([back.prompts.write(Request([Media("image", picture)], "Un uomo"))], len(prompt.ids))
+    assert torch.equal(again["images"][0], ours["images"][0])
+    words = min(*back.model.vision.visual_token_ids, *loaded.model.vision.visual_token_ids)
+    torch.testing.assert_close(back.model(**again).logits[..., :words], expected[..., :words], atol=1e-4, rtol=1e-4)
+    choice = Choice("a", (Candidate("Un uomo dorme."), Candidate("Il gatto e il cane.")))
+    scores = [LikelihoodScorer.from_folder(str(tmp_path / name)).score([choice])[0] for name in ("checkpoint", "out")]
+    assert scores[1] == pytest.approx(scores[0], abs=0.1)  # Other rows for visual tokens, which the softmax is over too.
 
 
 def test_parts_that_it_has_not_are_named(load_tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
