@@ -1,16 +1,21 @@
-"""Which classes a checkpoint is loaded with, by its model type and the kind of attention, and its configuration."""
+"""Which classes a checkpoint is loaded with, by model type and kind of attention, and whether it fits them."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, find_class, known_types, split_type, variant_type
+from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.pretrained import foreign_code_note, read_config
+from llava.model.visual import is_added, vision_module_of
 from llava.registry import PLUGIN_HINT
+
+logger = logging.getLogger(__name__)
 
 
 def choose_classes(
@@ -37,3 +42,24 @@ def build_config(config_class: type[PretrainedConfig], settings: dict[str, Any],
         return config_class.from_dict(dict(settings))
     except (TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise ValueError(f"{path}: its config.json does not fit {config_class.__name__}: {error}") from error
+
+
+def check_loaded(info: dict[str, Any], path: str) -> list[str]:
+    """Names of the new parameters; anything but vision modules missing or left over is an error."""
+    # Vision modules may be new to a checkpoint, words and layers may not; nothing of it may be left over.
+    missing = sorted(info["missing_keys"])
+    foreign = [name for name in missing if not is_added(name)]
+    unexpected = sorted(info["unexpected_keys"])
+    if info["mismatched_keys"]:
+        name, there, here = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path} does not fit its config.json in {len(info['mismatched_keys'])} shapes: {name} is "
+            f"{tuple(there)} in the file and {tuple(here)} by the configuration; the two are of different models"
+        )
+    if foreign or unexpected:
+        what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
+        raise ValueError(f"{path} does not fit its config.json: it {what}")
+    if missing:
+        modules = ", ".join(sorted({vision_module_of(name) or COORDINATES for name in missing}))
+        logger.info("new parameters, not in %s: %d tensors of %s", path, len(missing), modules)
+    return missing

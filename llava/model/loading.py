@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from llava.config import GroundingConfig, VisionConfig, choose_grounding
 from llava.messages import list_names, shorten
 from llava.model.backbones import split_type
-from llava.model.classes import build_config, choose_classes
+from llava.model.classes import build_config, check_loaded, choose_classes
 from llava.model.convert.foreign import ForeignCheckpoint, open_foreign
 from llava.model.convert.report import ConversionReport
-from llava.model.coordinates import COORDINATES
 from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
@@ -37,7 +36,6 @@ from llava.model.pretrained import (
 )
 from llava.model.quantization import Quantization, quantization_options
 from llava.model.transfer import TransferReport, copy_parameters
-from llava.model.visual import is_added, vision_module_of
 from llava.model.vocabulary import add_tokens, check_vocabulary, grow_vocabulary, load_tokenizer
 from llava.token_layout import NO_RESAMPLER
 
@@ -296,7 +294,7 @@ def _read_model(
         )
     read = model_class.from_pretrained if foreign is None else partial(foreign.read, model_class)
     model, info = read_pretrained(read, path, flag, vision_tower=vision_tower, **options)
-    new = _check_loaded(info, f"{flag} {path!r}")
+    new = check_loaded(info, f"{flag} {path!r}")
     if foreign is not None:
         logger.warning("%s", foreign.report)
     return model, new
@@ -371,24 +369,3 @@ def _build_vision(
     for name, value in changed.items():
         logger.info("%s: %r here, %r in the checkpoint", name, value, getattr(vision, name))
     return replace(vision, **changed)
-
-
-def _check_loaded(info: dict[str, Any], path: str) -> list[str]:
-    """Names of the new parameters; anything but vision modules missing or left over is an error."""
-    # Vision modules may be new to a checkpoint, words and layers may not; nothing of it may be left over.
-    missing = sorted(info["missing_keys"])
-    foreign = [name for name in missing if not is_added(name)]
-    unexpected = sorted(info["unexpected_keys"])
-    if info["mismatched_keys"]:
-        name, there, here = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"{path} does not fit its config.json in {len(info['mismatched_keys'])} shapes: {name} is "
-            f"{tuple(there)} in the file and {tuple(here)} by the configuration; the two are of different models"
-        )
-    if foreign or unexpected:
-        what = f"lacks {foreign[:5]}" if foreign else f"has {unexpected[:5]}, which its model type does not know"
-        raise ValueError(f"{path} does not fit its config.json: it {what}")
-    if missing:
-        modules = ", ".join(sorted({vision_module_of(name) or COORDINATES for name in missing}))
-        logger.info("new parameters, not in %s: %d tensors of %s", path, len(missing), modules)
-    return missing

@@ -41,6 +41,7 @@ def convert_checkpoint(
         ValueError: a folder is not as it must be, or the checkpoint cannot be loaded.
     """
     from llava.io import write_json
+    from llava.messages import list_names
     from llava.model.convert.foreign import open_foreign
     from llava.model.export.folder import check_target, staged_folder
     from llava.model.loading import load_model
@@ -54,8 +55,13 @@ def convert_checkpoint(
             f"FOLDER {path!r} is a plain language model, or in this library's layout already: there is nothing to "
             "convert, load it as it is"
         )
+    foreign.describe()
+    if foreign.report.missing:
+        raise ValueError(
+            f"FOLDER {path!r} lacks {list_names(foreign.report.missing)}, which would be random in OUT as if "
+            "it had been trained; begin it anew in a training with --model_name_or_path, or take a folder that has it"
+        )
     if dry_run:
-        foreign.describe()
         return foreign.report
     with staged_folder(Path(out)) as staged:
         loaded = load_model(path, vision_tower=vision_tower, dtype=foreign.dtype, flag="FOLDER")

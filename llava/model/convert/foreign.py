@@ -15,7 +15,7 @@ from transformers import LlavaConfig, PretrainedConfig, PreTrainedTokenizerBase
 from llava.config import LAPE, GroundingConfig, VisionConfig
 from llava.grounding.syntax import bin_tokens
 from llava.messages import list_names
-from llava.model.classes import build_config, choose_classes
+from llava.model.classes import build_config, check_loaded, choose_classes
 from llava.model.convert.layouts import NATIVE, find_layout
 from llava.model.convert.names import FAMILY_NAMES, NATIVE_NAMES, TranslatedNames, translate_names
 from llava.model.convert.published import note_on_frozen_tower
@@ -179,10 +179,25 @@ class ForeignCheckpoint:
         return first.read(self.tensors).dtype
 
     def describe(self) -> None:
-        """Complete the report, without reading weights: what becomes of the tower's is said when they are."""
+        """Complete the report, without reading weights: what becomes of the tower's is said when they are.
+
+        Raises:
+            ValueError: the checkpoint could not be loaded.
+        """
         config = build_config(self._model_class.config_class, self.config, self.where)
         with torch.device("meta"):
-            self.fill_report(cast(Callable[..., nn.Module], self._model_class)(config))
+            model = cast(Callable[..., nn.Module], self._model_class)(config)
+        self.fill_report(model)
+        here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        there = {name: part.shape(self.tensors.shapes) for name, part in self.names.parts.items()}
+        info = {
+            "missing_keys": self.report.missing,
+            "unexpected_keys": there.keys() - here.keys(),
+            "mismatched_keys": [
+                (name, there[name], here[name]) for name in there if here.get(name, there[name]) != there[name]
+            ],
+        }
+        check_loaded(info, self.where)
 
     def read(self, model_class: type[LlavaMetaForCausalLM], _path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As ``model_class.from_pretrained`` of a folder that holds the same in today's layout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,36 @@ def test_command_refuses(fork: Path, gpt2_dir: Path, tmp_path: Path, capsys) -> 
     assert main([str(fork), str(tmp_path / "full"), "--overwrite"]) == 2
     assert "conversion.json" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("part", "tensors", "words"),
+    [
+        (".h.1.", {}, "does not fit its config.json: it lacks ['transformer.h.1."),
+        (
+            "nothing",
+            {"transformer.h.9.ln_1.bias": torch.zeros(2)},
+            "has ['transformer.h.9.ln_1.bias'], which its model",
+        ),
+        (
+            "nothing",
+            {"transformer.h.1.ln_1.bias": torch.zeros(2)},
+            "is (2,) in the file and (32,) by the configuration",
+        ),
+        ("mm_projector", {}, "which would be random in OUT"),
+    ],
+)
+def test_looking_refuses_what_converting_would(
+    fork: Path, tmp_path: Path, capsys, part: str, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    folder = Path(shutil.copytree(fork, tmp_path / "ckpt"))
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor for name, tensor in state.items() if part not in name} | tensors
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for flags in (["--dry_run"], []):
+        assert main([str(folder), str(tmp_path / "out"), *flags]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not (CASE / "fork_checkpoint.py").is_file(), reason=f"no fork_checkpoint.py in {CASE}")

@@ -73,7 +73,8 @@ def test_it_answers_as_the_checkpoint(
     torch.testing.assert_close(back.model(**again).logits[..., :words], expected[..., :words], atol=1e-4, rtol=1e-4)
     choice = Choice("a", (Candidate("Un uomo dorme."), Candidate("Il gatto e il cane.")))
     scores = [LikelihoodScorer.from_folder(str(tmp_path / name)).score([choice])[0] for name in ("checkpoint", "out")]
-    assert scores[1] == pytest.approx(scores[0], abs=0.1)  # Other rows for visual tokens, which the softmax is over too.
+    # Rows of visual tokens are others, and the softmax is over these too.
+    assert scores[1] == pytest.approx(scores[0], abs=0.1)
 
 
 def test_parts_that_it_has_not_are_named(load_tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
