@@ -15,7 +15,8 @@ _NATIVE_TYPE = "llava"
 _RELATIVES = ("llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava")
 """Model types of transformers' own that hold other models than ``NATIVE``."""
 
-_ADAPTER_FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
+_ADAPTER_FILE = "non_lora_trainables.bin"
+"""Beside the family's adapters; this library's have a file of safetensors of that name."""
 
 
 def find_layout(config: Mapping[str, Any], path: str, flag: str) -> str | None:
@@ -32,9 +33,9 @@ def find_layout(config: Mapping[str, Any], path: str, flag: str) -> str | None:
     if config.get("mm_vision_config"):  # This library's own.
         return None
     model_type = config.get("model_type")
-    if any(Path(path, name).is_file() for name in _ADAPTER_FILES):
+    if Path(path, _ADAPTER_FILE).is_file():
         raise ValueError(
-            f"{flag} {path!r} holds LoRA adapters of the LLaVA family ({_ADAPTER_FILES[0]}); merge them with their "
+            f"{flag} {path!r} holds LoRA adapters of the LLaVA family ({_ADAPTER_FILE}); merge them with their "
             "base model by the code that trained them (scripts/merge_lora_weights.py), and give the merged folder"
         )
     if isinstance(config.get("text_config"), Mapping) and "vision_config" in config:
