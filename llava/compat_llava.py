@@ -84,6 +84,7 @@ def load_pretrained_model(
         flag="model_path",
         **settings,  # type: ignore[arg-type] # Fields of VisionConfig, checked there.
     )
+    loaded.check_complete(f"model_path {model_path!r}")
     model = loaded.model.to(where).eval()
     model.generate = partial(_generate, model, model.generate)  # type: ignore[method-assign]
     processor = None if loaded.vision is None else ImageProcessor(loaded.vision)

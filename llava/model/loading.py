@@ -62,6 +62,13 @@ class LoadedModel:
     transfer: TransferReport | None = None
     conversion: ConversionReport | None = None
 
+    def check_complete(self, name: str) -> None:
+        """A ValueError, beginning with a name, if parts of the model are random: it has nothing to say."""
+        if self.new_parameters:
+            raise ValueError(
+                f"{name} lacks {list_names(self.new_parameters)}, which would be random; give one that has them"
+            )
+
 
 def load_model(
     model_name_or_path: str,

@@ -268,6 +268,7 @@ class Captioner:
         loaded = load_model(
             path, model_base=model_base, vision_tower=vision_tower, quantization=quantization, flag="--model_path"
         )
+        loaded.check_complete(f"--model_path {path!r}")
         return cls(loaded, device)
 
     def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:

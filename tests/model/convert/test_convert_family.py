@@ -15,6 +15,7 @@ from transformers import Dinov2Model
 
 from llava.model.convert.__main__ import CONVERSION_FILE, main
 from llava.model.loading import load_model
+from llava.serve.generate import Captioner
 
 CASE = Path(os.environ.get("LLAVA_SHARED_CASES", Path(__file__).parents[4] / "shared" / "cases"))
 
@@ -213,6 +214,9 @@ def test_looking_refuses_what_converting_would(
         assert main([str(folder), str(tmp_path / "out"), *flags]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    if part == "mm_projector":  # It loads, to be trained, and answers nothing.
+        with pytest.raises(ValueError, match=r"--model_path .* lacks .*mm_projector.*, which would be random"):
+            Captioner.from_checkpoint(str(folder), device="cpu")
 
 
 @pytest.mark.skipif(not (CASE / "fork_checkpoint.py").is_file(), reason=f"no fork_checkpoint.py in {CASE}")
