@@ -344,6 +344,27 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The family's modules, with the names that are found here. All but ``llava.train.train`` have no file any more."""
 
+GONE_MODULES = {
+    "llava.eval": (
+        "python -m llava.eval.run, or python -m llava.eval.babylm",
+        "eval_pope eval_science_qa eval_textvqa evaluate_interleave m4c_evaluator model_qa model_vqa model_vqa_loader "
+        "model_vqa_mmbench model_vqa_science",
+    ),
+    "llava.serve": (
+        "python -m llava.serve.cli", "controller gradio_multi_image gradio_web_server model_worker sglang_worker",
+    ),
+    "llava.model": ("llava.model.load_model", "apply_delta consolidate make_delta utils"),
+    "llava.model.multimodal_encoder": (
+        "--vision_tower, which takes any of their models",
+        "clip_encoder hf_vision imagebind open_clip_encoder siglip_encoder mlcd_encoder",
+    ),
+    "llava.train": (
+        "python -m llava.train.train, with --attn_implementation",
+        "llama_flash_attn_monkey_patch llama_xformers_attn_monkey_patch llava_trainer_eval train_dpo train_xformers",
+    ),
+}  # fmt: skip
+"""By package, what to use in place of modules of the family that have nothing here, and their names."""
+
 _FAMILIES = "llava.model.language_model.llava_"
 """How modules of language models begin, whose classes ``llava.model`` has."""
 
@@ -363,6 +384,8 @@ GONE = {
     "smart_tokenizer_and_embedding_resize": "llava.model.load_model, which adds tokens itself",
     "safe_save_model_for_hf_trainer": "LlavaTrainer.save_model",
     "find_all_linear_names": "--lora_enable",
+    "maybe_zero_3": "LlavaTrainer.save_model, which gathers what ZeRO has spread",
+    "unpad_image": "llava.model.visual.ViewMerger",
     "LengthGroupedSampler": "--train_sampling_strategy group_by_length",
 }
 """Names of the family that cannot be kept, and what to use."""
@@ -398,6 +421,11 @@ class _OldModules(MetaPathFinder, Loader):
     """Finds ``OLD_MODULES``, behind all finders of real files."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, last = name.rpartition(".")
+        if package in GONE_MODULES and last in GONE_MODULES[package][1].split():
+            raise ModuleNotFoundError(
+                f"{name} of the LLaVA family is not kept; use {GONE_MODULES[package][0]} (docs/migrating.md)", name=name
+            )
         return ModuleSpec(name, self) if name in OLD_MODULES or self._is_family(name) else None
 
     @staticmethod

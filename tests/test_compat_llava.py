@@ -12,7 +12,7 @@ from conftest import ITALIAN, turns
 from PIL import Image
 
 from llava import compat_llava
-from llava.compat_llava import GONE, IMAGE_TOKEN_INDEX, OLD_MODULES
+from llava.compat_llava import GONE, GONE_MODULES, IMAGE_TOKEN_INDEX, OLD_MODULES
 from llava.data.formats.conversation import conv_templates
 from llava.serve.generate import Captioner, Request
 from llava.types import Media
@@ -177,6 +177,13 @@ def test_the_program_has_no_names_but_its_own():
     asked = FunctionType(program.__getattr__.__code__, {**vars(program), "__name__": "__main__"})
     with pytest.raises(AttributeError):
         asked("nonsense")
+
+
+@pytest.mark.parametrize("package", GONE_MODULES)
+def test_a_module_that_is_gone_says_what_to_use(package):
+    for name in GONE_MODULES[package][1].split():
+        with pytest.raises(ModuleNotFoundError, match=rf"{package}\.{name} of the LLaVA family is not kept; use "):
+            importlib.import_module(f"{package}.{name}")
 
 
 def test_a_module_that_was_never_there_is_missing():

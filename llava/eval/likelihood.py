@@ -265,6 +265,7 @@ def load_any_model(
     config = read_config(path, flag) if os.path.isdir(path) else {}
     if config.get("model_type") in AVAILABLE_MODELS or find_layout(config, path, flag) is not None:
         loaded = load_model(path, dtype=dtype or torch.float32, vision_tower=vision_tower, flag=flag)
+        loaded.check_complete(f"{flag} {path!r}")
         return loaded.model, loaded.tokenizer
     try:
         with quiet_transformers():
