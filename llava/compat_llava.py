@@ -86,6 +86,7 @@ def load_pretrained_model(
     )
     loaded.check_complete(f"model_path {model_path!r}")
     model = loaded.model.to(where).eval()
+    model.config.mm_use_im_start_end = False  # Scripts read it; no markers stand in a prompt.
     model.generate = partial(_generate, model, model.generate)  # type: ignore[method-assign]
     processor = None if loaded.vision is None else ImageProcessor(loaded.vision)
     return loaded.tokenizer, model, processor, int(model.config.max_position_embeddings)

@@ -48,7 +48,7 @@ def test_a_script_of_the_family_answers_as_the_captioner_does(checkpoint, media_
     disable_torch_init()
     name = get_model_name_from_path(checkpoint)
     tokenizer, model, image_processor, context_len = load_pretrained_model(checkpoint, None, name, device="cpu")
-    assert (name, context_len) == ("llava-tiny", 512)
+    assert (name, context_len, model.config.mm_use_im_start_end) == ("llava-tiny", 512, False)
     answers = []
     for picture in ("a.png", "b.jpg"):
         image = Image.open(media_dir / picture)
@@ -123,6 +123,10 @@ def test_templates_write_what_the_family_s_do():
     for role, text in zip(conv.roles * 2, ("Chi è?", "un gatto", "E poi?", None), strict=True):
         conv.append_message(role, text)
     assert conv.get_prompt().endswith("questions. USER: Chi è? ASSISTANT: un gatto</s>USER: E poi? ASSISTANT:")
+    assert conv.get_prompt().startswith("A chat between a curious user and an artificial")
+    conv.version = conv_templates["llava_v1"].version
+    assert conv.get_prompt().startswith("A chat between a curious human and an artificial")
+    assert " the human's questions. USER: Chi" in conv.get_prompt()
     with pytest.raises(ValueError, match="expected a role of"):
         conv.append_message("human", "ciao")
 

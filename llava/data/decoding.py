@@ -301,16 +301,14 @@ def main() -> None:
 
     if importlib.util.find_spec("decord") is not None:
         import decord  # noqa: F401
-    replies.write(READY)
-    replies.flush()
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        _end_after(request.pop("limit"))
-        try:
+    with contextlib.suppress(BrokenPipeError):  # The process that asked is gone.
+        replies.write(READY)
+        replies.flush()
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            _end_after(request.pop("limit"))
             _answer(FrameRequest(**request | {"limits": MediaLimits(**request["limits"])}), replies)
-        except BrokenPipeError:
-            return
-        _end_after(0)
+            _end_after(0)
 
 
 def _end_after(seconds: float) -> None:

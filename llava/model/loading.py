@@ -355,6 +355,8 @@ def _build_vision(
         assert tower is not None
         source = os.path.abspath(tower) if os.path.isdir(tower) else tower
         return VisionConfig(vision_tower=source, **{**vars(describe_tower(tower)), **given})
+    if vision.vision_final_norm and given.pop("vision_select_layer", -1) != -1:
+        logger.warning("--mm_vision_select_layer has no effect: this model's tower gives its last layer, normed")
     structure = () if vision.resampler_type is None else RESAMPLERS.get(vision.resampler_type).structure
     for name in _STRUCTURE + tuple(name for name in structure if name not in vision.resampler_args):
         if name in given and given[name] != getattr(vision, name):

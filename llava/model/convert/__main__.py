@@ -24,7 +24,9 @@ def build_parser() -> CommandParser:
         "library's layout. Its folder can also be loaded, trained on and exported as it is.",
     )
     parser.add_argument("folder", metavar="FOLDER", help="checkpoint of another layout")
-    parser.add_argument("out", metavar="OUT", help="where the result goes; a folder that is empty or not there yet")
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help="where the result goes; a folder that is empty or not there yet"
+    )
     parser.add_argument("--dry_run", action="store_true", help="only say what would be done; nothing is written")
     parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
@@ -33,9 +35,9 @@ def build_parser() -> CommandParser:
 
 
 def convert_checkpoint(
-    folder: str, out: str, dry_run: bool = False, vision_tower: str | None = None, overwrite: bool = False
+    folder: str, out: str | None, dry_run: bool = False, vision_tower: str | None = None, overwrite: bool = False
 ) -> ConversionReport:
-    """Convert a checkpoint; the arguments are those of the command line.
+    """Convert a checkpoint; the arguments are those of the command line, and ``dry_run`` needs no ``out``.
 
     Raises:
         ValueError: a folder is not as it must be, or the checkpoint cannot be loaded.
@@ -48,7 +50,10 @@ def convert_checkpoint(
     from llava.model.pretrained import locate_model, quiet_transformers, read_config
 
     path = locate_model(folder, "FOLDER")
-    check_target(Path(out), path, overwrite, CONVERSION_FILE)
+    if out is not None:
+        check_target(Path(out), path, overwrite, CONVERSION_FILE)
+    elif not dry_run:
+        raise ValueError("OUT is missing: the folder that the result is written to; only --dry_run needs none")
     foreign = open_foreign(path, read_config(path, "FOLDER"), vision_tower, "FOLDER")
     if foreign is None:
         raise ValueError(
@@ -61,7 +66,7 @@ def convert_checkpoint(
             f"FOLDER {path!r} lacks {list_names(foreign.report.missing)}, which would be random in OUT as if "
             "it had been trained; begin it anew in a training with --model_name_or_path, or take a folder that has it"
         )
-    if dry_run:
+    if dry_run or out is None:
         return foreign.report
     with staged_folder(Path(out)) as staged:
         loaded = load_model(path, vision_tower=vision_tower, dtype=foreign.dtype, flag="FOLDER")
@@ -69,7 +74,8 @@ def convert_checkpoint(
         with quiet_transformers():
             loaded.model.save_pretrained(staged)
         loaded.tokenizer.save_pretrained(staged)
-        write_json(staged / CONVERSION_FILE, loaded.conversion.to_dict())
+        files = sorted(path.name for path in staged.iterdir())
+        write_json(staged / CONVERSION_FILE, {**loaded.conversion.to_dict(), "files": files})
     return loaded.conversion
 
 

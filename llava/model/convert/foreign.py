@@ -30,6 +30,11 @@ from llava.model.visual import is_added, vision_module_of
 
 _FAMILY_TYPES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausalLM": "llava_mistral"}
 """Model types of classes whose early checkpoints all say ``llava``."""
+_FORMAT = "llava_format"
+_FORMAT_NOTE = (
+    "no chat format (config.json does not say): prompts are plain text; for another, write the name of a --version "
+    'into it, such as "llava_format": "v1" of LLaVA-1.5 or "qwen" of Qwen2'
+)
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -65,6 +70,10 @@ class ForeignCheckpoint:
         if rows is not None and rows != text.get("vocab_size", rows):
             settings.changed.append(f"vocab_size {text['vocab_size']}: the file has embeddings of {rows} tokens")
         kept = {name: value for name, value in text.items() if name not in settings.used}
+        if _FORMAT in config:
+            kept[_FORMAT] = config[_FORMAT]
+        else:
+            settings.assumed.append(_FORMAT_NOTE)
         self.config: dict[str, Any] = kept | vision.to_model_config() | ({} if rows is None else {"vocab_size": rows})
         self.report = ConversionReport(
             path, self._describe(config, vision), changed=settings.changed, assumed=settings.assumed

@@ -40,16 +40,16 @@ def check_target(out: Path, checkpoint: str, overwrite: bool, mark: str = EXPORT
             f"OUT {out} has no {mark}, so it is no {what}, and --overwrite replaces nothing else; give another "
             "folder, or remove it yourself"
         )
-    if others := find_others(out):
+    if others := find_others(out, mark):
         raise ValueError(
-            f"OUT {out} holds {list_names(others)} beside the export, which --overwrite would remove; move it away"
+            f"OUT {out} holds {list_names(others)} beside the {what}, which --overwrite would remove; move it away"
         )
 
 
-def find_others(out: Path) -> list[str]:
+def find_others(out: Path, mark: str = EXPORT_FILE) -> list[str]:
     """What lies in the folder of an export and is none of it; nothing of one whose version kept no list."""
-    wrote = json.loads((out / EXPORT_FILE).read_text(encoding="utf-8")).get("files")
-    known = {*(wrote or ()), EXPORT_FILE, "__pycache__"}
+    wrote = json.loads((out / mark).read_text(encoding="utf-8")).get("files")
+    known = {*(wrote or ()), mark, "__pycache__"}
     return sorted(path.name for path in out.iterdir() if path.name not in known) if wrote else []
 
 

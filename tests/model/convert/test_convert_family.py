@@ -159,13 +159,14 @@ def test_what_means_something_else_is_said(model, tower_dir: Path, tmp_path: Pat
     said = capsys.readouterr().err
     assert "--mm_perceiver_latents_fast is 9" in said  # 9 by default, finer than the 2 x 2 that 8 ran as.
     folder = write_family(model, tmp_path / "fork2", tower_dir, mm_perceiver_latents=8, image_aspect_ratio="pad")
-    assert main([str(folder), str(out), "--dry_run"]) == 0
+    assert main([str(folder), "--dry_run"]) == 0
     said = capsys.readouterr().out
     for words in (
         "mm_perceiver_latents 8 is no square and ran as 2 x 2: 4 here",
         "the packer's attention",
         "the fork's DINOv2 gave its last layer",
         "num_frames 4",
+        "no chat format",
         "frames of videos were prepared as the tower's processor does",
         "nothing was written",
     ):
@@ -184,6 +185,24 @@ def test_command_refuses(fork: Path, gpt2_dir: Path, tmp_path: Path, capsys) -> 
     assert main([str(fork), str(tmp_path / "full"), "--overwrite"]) == 2
     assert "conversion.json" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    assert main([str(fork)]) == 2
+    assert "OUT is missing" in capsys.readouterr().err
+
+
+def test_a_conversion_is_replaced_and_nothing_beside_it(fork: Path, tmp_path: Path, capsys) -> None:
+    command = [str(fork), str(tmp_path / "out")]
+    assert main(command) == main([*command, "--overwrite"]) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert main([*command, "--overwrite"]) == 2
+    assert "holds notes.txt beside the conversion" in capsys.readouterr().err
+
+
+def test_layer_of_the_forks_command_lines(fork: Path, caplog) -> None:
+    """They say -2, which their DINOv2 passed over, and is no contradiction of what it gave."""
+    loaded = load_model(str(fork), vision_select_layer=-2)
+    assert loaded.vision is not None
+    assert loaded.vision.vision_select_layer == -1
+    assert "--mm_vision_select_layer has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(
