@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,16 @@ _FEWEST_USED = 0.9
 """Share of the embeddings that a model's own tokenizer uses: vocabularies are padded by less than a tenth."""
 
 
+_NO_FILES = (
+    ": it has no vocabulary; put the files of the model's tokenizer (tokenizer.json, tokenizer_config.json) into that "
+    "folder"
+)
+_NEEDS_PACKAGES = (
+    ": it is a tokenizer.model, which Llama's, Vicuna's and others' need SentencePiece for (pip install sentencepiece "
+    "protobuf); or put the tokenizer.json of the same tokenizer into the folder"
+)
+
+
 def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a padding token pads with its end of text.
 
@@ -37,11 +48,9 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error!r}") from error
     except (OSError, ValueError) as error:
         note = foreign_code_note(get_tokenizer_config(path))
-        if "tiktoken" in str(error):  # What transformers takes every tokenizer.model for that it cannot read.
-            note = note or (
-                ": it is a tokenizer.model, which Llama's, Vicuna's and others' need SentencePiece for (pip install "
-                "sentencepiece protobuf); or put the tokenizer.json of the same tokenizer into the folder"
-            )
+        if "tiktoken" in str(error):  # What transformers asks for wherever it finds no tokenizer.json.
+            is_empty = Path(path).is_dir() and not Path(path, "tokenizer.model").is_file()
+            note = note or (_NO_FILES if is_empty else _NEEDS_PACKAGES)
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{note or f': {error}'}") from error
     except Exception as error:
         if type(error) is not Exception:  # The tokenizers package has no class of its own.
@@ -49,10 +58,7 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
         raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}: {error}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # transformers makes one of special tokens alone where a folder has a config.json and no tokenizer's files.
-        raise ValueError(
-            f"{flag}: no tokenizer can be read from {name_or_path!r}: it has no vocabulary; put the files of the "
-            "model's tokenizer (tokenizer.json, tokenizer_config.json) into that folder"
-        )
+        raise ValueError(f"{flag}: no tokenizer can be read from {name_or_path!r}{_NO_FILES}")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {name_or_path!r} has no end-of-text token; set eos_token in its tokenizer_config.json"

@@ -272,3 +272,6 @@ def test_tokenizer_that_needs_sentencepiece_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(ValueError, match=r"tokenizer\.model, which .* \(pip install sentencepiece protobuf\)"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="it has no vocabulary; put the files of the model's tokenizer"):
+        load_tokenizer(str(tmp_path))
