@@ -63,6 +63,8 @@ class Line:
         """Words before the first flag."""
         self.flags: list[_Given] = []
         self.notes: list[str] = []
+        self.resampler: str | None = None
+        """``--mm_resampler_type``, of the line or of its recipe."""
         for word in words:
             if word.startswith("--") and len(word) > 2:
                 name, equals, value = word[2:].partition("=")
@@ -116,6 +118,7 @@ def translate(words: Sequence[str], recipe: Sequence[str] = ()) -> tuple[list[st
         ValueError: a flag has a value that is not available; says what to use.
     """
     line = Line(words)
+    line.resampler = line.get("mm_resampler_type") or Line(recipe).get("mm_resampler_type")
     if line.is_of_family:
         _choose_frames(line)
         _choose_pooling(line)
@@ -148,7 +151,7 @@ def _translate_flag(line: Line, given: _Given) -> None:
             )
             given.words = ["--deepspeed", settings]
     elif value in VALUES.get(name, ()):
-        if name == "mm_perceiver_latents" and line.get("mm_resampler_type") != _PACKER:
+        if name == "mm_perceiver_latents" and line.resampler != _PACKER:
             return  # The perceiver's latents need no square.
         now = VALUES[name][value]
         line.notes.append(f"{given.text} is now {now}" + (f": {LATENTS_NOTE}" if name in _LATENTS else ""))
@@ -313,10 +316,9 @@ def read_environment(
         what = "is read by wandb" if {"wandb", "all"} & set(told) else "has no effect without --report_to wandb"
         found.notes.append(f"WANDB_PROJECT={given['WANDB_PROJECT']} {what}")
     # Latents have values of another name, as on a command line.
-    found.put("mm_resampler_type", line.get("mm_resampler_type") or in_recipe.get("mm_resampler_type") or "")
+    found.resampler = line.get("mm_resampler_type") or in_recipe.get("mm_resampler_type")
     for one in list(found.flags):
         _translate_flag(found, one)
-    found.take("mm_resampler_type")
     return found.words, plain, found.notes
 
 

@@ -159,3 +159,9 @@ def test_variables_stand_between_recipe_and_command_line(
     found, _, notes = read_environment(environ, line.split(), recipe.split())
     assert found == words.split()
     assert any(note in told for told in notes) or not note
+
+
+def test_latents_go_by_the_resampler_of_the_recipe_too():
+    words = ["--mm_perceiver_latents", "32"]
+    assert translate(words, ["--mm_resampler_type", "fast_slow_resampler"])[0] == ["--mm_perceiver_latents", "25"]
+    assert translate(words, ["--mm_resampler_type", "perceiver"])[0] == words
