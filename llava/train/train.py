@@ -276,7 +276,10 @@ def load_from_arguments(
         **of_training,
     )
     if training_args is not None and model_args.pretrain_mm_mlp_adapter:
-        load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
+        taken = load_adapter(loaded.model, model_args.pretrain_mm_mlp_adapter)
+        logger.info(
+            "%d tensors taken from --pretrain_mm_mlp_adapter %s", len(taken), model_args.pretrain_mm_mlp_adapter
+        )
     return loaded
 
 
