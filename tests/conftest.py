@@ -6,15 +6,18 @@ import gc
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from warm_python import WarmPython
 
-SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = Path(os.environ.get("LLAVA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 # Tiny tensors gain nothing from threads, and tests run side by side.
 torch.set_num_threads(1)
@@ -325,6 +328,19 @@ def real_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script by its path from the project's root, once."""
+    name = Path(path).with_suffix("").as_posix().replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        assert spec is not None
+        assert spec.loader is not None
+        # dataclasses, and processes that are begun anew, look their module up by name.
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def turns(human: str, assistant: str) -> list[dict[str, str]]:

@@ -19,7 +19,8 @@ from llava.config import GroundingConfig, VisionConfig, choose_grounding
 from llava.messages import list_names, shorten
 from llava.model.backbones import split_type
 from llava.model.classes import build_config, check_loaded, choose_classes
-from llava.model.convert.foreign import ForeignCheckpoint, open_foreign
+from llava.model.convert.foreign import ForeignCheckpoint
+from llava.model.convert.layouts import find_layout
 from llava.model.convert.report import ConversionReport
 from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -118,10 +119,11 @@ def load_model(
             a setting that contradicts the checkpoint, or k bits where they cannot be had.
     """
     path = locate_model(model_name_or_path, flag)
-    name, config_dict = f"{flag} {path!r}", read_config(path, flag)
+    name, foreign, config_dict = f"{flag} {path!r}", None, read_config(path, flag)
     # A checkpoint of other code is one of this library's from here on, whose tensors have other names.
-    foreign = open_foreign(path, config_dict, vision_tower, flag)
-    config_dict = foreign.config if foreign else config_dict
+    if (layout := find_layout(config_dict, path, flag)) is not None:
+        foreign = ForeignCheckpoint(path, config_dict, layout, vision_tower, flag)
+        config_dict = foreign.config
     config_class, model_class = choose_classes(config_dict["model_type"], path, variant)
     config_dict["model_type"] = config_class.model_type
     stored = build_config(config_class, config_dict, name)
@@ -134,10 +136,9 @@ def load_model(
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens, vision is not None)
     if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
-    # Tokens are added before the model is built: bins have to be the last, and their first id is a setting.
     source = find_weights(path, model_base)
     known = set(tokenizer.get_vocab()) if source == path else fit_to_base(config_dict, tokenizer, source, path)
-    if vision is not None:
+    if vision is not None:  # Before the model is built: bins have to be the last, and their first id is a setting.
         vision, coordinates = add_tokens(tokenizer, vision, coordinates)
         config_dict |= vision.to_model_config() | ({} if coordinates is None else coordinates.to_model_config())
 
@@ -145,10 +146,10 @@ def load_model(
     options: dict[str, Any] = {"config": build_config(config_class, config_dict, name), "dtype": dtype}
     options |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     options |= {} if quantization is None else quantization_options(quantization, model_class, options["config"])
-    if weights_from is not None and not has_weights(source):
-        model, new = _build_model(options, vision_tower)
-    else:
+    if weights_from is None or has_weights(source):
         model, new = _read_model(model_class, source, options, vision_tower, flag, foreign)
+    else:
+        model, new = _build_model(options, vision_tower)
     transfer = copy_parameters(model, weights_from) if weights_from is not None else None
     if vision is not None:
         _finish_vision(model, vision, coordinates, known, save_vision_tower)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llava.messages import list_names
 from llava.model.convert.names import FAMILY_NAMES, translate_names
+from llava.model.convert.tensors import StoredTensors
 from llava.model.generation import MultimodalGeneration
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
@@ -154,7 +155,7 @@ def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
     Raises:
         ValueError: no such file, no such weights in it, or weights of another shape.
     """
-    weights = _translate(_read_weights(path))
+    weights = _translate(_open_weights(path))
     # Names from the decoder on: what stands before it differs from library to library.
     decoder = model.get_model()
     own = {name: p for name, p in decoder.named_parameters() if name.split(".")[0] in _MODULES}
@@ -175,25 +176,19 @@ def load_adapter(model: MultimodalGeneration, path: str) -> list[str]:
     return sorted(weights)
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
-    files = sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else [Path(path)]
-    if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"--pretrain_mm_mlp_adapter {path!r}: no such file, or a folder without .safetensors")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            weights |= load_file(file)
-            continue
-        try:
-            # LLaVA's mm_projector.bin is a pickle; nothing but tensors is taken from one.
-            weights |= torch.load(file, map_location="cpu", weights_only=True)
-        except UNSAFE_WEIGHTS as error:
-            raise ValueError(f"--pretrain_mm_mlp_adapter {path!r}: {NOT_JUST_TENSORS}") from error
-    return weights
+def _open_weights(path: str) -> dict[str, StoredTensors]:
+    """The files of a checkpoint folder, or the one that a path names, by the names of their tensors."""
+    where, folder = f"--pretrain_mm_mlp_adapter {path!r}", Path(path)
+    files = [folder]
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors")) or [folder / "mm_projector.bin"]
+    if not all(file.is_file() for file in files):
+        raise ValueError(f"{where}: no such file, or a folder without .safetensors and mm_projector.bin")
+    return {name: stored for file in files for stored in [StoredTensors(file, where)] for name in stored}
 
 
-def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep what belongs to projector, newline and resampler, under this library's names."""
+def _translate(weights: Mapping[str, StoredTensors]) -> dict[str, Tensor]:
+    """What belongs to projector, newline and resampler, under this library's names; nothing else is read."""
     names: dict[str, str] = {}
     for name in weights:
         parts = name.split(".")
@@ -202,5 +197,5 @@ def _translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if start is not None:
             names[".".join(parts[start:])] = name
     translated = translate_names(names, FAMILY_NAMES, "", "", set())
-    stored = {short: weights[name] for short, name in names.items()}
+    stored = {short: weights[name][name] for short, name in names.items()}
     return {name: part.read(stored) for name, part in translated.parts.items()}

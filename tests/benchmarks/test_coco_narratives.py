@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_script
 
 from llava.data.localized_narratives.__main__ import main
 from llava.data.localized_narratives.boxes import BoxSettings, ground_utterances
@@ -23,12 +23,7 @@ OBJECTS = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coco_narratives", ROOT / "benchmarks" / "coco_narratives.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/coco_narratives.py")
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import load_script
 from PIL import Image
 
 from llava.eval.babylm.tasks import TASKS
@@ -19,13 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def likelihood_tasks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("likelihood_tasks", ROOT / "benchmarks" / "likelihood_tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["likelihood_tasks"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/likelihood_tasks.py")
 
 
 def test_winners_are_those_of_each_candidate_alone_in_float64(

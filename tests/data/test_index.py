@@ -465,7 +465,9 @@ def test_fingerprints_tell_mixtures_apart(tmp_path, data, cache):
     assert isinstance(once, Mixture)
 
 
-LISTS = ["[]", " [ ] ", "[1]", "[1, 22, 333]", '[{"a": "]["}, null,\n true, "x\\"y", -1.5e3 , [[]] ]', '["è€😀"]']
+LISTS = [
+    "[]", " [ ] ", "[1]", "[1, 22, 333]", '[{"a": "]["}, null,\n true, "x\\"y", -1.5e3 , [[]] ]', '["è€\U0001f600"]',
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])

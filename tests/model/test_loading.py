@@ -136,7 +136,7 @@ def test_adapter_in_the_names_of_llava_st(load_tiny, tmp_path: Path) -> None:
     }
     expected = (block.k_proj.weight + 1, block.o_proj.bias + 2, block.to_k[0].weight + 3)
     torch.save({key: tensor.detach() for key, tensor in theirs.items()}, tmp_path / "mm_projector.bin")
-    load_adapter(loaded.model, str(tmp_path / "mm_projector.bin"))
+    load_adapter(loaded.model, str(tmp_path))  # The folder, as the family's pretraining leaves it.
     for one, other in zip(expected, (block.k_proj.weight, block.o_proj.bias, block.to_k[0].weight), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -148,3 +148,8 @@ def test_adapter_of_another_shape_or_place_is_an_error(load_tiny, tmp_path: Path
     save_file({"mm_projector.0.weight": torch.zeros(3, 3)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"mm_projector\.0\.weight \(3, 3\)"):
         load_adapter(model, str(tmp_path / "a.safetensors"))
+    for name in ("a.safetensors", "b.bin"):
+        torch.save({"mm_projector.0.weight": torch.zeros(3, 3)}, tmp_path / "b.bin")
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+        with pytest.raises(ValueError, match=rf"--pretrain_mm_mlp_adapter .*{name} cannot be read: it is cut short"):
+            load_adapter(model, str(tmp_path / name))

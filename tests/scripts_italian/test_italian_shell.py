@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_tower
-from italian_scripts import ROOT
+from conftest import ROOT, make_tower
 
 from llava.data.records import read_records
 from llava.train.command_line import RECIPES, parse_arguments

@@ -10,8 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ITALIAN
-from italian_scripts import ROOT, load_script
+from conftest import ITALIAN, ROOT, load_script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava.model.loading import load_model
@@ -20,12 +19,12 @@ from llava.model.vocabulary import load_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer_script() -> ModuleType:
-    return load_script("train_tokenizer")
+    return load_script("scripts_italian/train_tokenizer.py")
 
 
 @pytest.fixture(scope="module")
 def weights_script() -> ModuleType:
-    return load_script("create_random_weights_model")
+    return load_script("scripts_italian/create_random_weights_model.py")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import write_video
-from italian_scripts import load_script
+from conftest import load_script, write_video
 
 from llava.data.records import read_records
 
@@ -32,7 +31,7 @@ WITH_CLIP = ("11", "12", "18")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return load_script("generate_webvid_for_llava_italian")
+    return load_script("scripts_italian/generate_webvid_for_llava_italian.py")
 
 
 @pytest.fixture(scope="module")

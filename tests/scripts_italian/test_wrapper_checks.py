@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from italian_scripts import ROOT, load_script
+from conftest import ROOT, load_script
 from transformers import GenerationMixin
 
 from llava.model import llava_arch
@@ -16,7 +16,7 @@ from llava.model.language_model.llava_gpt2 import LlavaGPT2ForCausalLM, LlavaGPT
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return load_script("test_gpt2_wrapper")
+    return load_script("scripts_italian/test_gpt2_wrapper.py")
 
 
 @pytest.fixture(scope="module")

@@ -100,13 +100,19 @@ def train(line: str, caplog: pytest.LogCaptureFixture, **values: object):
     return trainer, told[0]
 
 
+def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_the_italian_line_of_the_fork(
     gpt2_dir, grid16, mixed_data, tmp_path, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mixed_data.parent)
-    for name, value in {"WANDB_PROJECT": "baby", "BABYLM_ENABLED": "false", "USE_PLAIN_LM": "1",
-                        "BABYLM_WORD_LIMIT": "100", "MM_PERCEIVER_LATENTS": "81"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    set_environment(
+        monkeypatch, WANDB_PROJECT="baby", BABYLM_ENABLED="false", USE_PLAIN_LM="1", BABYLM_WORD_LIMIT="100",
+        MM_PERCEIVER_LATENTS="81",
+    )  # fmt: skip
     trainer, told = train(
         ITALIAN_VIDEO, caplog, model=gpt2_dir, data=without("image", mixed_data, tmp_path), tower=grid16,
         folders="--video_folder ''", out=tmp_path / "out", slow=81, fast=9, attention="eager", stage=1, length=2048,
@@ -127,9 +133,10 @@ def test_the_english_line_of_the_fork(
     llama_dir, grid16, mixed_data, tmp_path, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mixed_data.parent)
-    for name, value in {"BABYLM_ENABLED": "true", "BABYLM_WORD_LIMIT": "100000000", "USE_PLAIN_LM": "1",
-                        "MM_PERCEIVER_LATENTS": "64", "MM_PERCEIVER_LATENTS_FAST": "32"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    set_environment(
+        monkeypatch, BABYLM_ENABLED="true", BABYLM_WORD_LIMIT="100000000", USE_PLAIN_LM="1", MM_PERCEIVER_LATENTS="64",
+        MM_PERCEIVER_LATENTS_FAST="32",
+    )  # fmt: skip
     data = without("video", mixed_data, tmp_path)
     trainer, told = train(
         FORK + " --mm_projector_width 2560 --num_frames 8", caplog, model=llama_dir, data=data, folders="",

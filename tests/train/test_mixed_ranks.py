@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_script
 
 from llava.model.loading import load_model
 
@@ -17,13 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ranks() -> ModuleType:
     """The benchmark's schedules and its worker."""
-    spec = importlib.util.spec_from_file_location("mixed_ranks", ROOT / "benchmarks" / "mixed_ranks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mixed_ranks"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/mixed_ranks.py")
 
 
 @pytest.fixture(scope="module")

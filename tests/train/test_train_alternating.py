@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ITALIAN, TinyBackbones, turns
+from conftest import ITALIAN, TinyBackbones, load_script, turns
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava.model import split_type
@@ -24,10 +23,7 @@ FAMILIES = ["llava_gpt2", "llava_qwen"]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_alternating", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_alternating.py")
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ def convert_checkpoint(
     """
     from llava.io import write_json
     from llava.messages import list_names
-    from llava.model.convert.foreign import open_foreign
+    from llava.model.convert.foreign import ForeignCheckpoint
+    from llava.model.convert.layouts import find_layout
     from llava.model.export.folder import check_target, staged_folder
     from llava.model.loading import load_model
     from llava.model.pretrained import locate_model, quiet_transformers, read_config
@@ -54,12 +55,14 @@ def convert_checkpoint(
         check_target(Path(out), path, overwrite, CONVERSION_FILE)
     elif not dry_run:
         raise ValueError("OUT is missing: the folder that the result is written to; only --dry_run needs none")
-    foreign = open_foreign(path, read_config(path, "FOLDER"), vision_tower, "FOLDER")
-    if foreign is None:
+    config = read_config(path, "FOLDER")
+    layout = find_layout(config, path, "FOLDER")
+    if layout is None:
         raise ValueError(
             f"FOLDER {path!r} is a plain language model, or in this library's layout already: there is nothing to "
             "convert, load it as it is"
         )
+    foreign = ForeignCheckpoint(path, config, layout, vision_tower, "FOLDER")
     foreign.describe()
     if foreign.report.missing:
         raise ValueError(

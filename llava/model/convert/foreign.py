@@ -16,7 +16,7 @@ from llava.config import LAPE, GroundingConfig, VisionConfig
 from llava.grounding.syntax import bin_tokens
 from llava.messages import list_names
 from llava.model.classes import build_config, check_loaded, choose_classes
-from llava.model.convert.layouts import NATIVE, find_layout
+from llava.model.convert.layouts import NATIVE
 from llava.model.convert.names import FAMILY_NAMES, NATIVE_NAMES, TranslatedNames, translate_names
 from llava.model.convert.published import note_on_frozen_tower
 from llava.model.convert.report import ConversionReport, Settings
@@ -40,6 +40,16 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 class ForeignCheckpoint:
     """A checkpoint folder of another layout, whose weights are read when they are asked for.
+
+    Args:
+        path: folder or hub name.
+        config: the entries of its ``config.json``.
+        layout: of ``find_layout``.
+        vision_tower: folder or hub name of its vision model, where that is not what the configuration says.
+        flag: what an error calls the path.
+
+    Raises:
+        ValueError: it is damaged, lacks something, or has a part that nothing here runs.
 
     Attributes:
         config: today's entries of its ``config.json``.
@@ -247,22 +257,6 @@ class ForeignCheckpoint:
         vision = replace(model.get_model().vision, vision_tower_hash=hash_weights(weights), save_vision_tower=True)
         model.set_vision(vision)
         self.report.found["tower"] += f": {note}; stored with the model, {why}"
-
-
-def open_foreign(path: str, config: Mapping[str, Any], vision_tower: str | None, flag: str) -> ForeignCheckpoint | None:
-    """Open a checkpoint of another layout; None for a plain language model and for what this library wrote.
-
-    Args:
-        path: folder or hub name.
-        config: the entries of its ``config.json``.
-        vision_tower: folder or hub name of its vision model, where that is not what the configuration says.
-        flag: what an error calls the path.
-
-    Raises:
-        ValueError: it is damaged, lacks something, or has a part that nothing here runs.
-    """
-    layout = find_layout(config, path, flag)
-    return None if layout is None else ForeignCheckpoint(path, config, layout, vision_tower, flag)
 
 
 def find_source(config: Mapping[str, Any], path: str, vision_tower: str | None) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava.config import BLACK_PADDING
 from llava.geometry import ANYRES, FLAT, parse_aspect_ratio
+from llava.model.convert.report import Settings
 from llava.model.coordinates import COORDINATES
 from llava.model.multimodal_encoder.base import TowerDescription
-
-if TYPE_CHECKING:
-    from llava.model.convert.report import Settings
 
 _POOLED = 2
 """Patches a side that LLaVA-NeXT makes one token of in videos, whatever ``mm_spatial_pool_stride`` says."""

@@ -1,4 +1,4 @@
-"""The table of a conversion: what was found, copied, renamed, missing, left out, and what means something else now."""
+"""What is said of a conversion: its table, and its settings with what means something else now."""
 
 from __future__ import annotations
 

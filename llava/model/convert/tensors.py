@@ -31,8 +31,8 @@ class StoredTensors(Mapping[str, Tensor]):
         shapes: the shape of each.
     """
 
-    def __init__(self, folder: Path, where: str) -> None:
-        """Open the weights in a folder; ``where`` is how errors begin.
+    def __init__(self, path: Path, where: str) -> None:
+        """Open the weights of a model in a folder, or a single file; ``where`` is how errors begin.
 
         Raises:
             ValueError: there are none, or a file is missing, cut short, or no file of plain tensors.
@@ -41,15 +41,15 @@ class StoredTensors(Mapping[str, Tensor]):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, Any] = {}
-        first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        first = path if path.is_file() else next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if first is None:
-            raise ValueError(f"{where} has no weights ({', '.join(WEIGHTS)}){_what_instead(folder)}")
+            raise ValueError(f"{where} has no weights ({', '.join(WEIGHTS)}){_what_instead(path)}")
         if first.suffix != ".json":
             self._add_file(first)
             return
         promised = self._read_index(first)
         for file in sorted(set(promised.values())):
-            self._add_file(folder / file)
+            self._add_file(path / file)
         # Of a shard whose download ended early the header may be there, or an older shard may lie in its place.
         absent = sorted(set(promised) - set(self.files))
         if absent:
@@ -106,14 +106,14 @@ class StoredTensors(Mapping[str, Tensor]):
                 raise ValueError(f"{self.where}: {file.name} cannot be read: {_COPY_AGAIN} ({error})") from error
             self._open[file] = handle
         else:
-            tensors = read_pickle(file, self.where)
+            tensors = _read_pickle(file, self.where)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             self._open[file] = tensors
         self.files |= dict.fromkeys(shapes, file)
         self.shapes |= shapes
 
 
-def read_pickle(file: Path, where: str) -> dict[str, Tensor]:
+def _read_pickle(file: Path, where: str) -> dict[str, Tensor]:
     """The tensors of a ``.bin`` file, mapped rather than read where its format allows it. Nothing else is unpickled.
 
     Raises:
