@@ -30,6 +30,7 @@ from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
 from llava.train.milestones import parse_milestones, parse_words
 from llava.train.progress_arguments import ScoringArguments
+from llava.train.speed_arguments import FeatureCacheArguments, SpeedArguments
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
 
@@ -173,7 +174,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(FeatureCacheArguments):
     """Which data, and how media and text are read."""
 
     # --- data ---
@@ -263,7 +264,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
+class TrainingArguments(SpeedArguments, ScoringArguments, transformers.TrainingArguments):
     """transformers' arguments, of which ``transformers_flags`` says what each does here, and this library's own."""
 
     # --- model ---
@@ -376,6 +377,7 @@ class TrainingArguments(ScoringArguments, transformers.TrainingArguments):
             self.ddp_find_unused_parameters = False
         self._check_lora()
         self.check_scoring()
+        self.check_speed()
 
     def _read_words(self) -> None:
         """Read the numbers of words, and what is to say how long the run is."""
