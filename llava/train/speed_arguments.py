@@ -1,4 +1,4 @@
-"""Flags of what makes a run faster or smaller, in groups that ``arguments.DataArguments`` and ``TrainingArguments`` have.
+"""Flags of what makes a run faster or smaller, in groups that the groups of ``arguments.py`` are made of.
 
 They are written as ``arguments.py`` says, and checked here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(kw_only=True)  # Behind DataArguments.data_path, which has no default.
 class FeatureCacheArguments:
     """Whether features of a frozen vision tower are read from files, and where these lie."""
 
