@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, Trainer
 
 LOWEST_PEFT = "0.21"
 """The oldest peft that the tests ran with; adapters on an older one are refused."""
@@ -34,6 +34,13 @@ def cache_name() -> str:
 
     names = {field.name for field in fields(BaseModelOutputWithPast)}
     return "cache" if "cache" in names else "past_key_values"
+
+
+def choose_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that a caller gave, by the new name or the old one; two of them are a ValueError."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument, and two caches were given; give one")
+    return past_key_values if cache is None else cache
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -96,6 +103,19 @@ class OwnAttention:
         self.check_attention(name)
         plain = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)  # type: ignore[misc]
         return self.attention_prefix + plain
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The name of the attention function that a model runs on."""
+    return config._attn_implementation
+
+
+def set_attention(config: PretrainedConfig, name: str) -> None:
+    """Let a model run on another attention function that is registered.
+
+    The public ``set_attn_implementation`` refuses names that transformers does not know for the model's class.
+    """
+    config._attn_implementation = name
 
 
 WITHOUT_SDPA = {"_supports_sdpa": False}

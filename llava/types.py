@@ -171,7 +171,7 @@ class BadSampleError(ValueError):
 
 
 class Batch(TypedDict, total=False):
-    """What the collator returns and, but for the last four, ``forward`` takes; rows are samples."""
+    """What the collator returns and, but for the last four, ``forward`` takes; rows are samples, or packs of some."""
 
     input_ids: Tensor  # int64 (batch, length)
     labels: Tensor  # int64 (batch, length)
@@ -181,6 +181,7 @@ class Batch(TypedDict, total=False):
     modalities: list[MediaKind]
     image_sizes: list[tuple[int, int]]  # original (height, width)
     variables: list[dict[str, list[float]]]  # coordinates of each row, in the tower's square; absent without any
+    pack_lengths: list[list[int]]  # tokens of the samples of each row; absent where a row is one sample
     # For the trainer, which takes them out.
     sample_ids: list[str]  # of the rows; none for the one row of an empty batch
     bad_samples: list[BadSample]  # those that have no row; absent without any

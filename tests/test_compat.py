@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from llava.compat import cache_name
-from llava.model.llava_arch import choose_cache
+from llava.compat import cache_name, choose_cache
 from llava.train.trainer import LlavaTrainer
 
 

@@ -3,6 +3,9 @@
 The order of an epoch is defined for the whole run first: a sequence of steps (updates of the weights), each a
 piece of one array of indices. Only then is a step dealt to ranks and micro-batches. So the samples of a step
 do not depend on how many ranks there are, and a position in the data is two numbers: an epoch and a step.
+
+What a step counts and ranks are dealt are samples, or units of several samples that stay together: packs, or batches by
+tokens (``batch_plan.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+from llava.data.batch_plan import BatchPlan, plan_in_order, plan_packs, plan_token_batches, take_units
 
 RANDOM = "random"
 SEQUENTIAL = "sequential"
@@ -46,14 +51,19 @@ class DataOrder:
     - ``group_by_modality_length``: the same, and no step has both samples with media and samples without.
       Each of the two may leave an incomplete step.
 
+    With packs or batches by tokens, a step has ``step_size`` of these. The samples of a batch are of similar length
+    under every strategy but ``sequential``, which puts neighbours together.
+
     Args:
         num_samples: of the data set.
-        step_size: samples of a step, over all ranks and micro-batches.
+        step_size: samples (or packs, or batches) of a step, over all ranks and micro-batches.
         strategy: one of ``STRATEGIES``.
         seed: of the shuffling.
-        lengths: (num_samples,), tokens of each sample, for the strategies that group; for
-            ``group_by_modality_length`` negative where a sample has no media.
+        lengths: (num_samples,), tokens of each sample, for the strategies that group and for packs and batches by
+            tokens; for ``group_by_modality_length`` negative where a sample has no media.
         drop_last: leave the samples of incomplete steps out.
+        pack_length: tokens of a pack; 0 packs nothing.
+        max_tokens: most positions of a batch, padding included; 0 counts samples.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -67,6 +77,8 @@ class DataOrder:
         seed: int = 0,
         lengths: Sequence[int] | np.ndarray | None = None,
         drop_last: bool = False,
+        pack_length: int = 0,
+        max_tokens: int = 0,
     ) -> None:
         assert strategy in STRATEGIES, strategy
         self.num_samples = num_samples
@@ -75,8 +87,10 @@ class DataOrder:
         self.seed = seed
         self.lengths = np.asarray([] if lengths is None else lengths, np.int32)
         self.drop_last = drop_last
-        self._newest: tuple[int, np.ndarray] | None = None
-        assert strategy not in GROUPED or len(self.lengths) == num_samples
+        self.pack_length, self.max_tokens = pack_length, max_tokens
+        self._newest: tuple[int, np.ndarray, np.ndarray | None] | None = None
+        assert not self.has_lengths or len(self.lengths) == num_samples
+        assert not (pack_length and max_tokens)
         # A sampler of nothing would train zero steps and save an untrained model as if it were one.
         if num_samples == 0:
             raise ValueError("there is not a single sample to train on; see --data_path")
@@ -87,14 +101,24 @@ class DataOrder:
             )
 
     @property
+    def has_units(self) -> bool:
+        """Whether samples come in packs, or in batches by tokens."""
+        return bool(self.pack_length or self.max_tokens)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the order is made from the samples' lengths."""
+        return self.strategy in GROUPED or self.has_units
+
+    @property
     def num_steps(self) -> int:
         """Steps of an epoch, incomplete ones included."""
         return len(self.bounds) - 1
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """int64 (steps + 1,): step ``s`` is from ``bounds[s]`` to ``bounds[s + 1]`` in the order of any epoch."""
-        sizes = [len(group) for group in self._groups]
+        """int64 (steps + 1,): step ``s`` has the samples, or the units, from ``bounds[s]`` to ``bounds[s + 1]``."""
+        sizes = [len(plan) for plan in self._plans] if self.has_units else [len(group) for group in self._groups]
         # Step sizes are the same in every epoch, though the samples in the steps are not.
         complete = [self.step_size] * sum(size // self.step_size for size in sizes)
         steps = [size for size in self._arrange(complete, [size % self.step_size for size in sizes]) if size]
@@ -102,10 +126,74 @@ class DataOrder:
 
     def order(self, epoch: int) -> np.ndarray:
         """int32 or int64: the indices of an epoch's samples, step after step. The newest is kept."""
+        return self._order_and_units(epoch)[0]
+
+    def step_bounds(self, epoch: int) -> np.ndarray:
+        """int64 (steps + 1,): step ``s`` is from ``bounds[s]`` to ``bounds[s + 1]`` in the order of an epoch."""
+        units = self._order_and_units(epoch)[1]
+        return self.bounds if units is None else units[self.bounds]
+
+    def take(self, epoch: int, first: int, behind: int) -> list[int]:
+        """The samples from one place to another in an epoch, places counted as ``bounds`` does."""
+        order, units = self._order_and_units(epoch)
+        return (order[first:behind] if units is None else order[units[first] : units[behind]]).tolist()
+
+    def _order_and_units(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The samples of an epoch and, where they come in units, where each of these begins."""
         if self._newest is None or self._newest[0] != epoch:
             # A generator of its own: nothing else that draws numbers can change the order.
-            self._newest = (epoch, self._make_order(torch.Generator().manual_seed(self.seed + epoch)))
-        return self._newest[1]
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            made = self._fill_units(generator) if self.has_units else (self._make_order(generator), None)
+            self._newest = (epoch, *made)
+        return self._newest[1:]
+
+    def describe_units(self) -> str:
+        """How samples come together, and how little of it is padding; "" where a step counts samples."""
+        if not self.has_units:
+            return ""
+        count = sum(map(len, self._plans))
+        tokens = int(np.abs(self.lengths).sum())
+        if self.pack_length:
+            full = tokens / (count * self.pack_length)
+            return f"{self.num_samples:,} samples in {count:,} packs of {self.pack_length} tokens, {full:.1%} full"
+        longest = [np.maximum.reduceat(plan.lengths, plan.bounds[:-1]) for plan in self._plans]
+        positions = sum(
+            int((most * np.diff(plan.bounds)).sum()) for most, plan in zip(longest, self._plans, strict=True)
+        )
+        return (
+            f"{self.num_samples:,} samples in {count:,} batches of at most {self.max_tokens} positions, "
+            f"{self.num_samples / count:.1f} samples in each, {1 - tokens / positions:.1%} padding"
+        )
+
+    @cached_property
+    def _plans(self) -> list[BatchPlan]:
+        """What the samples of each group come in."""
+        lengths = [np.abs(self.lengths[group]) for group in self._groups]
+        if self.strategy == SEQUENTIAL:
+            most = self.pack_length or self.max_tokens
+            return [plan_in_order(of_group, most, padded=not self.pack_length) for of_group in lengths]
+        if self.pack_length:
+            return [plan_packs(of_group, self.pack_length) for of_group in lengths]
+        return [plan_token_batches(of_group, self.max_tokens) for of_group in lengths]
+
+    def _fill_units(self, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of an epoch in units, and where each begins."""
+        filled = [
+            plan.fill(group, np.abs(self.lengths[group]), generator)
+            for plan, group in zip(self._plans, self._groups, strict=True)
+        ]
+        samples = np.concatenate([of_group for of_group, _ in filled])
+        sizes = np.concatenate([np.diff(bounds) for _, bounds in filled])
+        bounds = np.concatenate(([0], np.cumsum(sizes)))
+        # Units by their numbers: each group's complete steps, all of them shuffled, then the groups' rests.
+        numbers = np.split(np.arange(len(sizes)), np.cumsum([len(plan) for plan in self._plans])[:-1])
+        ends = [len(of_group) - len(of_group) % self.step_size for of_group in numbers]
+        steps = np.concatenate([of_group[:end] for of_group, end in zip(numbers, ends, strict=True)])
+        steps = steps.reshape(-1, self.step_size)
+        if len(numbers) > 1:
+            steps = steps[shuffled(len(steps), generator)]
+        rests = [of_group[end:] for of_group, end in zip(numbers, ends, strict=True)]
+        return take_units(samples, bounds, np.concatenate(self._arrange([steps.ravel()], rests)))
 
     def _make_order(self, generator: torch.Generator) -> np.ndarray:
         if self.strategy in GROUPED:
@@ -145,7 +233,7 @@ class DataOrder:
         """
         if self.drop_last:
             return complete
-        leading = len(rests) > 1 and len(self._groups[0]) < self.step_size
+        leading = len(rests) > 1 and len(self._plans[0] if self.has_units else self._groups[0]) < self.step_size
         return [*rests[:leading], *complete, *rests[leading:]]
 
     def fingerprint(self, id_of: Callable[[int], str]) -> dict[str, str | int | None]:
@@ -160,11 +248,13 @@ class DataOrder:
         return {
             "samples": self.num_samples,
             "ids": hashlib.sha256(ids.encode()).hexdigest(),
-            "lengths": hashlib.sha256(self.lengths.tobytes()).hexdigest() if self.strategy in GROUPED else None,
+            "lengths": hashlib.sha256(self.lengths.tobytes()).hexdigest() if self.has_lengths else None,
             "strategy": self.strategy,
             "seed": None if self.strategy == SEQUENTIAL else self.seed,
             "step_size": self.step_size,
             "drop_last": self.drop_last,
+            "pack_length": self.pack_length,
+            "max_tokens": self.max_tokens,
         }
 
 
@@ -203,7 +293,8 @@ def cut_by_length(
 class RankBatchSampler(Sampler[list[int]]):
     """The batches of one rank: lists of indices, micro-batch after micro-batch.
 
-    Every rank gets as many. Of the samples of a micro-batch over all ranks, at most ``batch_size * num_ranks``,
+    What is said of samples here holds for packs and batches by tokens, where samples come in these. Every rank gets as
+    many. Of the samples of a micro-batch over all ranks, at most ``batch_size * num_ranks``,
     each rank gets the same number, or one fewer; where there are fewer samples than ranks, some ranks get an
     empty list. In groups of similar length, which are sorted, rank ``r`` gets samples r, r + ranks, ...: the ranks'
     sums of tokens then differ by no more than the longest sample and the shortest do. Otherwise it gets
@@ -246,11 +337,10 @@ class RankBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = self.epoch, self.start
         yield from repeat([], start)
-        order = self.order.order(epoch)
         for number in range(start, len(self)):
-            yield self._deal(order, number)
+            yield self._deal(epoch, number)
 
-    def _deal(self, order: np.ndarray, number: int) -> list[int]:
+    def _deal(self, epoch: int, number: int) -> list[int]:
         """This rank's share of an epoch's micro-batch."""
         step, micro = divmod(number, self.accumulation)
         begin, end = self.order.bounds[step : step + 2].tolist()
@@ -259,8 +349,9 @@ class RankBatchSampler(Sampler[list[int]]):
         count = min(end - begin, together)
         if count <= 0:
             return []  # An incomplete step before the last keeps its micro-batches: all ranks step together.
-        if self.order.strategy in GROUPED:  # Sorted by length: taking turns evens out the ranks' sums of tokens.
-            return order[begin + self.rank : begin + count : self.num_ranks].tolist()
+        # Sorted by length: taking turns evens out the ranks' sums of tokens. Packs and batches have even sums as it is.
+        if self.order.strategy in GROUPED and not self.order.has_units:
+            return self.order.take(epoch, begin, begin + count)[self.rank :: self.num_ranks]
         # Neighbours, so that a file that is read in order is read in order by each rank too.
         first, behind = (begin + count * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
-        return order[first:behind].tolist()
+        return self.order.take(epoch, first, behind)

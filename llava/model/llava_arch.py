@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from llava.compat import ModulesFilledLater, cache_name, keep_out_of_checkpoints, mark_unfilled
+from llava.compat import ModulesFilledLater, cache_name, choose_cache, keep_out_of_checkpoints, mark_unfilled
 from llava.config import GroundingConfig, VisionConfig
 from llava.geometry import SPATIAL_UNPAD
 from llava.io import apply_umask
@@ -45,6 +45,7 @@ from llava.model.loss import add_balance_loss, supervised_loss
 from llava.model.multimodal_encoder.base import VisionTower, build_tower
 from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler import build_resampler
+from llava.model.packing import PackLengths, run_decoder
 from llava.model.visual import ViewMerger, encode_visual, splice
 from llava.types import MediaKind
 
@@ -55,13 +56,6 @@ else:
 
 CACHE = cache_name()
 """What the installed transformers calls a decoder's cache, as an argument and in outputs."""
-
-
-def choose_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that a caller gave, by the new name or the old one; two of them are a ValueError."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one argument, and two caches were given; give one")
-    return past_key_values if cache is None else cache
 
 
 class LlavaMetaModel(_Decoder):
@@ -219,6 +213,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        pack_lengths: PackLengths | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[object, ...]:
         """One step of the language model over text, images and videos.
@@ -243,9 +238,11 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             return_logits: False leaves the logits out beside a loss, as the trainer does: the head then runs
                 at supervised positions alone.
             smoothing: label smoothing of the loss, see ``supervised_loss``; the load balancing loss is not smoothed.
-            output_router_logits: for mixtures of experts, whether the loss has its load balancing
-                part; by default what the configuration says.
+            output_router_logits: whether the loss of a mixture of experts has its load balancing part; by default what
+                the configuration says.
             return_dict: False returns a tuple; by default what the configuration says.
+            pack_lengths: of rows with several samples, the tokens of each (see ``packing``); ``variables`` are then a
+                row's all together.
             **kwargs: handed to the decoder.
 
         Returns:
@@ -269,15 +266,9 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         if balances is None:
             balances = getattr(self.config, "output_router_logits", False)
         kwargs |= {CACHE: choose_cache(cache, past_key_values), **({"output_router_logits": True} if balances else {})}
-        outputs = self.get_model()(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        rows = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        options = {"position_ids": position_ids, "use_cache": use_cache, "return_dict": True, **kwargs}
+        outputs = run_decoder(self.get_model(), pack_lengths, **rows, **options)
         hidden, kept = outputs.last_hidden_state, logits_to_keep  # (batch, length, width)
         head, targets = self._head_and_targets(labels, tables, tokens)
         loss = None if targets is None else supervised_loss(hidden, targets, head, num_items_in_batch, smoothing)

@@ -59,7 +59,7 @@ class WordPlan:
     def _of_steps(self, epoch: int) -> NDArray[np.int64]:
         """Words of each step of an epoch, int64 (steps,)."""
         cumulative = np.concatenate(([0], np.cumsum(self.words[self.order.order(epoch)])))
-        return np.diff(cumulative[self.order.bounds])
+        return np.diff(cumulative[self.order.step_bounds(epoch)])
 
     def steps_to(self, words: int) -> int:
         """The first step with which so many words are reached.

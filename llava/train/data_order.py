@@ -39,6 +39,8 @@ _MADE_FROM = {
         "--per_device_train_batch_size, --gradient_accumulation_steps or the number of ranks; their product counts",
     ),
     "drop_last": ("whether incomplete steps are left out", "--dataloader_drop_last"),
+    "pack_length": ("tokens of a pack (0: none)", "--packing or --model_max_length"),
+    "max_tokens": ("tokens of a batch (0: any number)", "--max_tokens_per_batch"),
 }
 
 
@@ -76,7 +78,7 @@ class TrainingData(TrainerCallback):
         # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
         self.batches = RankBatchSampler(
             build_order(self.dataset, self.args),
-            args.train_batch_size,
+            units_of_batch(args),
             args.gradient_accumulation_steps,
             args.world_size,
             args.process_index,
@@ -194,17 +196,54 @@ def count_steps(args: TrainingArguments, order: DataOrder) -> int:
     return args.max_steps if args.max_steps > 0 else math.ceil(epochs * order.num_steps)
 
 
+def units_of_batch(args: TrainingArguments) -> int:
+    """Samples of a rank's micro-batch, or packs; 1 where the batch is what counts."""
+    return 1 if args.max_tokens_per_batch else args.train_batch_size
+
+
 def build_order(dataset: Any, args: TrainingArguments) -> DataOrder:
     """The order of a run's training data."""
-    return DataOrder(
-        len(dataset),
-        # Samples of a step over all ranks: with other ranks the order stays, as long as this product does.
-        args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    return order_samples(
+        dataset,
+        # Those of a step over all ranks: with other ranks the order stays, as long as this product does.
+        units_of_batch(args) * args.gradient_accumulation_steps * args.world_size,
         args.train_sampling_strategy,
         data_seed(args),
-        read_lengths(dataset, args.train_sampling_strategy),
         args.dataloader_drop_last,
+        pack_length=find_max_length(dataset, "--packing") if args.packing else 0,
+        max_tokens=args.max_tokens_per_batch or 0,
     )
+
+
+def order_samples(
+    dataset: Any, step_size: int, strategy: str, seed: int, drop_last: bool, pack_length: int, max_tokens: int
+) -> DataOrder:
+    """The order of a data set's samples, see ``DataOrder``.
+
+    Raises:
+        ValueError: there are none, or one is longer than a batch may be.
+    """
+    has_units = bool(pack_length or max_tokens)
+    lengths = read_lengths(dataset, strategy, has_units)
+    if has_units:
+        assert lengths is not None
+        # As samples are when they come: text is cut to the context. A bad sample, which has no length, takes a place.
+        most = pack_length or find_max_length(dataset, "--max_tokens_per_batch")
+        lengths = np.where(lengths < 0, -1, 1) * np.clip(np.abs(lengths), 1, most)
+        if max_tokens and (longest := int(np.abs(lengths).max(initial=0))) > max_tokens:
+            raise ValueError(
+                f"--max_tokens_per_batch is {max_tokens}, but the longest sample alone has {longest}; raise it, or "
+                "lower --model_max_length"
+            )
+    return DataOrder(len(dataset), step_size, strategy, seed, lengths, drop_last, pack_length, max_tokens)
+
+
+def find_max_length(dataset: Any, flag: str) -> int:
+    """Most tokens of a sample; a ValueError for a program's own data set, which does not say it."""
+    documents = getattr(dataset, "documents", dataset)
+    if not hasattr(documents, "max_length"):
+        raise ValueError(f"{flag} needs to know how long samples are, which this program's own data set does not tell")
+    return int(documents.max_length)
 
 
 def build_evaluation_loader(
@@ -230,19 +269,25 @@ def loading_options(args: TrainingArguments, batches: RankBatchSampler, collate:
     }
 
 
-def read_lengths(dataset: Any, strategy: str) -> NDArray[np.int32] | None:
-    """What a strategy has to know of the samples' lengths; None where it is nothing."""
+def read_lengths(dataset: Any, strategy: str, has_units: bool = False) -> NDArray[np.int32] | None:
+    """What an order has to know of the samples' lengths; None where it is nothing.
+
+    Args:
+        has_units: whether samples come in packs or in batches by tokens.
+    """
     # Lengths take a pass over all texts (kept in --data_cache_dir), which the other two strategies do not need.
-    if strategy == BY_LENGTH:
-        return dataset.lengths
-    return dataset.modality_lengths if strategy == BY_MODALITY else None
+    if strategy == BY_MODALITY:
+        return dataset.modality_lengths
+    return dataset.lengths if strategy == BY_LENGTH or has_units else None
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In which of the things that make an order two of them differ, each with the flag to look at."""
     changes = []
     for name, (meaning, flag) in _MADE_FROM.items():
-        if before[name] != now[name]:
-            values = f" was {before[name]}, is {now[name]}" if name not in ("ids", "lengths") else " differ"
+        # Earlier versions had neither packs nor batches by tokens.
+        was = before.get(name, 0)
+        if was != now[name]:
+            values = f" was {was}, is {now[name]}" if name not in ("ids", "lengths") else " differ"
             changes.append(f"{meaning}{values} ({flag})")
     return changes

@@ -31,7 +31,7 @@ from llava.model.classes import build_config, choose_classes
 from llava.model.pretrained import read_config
 from llava.model.vocabulary import load_tokenizer
 from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints, list_milestones
-from llava.train.data_order import describe_changes, fingerprint_of, read_lengths
+from llava.train.data_order import describe_changes, fingerprint_of, order_samples
 from llava.train.exposure_log import EXPOSURE_FILE, describe
 from llava.train.identity import RunIdentity, hash_data
 from llava.types import EXPOSURE_COUNTS, Exposure
@@ -157,13 +157,14 @@ def build_run_order(dataset: RunDataset, run: RunIdentity) -> DataOrder:
         ValueError: these data make another one; says in what.
     """
     made_from = run.length["order"]
-    order = DataOrder(
-        len(dataset),
+    order = order_samples(
+        dataset,
         made_from["step_size"],
         made_from["strategy"],
         made_from["seed"] or 0,
-        read_lengths(dataset, made_from["strategy"]),
         made_from["drop_last"],
+        made_from.get("pack_length", 0),
+        made_from.get("max_tokens", 0),
     )
     if changes := describe_changes(made_from, fingerprint_of(order, dataset)):
         raise ValueError(f"the data make another order than the run's: {'; '.join(changes)}")
@@ -213,7 +214,7 @@ def compare(lines: Sequence[dict[str, Any]], dataset: RunDataset, order: DataOrd
     last = max(line["step"] for line in lines)
     epochs, rest = divmod(last, order.num_steps)
     # Less than an epoch: only what was trained on is read.
-    reached = order.order(0)[: order.bounds[rest]] if not epochs else np.arange(len(dataset))
+    reached = order.order(0)[: order.step_bounds(0)[rest]] if not epochs else np.arange(len(dataset))
     measured = measure(dataset, np.unique(reached).astype(np.int64), num_workers)
     total = np.zeros((len(dataset.sources), len(EXPOSURE_COUNTS)), np.int64)  # (sources, counts)
     differences: list[str] = []
@@ -222,7 +223,8 @@ def compare(lines: Sequence[dict[str, Any]], dataset: RunDataset, order: DataOrd
         for step in range(done, line["step"]):
             epoch, number = divmod(step, order.num_steps)
             # (samples of the step, 1 + counts)
-            samples = measured[order.order(epoch)[order.bounds[number] : order.bounds[number + 1]]]
+            begin, end = order.step_bounds(epoch)[number : number + 2]
+            samples = measured[order.order(epoch)[begin:end]]
             # Not +=, which adds once where a source stands there several times.
             np.add.at(total, samples[:, 0], samples[:, 1:])
         done = line["step"]

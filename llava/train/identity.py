@@ -56,7 +56,8 @@ _LEFT_OUT = {
     "local_rank", "hub_token", "resume_from_checkpoint", "resume_changed", "overwrite_output_dir", "ignore_data_skip",
     "label_names", "remove_unused_columns", "max_steps", "num_train_epochs", "word_limit", "config", "logging_dir",
     # The order of the data tells these itself, see data_order.py.
-    "train_sampling_strategy", "data_seed", "dataloader_drop_last", "dataloader_in_order",
+    "train_sampling_strategy", "data_seed", "dataloader_drop_last", "dataloader_in_order", "packing",
+    "max_tokens_per_batch",
     # Taken from the model instead, which knows what they became.
     "lora_r", "lora_alpha", "lora_dropout", "model_max_length", "mm_projector_lr", "mm_vision_resampler_lr",
     "mm_vision_tower_lr", "mm_coordinates_lr", "learning_rate", "router_aux_loss_coef", "mm_tunable_parts",

@@ -91,13 +91,18 @@ def check_and_report(
 def report_words(dataset: RunDataset | None, args: TrainingArguments) -> None:
     """Print how many words an epoch has and what the flags make of them, and set the number of steps by them.
 
+    What packs, or batches by tokens, are like is printed too.
+
     Args:
         dataset: trained on; None where nothing is.
         args: ``max_steps`` is set where ``--word_limit`` alone says how long the run is.
     """
     if dataset is None or not args.do_train:
         return
-    lines = plan_words(WordPlan(dataset.presented_words[0], build_order(dataset, args)), args)
+    order = build_order(dataset, args)
+    lines = plan_words(WordPlan(dataset.presented_words[0], order), args)
+    if order.has_units:
+        lines.append(order.describe_units())
     if args.process_index == 0:
         print("\n".join(lines), flush=True)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava.data.samplers import BY_LENGTH, BY_MODALITY
+
 
 @dataclass(kw_only=True)  # Behind DataArguments.data_path, which has no default.
 class FeatureCacheArguments:
@@ -17,5 +19,27 @@ class FeatureCacheArguments:
 class SpeedArguments:
     """How samples become batches, and what a step costs."""
 
+    # --- batches ---
+    packing: bool = False
+    """Put several samples, text or with media, one behind the other in each row of a batch, up to --model_max_length
+    tokens, where padding would stand: positions begin anew with each sample, and none sees another. A batch then has
+    --per_device_train_batch_size such rows."""
+    max_tokens_per_batch: int | None = None
+    """Fill each batch of a process with as many samples of similar length as fit so many positions, padding and visual
+    tokens included, in place of --per_device_train_batch_size samples."""
+
     def check_speed(self) -> None:
         """A ValueError for flags that do not go together."""
+        grouped = getattr(self, "train_sampling_strategy", None) == BY_LENGTH
+        if self.packing and self.max_tokens_per_batch is not None:
+            raise ValueError(
+                "--packing fills rows of --model_max_length tokens, and --per_device_train_batch_size of these are a "
+                "batch; leave out --max_tokens_per_batch"
+            )
+        if self.packing and grouped:
+            raise ValueError(
+                f"--packing puts long and short samples together, and --train_sampling_strategy {BY_LENGTH} asks for "
+                f"the contrary; take random, or {BY_MODALITY} to keep text-only samples apart"
+            )
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"--max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.data.collator import SupervisedCollator, model_inputs
-from llava.types import BadSample, Example, VisualInput
+from llava.types import BadSample, Coordinates, Example, VisualInput
 
 EOS = PAD = 0
 
@@ -67,3 +67,26 @@ def test_without_a_good_sample_the_batch_is_empty(bad):
     assert batch["sample_ids"] == []
     assert batch.get("bad_samples", []) == bad
     assert "images" not in batch
+
+
+def test_examples_of_a_pack_stand_one_behind_the_other():
+    examples = [
+        Example("a", [5, 6, EOS], [5, 6, EOS], [visual("image", 1, 1)], Coordinates((0.5,), (), (0.1, 0.2))),
+        Example("b", [7, EOS], [-100, EOS]),
+        Example("c", [8, 9, 1, EOS], [8, 9, 1, EOS], [visual("video", 3, 2)], Coordinates((0.25,), (0.75,), (0.3,))),
+    ]
+    batch = SupervisedCollator(PAD, pack_length=6)(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 7, 0], [8, 9, 1, 0, 0]]
+    # The first token of an example is predicted by nothing: what stands before it is another's.
+    assert batch["labels"].tolist() == [[-100, 6, 0, -100, 0], [-100, 9, 1, 0, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch["pack_lengths"] == [[3, 2], [4]]
+    assert batch["sample_ids"] == ["a", "b", "c"]
+    assert [len(image) for image in batch["images"]] == [1, 3]
+    first, second = batch["variables"]
+    assert first["temporal_input_locations"] == [0.5]
+    assert first["spatial_height_input_locations"] == [0.1, 0.2]
+    assert second["temporal_output_locations"] == [0.75]
+    joined = SupervisedCollator(PAD, pack_length=20)(examples)["variables"]
+    assert [variables["temporal_input_locations"] for variables in joined] == [[0.5, 0.25]]
+    assert SupervisedCollator(PAD, pack_length=6)([])["pack_lengths"] == [[1]]

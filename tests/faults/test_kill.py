@@ -122,6 +122,27 @@ def test_killed_at_any_moment(server: ForkServer, flags, whole: Path, tmp_path: 
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "batches", [{"packing": "true", "model_max_length": 60}, {"max_tokens_per_batch": 60}], ids=["packs", "tokens"]
+)
+def test_killed_with_other_batches(
+    server: ForkServer, flags, tmp_path: Path, batches: dict[str, object], ranks: int
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    run = server.run if ranks == 1 else server.run_ranks
+    batches = {**batches, "per_device_train_batch_size": 2 // ranks}
+    assert run(flags(whole, **batches), whole) == 0, said(whole)[-2000:]
+    moment = int(0.6 * int((whole / "moments").read_text()))
+    assert run(flags(output, **batches), output, moment=moment) == -signal.SIGKILL, said(output)[-2000:]
+    first = last_whole_step(output)
+    assert run(flags(output, **batches), output) == 0, said(output)[-2000:]
+    assert steps_of_start(output, 1) == list(range(first, STEPS))
+    assert_same(output, whole)
+    if ranks > 1:
+        assert trained_on(output, rank=1) == trained_on(whole, rank=1)
+
+
 @pytest.mark.parametrize(
     ("inside", "last"),
     [

@@ -98,9 +98,21 @@ def log_of(trainer: LlavaTrainer) -> Log:
         {"group_by_modality_length": "true", "max_steps": -1, "num_train_epochs": 2},
         {"train_sampling_strategy": "sequential", "dataloader_drop_last": "true"},
         {"save_steps": 6},
+        {"packing": "true", "model_max_length": 24, "dataloader_num_workers": 2, "max_steps": 7, "save_steps": 2},
+        {"max_tokens_per_batch": 40, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 2},
         {"save_strategy": "epoch", "data_seed": 5, "max_steps": -1, "num_train_epochs": 2},
     ],
-    ids=["mid-epoch", "accumulation", "workers", "epochs", "drop-last", "epoch's-end", "saved-by-epoch"],
+    ids=[
+        "mid-epoch",
+        "accumulation",
+        "workers",
+        "epochs",
+        "drop-last",
+        "epoch's-end",
+        "packs",
+        "tokens",
+        "saved-by-epoch",
+    ],
 )
 def test_resumed_run_sees_what_an_uninterrupted_one_sees(
     gpt2_dir, texts: Path, tmp_path: Path, trained, read, monkeypatch, changes: dict

@@ -15,7 +15,6 @@ serves all backbones whose attention goes through ``AttentionInterface``. For th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -27,9 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llava.compat import OwnAttention
+from llava.compat import OwnAttention, choose_cache
 from llava.model.backbones import VARIANTS, variant_type
-from llava.model.llava_arch import CACHE, LlavaMetaForCausalLM, choose_cache
+from llava.model.llava_arch import CACHE, LlavaMetaForCausalLM
+from llava.model.packing import PackedMask, attend, current_layout, eager_attention, make_mask
 from llava.model.visual import VISION_MODULES
 
 if TYPE_CHECKING:  # What the mixins are mixed into; at run time each backbone brings its own.
@@ -54,13 +54,16 @@ def is_restricted(layer: int, num_layers: int) -> bool:
     return layer % 2 == 1 and layer != num_layers - 1
 
 
-def forbidden_keys(variant: str, modality_ids: Tensor, num_queries: int) -> Tensor:
+def forbidden_keys(
+    variant: str, modality_ids: Tensor, num_queries: int, first_positions: Tensor | None = None
+) -> Tensor:
     """Which keys a restricted layer hides, beside those that a causal one does.
 
     Args:
         variant: "alternating" or "alternating_cross".
         modality_ids: bool (batch, keys), true for images and videos; covers the cache too.
         num_queries: the last so many of the keys are the queries' own.
+        first_positions: int64 (batch, keys), of rows with several samples: where each position's sample begins.
 
     Returns:
         bool (batch, 1, queries, keys), true where a key is hidden; never true for a query's own.
@@ -73,7 +76,10 @@ def forbidden_keys(variant: str, modality_ids: Tensor, num_queries: int) -> Tens
     positions = torch.arange(num_keys, device=modality_ids.device)
     is_other = positions[num_keys - num_queries :, None] != positions  # (queries, keys): false for a query's own
     # Up to the first image or video there is nothing else to look at: nothing is hidden there.
-    has_seen = modality_ids.cumsum(1)[:, num_keys - num_queries :] > 0  # (batch, queries)
+    num_seen = modality_ids.cumsum(1)  # (batch, keys)
+    if first_positions is not None:
+        num_seen = num_seen - (num_seen - modality_ids.long()).gather(1, first_positions)
+    has_seen = num_seen[:, num_keys - num_queries :] > 0  # (batch, queries)
     return (same & is_other & has_seen[:, :, None])[:, None]
 
 
@@ -104,7 +110,7 @@ class AlternatingModel(AlternatingAttention, _Decoder):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if not self.has_attention_interface:
-            # Such a decoder hands its layers a mask and nothing else: it is given two in one, see _pack_masks.
+            # Such a decoder hands its layers a mask and nothing else: it is given two in one, see _join_masks.
             take_mask = partial(_take_mask, num_layers=config.num_hidden_layers)
             for name, module in self.named_modules():
                 if hasattr(module, "layer_idx") and not name.startswith(VISION_MODULES):
@@ -132,11 +138,16 @@ class AlternatingModel(AlternatingAttention, _Decoder):
         num_queries = inputs_embeds.shape[1]
         modality_ids = _complete(modality_ids, cache, num_queries)  # (batch, past + queries)
         if modality_ids is not None:
-            forbidden = forbidden_keys(self.variant, modality_ids, num_queries)  # (batch, 1, queries, keys)
-            if self.has_attention_interface:
-                kwargs["forbidden"] = forbidden
-            else:
-                attention_mask = _pack_masks(self.config, inputs_embeds, attention_mask, cache, forbidden)
+            layout = current_layout()
+            if not self.has_attention_interface:
+                first = None if layout is None else layout.first_positions
+                forbidden = forbidden_keys(self.variant, modality_ids, num_queries, first)  # (batch, 1, queries, keys)
+                attention_mask = _join_masks(self.config, inputs_embeds, attention_mask, cache, forbidden)
+            elif layout is None:
+                kwargs["forbidden"] = forbidden_keys(self.variant, modality_ids, num_queries)
+            else:  # By sample, as attention runs: (samples, 1, longest, longest) for each group.
+                groups = layout.split(modality_ids)
+                kwargs["forbidden"] = [forbidden_keys(self.variant, ids, ids.shape[1]) for ids in groups]
         outputs = super().forward(
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
@@ -226,21 +237,22 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    forbidden: Tensor | None = None,
+    attention_mask: Tensor | PackedMask | None,
+    forbidden: Tensor | list[Tensor] | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for ``AttentionInterface``: ``attention_function`` under the layer's own mask."""
     layer = cast(AttentionLayer, module)
     if forbidden is not None and is_restricted(layer.layer_idx, layer.config.num_hidden_layers):
-        attention_mask = _restrict(attention_mask, forbidden, key.shape[2])
+        if isinstance(attention_mask, PackedMask):
+            pairs = zip(attention_mask.groups, forbidden, strict=True)
+            groups = [_restrict(mask, hidden, hidden.shape[-1]) for mask, hidden in pairs]
+            attention_mask = PackedMask(attention_mask.layout, groups)
+        else:
+            assert isinstance(forbidden, Tensor)
+            attention_mask = _restrict(attention_mask, forbidden, key.shape[2])
         layer.was_restricted = True
-    return attention_function(module, query, key, value, attention_mask, **kwargs)
-
-
-def _eager_attention(module: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """The eager attention of the model that a layer belongs to; each model of transformers has its own."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+    return attend(attention_function, module, query, key, value, attention_mask, **kwargs)
 
 
 def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -> Tensor:
@@ -257,7 +269,7 @@ def _restrict(attention_mask: Tensor | None, forbidden: Tensor, num_keys: int) -
     return attention_mask.masked_fill(forbidden, torch.finfo(attention_mask.dtype).min)
 
 
-def _pack_masks(
+def _join_masks(
     config: PretrainedConfig,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
@@ -295,6 +307,6 @@ def _hand_down(
 
 
 AttentionInterface.register(_PREFIX + "sdpa", partial(_attend, sdpa_attention_forward))
-AttentionInterface.register(_PREFIX + "eager", partial(_attend, _eager_attention))
-AttentionMaskInterface.register(_PREFIX + "sdpa", sdpa_mask)
-AttentionMaskInterface.register(_PREFIX + "eager", eager_mask)
+AttentionInterface.register(_PREFIX + "eager", partial(_attend, eager_attention))
+AttentionMaskInterface.register(_PREFIX + "sdpa", partial(make_mask, sdpa_mask))
+AttentionMaskInterface.register(_PREFIX + "eager", partial(make_mask, eager_mask))
