@@ -24,8 +24,8 @@ from llava.model.loading import choose_classes
 from llava.model.pretrained import read_config
 from llava.train import preemption
 from llava.train.arguments import DataArguments, ModelArguments
-from llava.train.callbacks import ThroughputCallback
 from llava.train.command_line import build_group, parse_values
+from llava.train.throughput import ThroughputLines
 from llava.train.train import build_trainer, check_media_folders, cli, load_from_arguments, train
 
 MISMATCH = 3
@@ -67,7 +67,10 @@ def build_parser() -> CommandParser:
         help=f"print what --init_from_backbone copies, write every tensor to {MANIFEST} in --output_dir, and exit",
     )
     parser.add_argument(
-        "--throughput_log_steps", type=int, metavar="N", help="log samples a second and memory every N steps"
+        "--throughput_log_steps",
+        type=int,
+        metavar="N",
+        help="say samples and tokens a second, the wait for data and memory every N steps",
     )
     return parser
 
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not inspecting:
         trainer = build_trainer(words, **loading)
         if own.throughput_log_steps is not None:
-            trainer.add_callback(ThroughputCallback(own.throughput_log_steps))
+            trainer.add_callback(ThroughputLines(trainer.throughput, own.throughput_log_steps))
         train(trainer)
     return 0
 

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +149,7 @@ class WordBudget(TrainerCallback):
     Attributes:
         exposure: counts the words.
         write_milestone: writes the model to a folder of that name; called on all ranks.
+        paused: what stops the clock of training while milestones are written and hooks run.
         hooks: called on **all ranks**, in order, with every ``Milestone`` once its folder is complete. Append to it
             before ``train``: ``trainer.word_budget.hooks.append(score)``. They must leave model and random states as
             they were. A run that is resumed before a milestone calls them for it again.
@@ -157,6 +159,7 @@ class WordBudget(TrainerCallback):
 
     exposure: ExposureLog
     write_milestone: Callable[[Milestone], None]
+    paused: Callable[[], AbstractContextManager[None]] = nullcontext
     hooks: list[MilestoneHook] = field(default_factory=list)
     reached: bool = False
     at_milestone: bool = False
@@ -215,7 +218,9 @@ class WordBudget(TrainerCallback):
         before, self._words = self._words, self.exposure.count_words()
         passed = [number for number in args.milestone_numbers if before < number <= self._words]
         self.at_milestone = bool(passed)
-        self._leave_milestones(args, state, passed)
+        if passed:
+            with self.paused():
+                self._leave_milestones(args, state, passed)
         if args.word_limit_number is None or self._words < args.word_limit_number:
             return
         self.reached = True
@@ -229,8 +234,6 @@ class WordBudget(TrainerCallback):
 
     def _leave_milestones(self, args: TrainingArguments, state: TrainerState, passed: Sequence[int]) -> None:
         """Write the milestones that a step has come to, and call the hooks for each."""
-        if not passed:
-            return
         output_dir = Path(str(args.output_dir))
         names = [milestone_name(number) for number in passed]
         if is_first_rank():

@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
 from dataclasses import dataclass
 
-import psutil
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.train.preemption import EvaluationStopped, StopRequest
 
-logger = logging.getLogger(__name__)
-
 FIRST_STEPS = 10
 """Steps that are logged one by one, whatever ``--logging_steps`` says."""
-
-
-class ThroughputCallback(TrainerCallback):
-    """Logs samples a second, over all ranks, and the peak of this process's memory.
-
-    Args:
-        log_steps: how many steps each line is about.
-    """
-
-    def __init__(self, log_steps: int) -> None:
-        if log_steps < 1:
-            raise ValueError(f"--throughput_log_steps is {log_steps}; it must be at least 1, or leave it out")
-        self.log_steps = log_steps
-        self._since: tuple[int, float] | None = None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self._since is None:
-            # From the first step on: its batches are there by then, so the start of the workers does not count.
-            self._since = (state.global_step, time.perf_counter())
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self._since is None or state.global_step % self.log_steps:
-            return
-        (first, start), now = self._since, time.perf_counter()
-        self._since = (state.global_step, now)
-        if state.is_world_process_zero:
-            # train_batch_size is that of a micro-batch on one rank.
-            samples = (state.global_step - first) * args.train_batch_size * args.gradient_accumulation_steps
-            rate = samples * args.world_size / (now - start)
-            logger.info("step %d: %.1f samples/s, %s", state.global_step, rate, describe_memory())
 
 
 class FirstStepsCallback(TrainerCallback):
@@ -101,16 +60,3 @@ class StopCallback(TrainerCallback):
     ) -> None:
         if state.global_step < state.max_steps and self.request.agree(args.device):
             raise EvaluationStopped
-
-
-def describe_memory() -> str:
-    """The most memory that this process has held so far: of its GPU, where it has one, else of the machine."""
-    if torch.cuda.is_available():
-        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return f"peak memory {psutil.Process().memory_info().peak_wset / 2**30:.2f} GiB"
-    # ru_maxrss is in KiB, but on macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -51,6 +52,16 @@ class DataPosition(NamedTuple):
     step: int
 
 
+class TrainingLoader(DataLoader):
+    """A loader whose workers may stay from epoch to epoch without a random number of training being another."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.persistent_workers and self._iterator is not None:
+            # As torch draws one where it starts workers: a run that is resumed here starts them, and must go on alike.
+            torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
+
+
 @dataclass(eq=False)
 class TrainingData(TrainerCallback):
     """The order of the training data, this rank's batches of them, and the position in them.
@@ -85,10 +96,10 @@ class TrainingData(TrainerCallback):
         )
         # Without it the workers of all ranks would draw the same random numbers.
         start_worker = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-        return DataLoader(
+        return TrainingLoader(
             self.dataset,
             worker_init_fn=start_worker,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             **loading_options(args, self.batches, collate),
         )
 

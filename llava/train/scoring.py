@@ -82,7 +82,8 @@ class ScoringCallback(TrainerCallback):
         if request.agreed or not self.plan.is_due(state.global_step, budget.at_milestone, is_last):
             return
         try:
-            self._score(state, control)
+            with self.trainer.throughput.paused():
+                self._score(state, control)
         except ScoringStopped:
             control.should_save = control.should_training_stop = True
             request.evaluation_due |= control.should_evaluate

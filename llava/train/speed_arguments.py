@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava.data.samplers import BY_LENGTH, BY_MODALITY
+from llava.train.flops import parse_peak
 
 
 @dataclass(kw_only=True)  # Behind DataArguments.data_path, which has no default.
@@ -28,6 +29,16 @@ class SpeedArguments:
     """Fill each batch of a process with as many samples of similar length as fit so many positions, padding and visual
     tokens included, in place of --per_device_train_batch_size samples."""
 
+    # --- throughput ---
+    peak_flops: str | None = None
+    """What mfu in the log is a share of: operations a second of one GPU (or of a process on the CPU), such as 989T;
+    measure takes the rate of a product of matrices as the run begins (default: bf16 of the GPUs known by name; without
+    one there is no mfu)."""
+
+    # --- loading of data ---
+    dataloader_persistent_workers: bool = True
+    """Keep the workers of the training data from epoch to epoch (default true; without workers it means nothing)."""
+
     def check_speed(self) -> None:
         """A ValueError for flags that do not go together."""
         grouped = getattr(self, "train_sampling_strategy", None) == BY_LENGTH
@@ -43,3 +54,5 @@ class SpeedArguments:
             )
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"--max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
+        if self.peak_flops is not None:
+            parse_peak(self.peak_flops)

@@ -8,6 +8,7 @@ What a run owns beside transformers' trainer are plain objects, to which the tra
     nan_check      nan_check.py     a NaN or an infinity stops it before the optimizer's step
     bad_sample_log bad_samples.py   what was skipped
     exposure       exposure_log.py  what batches have presented to the model
+    throughput     throughput.py    samples and tokens a second, the wait for data, memory, MFU
     word_budget    budget.py        ends the run with its words, leaves milestones and calls hooks at each
 
 Public methods are overridden where there are any. The six private ones come last in the class, each with its reason.
@@ -31,7 +32,6 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava.constants import IGNORE_INDEX
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.model.grad_sync import UnusedVisionModules, trains_vision_alone
@@ -53,12 +53,14 @@ from llava.train.evaluation import (
     keeping_random_states,
 )
 from llava.train.exposure_log import ExposureLog
+from llava.train.flops import find_peak
 from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
 from llava.train.preemption import EvaluationStopped, ScoringStopped, StopRequest
 from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
 from llava.train.saving import CheckpointWriter
+from llava.train.throughput import ThroughputMeter, count_targets
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,10 @@ class LlavaTrainer(Trainer):
         self.stop_request = StopRequest()
         self.exposure = ExposureLog(self.train_dataset, Path(str(self.args.output_dir)), self.stop_request)
         self.checkpoints = CheckpointWriter(self, self.data, self.stop_request, self.exposure)
-        self.word_budget = WordBudget(self.exposure, self.checkpoints.write_milestone)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        peak = find_peak(self.args.peak_flops, self.args.device, dtype)
+        self.throughput = ThroughputMeter(self.model, self.args.dataloader_num_workers, peak)
+        self.word_budget = WordBudget(self.exposure, self.checkpoints.write_milestone, self.throughput.paused)
         self.bad_sample_log = bad_sample_log
         self.nan_check: NanCheck | None = None
         self.cut: CutCounter | None = None
@@ -107,8 +112,8 @@ class LlavaTrainer(Trainer):
         self._returns_logits = False
         self._changes: Differences | None = None  # from the run that is gone on with
         # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
-        own = (self.data, self.exposure, self.word_budget, StopCallback(self.stop_request), FirstStepsCallback())
-        for callback in (*own, bad_sample_log):
+        own = (self.throughput, self.data, self.exposure, self.word_budget, StopCallback(self.stop_request))
+        for callback in (*own, FirstStepsCallback(), bad_sample_log):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -153,7 +158,8 @@ class LlavaTrainer(Trainer):
         Bad samples among them go into the log of bad samples, and those cut to the context are counted.
         """
         # All micro-batches of the step at once: the loss of each is divided by the number of tokens of all of them.
-        batches = list(islice(epoch_iterator, num_batches))
+        with self.throughput.waiting():
+            batches = list(islice(epoch_iterator, num_batches))
         if self.bad_sample_log is not None:
             num_used = sum(len(batch["sample_ids"]) for batch in batches)
             self.bad_sample_log.record(num_used, [bad for batch in batches for bad in batch.get("bad_samples", ())])
@@ -163,9 +169,10 @@ class LlavaTrainer(Trainer):
         self.exposure.add(batches)
         if not batches:
             return batches, None
-        # The first label of a row is predicted by nothing. transformers knows that only for the model classes it
-        # knows, and older releases for none.
-        num_items = torch.stack([(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        # Counted here: transformers does it only for the model classes it knows, and older releases for none.
+        targets = [count_targets(batch) for batch in batches]
+        self.throughput.add(batches, targets)
+        num_items = torch.tensor(sum(targets), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items.float()
@@ -219,22 +226,27 @@ class LlavaTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with the samples skipped and those cut to the context so far, where there are any."""
+        """As in transformers, with throughput, and the samples skipped and those cut so far, where there are any."""
         if self.bad_sample_log is not None:
             logs["skipped_samples"] = len(self.bad_sample_log)
         if self.cut is not None:
             logs |= self.cut.counts
+        self.throughput.add_to(logs)
         if "train_runtime" in logs:
             # The last line of a training. What transformers does next, where one checkpoint is to be kept, is remove
             # all but the best one, and with the newest the end of the run; our own rotation keeps both.
             self.args.save_total_limit = None
         super().log(logs, start_time)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a micro-batch; transformers would count a tower's weights for each token of the text."""
+        return int(self.throughput.count_flops(inputs)) if len(inputs["input_ids"]) else 0
+
     # Evaluation.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; the random numbers that it draws are not taken from those of training."""
-        with keeping_random_states(self.args.device):
+        with self.throughput.paused(), keeping_random_states(self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -421,4 +433,5 @@ class LlavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         # transformers writes in place, and ends in the midst of it where a disk is full.
-        self.checkpoints.write_checkpoint()
+        with self.throughput.paused():
+            self.checkpoints.write_checkpoint()

@@ -239,10 +239,7 @@ TOPICS: dict[str, dict[str, Flag]] = {
         "dataloader_drop_last": _works("leaves the samples of incomplete steps out of training"),
         "dataloader_num_workers": _works("as in transformers", _at_least(0)),
         **_all("dataloader_pin_memory"),
-        "dataloader_persistent_workers": _works(
-            "of the training data",
-            Refusal(lambda value, args: value and args.dataloader_num_workers == 0, _NO_WORKERS, "true"),
-        ),
+        "dataloader_persistent_workers": _works("of the training data, and by default true"),
         "dataloader_prefetch_factor": _works(
             "as in transformers",
             Refusal(lambda value, args: value is not None and value < 1, "it must be at least 1",

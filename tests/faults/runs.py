@@ -51,8 +51,10 @@ def trained_on(folder: Path, rank: int = 0) -> dict[int, list[Any]]:
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """The lines of the log about steps, without times."""
+    from llava.train.throughput import RATES
+
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return [{k: v for k, v in entry.items() if k not in RATES} for entry in history if "loss" in entry]
 
 
 class ForkServer:

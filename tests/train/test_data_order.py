@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from llava.data.dataset import SupervisedDataset
 from llava.data.samplers import DataOrder, RankBatchSampler
 from llava.train import exposure
+from llava.train.throughput import RATES
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 
@@ -86,7 +87,7 @@ Log = list[dict[str, float]]
 
 
 def log_of(trainer: LlavaTrainer) -> Log:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{k: v for k, v in e.items() if k not in RATES} for e in trainer.state.log_history if "loss" in e]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +332,13 @@ def test_two_ranks_share_an_uneven_epoch(gpt2_dir, tmp_path: Path, trained, warm
     for place in (".", "chck_20", "chck_60"):
         one, two = (load_file(tmp_path / name / place / "model.safetensors") for name in ("one", "two"))
         assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    # Throughput is that of both ranks together: by step and by sample they have what one process has.
+    last = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][-1] for name in ("one", "two")
+    ]
+    for name in ("samples", "tokens", "supervised_tokens"):
+        one, two = (line[f"train_{name}_per_second"] / line["train_steps_per_second"] for line in last)
+        assert one == pytest.approx(two, rel=2e-3)
     # What was presented is counted over the ranks; the order of the data gives the same once more.
     counted = [(tmp_path / name / "exposure.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert counted[0] == counted[1]
