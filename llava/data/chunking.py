@@ -12,6 +12,7 @@ so that every token but the first is predicted once, as in a context without end
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -52,6 +53,8 @@ class Documents(TokenizedRecords, Protocol):
     def lengths(self) -> NDArray[np.int32]: ...
 
     def __getitem__(self, index: int) -> Example | BadSample: ...
+
+    def decoding_once(self) -> AbstractContextManager[None]: ...
 
     def expose(self, record: Record, labels: list[int]) -> Exposure: ...
 
@@ -95,6 +98,11 @@ class RearrangedDataset(Dataset["Example | BadSample"], Generic[D]):
     def __getitem__(self, index: int) -> Example | BadSample:
         """A sample, or a part of the texts; errors are those of the documents."""
         raise NotImplementedError
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example | BadSample]:
+        """The samples of a batch, as ``self[index]`` gives each; media are decoded once."""
+        with self.documents.decoding_once():
+            return [self[index] for index in indices]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

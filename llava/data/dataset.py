@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ from llava.types import (
     Coordinates,
     Example,
     Exposure,
+    Media,
     Record,
     Turn,
     VisualInput,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_NAMED = 5
+DecodingKey = tuple[Media, tuple[int, int] | None]
+"""What decoding depends on beside settings: a medium, and the part of it that is meant."""
 
 
 @dataclass(eq=False, repr=False)
@@ -93,6 +97,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         # Input coordinates are data that the model is given, so they are masked in the labels.
         tables = self.grounding.token_ids if self.grounding is not None and self.grounding.has_tables else {}
         self._input_coordinate_ids = {i for token, i in tables.items() if token.endswith("-INPUT>")}
+        self._decoded: dict[DecodingKey, VisualInput | MediaError] | None = None  # of the batch that is being made
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,6 +119,20 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             if self.on_bad_sample == ERROR:
                 raise BadSampleError(str(bad)) from error
             return bad
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example | BadSample]:
+        """The samples of a batch, as ``self[index]`` gives each; a medium that several of them have is decoded once."""
+        with self.decoding_once():
+            return [self[index] for index in indices]
+
+    @contextmanager
+    def decoding_once(self) -> Iterator[None]:
+        """Within it a medium that has been decoded is not decoded again."""
+        self._decoded = {}
+        try:
+            yield
+        finally:
+            self._decoded = None
 
     def load_example(self, record: Record) -> Example:
         """Decode and tokenise a record; a ValueError if it cannot be used."""
@@ -153,14 +172,28 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         loaded = []
         for media in record.media:
             assert self.vision is not None  # See check_model.
-            try:
-                loaded.append(load_media(media, self.vision, record.split, self.decode_timeout, self.limits))
-            except MediaError as error:
-                raise MediaError(f"{record}: {error}", media.path) from error
+            decoded = self._decode(media, self.vision, record.split)
+            if isinstance(decoded, MediaError):
+                raise MediaError(f"{record}: {decoded}", media.path) from decoded
+            loaded.append(decoded)
         if len({media.kind for media in loaded}) < 2:
             return loaded
         # Records list images and videos apart; the text says in which order the model reads them.
         return in_reading_order(loaded, [turn.text for turn in record.turns])
+
+    def _decode(self, media: Media, vision: VisionConfig, split: tuple[int, int] | None) -> VisualInput | MediaError:
+        """A medium, or why it cannot be used; from the batch that is being made, if it has been there already."""
+        key = (media, split)
+        if self._decoded is not None and key in self._decoded:
+            return self._decoded[key]
+        decoded: VisualInput | MediaError
+        try:
+            decoded = load_media(media, vision, split, self.decode_timeout, self.limits)
+        except MediaError as error:
+            decoded = error
+        if self._decoded is not None:
+            self._decoded[key] = decoded
+        return decoded
 
     def _place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
         """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""

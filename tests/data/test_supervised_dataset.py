@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ITALIAN, turns, write_video
+from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
 from llava.data import dataset as dataset_module
 from llava.data import dataset_stats
+from llava.data.chunking import ChunkedDataset
 from llava.data.dataset import SupervisedDataset, find_unsupervised
 from llava.data.media import load_media
 from llava.data.module import make_supervised_data_module
@@ -210,6 +212,32 @@ def test_sample_that_does_not_fit_is_a_bad_sample_without_a_file(media_dir, visu
     assert isinstance(bad, BadSample)
     assert bad.file == ""
     assert bad.reason.startswith("it needs at least 41 tokens (39 of them visual), but the limit is 40; raise")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_medium_of_several_samples_of_a_batch_is_decoded_once(
+    tmp_path, media_dir, visual_tokenizer, tiny_vision, monkeypatch, chunked
+):
+    """Five captions of one clip, another part of it, and a broken one twice: each sample is as it is alone."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    clip, bad = Media("video", str(media_dir / "a.mp4")), Media("video", str(broken))
+    records = [replace(record(["<video>", text], clip), id=str(i)) for i, text in enumerate(ITALIAN)]
+    records += [replace(records[0], id="part", split=(0, 5)), *(record(["<video> x"], bad, source=s) for s in "ab")]
+    asked = []
+    monkeypatch.setattr(dataset_module, "load_media", lambda *words: asked.append(words[0]) or load_media(*words))
+    data = SupervisedDataset(records, visual_tokenizer, tiny_vision, 512, on_bad_sample="skip")
+    dataset = ChunkedDataset(data) if chunked else data
+    alone = [dataset[i] for i in range(len(records))]
+    assert len(asked) == len(records)
+    asked.clear()
+    loader = DataLoader(dataset, batch_sampler=[range(len(records)), [0]], collate_fn=list)
+    together, (again,) = loader
+    assert asked == [clip, clip, bad, clip]  # Whole and in part; what a batch has decoded is gone with it.
+    assert [repr(one) for one in together] == [repr(one) for one in alone]
+    assert {sample.source for sample in together[-2:]} == {"a", "b"}
+    for one, other in zip([*together[:-2], again], [*alone[:-2], alone[0]], strict=True):
+        assert torch.equal(one.media[0].frames, other.media[0].frames)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
