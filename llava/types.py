@@ -82,14 +82,34 @@ class Record:
 
 
 @dataclass(frozen=True)
+class FeatureEntry:
+    """What a feature cache keeps of an image or a video beside the tower's features."""
+
+    key: str  # its name, made of the file's bytes and of all that its features depend on
+    context: str  # the settings among these, see data/feature_cache/keys.py
+    kind: MediaKind
+    original_size: tuple[int, int]
+    times: tuple[float, ...]
+    duration: float
+
+
+@dataclass(frozen=True)
 class VisualInput:
-    """A decoded image or video, ready for the tower."""
+    """A decoded image or video, ready for the tower, or the tower's features of it."""
 
     kind: MediaKind
-    frames: Tensor  # uint8 (frames, 3, side, side): one frame of an image, or its views with anyres
+    # uint8 (frames, 3, side, side): one frame of an image, or its views with anyres. Features that were kept stand in
+    # the same place, as (frames, 1, patches, tower width), see holds_features.
+    frames: Tensor
     original_size: tuple[int, int]  # (height, width) in pixels, before resizing
     times: tuple[float, ...] = ()  # of the frames, in seconds from the video's first
     duration: float = 0.0  # seconds of the whole video
+    entry: FeatureEntry | None = None  # that a feature cache lacks, and is to get once the tower has run
+
+
+def holds_features(frames: Tensor) -> bool:
+    """Whether the entry of an image or a video holds features of the tower: it has one channel, and pixels have 3."""
+    return frames.ndim == 4 and frames.shape[1] == 1
 
 
 @dataclass(frozen=True)
@@ -171,13 +191,13 @@ class BadSampleError(ValueError):
 
 
 class Batch(TypedDict, total=False):
-    """What the collator returns and, but for the last four, ``forward`` takes; rows are samples, or packs of some."""
+    """What the collator returns and, but for the last five, ``forward`` takes; rows are samples, or packs of some."""
 
     input_ids: Tensor  # int64 (batch, length)
     labels: Tensor  # int64 (batch, length)
     attention_mask: Tensor  # int64 (batch, length), ones exactly over each sample's own length
     # Three lists with an entry for each image or video of the batch, in reading order; absent without any.
-    images: list[Tensor]  # uint8 (frames, 3, side, side) each
+    images: list[Tensor]  # uint8 (frames, 3, side, side) each, or features: (frames, 1, patches, tower width)
     modalities: list[MediaKind]
     image_sizes: list[tuple[int, int]]  # original (height, width)
     variables: list[dict[str, list[float]]]  # coordinates of each row, in the tower's square; absent without any
@@ -187,3 +207,4 @@ class Batch(TypedDict, total=False):
     bad_samples: list[BadSample]  # those that have no row; absent without any
     num_cut: list[int]  # tokens that each row has lost; absent where nothing was cut
     exposure: list[Exposure]  # of each row; absent where nobody says
+    feature_entries: list[FeatureEntry | None]  # that a cache is to get, one for each of images; absent without any

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX
 from llava.types import NO_COORDINATES, BadSample, Batch, Coordinates, Example
 
-_ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut", "exposure")
+_ABOUT_SAMPLES = ("sample_ids", "bad_samples", "num_cut", "exposure", "feature_entries")
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +70,8 @@ class SupervisedCollator:
             batch["images"] = [item.frames for item in media]
             batch["modalities"] = [item.kind for item in media]
             batch["image_sizes"] = [item.original_size for item in media]
+        if any(item.entry is not None for item in media):
+            batch["feature_entries"] = [item.entry for item in media]
         # Keys are there only if a row has something for them: forward's defaults stand for the others.
         if any(example.coordinates != NO_COORDINATES for example in examples):
             batch["variables"] = [join_coordinates(row).to_variables() for row in rows]

@@ -228,7 +228,8 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             use_cache: whether to return the cache.
             images: one entry for each image or video over the batch in reading order, (3, side, side)
                 or (frames, 3, side, side), the frames of an anyres image being its views; uint8, or
-                floats normalised already. ``pixel_values`` is another name of it.
+                floats normalised already. (frames, 1, patches, tower width) are features of the tower.
+                ``pixel_values`` is another name of it.
             modalities: "image" or "video" for each entry; by default told from its axes.
             image_sizes: original (height, width) of each entry; needed for anyres images alone.
             variables: for each sample its six lists of coordinates (``Coordinates.to_variables``) or None, in the

@@ -1,6 +1,7 @@
 """From images and videos to embeddings among those of a text.
 
 media (frames, 3, side, side) -> tower (frames, patches, tower width) -> projector (frames, patches, width)
+(or the tower's features themselves, kept from before: (frames, 1, patches, tower width) -> projector)
 -> positions, for models with tables of coordinates -> resampler (tokens, width) -> merged views, for anyres images
 -> spliced into the token embeddings (batch, length, width).
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from llava.geometry import FLAT, AnyRes
 from llava.model.coordinates import COORDINATES
 from llava.model.multimodal_encoder.base import VisionTower
-from llava.types import MediaKind
+from llava.types import MediaKind, holds_features
 
 VISION_MODULES = ("vision_tower", "mm_projector", "vision_resampler", "image_newline")
 """Attributes of a decoder that hold its vision modules; the first part of their parameters' names."""
@@ -50,6 +51,7 @@ def encode_visual(
         projector: tower width to the language model's width; may pool the patches' grid.
         resampler: see ``Resampler.forward``; None keeps every patch.
         media: one (frames, 3, side, side) tensor for each image or video; the frames of an anyres image are its views.
+            One (frames, 1, patches, tower width) holds features of the tower, which does not run for it.
         modalities: which of the two each is.
         image_sizes: original (height, width) of each; needed for anyres images alone.
         merger: puts the views of anyres images together; None where an image is one frame.
@@ -63,7 +65,7 @@ def encode_visual(
         raise ValueError(f"{len(media)} images or videos came with {len(modalities)} modalities; pass one for each")
     if merger is not None:
         merger.check(media, modalities, image_sizes)
-    features = projector(tower(torch.cat(media)))  # (all frames, patches, width)
+    features = projector(encode_frames(tower, media))  # (all frames, patches, width)
     by_media = features.split([len(frames) for frames in media])  # (frames, patches, width) each
     if positions is not None:
         by_media = tuple(feature + positions(len(feature)).to(feature.dtype) for feature in by_media)
@@ -84,6 +86,17 @@ def encode_visual(
                 encoded[i] = parts.flatten(0, 1)
     # Groups were encoded in an order of their own: the features go back to that of the text.
     return [encoded[i] for i in range(len(media))]
+
+
+def encode_frames(tower: VisionTower, media: list[Tensor]) -> Tensor:
+    """The tower's features of all media, (all frames, patches, tower width); those that are given stay as they are."""
+    pixels = [frames for frames in media if not holds_features(frames)]
+    if len(pixels) == len(media):
+        return tower(torch.cat(media))
+    live = iter(tower(torch.cat(pixels)).split([len(frames) for frames in pixels]) if pixels else ())
+    given = (frames.squeeze(1) if holds_features(frames) else next(live) for frames in media)
+    # The same dtype for all: what the tower computes in.
+    return torch.cat([frames.to(tower.dtype) for frames in given])
 
 
 def splice(input_ids: Tensor, embeddings: Tensor, features: list[Tensor], visual_token_ids: list[int]) -> Tensor:

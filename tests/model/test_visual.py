@@ -77,3 +77,28 @@ def test_wrong_number_of_modalities_is_an_error(load_tiny, mixed_data: Path) -> 
     batch = batch_of(load_tiny(), mixed_data, [0, 1])
     with pytest.raises(ValueError, match="2 images or videos came with 1 modalities"):
         model(**{**batch, "modalities": ["video"]})
+
+
+@pytest.mark.parametrize("kept", [[], [0], [1], [0, 1]], ids=["none", "the first", "the second", "all"])
+def test_features_that_are_given_take_the_place_of_pixels(load_tiny, mixed_data: Path, kept: list[int]) -> None:
+    loaded = load_tiny()
+    model = loaded.model.train()
+    batch = batch_of(loaded, mixed_data, [4])  # a video, then an image
+    images, tower = batch["images"], model.get_vision_tower()
+
+    def run(media: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(**batch | {"images": media}).loss
+        loss.backward()
+        return loss.detach(), model.get_model().mm_projector[0].weight.grad.clone()
+
+    expected = run(images)
+    given = [tower(frames)[:, None] if i in kept else frames for i, frames in enumerate(images)]
+    seen: list[int] = []
+    hook = tower.register_forward_hook(lambda module, frames, features: seen.append(len(features)))
+    found = run(given)
+    hook.remove()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert sum(seen) == sum(len(frames) for i, frames in enumerate(images) if i not in kept)
