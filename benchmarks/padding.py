@@ -1,4 +1,4 @@
-"""How much of a batch is padding, and how unequal ranks' work is, by sampling strategy.
+"""How much of a batch is padding, and how unequal ranks' work is: by sampling strategy, by tokens and in packs.
 
     python benchmarks/padding.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.data.samplers import BY_MODALITY, STRATEGIES, DataOrder, RankBatchSampler
+from llava.data.samplers import BY_MODALITY, RANDOM, STRATEGIES, DataOrder, RankBatchSampler
 
 NUM_SAMPLES, BATCH, ACCUMULATION, RANKS = 100_000, 8, 2, 8
 
@@ -26,19 +26,23 @@ def generate_lengths() -> np.ndarray:
     return np.where(rng.random(NUM_SAMPLES) < 0.4, text, captions)
 
 
-def measure(strategy: str, signed: np.ndarray) -> dict[str, float]:
-    """Shares over an epoch."""
+def measure(strategy: str, signed: np.ndarray, batch_size: int = BATCH, **units: int) -> dict[str, float]:
+    """Shares over an epoch; with ``units``, those of ``DataOrder``, ``batch_size`` counts packs or batches."""
     lengths = np.abs(signed)
     order = DataOrder(
         NUM_SAMPLES,
-        BATCH * ACCUMULATION * RANKS,
+        batch_size * ACCUMULATION * RANKS,
         strategy,
         lengths=signed if strategy == BY_MODALITY else lengths,
+        **units,
     )
-    ranks = [list(RankBatchSampler(order, BATCH, ACCUMULATION, RANKS, rank)) for rank in range(RANKS)]
+    ranks = [list(RankBatchSampler(order, batch_size, ACCUMULATION, RANKS, rank)) for rank in range(RANKS)]
     tokens = positions = waited = mixed = 0
     for together in zip(*ranks, strict=True):
-        padded = [len(batch) * lengths[batch].max() if batch else 0 for batch in together]
+        if "pack_length" in units:
+            padded = [sum_of_rows(lengths[batch], units["pack_length"]) for batch in together]
+        else:
+            padded = [len(batch) * lengths[batch].max() if batch else 0 for batch in together]
         tokens += sum(int(lengths[batch].sum()) for batch in together)
         positions += sum(padded)
         waited += RANKS * max(padded)
@@ -50,11 +54,23 @@ def measure(strategy: str, signed: np.ndarray) -> dict[str, float]:
     }
 
 
+def sum_of_rows(lengths: np.ndarray, pack_length: int) -> int:
+    """Positions of a batch of packs, each filled up to the longest of them."""
+    rows = [0]
+    for length in lengths.tolist():
+        if rows[-1] + length > pack_length:
+            rows.append(0)
+        rows[-1] += length
+    return len(rows) * max(rows)
+
+
 def main() -> None:
     signed = generate_lengths()
     result = {
         "samples": NUM_SAMPLES, "batch": BATCH, "accumulation": ACCUMULATION, "ranks": RANKS,
         "strategies": {strategy: measure(strategy, signed) for strategy in STRATEGIES},
+        "packs": measure(RANDOM, signed, batch_size=2, pack_length=1024),
+        "tokens": measure(RANDOM, signed, batch_size=1, max_tokens=2048),
     }  # fmt: skip
     print(json.dumps(result, indent=2))
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
