@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from decode_child import SIZES, write_clip
+from decode import SIZES, write_clip
 
 from llava.data.check import MediaCheck, check_data
 from llava.data.records import read_records

@@ -12,6 +12,7 @@ from llava.command import CommandParser, run_command
 from llava.demo import common
 from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
 from llava.io import write_json
+from llava.train.command_line import choose_wait_policy
 
 _QUICK_AMOUNTS = {"num_train_clips": 64, "num_held_out_clips": 12}
 _ROWS_OF_TABLE = 12
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Write data, train on text and then on video, caption held-out clips, and report."""
+    choose_wait_policy()  # Before torch is imported.
     common.check_arguments(args, {"num_train_clips": 1, "num_held_out_clips": 2})
     if args.quick:
         vars(args).update(_QUICK_AMOUNTS)

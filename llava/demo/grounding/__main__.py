@@ -15,6 +15,7 @@ from llava.command import CommandParser, run_command
 from llava.demo import common
 from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
 from llava.io import write_json
+from llava.train.command_line import choose_wait_policy
 
 if TYPE_CHECKING:
     from llava.demo.grounding.dataset import GroundingData
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Write data, train, ask about held-out pictures and clips, and report."""
+    choose_wait_policy()  # Before torch is imported.
     common.check_arguments(args, {f"num_{name}": 1 for name in _AMOUNTS})
     if args.quick:
         vars(args).update({f"num_{name}": _QUICK_AMOUNT for name in _AMOUNTS})

@@ -1,10 +1,11 @@
-"""What decoding in a second process costs, against decoding in the one that asks.
+"""What decoding costs: a clip, in this process and in a second one that can be ended, and a clip with five captions.
 
-Both decode the same clips with the same settings, in turns, in one run; reported are milliseconds a clip (of the
-fastest repeat, which other work of the machine disturbs least) and their ratio, for each kind of clip, and what
-it takes to start the second process and the memory it holds.
+    python benchmarks/decode.py --output benchmarks/decode.json [CLIP...]
 
-    python benchmarks/decode_child.py --output benchmarks/decode_child.json [CLIP...]
+Both processes decode the same clips with the same settings, in turns, in one run; reported are milliseconds a clip (of
+the fastest repeat, which other work of the machine disturbs least) and their ratio, for each kind of clip, and what it
+takes to start the second process and the memory it holds. ``five_captions`` are the samples of a batch that share a
+clip, each made alone and all of them as a batch, which decodes it once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
+from train_step import RECIPE, build_tokenizer, build_vision, describe_machine
 
 from llava.data import decoding as decoder_process
+from llava.data.dataset import SupervisedDataset
 from llava.data.media import sample_video
+from llava.types import Media, Record, Turn
 
 SIZES = {"64x48": (64, 48, 12), "320x240": (320, 240, 75), "640x480": (640, 480, 75), "1280x720": (1280, 720, 75)}
 """Width, height and number of frames of the clips that are made here."""
@@ -55,6 +61,25 @@ def measure(path: Path, num_frames: int, repeats: int) -> dict[str, float]:
     return {"here_ms": round(here, 2), "there_ms": round(there, 2), "ratio": round(there / here, 3)}
 
 
+def measure_batch(path: Path, num_frames: int, repeats: int) -> dict[str, float]:
+    """Five samples of a clip, one by one and as a batch, in turns."""
+    sizes = replace(RECIPE, num_frames=num_frames)
+    tokenizer = build_tokenizer(replace(sizes, vocabulary=200))
+    turns = (Turn("user", "<video>"), Turn("assistant", "parola1 parola2"))
+    records = [Record(str(i), turns, (Media("video", str(path)),)) for i in range(5)]
+    dataset = SupervisedDataset(records, tokenizer, build_vision(sizes, tokenizer), sizes.context)
+    ways = {"alone": lambda: [dataset[i] for i in range(5)], "batch": lambda: dataset.__getitems__(range(5))}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name in ways if repeat % 2 else reversed(ways):
+            start = time.perf_counter()
+            ways[name]()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    alone, batch = (min(seconds[name]) * 1000 for name in ("alone", "batch"))
+    return {"alone_ms": round(alone, 2), "batch_ms": round(batch, 2), "ratio": round(alone / batch, 2)}
+
+
 def start() -> dict[str, float]:
     """Seconds from nothing to a process that is ready, and its memory in MiB then."""
     begin = time.perf_counter()
@@ -73,13 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         clips = {name: write_clip(Path(folder) / f"{name}.mp4", *size) for name, size in SIZES.items()}
         clips |= {path.name: path for path in args.clips}
         result = {
+            "machine": describe_machine(),
             "num_frames": args.num_frames,
             "process": start(),
             "clips": {name: measure(path, args.num_frames, args.repeats) for name, path in clips.items()},
+            "five_captions": {name: measure_batch(path, args.num_frames, args.repeats) for name, path in clips.items()},
         }
     text = json.dumps(result, indent=2)
     print(text)
