@@ -26,7 +26,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler import build_resampler
 from llava.model.visual import is_added
-from llava.types import MediaKind
+from llava.types import MediaKind, holds_features
 
 FORWARD, THROUGH, TRAINED = 2, 4, 6
 """Operations for each weight and token: forward alone, with a gradient that passes through, with one of the weight."""
@@ -107,7 +107,7 @@ class ModelFlops:
         self.per_token = sum(_matrices(model, weight))
         self.per_target = 0.0 if weight is None else _factor(weight) * prod(_shape(weight))
         self._decoder = model.get_model()
-        self._counted: dict[tuple[MediaKind, int], float] = {}
+        self._counted: dict[tuple[MediaKind, int, bool], float] = {}
 
     def count(self, batch: Mapping[str, Any], tokens: int, targets: int) -> float:
         """Operations of a micro-batch of a rank.
@@ -123,12 +123,13 @@ class ModelFlops:
                 self._counted[medium] = self._of_medium(*medium)
         return of_text + sum(self._counted[medium] for medium in media)
 
-    def _of_medium(self, kind: MediaKind, frames: int) -> float:
+    def _of_medium(self, kind: MediaKind, frames: int, is_encoded: bool) -> float:
         """Operations of tower, projector and resampler for an image (whose frames are its views) or a video."""
         decoder, vision = self._decoder, self._decoder.vision
         patches = frames * vision.patches_per_side**2
         tower_trains = _trains(decoder.vision_tower)
-        total = float((TRAINED if tower_trains else FORWARD) * _num_weights(decoder.vision_tower) * patches)
+        of_tower = (TRAINED if tower_trains else FORWARD) * _num_weights(decoder.vision_tower) * patches
+        total = 0.0 if is_encoded else float(of_tower)
         width = decoder.get_input_embeddings().embedding_dim
         modules = [decoder.mm_projector] + ([] if decoder.vision_resampler is None else [decoder.vision_resampler])
         counts = _count_forward(json.dumps(vision.to_model_config()), width, kind, frames)
@@ -142,14 +143,14 @@ class ModelFlops:
         return total
 
 
-def _media(batch: Mapping[str, Any]) -> Iterator[tuple[MediaKind, int]]:
-    """The kind and the number of frames of each image and video of a batch."""
+def _media(batch: Mapping[str, Any]) -> Iterator[tuple[MediaKind, int, bool]]:
+    """The kind and the number of frames of each image and video of a batch, and whether it is features already."""
     images = batch.get("images")
     if images is None:
         return
     kinds = batch.get("modalities") or ["image" if image.ndim == 3 else "video" for image in images]
     for image, kind in zip(images, kinds, strict=True):
-        yield kind, 1 if image.ndim == 3 else len(image)
+        yield kind, 1 if image.ndim == 3 else len(image), holds_features(image)
 
 
 @lru_cache(maxsize=256)

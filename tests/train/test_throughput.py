@@ -158,6 +158,12 @@ def test_operations_are_those_that_torch_counts(load_tiny, backbone: str) -> Non
     assert expected[0] == pytest.approx(counted[0], rel=0.02)
     # The tower's class token is not counted: 1 of 17 rows here, 1 of 257 in the recipes.
     assert expected[1] == pytest.approx(counted[1], rel=0.06)
+    # Features that are given need no tower.
+    kept = {**batch, "images": [torch.zeros(len(frames), 1, 16, 32) for frames in batch["images"]]}
+    weights = sum(
+        p.numel() for n, p in model.get_vision_tower().named_parameters() if p.ndim > 1 and "position" not in n
+    )
+    assert flops.count(batch, len(text), 2) - flops.count(kept, len(text), 2) == 2 * weights * 4 * 16
     model.get_model().mm_projector.requires_grad_(False)
     frozen = ModelFlops(model).count(batch, len(text), 2)
     assert 0 < expected[1] - frozen < expected[1] - flops.count({}, len(text), 2)
