@@ -36,12 +36,12 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    choose_wait_policy()  # Before torch is imported.
     return run_command(lambda: run(build_parser().parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
     """Write data, train on text and then on video, caption held-out clips, and report."""
-    choose_wait_policy()  # Before torch is imported.
     common.check_arguments(args, {"num_train_clips": 1, "num_held_out_clips": 2})
     if args.quick:
         vars(args).update(_QUICK_AMOUNTS)

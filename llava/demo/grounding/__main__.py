@@ -58,12 +58,12 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status, 2 with one line on standard error for a user's mistake."""
+    choose_wait_policy()  # Before torch is imported.
     return run_command(lambda: run(build_parser().parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
     """Write data, train, ask about held-out pictures and clips, and report."""
-    choose_wait_policy()  # Before torch is imported.
     common.check_arguments(args, {f"num_{name}": 1 for name in _AMOUNTS})
     if args.quick:
         vars(args).update({f"num_{name}": _QUICK_AMOUNT for name in _AMOUNTS})
