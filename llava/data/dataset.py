@@ -24,6 +24,7 @@ from llava.data.dataset_stats import (
     measure_lengths,
     number_sources,
 )
+from llava.data.feature_cache.cache import FeatureCacheError
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.formats.base import ContextError, label_segments
 from llava.data.images import read_image_size
@@ -50,6 +51,8 @@ from llava.types import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llava.data.feature_cache.run import RunFeatures
 
 _MOST_NAMED = 5
 DecodingKey = tuple[Media, tuple[int, int] | None]
@@ -80,6 +83,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     """How large an image or a video may be."""
     grounding: GroundingConfig | None = None
     """What coordinates are to the model; None for one without them."""
+    features: RunFeatures | None = None
+    """Features of the tower, which take the place of decoded media where there are any."""
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in ON_BAD_SAMPLE:
@@ -114,6 +119,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.check_model(record)  # Outside of the try: a model without vision is no sample's fault.
         try:
             return self.load_example(record)
+        except FeatureCacheError:
+            raise  # No sample is to blame.
         except ValueError as error:
             bad = BadSample.from_error(record, error)
             if self.on_bad_sample == ERROR:
@@ -188,7 +195,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             return self._decoded[key]
         decoded: VisualInput | MediaError
         try:
-            decoded = load_media(media, vision, split, self.decode_timeout, self.limits)
+            decoded = load_media(media, vision, split, self.decode_timeout, self.limits, self.features)
         except MediaError as error:
             decoded = error
         if self._decoded is not None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from llava.data.images import read_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, local_path
 from llava.geometry import Letterbox
 from llava.types import Media, VisualInput
+
+if TYPE_CHECKING:
+    from llava.data.feature_cache.run import RunFeatures
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def load_media(
     split: tuple[int, int] | None = None,
     timeout: float = 0.0,
     limits: MediaLimits = DEFAULT_LIMITS,
+    features: RunFeatures | None = None,
 ) -> VisualInput:
     """Load an image or sample a video, fitted to the tower's square, or an image cut into such squares.
 
@@ -54,10 +59,14 @@ def load_media(
         media: what to load.
         vision: how many frames, and what square or tiles.
         split, timeout, limits: as for ``sample_video``.
+        features: of the tower, which take the place of the pixels where there are any.
 
     Raises:
         MediaError: the file is missing, empty, too large, outside its folder, or cannot be decoded.
     """
+    if features is not None:
+        check_links(media)  # Also of a file that is not opened.
+        return features.load(media, split, lambda: load_media(media, vision, split, timeout, limits))
     is_frames = media.kind == "video" and (media.frames or os.path.isdir(media.path))
     if is_frames and vision.add_time_instruction and not media.fps:
         raise MediaError(

@@ -16,6 +16,8 @@ from llava.data.records import read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llava.data.feature_cache.run import RunFeatures
+
 RunDataset = SupervisedDataset | RearrangedDataset[SupervisedDataset]
 
 
@@ -59,6 +61,7 @@ def make_supervised_data_module(
     text_format: Format | None = None,
     seed: int = 42,
     grounding: GroundingConfig | None = None,
+    features: RunFeatures | None = None,
 ) -> DataModule:
     """Datasets and collator for the trainer.
 
@@ -70,6 +73,7 @@ def make_supervised_data_module(
         text_format: how conversations become ids and labels; ``plain_lm`` by default.
         seed: of the random samples that a mixture asks for.
         grounding: what coordinates are to the model; None for one without them.
+        features: of the tower, which take the place of decoded media where there are any.
 
     Raises:
         ValueError: a file is not as it should be, or samples have nothing to learn from.
@@ -104,6 +108,7 @@ def make_supervised_data_module(
             decode_timeout=data_args.decode_timeout,
             limits=data_args.media_limits,
             grounding=grounding,
+            features=features,
         )
         check_samples(dataset)
         # Checked before it is chunked: an error names the sample of the file.

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from llava.data.feature_cache.cache import FeatureCacheError
 from llava.data.media import load_media
-from llava.data.media_files import MediaError
+from llava.data.media_files import DEFAULT_LIMITS, MediaError
 from llava.eval.store import BadReason, EvalSample, Prediction, Row
 from llava.eval.tasks import TASKS
 from llava.io import append_json_lines
@@ -50,9 +51,14 @@ class CaptionerSource:
     vision_tower: str | None = None
     model_base: str | None = None
     bits: int = 16
+    feature_cache: str | None = None
+    feature_cache_strict: bool = False
 
     def __call__(self, device: str) -> Answerer:
-        return Captioner.from_checkpoint(self.model_path, self.vision_tower, device, self.model_base, self.bits)
+        return Captioner.from_checkpoint(
+            self.model_path, self.vision_tower, device, self.model_base, self.bits, self.feature_cache,
+            self.feature_cache_strict,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,8 @@ def _answer_batch(samples: Sequence[EvalSample], answerer: Answerer, asking: Ask
         )
         try:
             requests[place] = _build_request(sample, question, coordinates, answerer, asking)
+        except FeatureCacheError:
+            raise  # No sample is to blame.
         except ValueError as error:
             outcomes[place] = _tell_reason(error, sample, asking)
     outcomes |= _ask_model(requests, samples, answerer, asking)
@@ -162,7 +170,9 @@ def _build_request(
     for file in sample.media:
         assert answerer.vision is not None
         try:
-            media.append(load_media(file, answerer.vision, sample.split, asking.decode_timeout))
+            features = getattr(answerer, "features", None)
+            limits = (asking.decode_timeout, DEFAULT_LIMITS)
+            media.append(load_media(file, answerer.vision, sample.split, *limits, features))
         except MediaError as error:
             raise MediaError(str(error), file.path) from error
     return Request(media, question, sample.system, coordinates)

@@ -241,7 +241,7 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
     # Where a sample stands and whether its file is there may change; what is asked may not.
     aside = {"source": None, "fault": None} | ({"reference": None} if task.fields == (EXPRESSION,) else {})
     decoding = decoding_options(args, _MAX_NEW_TOKENS)
-    return {
+    settings: Settings = {
         "task": args.task,
         "model": os.path.abspath(model),
         # A checkpoint that was trained on, or another in its place, has files of another size or time.
@@ -260,6 +260,16 @@ def describe(args: argparse.Namespace, task: Task, samples: Sequence[EvalSample]
         "decoding": decoding | ({"seed": args.seed} if decoding["do_sample"] else {}),
         "samples": hash_json([asdict(sample) | aside for sample in samples], _DIGITS),
     }
+    if args.feature_cache:
+        import torch
+
+        from llava.data.feature_cache.cache import FeatureCache
+
+        # Answers depend on the form of features that is not the one in which the tower gives them.
+        storage = FeatureCache(args.feature_cache).storage
+        if not storage.is_exact(torch.float32):
+            settings["features"] = str(storage)
+    return settings
 
 
 def read_vision(model_path: str) -> VisionConfig | None:
@@ -322,7 +332,9 @@ def _answer_missing(
         options=decoding_options(args, _MAX_NEW_TOKENS),
         seed=args.seed,
     )
-    source = source or CaptionerSource(args.model_path, args.vision_tower, args.model_base, args.bits)
+    source = source or CaptionerSource(
+        args.model_path, args.vision_tower, args.model_base, args.bits, args.feature_cache, args.feature_cache_strict
+    )
     # Processes on one CPU would each start as many threads as it has cores.
     threads = max(num_cores() // len(devices), 1) if len(devices) > 1 else 0
     shares = [

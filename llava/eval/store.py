@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO, NotRequired, TypedDict
 
 from llava.geometry import Box, TimeSpan
 from llava.io import append_json_lines, cut_unfinished_line, lock_file, read_json_lines, sync, write_beside
@@ -33,6 +33,7 @@ class Settings(TypedDict):
     num_beams: int
     decoding: dict[str, object]
     samples: str
+    features: NotRequired[str]
 
 
 class BadReason(TypedDict):

@@ -26,6 +26,7 @@ from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
+from llava.model.multimodal_encoder.lazy import FindTowerHash, put_lazy_tower
 from llava.model.multimodal_resampler import RESAMPLERS
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
@@ -87,6 +88,7 @@ def load_model(
     num_spatial_tokens: int | None = None,
     flag: str = "--model_name_or_path",
     allow_bad_weights: bool = False,
+    find_tower_hash: FindTowerHash | None = None,
     **settings: object,
 ) -> LoadedModel:
     """Load a plain language model or a multimodal checkpoint, with its tokenizer.
@@ -110,6 +112,8 @@ def load_model(
         num_temporal_tokens, num_spatial_tokens: bins of new tables of coordinates.
         flag: what an error calls the first argument.
         allow_bad_weights: whether weights may be NaN or infinite.
+        find_tower_hash: tells which weights lie at a source. Where it knows, those of a frozen tower that checkpoints
+            leave out are read when they are first needed; not to be given with ``save_vision_tower``.
         **settings: fields of ``VisionConfig`` to set, such as ``num_frames``; None leaves a field be, and
             "none" takes no resampler.
 
@@ -130,7 +134,6 @@ def load_model(
     tokenizer = load_tokenizer(path, flag)
     trained = foreign.find_grounding(tokenizer) if foreign else GroundingConfig.from_model_config(stored)
     check_vocabulary(tokenizer, vocab_size(config_dict, config_class), path, trained, config_dict)
-
     # What was asked for: refused where it contradicts what was trained.
     vision = _build_vision(name, stored, vision_tower, {field: v for field, v in settings.items() if v is not None})
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens, vision is not None)
@@ -147,7 +150,7 @@ def load_model(
     options |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     options |= {} if quantization is None else quantization_options(quantization, model_class, options["config"])
     if weights_from is None or has_weights(source):
-        model, new = _read_model(model_class, source, options, vision_tower, flag, foreign)
+        model, new = _read_model(model_class, source, options, vision_tower, find_tower_hash, flag, foreign)
     else:
         model, new = _build_model(options, vision_tower)
     transfer = copy_parameters(model, weights_from) if weights_from is not None else None
@@ -158,8 +161,8 @@ def load_model(
     if not allow_bad_weights:
         check_weights(model, name)
     prepare_generation(model, tokenizer, path)
-    report = foreign.report if foreign else None
-    return LoadedModel(model, tokenizer, model.vision, new if source == path else [], transfer, report)
+    report, new = foreign.report if foreign else None, new if source == path else []
+    return LoadedModel(model, tokenizer, model.vision, new, transfer, report)
 
 
 def _finish_vision(
@@ -291,6 +294,7 @@ def _read_model(
     path: str,
     options: dict[str, Any],
     vision_tower: str | None,
+    find_tower_hash: FindTowerHash | None,
     flag: str,
     foreign: ForeignCheckpoint | None,
 ) -> tuple[Any, list[str]]:
@@ -301,6 +305,8 @@ def _read_model(
             "from another model's with --init_from_backbone (train_alternating.py)"
         )
     read = model_class.from_pretrained if foreign is None else partial(foreign.read, model_class)
+    if find_tower_hash is not None and foreign is None:
+        options["fill_tower"] = partial(put_lazy_tower, source=vision_tower, find_hash=find_tower_hash)
     model, info = read_pretrained(read, path, flag, vision_tower=vision_tower, **options)
     new = check_loaded(info, f"{flag} {path!r}")
     if foreign is not None:

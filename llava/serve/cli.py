@@ -84,7 +84,13 @@ def describe(args: argparse.Namespace) -> None:
     options = decoding_options(args, MAX_NEW_TOKENS)
     import_plugins(args.plugins)
     captioner = Captioner.from_checkpoint(
-        args.model_path, args.vision_tower, args.device, model_base=args.model_base, bits=args.bits
+        args.model_path,
+        args.vision_tower,
+        args.device,
+        model_base=args.model_base,
+        bits=args.bits,
+        feature_cache=args.feature_cache,
+        feature_cache_strict=args.feature_cache_strict,
     )
     # Not on standard output, which is the answer's alone.
     print(describe_decoding(options, args.model_path), file=sys.stderr)

@@ -44,6 +44,8 @@ def add_model_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> Non
     """Add the flags of a command that asks a model: where it lies, how it runs, and how its answers are decoded."""
     parser.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--vision_tower", metavar="DIR", help="where the model's vision tower lies, if it has moved")
+    parser.add_argument("--feature_cache", metavar="DIR", help="features of the tower to read (docs/feature_cache.md)")
+    parser.add_argument("--feature_cache_strict", action="store_true", help="stop where it lacks an image or a clip")
     parser.add_argument(
         "--model_base", metavar="DIR", help="where the base model of its adapters lies, if it has moved"
     )

@@ -16,6 +16,8 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from llava.data.feature_cache.run import RunFeatures, read_features
+from llava.data.feature_cache.towers import TowerRecords
 from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.media import load_media
 from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, placeholder_kinds
@@ -25,6 +27,7 @@ from llava.grounding.syntax import count_bins, parse_boxes, parse_spans, write_n
 from llava.model.coordinates import expected_positions
 from llava.model.generation import CoordinateSyntax
 from llava.model.loading import LoadedModel, choose_device, load_model
+from llava.model.multimodal_encoder.lazy import hash_tower
 from llava.model.pretrained import quiet_transformers
 from llava.model.quantization import Quantization
 from llava.serve.decoding import MAX_NEW_TOKENS, without_own_settings
@@ -132,12 +135,14 @@ class PromptWriter:
         text_format: that it was trained with.
         vision: None for a model of text alone.
         grounding: None for a model without coordinates.
+        features: of the tower, which take the place of decoded media where there are any.
     """
 
     tokenizer: PreTrainedTokenizerBase
     text_format: Format
     vision: VisionConfig | None = None
     grounding: GroundingConfig | None = None
+    features: RunFeatures | None = None
 
     def write(self, request: Request) -> Prompt:
         """Load the media of a request and write its prompt.
@@ -160,7 +165,7 @@ class PromptWriter:
             return item
         if self.vision is None:
             raise ValueError(f"{item.path}: this model was trained on text alone and cannot look at {item.kind}s")
-        return load_media(item, self.vision)
+        return load_media(item, self.vision, features=self.features)
 
     def write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
@@ -229,9 +234,17 @@ class Captioner:
     Args:
         loaded: what ``load_model`` returned.
         device: where to run; by default a GPU if there is one.
+        feature_cache: folder of features of the tower, see docs/feature_cache.md.
+        feature_cache_strict: whether what is not in it is an error.
     """
 
-    def __init__(self, loaded: LoadedModel, device: str | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: str | None = None,
+        feature_cache: str | None = None,
+        feature_cache_strict: bool = False,
+    ) -> None:
         self.device = choose_device(device)
         self.model = loaded.model.to(self.device).eval()
         self.tokenizer = loaded.tokenizer
@@ -240,7 +253,8 @@ class Captioner:
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
         # GPT-2's n_positions has this name too.
         self._context = int(self.model.config.max_position_embeddings)
-        self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding)
+        self.features = self._read_features(feature_cache, feature_cache_strict) if feature_cache else None
+        self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding, self.features)
         self.syntax: CoordinateSyntax | None = None
         if self.grounding is not None and self.grounding.has_tables:
             self.syntax = CoordinateSyntax(self.tokenizer, self.grounding, self.device)
@@ -253,6 +267,8 @@ class Captioner:
         device: str | None = None,
         model_base: str | None = None,
         bits: int = 16,
+        feature_cache: str | None = None,
+        feature_cache_strict: bool = False,
     ) -> Captioner:
         """Load a checkpoint folder.
 
@@ -262,14 +278,28 @@ class Captioner:
             device: where to run; by default a GPU if there is one.
             model_base: where the base model of its adapters lies, if it has any and that has moved.
             bits: 8 or 4 holds the language model's linear layers in so many bits.
+            feature_cache, feature_cache_strict: as for ``Captioner``; the tower is read when it is needed.
         """
         choose_device(device)  # Before a model is read.
         quantization = Quantization(bits, device=device) if bits != 16 else None
         loaded = load_model(
-            path, model_base=model_base, vision_tower=vision_tower, quantization=quantization, flag="--model_path"
+            path,
+            model_base=model_base,
+            vision_tower=vision_tower,
+            quantization=quantization,
+            flag="--model_path",
+            find_tower_hash=TowerRecords(feature_cache) if feature_cache else None,
         )
         loaded.check_complete(f"--model_path {path!r}")
-        return cls(loaded, device)
+        return cls(loaded, device, feature_cache, feature_cache_strict)
+
+    def _read_features(self, folder: str, strict: bool) -> RunFeatures:
+        tower = self.model.get_vision_tower()
+        if self.vision is None or tower is None:
+            raise ValueError(f"--feature_cache {folder} was given, but the model does not see; leave the flag out")
+        features = read_features(folder, self.vision, hash_tower(self.model), tower.dtype, self.device, strict)
+        features.round_live(tower)
+        return features
 
     def generate(self, requests: Sequence[Request], batch_size: int = 16, **options: Any) -> list[str]:
         """The text alone of what ``answer`` returns for the same arguments."""

@@ -252,6 +252,7 @@ class DataArguments(FeatureCacheArguments):
         self.format_name = PLAIN_LM if self.plain_lm else self.version or CHAT
         FORMATS.get(self.format_name)
         _check_values(self)
+        self.check_feature_cache()
         self.media_limits = MediaLimits(**{limit.name: getattr(self, limit.name) for limit in fields(MediaLimits)})
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it is a share, from 0 to 1")

@@ -48,7 +48,8 @@ _FREE = {
     "enable_jit_checkpoint", "stop_on_bad_numbers", "restore_callback_states_from_checkpoint", "plugins",
     "save_vision_tower", "data_cache_dir", "allow_duplicate_ids", "allow_outside_paths", "image_folder",
     "video_folder", "on_bad_sample", "decode_timeout", "max_bad_share", "output_dir", "world_size", "versions",
-    "chat_template_path", "milestones", "milestone_optimizer",
+    "chat_template_path", "milestones", "milestone_optimizer", "feature_cache", "feature_cache_fill",
+    "feature_cache_strict",
 }  # fmt: skip
 """Flags that may change: with the same data in the same order they leave what is learned as it is, or nearly so."""
 
@@ -63,7 +64,7 @@ _LEFT_OUT = {
     "mm_vision_tower_lr", "mm_coordinates_lr", "learning_rate", "router_aux_loss_coef", "mm_tunable_parts",
     "num_temporal_tokens", "num_spatial_tokens", "grounding", "model_name_or_path", "vision_tower",
     "mm_projector_args", "mm_resampler_args",
-    "pretrain_mm_mlp_adapter", "lora_weight_path", "data_path", "plain_lm", "version",
+    "pretrain_mm_mlp_adapter", "lora_weight_path", "data_path", "plain_lm", "version", "feature_cache_storage",
 }  # fmt: skip
 _NOT_SETTINGS = {"mm_vision_tower", "mm_vision_tower_hash", "mm_vision_config", "mm_token_ids", "mm_save_vision_tower"}
 _RATES = ("mm_projector_lr", "mm_vision_resampler_lr", "mm_vision_tower_lr", "mm_coordinates_lr")
@@ -81,6 +82,7 @@ _LABELS = {
     "versions": "versions",
     "model_type": "the kind of model (--model_name_or_path, --variant)",
     "data_content": "the content of --data_path",
+    "feature_storage": "what --feature_cache makes of features",
     "score_items": "the items that it is scored on (--score_data)",
 }
 _READERS = 8
@@ -274,6 +276,7 @@ def build_identity(
     data_args: DataArguments,
     training_args: TrainingArguments,
     sources: Mapping[str, str | None],
+    feature_storage: str | None = None,
 ) -> RunIdentity:
     """The identity of a run whose model is ready; ``length`` is still empty.
 
@@ -281,6 +284,7 @@ def build_identity(
         model: as it is about to train, parts and adapters set.
         max_length: most tokens of a sample.
         sources: folders, files or hub names that weights come from, by flag.
+        feature_storage: the form that features of the tower are trained on in, where it is not exact.
     """
     fixed, free = dict[str, Any](), dict[str, Any]()
     for group in (model_args, data_args, training_args):
@@ -294,6 +298,7 @@ def build_identity(
     rates = vars(training_args)
     fixed |= _model_settings(model)
     fixed |= {
+        "feature_storage": feature_storage,
         "model_max_length": max_length,
         "version": data_args.format_name,
         "tokenizer": {"source": sources.get("model_name_or_path"), "sha256": hash_tokenizer(tokenizer)},

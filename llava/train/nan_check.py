@@ -334,7 +334,7 @@ def _take_apart(micro_batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
             tensors[name] = value
         elif isinstance(value, Sequence) and value and all(isinstance(item, Tensor) for item in value):
             tensors |= {f"{name}.{k}": tensor for k, tensor in enumerate(value)}
-        elif name != "bad_samples":  # They are no part of the step.
+        elif name not in ("bad_samples", "feature_entries"):  # They are no part of the step.
             plain[name] = value
     return tensors, plain
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava.data.feature_cache.storage import STORAGES
 from llava.data.samplers import BY_LENGTH, BY_MODALITY
 from llava.train.flops import parse_peak
 
@@ -14,6 +15,39 @@ from llava.train.flops import parse_peak
 @dataclass(kw_only=True)  # Behind DataArguments.data_path, which has no default.
 class FeatureCacheArguments:
     """Whether features of a frozen vision tower are read from files, and where these lie."""
+
+    # --- images and videos ---
+    feature_cache: str | None = None
+    """Folder of features of a frozen vision tower: images and clips that it has are neither decoded nor encoded, and
+    with all of them the tower's weights are not read (python -m llava.data.feature_cache build, or
+    --feature_cache_fill)."""
+    feature_cache_fill: bool = False
+    """Add what --feature_cache lacks as it is computed, in the first epoch; the folder is made if it is not there."""
+    feature_cache_strict: bool = False
+    """Stop where --feature_cache lacks an image or a clip, or is damaged, instead of computing the features anew."""
+    feature_cache_storage: str | None = None
+    """fp32, bf16 or int8: how a folder that --feature_cache_fill makes keeps features (default: as the tower computes
+    them, which is exact)."""
+
+    def check_feature_cache(self) -> None:
+        """A ValueError for flags that do not go together."""
+        for name in ("fill", "strict", "storage"):
+            if getattr(self, f"feature_cache_{name}") and not self.feature_cache:
+                raise ValueError(f"--feature_cache_{name} was given without --feature_cache; give its folder too")
+        if self.feature_cache_fill and self.feature_cache_strict:
+            raise ValueError(
+                "--feature_cache_fill computes what is not there, and --feature_cache_strict stops at it; leave one out"
+            )
+        if self.feature_cache_storage is not None:
+            if not self.feature_cache_fill:
+                raise ValueError(
+                    "--feature_cache_storage is how --feature_cache_fill keeps features; a folder that is there says "
+                    "it itself: leave the flag out"
+                )
+            if self.feature_cache_storage not in STORAGES:
+                raise ValueError(
+                    f"--feature_cache_storage is {self.feature_cache_storage!r}; known: {', '.join(STORAGES)}"
+                )
 
 
 @dataclass

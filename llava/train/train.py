@@ -63,6 +63,7 @@ from llava.train.command_line import parse_arguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
+from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
 from llava.train.identity import build_identity, is_finished
 from llava.train.parts import set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
@@ -181,13 +182,14 @@ def build_trainer(
         with loading_whole(training_args):
             loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
             set_up_parts(loaded, model_args, training_args)
+        features = set_up_features(loaded, data_args, training_args)
         model, tokenizer = loaded.model, loaded.tokenizer
         score_plan = plan_scores(training_args, model, tokenizer)
         max_length = choose_max_length(training_args.model_max_length, model)
         text_format = choose_format(data_args.format_name, tokenizer, model.config)
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         data = make_supervised_data_module(
-            tokenizer, data_args, loaded.vision, max_length, text_format, seed, model.grounding
+            tokenizer, data_args, loaded.vision, max_length, text_format, seed, model.grounding, features
         )
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
         report_words(data["train_dataset"], training_args)
@@ -196,15 +198,16 @@ def build_trainer(
             args=training_args,
             processing_class=tokenizer,
             bad_sample_log=build_bad_sample_log(data_args, training_args),
+            feature_log=None if features is None else FeatureLog(features, model),
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             callbacks=callbacks,
             **data,
         )
         if training_args.do_train:  # Files are read on one rank only.
-            trainer.checkpoints.identity = broadcast_from_rank0(
-                lambda: build_identity(model, tokenizer, max_length, model_args, data_args, training_args, sources)
-            )
+            storage = None if features is None else features.inexact_storage
+            run = (model, tokenizer, max_length, model_args, data_args, training_args, sources, storage)
+            trainer.checkpoints.identity = broadcast_from_rank0(lambda: build_identity(*run))
         if score_plan is not None:
             add_scoring(trainer, score_plan)
     return trainer
@@ -223,6 +226,7 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, training_a
             f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
         )
     check_output_folder(str(training_args.output_dir), "--output_dir")
+    check_feature_cache(model_args, data_args)
     check_media_folders(data_args.image_folder, data_args.video_folder)
     model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
     if model_args.vision_tower is not None:
@@ -272,6 +276,7 @@ def load_from_arguments(
         num_spatial_tokens=model_args.num_spatial_tokens,
         vision_tower=model_args.vision_tower,
         save_vision_tower=model_args.save_vision_tower,
+        find_tower_hash=find_tower(model_args, data_args, training_args),
         **model_args.vision_settings(),
         **data_args.vision_settings(),
         **of_training,

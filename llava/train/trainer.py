@@ -7,6 +7,7 @@ What a run owns beside transformers' trainer are plain objects, to which the tra
     stop_request   preemption.py    a signal ends the run after its step
     nan_check      nan_check.py     a NaN or an infinity stops it before the optimizer's step
     bad_sample_log bad_samples.py   what was skipped
+    feature_log    feature_cache.py what was read from a feature cache, and is added to it
     exposure       exposure_log.py  what batches have presented to the model
     throughput     throughput.py    samples and tokens a second, the wait for data, memory, MFU
     word_budget    budget.py        ends the run with its words, leaves milestones and calls hooks at each
@@ -53,6 +54,7 @@ from llava.train.evaluation import (
     keeping_random_states,
 )
 from llava.train.exposure_log import ExposureLog
+from llava.train.feature_cache import FeatureLog
 from llava.train.flops import find_peak
 from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
@@ -78,6 +80,7 @@ class LlavaTrainer(Trainer):
 
     Args:
         bad_sample_log: where bad samples are written down; None where they are errors.
+        feature_log: of a run with a feature cache.
         *args, **kwargs: as for transformers' ``Trainer``.
 
     Attributes:
@@ -87,7 +90,13 @@ class LlavaTrainer(Trainer):
     model: LlavaMetaForCausalLM
     args: TrainingArguments
 
-    def __init__(self, *args: Any, bad_sample_log: BadSampleLog | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        bad_sample_log: BadSampleLog | None = None,
+        feature_log: FeatureLog | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         # ``accelerate launch`` sets up engines through the environment, which shows only once accelerate has read it.
         check_engine(self.accelerator.state)
@@ -105,7 +114,7 @@ class LlavaTrainer(Trainer):
         peak = find_peak(self.args.peak_flops, self.args.device, dtype)
         self.throughput = ThroughputMeter(self.model, self.args.dataloader_num_workers, peak)
         self.word_budget = WordBudget(self.exposure, self.checkpoints.write_milestone, self.throughput.paused)
-        self.bad_sample_log = bad_sample_log
+        self.bad_sample_log, self.feature_log = bad_sample_log, feature_log
         self.nan_check: NanCheck | None = None
         self.cut: CutCounter | None = None
         self.meter: EvaluationMeter | None = None  # of the evaluation that is under way
@@ -113,7 +122,7 @@ class LlavaTrainer(Trainer):
         self._changes: Differences | None = None  # from the run that is gone on with
         # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
         own = (self.throughput, self.data, self.exposure, self.word_budget, StopCallback(self.stop_request))
-        for callback in (*own, FirstStepsCallback(), bad_sample_log):
+        for callback in (*own, FirstStepsCallback(), bad_sample_log, feature_log):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -216,6 +225,8 @@ class LlavaTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss, smoothed in training, with logits only where they are predictions."""
+        if self.feature_log is not None:
+            self.feature_log.begin(inputs)
         inputs = model_inputs(inputs)
         if self.compute_loss_func is None:  # One's own takes the labels away, and so gets logits.
             inputs["return_logits"] = self._returns_logits
@@ -231,6 +242,8 @@ class LlavaTrainer(Trainer):
             logs["skipped_samples"] = len(self.bad_sample_log)
         if self.cut is not None:
             logs |= self.cut.counts
+        if self.feature_log is not None:
+            logs |= self.feature_log.counts
         self.throughput.add_to(logs)
         if "train_runtime" in logs:
             # The last line of a training. What transformers does next, where one checkpoint is to be kept, is remove
