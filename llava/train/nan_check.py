@@ -161,6 +161,7 @@ def build_nan_check(trainer: Trainer) -> NanCheck:
         double_quant=args.double_quant,
         trainable=[name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
         label_smoothing=args.label_smoothing_factor,
+        bf16_weights=args.bf16_weights,
     )
     return NanCheck(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
 
@@ -210,6 +211,7 @@ class RunSettings:
         bits, quant_type, double_quant: how frozen weights were held.
         trainable: names of the parameters that trained.
         label_smoothing: of the loss; earlier versions do not say it.
+        bf16_weights: as ``--bf16_weights``; earlier versions had no such flag.
     """
 
     world_size: int
@@ -223,6 +225,7 @@ class RunSettings:
     double_quant: bool
     trainable: list[str]
     label_smoothing: float = 0.0
+    bf16_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def set_up_parts(loaded: LoadedModel, model_args: ModelArguments, training_args:
         asked = {"r": training_args.lora_r, "alpha": training_args.lora_alpha, "dropout": training_args.lora_dropout}
         set_up_adapters(loaded.model, source, asked)
     half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    if training_args.bf16_weights:
+        hold_in(loaded.model, torch.bfloat16)
     set_trainable_parts(loaded.model, model_args.tunable_parts, model_args.freeze_embeddings, half)
     balance_experts(loaded.model, training_args.router_aux_loss_coef)
 
@@ -74,7 +76,8 @@ def set_trainable_parts(
         tunable_parts: names of ``PARTS``, and ``COORDINATES_PART``. The language model includes embeddings,
             head and the rows of new tokens; where a model has LoRA adapters, these alone stand for it.
         freeze_embeddings: keeps embeddings and head of the language model as they are.
-        half: what a run in mixed precision computes in: a frozen tower is held in it, since nothing updates it.
+        half: what a run in mixed precision computes in: a frozen tower is held in it, since nothing updates it, and
+            stored in it by a checkpoint that holds its weights.
 
     A trained vision tower is no longer its source's: its weights join the checkpoints.
     """
@@ -91,15 +94,19 @@ def set_trainable_parts(
         # What encode never uses (a mask token, a pooling head) gets no gradient, which DDP takes for an error.
         tower.freeze_unused()
         model.keep_trained_tower()
-    # A tower whose weights join the checkpoint keeps them as they came: they would be stored rounded.
-    is_apart = model.vision is not None and not model.vision.save_vision_tower
-    if half is not None and is_apart and tower is not None and not tower.trainable:
-        tower.to(half)
+    if half is not None and tower is not None and not tower.trainable:
+        hold_in(tower, half)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"--mm_tunable_parts {','.join(tunable_parts)} trains nothing: this model has only "
             f"{', '.join(sorted({part_of(name) for name, _ in model.named_parameters()}))}"
         )
+
+
+def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the parameters of a module in a type; its buffers, such as the frequencies of rotary positions, stay."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def balance_experts(model: LlavaMetaForCausalLM, weight: float | None) -> None:

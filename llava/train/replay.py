@@ -25,6 +25,7 @@ from llava.train.nan_check import (
     read_run,
     set_random_states,
 )
+from llava.train.parts import hold_in
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_SHOWN = 10
@@ -77,10 +78,12 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
     trainable = set(settings.trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in trainable
-    vision, tower = model.vision, model.get_vision_tower()
-    if vision is not None and tower is not None and not tower.trainable and not vision.save_vision_tower:
-        # As parts.set_trainable_parts holds a frozen tower.
-        tower.to(dtype)
+    tower = model.get_vision_tower()
+    # As parts.set_up_parts holds weights, and set_trainable_parts those of a frozen tower.
+    if settings.bf16_weights:
+        hold_in(model, dtype)
+    if tower is not None and not tower.trainable:
+        hold_in(tower, dtype)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # In training mode: dropout is part of the step, and random states make it drop the same values.

@@ -63,6 +63,12 @@ class SpeedArguments:
     """Fill each batch of a process with as many samples of similar length as fit so many positions, padding and visual
     tokens included, in place of --per_device_train_batch_size samples."""
 
+    # --- precision ---
+    bf16_weights: bool = False
+    """With --bf16: hold weights, gradients and the optimizer's state in bfloat16, without a copy in 32 bits: half the
+    memory of these. An update of less than 1/256 of a weight is lost, so that a run learns less from small learning
+    rates (docs/performance.md has the losses)."""
+
     # --- throughput ---
     peak_flops: str | None = None
     """What mfu in the log is a share of: operations a second of one GPU (or of a process on the CPU), such as 989T;
@@ -88,5 +94,18 @@ class SpeedArguments:
             )
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"--max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
+        if self.bf16_weights:
+            self._check_bf16_weights()
         if self.peak_flops is not None:
             parse_peak(self.peak_flops)
+
+    def _check_bf16_weights(self) -> None:
+        given = {name: getattr(self, name, None) for name in ("bf16", "deepspeed", "bits")}
+        if not given["bf16"]:
+            raise ValueError("--bf16_weights holds weights in what --bf16 computes in; add --bf16 true")
+        if given["deepspeed"]:
+            raise ValueError("--bf16_weights: DeepSpeed holds copies of its own in 32 bits; leave one of the two out")
+        if given["bits"] not in (None, 16):
+            raise ValueError(
+                f"--bf16_weights: --bits {given['bits']} holds weights in fewer bits already; leave it out"
+            )

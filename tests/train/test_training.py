@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from llava.data.collator import SupervisedCollator, model_inputs
+from llava.model.loading import load_model
 from llava.serve.cli import main as serve
+from llava.train.parts import hold_in
 from llava.train.train import main
 from llava.types import BadSample
 
@@ -159,6 +161,52 @@ def test_precisions_train(gpt2_dir, tower_dir, mixed_data, tmp_path: Path, preci
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
     assert trainer.model.get_vision_tower().dtype == expected
     assert next(trainer.model.get_model().mm_projector.parameters()).dtype == torch.float32
+
+
+def test_a_frozen_tower_is_stored_in_the_precision_of_the_run(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    for precision, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        output = tmp_path / precision
+        changes = {"bf16": "true"} if precision == "bf16" else {}
+        trainer = main(flags(gpt2_dir, tower_dir, mixed_data, output, save_vision_tower="true", max_steps=1, **changes))
+        stored = load_file(output / "model.safetensors")
+        assert {t.dtype for name, t in stored.items() if ".vision_tower." in name} == {expected}
+        assert {t.dtype for name, t in stored.items() if ".vision_tower." not in name} == {torch.float32}
+        # Read again, it sees what the run has seen.
+        again, frames = load_model(str(output)).model.get_vision_tower(), torch.rand(2, 3, 56, 56)
+        hold_in(again, expected)
+        assert torch.equal(again(frames), trainer.model.get_vision_tower()(frames))
+
+
+def test_weights_in_bf16_alone_resume_exactly(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    changes = {"bf16": "true", "bf16_weights": "true", "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    trainer = main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path, **changes))
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    moments = [value for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert {moment.dtype for moment in moments} == {torch.bfloat16}
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    whole, history = load_file(tmp_path / "model.safetensors"), losses(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    for name in ("model.safetensors", "run_identity.json"):
+        (tmp_path / name).unlink()
+    main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path, **changes, resume_from_checkpoint="auto"))
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert losses(tmp_path) == history
+    with pytest.raises(ValueError, match="--bf16_weights was True, is False"):
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path, **changes | {"bf16_weights": "false", "max_steps": 7},
+                   resume_from_checkpoint="auto"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "--bf16_weights holds weights in what --bf16 computes in"),
+        ({"bf16": "true", "bits": 8, "lora_enable": "true"}, "--bits 8 holds weights in fewer bits already"),
+    ],
+)
+def test_weights_in_bf16_that_cannot_be(gpt2_dir, mixed_data, tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        main(flags(gpt2_dir, None, mixed_data, tmp_path, bf16_weights="true", **changes))
 
 
 def test_evaluation_and_grouping_by_length(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
