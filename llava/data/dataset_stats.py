@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from llava.config import VisionConfig
 from llava.data.formats.base import Format
-from llava.data.index import NUMBERS, Mixture, count_parts
+from llava.data.index import Mixture
+from llava.data.record_rows import NUMBERS, count_parts
 from llava.types import ERROR, Record, Turn
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ def local_path(path: str) -> str:
     # Somebody's base64 without its "data:"; the system's own error would print all of it.
     if len(path) > _LONGEST_PATH:
         raise MediaError(f"{path[:40]}... has {len(path)} characters and is no path; write the content into a file")
-    return os.path.expanduser(path)  # noqa: PTH111
+    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
 
 
 def is_picture_name(path: str) -> bool:
@@ -87,6 +87,12 @@ def find_root(folder: str | None, home: str) -> str:
     return os.path.abspath(os.path.expanduser(home if folder is None else folder))  # noqa: PTH111
 
 
+@cache
+def _is_full(folder: str) -> bool:
+    """Whether ``find_root`` would leave a path as it is, wherever this process is."""
+    return Path(folder).is_absolute() and os.path.normpath(folder) == folder
+
+
 def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str) -> Media:
     """The file that a path of a data file names.
 
@@ -107,7 +113,8 @@ def find_media(path: str, kind: MediaKind, root: str, anywhere: bool, where: str
         path = local_path(path)
     except MediaError as error:
         raise ValueError(f"{where}: its {kind} {error}") from error
-    root = os.path.abspath(os.path.expanduser(root))  # noqa: PTH111
+    if not _is_full(root):
+        root = find_root(root, root)
     # normpath resolves ".." in the text alone, without a look at the disk.
     found = os.path.normpath(os.path.join(root, path))
     if anywhere:
@@ -203,17 +210,19 @@ def read_media(
     try:
         data, path = _split_value(value)
         if data is not None:
-            folder = media_dir or _temporary_folder()
+            folder = media_dir or temporary_folder()
             return Media(kind, _write_media(data, path, folder), len(str(folder)))
     except ValueError as error:
         raise ValueError(f'{where}: "{kind}": {error}') from error
     if not path:
         raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {value!r:.80}')
-    return find_media(os.path.join(source, path), kind, root, anywhere, where)
+    return find_media(os.path.join(source, path) if source else path, kind, root, anywhere, where)
 
 
 def _split_value(value: object) -> tuple[bytes | None, str]:
     """The bytes of an image or a video, if they were given, and its path or name."""
+    if isinstance(value, str) and ":" not in value:  # No address: nearly always.
+        return None, local_path(value)
     if isinstance(value, bytes):
         return value, ""
     if hasattr(value, "save") and hasattr(value, "tobytes"):  # A picture of Pillow: a PNG loses nothing of it.
@@ -239,7 +248,8 @@ def _split_value(value: object) -> tuple[bytes | None, str]:
 
 
 @cache
-def _temporary_folder() -> Path:
+def temporary_folder() -> Path:
+    """A folder of media that goes with this process."""
     import atexit
     import shutil
 

@@ -20,7 +20,7 @@ PLACEHOLDERS: dict[str, MediaKind] = {DEFAULT_IMAGE_TOKEN: "image", DEFAULT_VIDE
 
 def placeholder_kinds(text: str) -> list[MediaKind]:
     """The kinds of the images and videos that a text shows, in reading order."""
-    return [PLACEHOLDERS[placeholder] for placeholder in PLACEHOLDER.findall(text)]
+    return [PLACEHOLDERS[placeholder] for placeholder in PLACEHOLDER.findall(text)] if "<" in text else []
 
 
 def literal_text(text: str) -> str:

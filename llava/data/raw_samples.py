@@ -12,8 +12,9 @@ import json
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -28,9 +29,11 @@ LONGEST_SAMPLE = 1 << 26
 _BYTES_AT_ONCE = 1 << 22
 _LONG_FILE = 1 << 26
 """Bytes from which on reading a file is shown with a progress bar."""
+_BLOCK_BYTES, _MOST_PIECES = 1 << 20, 4096
 _ROWS_AT_ONCE = 64
 """Of a table, whose rows may hold pictures."""
 _LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
+_decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -69,15 +72,11 @@ def read_samples(path: str, keep_errors: bool = False) -> Iterator[tuple[Any, st
     check_data_file(path, path)
     file = Path(path)
     if file.suffix == ".jsonl":
-        # Lines end with a newline only: JSON strings may hold the other characters that split text.
-        with _open(file) as (lines, advance):
-            for number, line in enumerate(read_lines(lines), start=1):
-                advance(len(line))
-                if line.strip():
-                    sample = parse_line(line, f"{path}, line {number}")
-                    if isinstance(sample, ValueError) and not keep_errors:
-                        raise sample
-                    yield sample, f"{file.name}, line {number}"
+        for number, line in _read_json_lines(file):
+            sample = parse_line(line, f"{path}, line {number}")
+            if isinstance(sample, ValueError) and not keep_errors:
+                raise sample
+            yield sample, f"{file.name}, line {number}"
     elif file.suffix == ".json":
         for number, sample in enumerate(iterate_list(file), start=1):
             yield sample, f"{file.name}, sample {number}"
@@ -89,6 +88,87 @@ def read_samples(path: str, keep_errors: bool = False) -> Iterator[tuple[Any, st
     else:
         for number, sample in enumerate(_read_table(file), start=1):
             yield sample, f"{file.name}, row {number}"
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, each with its number, from 1."""
+    # Lines end with a newline only: JSON strings may hold the other characters that split text.
+    with _open(path) as (lines, advance):
+        for number, line in enumerate(read_lines(lines), start=1):
+            advance(len(line))
+            if line.strip():
+                yield number, line
+
+
+# Blocks: stretches of a file for another process, which does there what ``read_samples`` does here.
+
+
+def can_be_cut(path: str) -> bool:
+    """Whether a file can be read as blocks; rows of a table, which may hold pictures, are read where it is open."""
+    return suffix_of(path) not in TABLE_SUFFIXES
+
+
+def read_blocks(path: str) -> Iterator[bytes]:
+    """A file as blocks of about ``_BLOCK_BYTES``, which ``read_block`` takes.
+
+    Raises:
+        ValueError: as ``read_samples``, behind the samples that come before what is wrong.
+    """
+    check_data_file(path, path)
+    file = Path(path)
+    places, lengths, pieces, size = array("q"), array("q"), list[bytes](), 0
+    try:
+        for place, piece in _read_pieces(file):
+            places.append(place)
+            lengths.append(len(piece))
+            pieces.append(piece)
+            size += len(piece)
+            if size >= _BLOCK_BYTES or len(pieces) == _MOST_PIECES:
+                yield _join(places, lengths, pieces)
+                places, lengths, pieces, size = array("q"), array("q"), [], 0
+    except ValueError:
+        if pieces:
+            yield _join(places, lengths, pieces)
+        raise
+    if pieces:
+        yield _join(places, lengths, pieces)
+
+
+def _read_pieces(path: Path) -> Iterator[tuple[int, bytes]]:
+    """What each sample of a file is read from, with its number there; negative for the words of an error."""
+    if path.suffix == ".jsonl":
+        yield from _read_json_lines(path)
+    elif path.suffix == ".json":
+        for number, (_, text) in enumerate(_iterate_elements(path), start=1):
+            yield number, text.encode()
+    else:
+        for number, found in read_texts(path):
+            if isinstance(found, ValueError):
+                yield -number, str(found).encode("utf-8", "surrogateescape")
+            else:
+                yield number, found.text.encode()
+
+
+def _join(places: array[int], lengths: array[int], pieces: list[bytes]) -> bytes:
+    return b"".join([len(places).to_bytes(8, "little"), places.tobytes(), lengths.tobytes(), *pieces])
+
+
+def read_block(path: str, block: bytes) -> Iterator[tuple[Any, str]]:
+    """The samples of a block of ``read_blocks``, as ``read_samples(path, keep_errors=True)`` has them."""
+    count, name, suffix = int.from_bytes(block[:8], "little"), Path(path).name, Path(path).suffix
+    start = 8 + 16 * count
+    places, lengths = array("q", block[8 : 8 + 8 * count]), array("q", block[8 + 8 * count : start])
+    for place, length in zip(places, lengths, strict=True):
+        piece = block[start : start + length]
+        start += length
+        if suffix == ".jsonl":
+            yield parse_line(piece, f"{path}, line {place}"), f"{name}, line {place}"
+        elif suffix == ".json":
+            yield json.loads(piece.decode()), f"{name}, sample {place}"
+        elif place < 0:
+            yield ValueError(piece.decode("utf-8", "surrogateescape")), f"{name}, line {-place}"
+        else:
+            yield PlainText(piece.decode()), f"{name}, line {place}"
 
 
 def _read_table(path: Path) -> Iterator[object]:
@@ -171,7 +251,12 @@ def parse_line(data: bytes, where: str) -> Any:
     if len(data) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        text = data.removeprefix(codecs.BOM_UTF8).decode()
+        with suppress(json.JSONDecodeError):  # Space around a value is looked for only where there is some.
+            value, end = _decode(text)
+            if end == len(text) or text[end:] in ("\n", "\r\n"):
+                return value
+        return json.loads(text)
     except UnicodeDecodeError as error:
         return ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8")
     except json.JSONDecodeError as error:
@@ -202,11 +287,16 @@ def iterate_list(path: Path) -> Iterator[Any]:
     Raises:
         ValueError: the file is empty, not UTF-8, not JSON or not a list; names the file and the line.
     """
+    return (value for value, _ in _iterate_elements(path))
+
+
+def _iterate_elements(path: Path) -> Iterator[tuple[Any, str]]:
+    """As ``iterate_list``, each with its text."""
     text = _Text(path)
     if not text.skip_space():
         raise ValueError(f"{path}: the file is empty; expected a list of samples")
     if text.peek() != "[":  # One object, or lines of them.
-        found = text.decode_value()
+        found, _ = text.decode_value()
         raise ValueError(f"{path}: expected a list of samples, found {type(found).__name__}; use .jsonl for one a line")
     text.take("[")
     if not (text.skip_space() and text.peek() == "]"):
@@ -249,8 +339,8 @@ class _Text:
             raise self.error(f"expected {character!r}" + (" or ','" if character == "]" else ""))
         self._position += 1
 
-    def decode_value(self) -> Any:
-        """Step over the JSON value that comes next, and return it."""
+    def decode_value(self) -> tuple[Any, str]:
+        """Step over the JSON value that comes next, and return it and its text."""
         if not self.skip_space():
             raise self.error("the file ends where a sample should stand")
         while True:
@@ -269,8 +359,9 @@ class _Text:
             else:
                 # A number that ends with the window may go on behind it.
                 if end < len(self._buffer) or not self._read_on():
+                    found = self._buffer[self._position : self._position + end - start]
                     self._position += end - start
-                    return value
+                    return value, found
 
     def error(self, message: str, ahead: int = 0) -> ValueError:
         """An error of the character that is so far ahead."""

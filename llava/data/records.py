@@ -6,26 +6,37 @@ parse_record   one raw sample            -> a Record, or the error that names fi
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER, VISUAL_TOKEN
 from llava.data.files import choose_rows, find_entries
 from llava.data.index import Mixture, Part, RecordStore, open_store
-from llava.data.media_files import ANIMATED_SUFFIXES, find_root, is_picture_name, read_media
+from llava.data.media_files import ANIMATED_SUFFIXES, find_root, is_picture_name, read_media, temporary_folder
 from llava.data.placeholders import PLACEHOLDERS, placeholder_kinds
-from llava.data.raw_samples import PlainText, read_samples
+from llava.data.raw_samples import PlainText, can_be_cut, read_block, read_blocks, read_samples
+from llava.data.record_rows import make_batch, make_batches
 from llava.data.spellings import CONVERSATION_KEYS, HABITS, name_type, read_raw, suggest
+from llava.data.worker_pool import map_blocks, serve
 from llava.grounding.samples import parse_variables
+from llava.io import num_cores
 from llava.types import ERROR, Media, MediaKind, Record, Role, Turn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _LONGEST_ID = 1000
+_LONG_FILE = 1 << 24
+"""Bytes from which on a file is worth the start of other processes, a third of a second each."""
+_MOST_PROCESSES = 8
+"""More of them would wait for this one, which reads the file."""
 
 
 class Notes(TypedDict):
@@ -110,22 +121,82 @@ def read_records(
 
 def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
     """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
-    notes: Notes = {"unread": {}, "habits": {}, "without_id": 0}  # Counted as samples are read, kept with the index.
+    notes = _new_notes()  # Counted as samples are read, kept with the index.
 
-    def read() -> Iterator[Record]:
-        for sample, source in read_samples(path, keep_errors=True):
-            try:
-                if isinstance(sample, ValueError):
-                    raise sample
-                yield parse_record(sample, source, **settings, notes=notes)
-            except ValueError as error:
-                if on_bad_sample == ERROR:
-                    raise
-                # It keeps its place, so that rows, and with them the order of the data, are those of the file.
-                identity = sample.get("id", "") if isinstance(sample, dict) else ""
-                yield Record(str(identity)[:_LONGEST_ID], (), source=source, fault=str(error))
+    def read() -> Iterator[pa.RecordBatch]:
+        processes = min(num_cores(), _MOST_PROCESSES)
+        if processes > 1 and can_be_cut(path) and Path(path).stat().st_size >= _LONG_FILE:
+            return _read_in_parallel(path, settings, on_bad_sample, notes, processes)
+        return make_batches(_parse_all(read_samples(path, keep_errors=True), settings, on_bad_sample, notes))
 
     return open_store(Path(path), cache, settings, read, notes)
+
+
+def _new_notes() -> Notes:
+    return {"unread": {}, "habits": {}, "without_id": 0}
+
+
+def _parse_all(
+    samples: Iterable[tuple[Any, str]], settings: Mapping[str, Any], on_bad_sample: str, notes: Notes
+) -> Iterator[Record]:
+    """The records of raw samples or their ValueErrors, each with the words that say where it stands."""
+    for sample, source in samples:
+        try:
+            if isinstance(sample, ValueError):
+                raise sample
+            yield parse_record(sample, source, **settings, notes=notes)
+        except ValueError as error:
+            if on_bad_sample == ERROR:
+                raise
+            # It keeps its place, so that rows, and with them the order of the data, are those of the file.
+            identity = sample.get("id", "") if isinstance(sample, dict) else ""
+            yield Record(str(identity)[:_LONGEST_ID], (), source=source, fault=str(error))
+
+
+def _read_in_parallel(
+    path: str, settings: Mapping[str, Any], on_bad_sample: str, notes: Notes, num_processes: int
+) -> Iterator[pa.RecordBatch]:
+    """The records of a data file, which other processes parse: the same, in the same order, with the same errors."""
+    import pyarrow as pa
+
+    # Bytes of media are for this process to keep as long as it lives.
+    media_dir = settings["media_dir"] or temporary_folder()
+    job = [path, {**settings, "media_dir": str(media_dir)}, on_bad_sample]
+    for answer in map_blocks(_answer_blocks, json.dumps(job).encode(), read_blocks(path), num_processes, path):
+        stream = pa.ipc.open_stream(answer)
+        _add_notes(notes, json.loads(stream.schema.metadata[b"notes"]))
+        yield stream.read_next_batch()
+
+
+def _answer_blocks() -> None:
+    """What each of these processes runs."""
+    serve(_prepare)
+
+
+def _prepare(job: bytes) -> Callable[[bytes], bytes]:
+    """From blocks of a data file to streams with a batch of its records, the notes on them in the schema."""
+    import pyarrow as pa
+
+    path, settings, on_bad_sample = json.loads(job)
+    settings["media_dir"] = Path(settings["media_dir"])
+
+    def answer(block: bytes) -> bytes:
+        notes = _new_notes()
+        batch = make_batch(_parse_all(read_block(path, block), settings, on_bad_sample, notes))
+        batch = batch.replace_schema_metadata({"notes": json.dumps(notes)})
+        with pa.BufferOutputStream() as sink:
+            with pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            return sink.getvalue().to_pybytes()
+
+    return answer
+
+
+def _add_notes(notes: Notes, more: Notes) -> None:
+    for counts, added in ((notes["unread"], more["unread"]), (notes["habits"], more["habits"])):
+        for key, count in added.items():
+            counts[key] = counts.get(key, 0) + count
+    notes["without_id"] += more["without_id"]
 
 
 def _find_faults(store: RecordStore, on_bad_sample: str, allow_duplicate_ids: bool) -> dict[int, str]:
@@ -186,7 +257,8 @@ def parse_record(
     # 1. All spellings of turns and media in one form; 2. each image or video as a file; 3. what must fit together.
     raw = read_raw(sample, where, ignore_keys)
     turns = tuple(_parse_turns(raw.turns, where))
-    shown = [kind for turn in turns for kind in placeholder_kinds(turn.text)]
+    text = " ".join([turn.text for turn in turns])
+    shown = placeholder_kinds(text)
     clips = _gather_frames(raw.media["video"], shown.count("video"), where)
     frame_rate = _parse_frame_rate(sample.get("meta"), clips, where)
     media = [read(value, "image") for value in raw.media["image"]]
@@ -200,10 +272,10 @@ def parse_record(
     _check_placeholders(shown, media, raw.unread, where)
     if split is not None and (num_videos := shown.count("video")) > 1:
         raise ValueError(f'{where}: has "meta.split" and {num_videos} videos; it can only speak of one')
-    coordinates = parse_variables(sample.get("variables"), " ".join(turn.text for turn in turns), where)
+    coordinates = parse_variables(sample.get("variables"), text, where)
     if notes is not None:
         for counts, found in ((notes["unread"], raw.unread), (notes["habits"], raw.habits)):
-            for key in set(found):
+            for key in dict.fromkeys(found):  # Each once, in the order in which the sample has them.
                 counts[key] = counts.get(key, 0) + 1
         notes["without_id"] += sample.get("id") is None
     return Record(identity, turns, tuple(media), source, split, coordinates=coordinates)
@@ -254,11 +326,12 @@ def _parse_source(value: object, where: str) -> str:
     return value or ""
 
 
-def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> Iterator[Turn]:
+def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> list[Turn]:
+    parsed = []
     for number, (role, text) in enumerate(turns, start=1):
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{where}, turn {number}: unknown role {role!r:.80}; known: {', '.join(_ROLES)}")
-        if reserved := VISUAL_TOKEN.search(text):
+        if "<" in text and (reserved := VISUAL_TOKEN.search(text)):
             raise ValueError(
                 f"{where}, turn {number}: has {reserved.group()!r}, a name kept for visual tokens; "
                 f"write {DEFAULT_IMAGE_TOKEN} or {DEFAULT_VIDEO_TOKEN} where media stand"
@@ -270,7 +343,8 @@ def _parse_turns(turns: Sequence[tuple[object, str]], where: str) -> Iterator[Tu
             raise ValueError(
                 f"{where}, turn {number}: has half a character ({half!r}), as of an emoji that was cut in two"
             ) from error
-        yield Turn(_ROLES[role], text)
+        parsed.append(Turn(_ROLES[role], text))
+    return parsed
 
 
 def _gather_frames(values: Sequence[object], num_clips: int, where: str) -> Sequence[object]:
@@ -315,6 +389,8 @@ def _parse_split(meta: object, where: str) -> tuple[int, int] | None:
 
 def _check_placeholders(shown: Sequence[MediaKind], media: Sequence[Media], unread: Sequence[str], where: str) -> None:
     """A ValueError unless each image or video has its placeholder, and each placeholder its file."""
+    if list(shown) == [item.kind for item in media]:
+        return
     for placeholder, kind in PLACEHOLDERS.items():
         wanted, given = shown.count(kind), sum(item.kind == kind for item in media)
         if wanted == given:

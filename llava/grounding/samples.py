@@ -8,8 +8,8 @@ from dataclasses import fields
 
 from llava.config import VisionConfig
 from llava.constants import PLACEHOLDER
-from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, LOCATIONS
-from llava.types import Coordinates, Turn
+from llava.grounding.syntax import COORDINATE_PLACEHOLDER, COORDINATE_PLACEHOLDERS, LOCATIONS
+from llava.types import NO_COORDINATES, Coordinates, Turn
 
 _NAMES = [field.name for field in fields(Coordinates)]
 _MEDIA_OR_PLACE = re.compile("|".join([PLACEHOLDER.pattern, *COORDINATE_PLACEHOLDERS]))
@@ -23,6 +23,8 @@ def parse_variables(variables: object, text: str, where: str) -> Coordinates:
         text: of all turns, with a placeholder for each number.
         where: the sample, for errors.
     """
+    if variables is None and not COORDINATE_PLACEHOLDER.search(text):
+        return NO_COORDINATES
     # Columns of Parquet files have null where a sample has none.
     variables = {} if variables is None else variables
     if not isinstance(variables, dict):
