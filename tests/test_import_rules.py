@@ -108,13 +108,27 @@ def room_of(name: str) -> str | None:
 
 
 def check_layers(module: str, tree: ast.Module) -> list[str]:
+    """What a module imports from parts above its own.
+
+    A command stands above all parts, wherever its name puts it: nothing imports its ``__main__``, which may take
+    what it runs from anywhere, in the function that runs it.
+    """
     room = room_of(module)
     wrong = []
     for found in find_imports(tree, module):
         target = room_of(found.name)
+        if module.endswith(".__main__") and not found.at_top:
+            continue
         if target in MAY_IMPORT and room is not None and target not in MAY_IMPORT[room]:
             wrong.append(f"{module}:{found.line} imports {found.name}")
     return wrong
+
+
+def check_commands(module: str, tree: ast.Module) -> list[str]:
+    names = [f"{found.name}." for found in find_imports(tree, module)]
+    return [
+        f"{module} imports a command, {name}" for name in names if name.startswith("llava.") and ".__main__." in name
+    ]
 
 
 def check_environment(module: str, tree: ast.Module) -> list[str]:
@@ -151,6 +165,10 @@ def test_layers():
     assert find_breaches(check_layers) == []
 
 
+def test_nothing_imports_a_command():
+    assert find_breaches(check_commands) == []
+
+
 def test_only_the_arguments_read_the_environment():
     breaches = find_breaches(check_environment)
     # The last reads nothing: it hands the environment on to the commands that it starts, with one folder more.
@@ -174,6 +192,8 @@ def test_optional_packages_wait_until_they_are_needed():
         (check_layers, "llava.model.visual", "from .. import data"),
         (check_layers, "llava.token_layout", "from llava.config import VisionConfig"),
         (check_layers, "llava.train.train", "from llava.serve.generate import Captioner"),
+        (check_layers, "llava.data.feature_cache.__main__", "from llava.train.build_features import build"),
+        (check_commands, "llava.data.media", "from llava.data.feature_cache.__main__ import main"),
         (check_environment, "llava.data.media", "import os\nx = os.environ['A']"),
         (check_environment, "llava.data.media", "from os import getenv"),
         (check_optional, "llava.data.media", "import decord"),
@@ -190,6 +210,7 @@ def test_the_checks_let_pass_what_is_allowed():
     )
     assert check_optional("llava.data.media", lazy) == []
     assert check_layers("llava.train.train", ast.parse("from llava.data.media import x\nimport llava.model")) == []
+    assert check_layers("llava.data.x.__main__", ast.parse("def f():\n    import llava.train.train")) == []
 
 
 def loaded_after(statement: str) -> set[str]:

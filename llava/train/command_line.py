@@ -165,6 +165,18 @@ def build_group(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})  # type: ignore[attr-defined]
 
 
+def read_array_task() -> tuple[int, int] | None:
+    """Which task of how many this process is in a Slurm array, counted from 0; None outside of one."""
+    number, first, count = (
+        os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "COUNT")
+    )  # A step between tasks counts as well: 0, 10 and 20 are three.
+    if not (number.isdigit() and count.isdigit() and int(count) > 0):
+        return None
+    last = os.environ.get("SLURM_ARRAY_TASK_MAX", number)
+    step = max(1, (int(last) - int(first or 0)) // max(1, int(count) - 1)) if last.isdigit() else 1
+    return min((int(number) - int(first or 0)) // step, int(count) - 1), int(count)
+
+
 # Recipes and older spellings, as words of today's command line.
 
 

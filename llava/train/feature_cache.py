@@ -60,12 +60,15 @@ def find_tower(
     return TowerRecords(data_args.feature_cache)
 
 
-def set_up_features(loaded: LoadedModel, data_args: DataArguments, args: TrainingArguments) -> RunFeatures | None:
+def set_up_features(
+    loaded: LoadedModel, data_args: DataArguments, args: TrainingArguments, asked: Storage | None = None
+) -> RunFeatures | None:
     """What a run reads from its cache; None without one.
 
     Args:
         loaded: the model, with its trainable parts set.
         data_args, args: the flags.
+        asked: the form that features are to be kept in; by default what the flags say.
 
     Raises:
         ValueError: the model does not see, the cache keeps features in another form, or the flags do not fit it.
@@ -83,10 +86,11 @@ def set_up_features(loaded: LoadedModel, data_args: DataArguments, args: Trainin
     autocast = None if args.deepspeed else half
     storage = None
     if data_args.feature_cache_fill:
-        asked = data_args.feature_cache_storage
-        new = Storage(asked) if asked else Storage.exact(dtype)
+        if asked is None and data_args.feature_cache_storage:
+            asked = Storage(data_args.feature_cache_storage)
         with args.main_process_first(desc="feature cache"):
-            storage = None if FeatureCache.exists(data_args.feature_cache) and not asked else new
+            exists = FeatureCache.exists(data_args.feature_cache)
+            storage = None if exists and asked is None else asked or Storage.exact(dtype)
             cache = FeatureCache(data_args.feature_cache, storage, data_args.feature_cache_strict)
     else:
         cache = FeatureCache(data_args.feature_cache, None, data_args.feature_cache_strict)
