@@ -54,7 +54,7 @@ ROW = 512
 WARM_UP = 2
 
 
-def write_model(folder: Path, width: int, layers: int, vocabulary: int, dropout: float) -> None:
+def write_model(folder: Path, width: int, layers: int, vocabulary: int, dropout: float, context: int = ROW) -> None:
     """A GPT-2 of random weights, with a tokenizer to which each word is one token."""
     words = {"<|endoftext|>": 0, **{f"w{i}": i for i in range(1, vocabulary)}}
     plain = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
@@ -63,7 +63,7 @@ def write_model(folder: Path, width: int, layers: int, vocabulary: int, dropout:
     tokenizer.save_pretrained(folder)
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     config = GPT2Config(
-        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=width // 64, n_positions=ROW, **rates
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=width // 64, n_positions=context, **rates
     )
     set_seed(0)
     GPT2LMHeadModel(config).save_pretrained(folder)
