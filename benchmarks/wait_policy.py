@@ -135,6 +135,9 @@ def measure_all(workers: dict[str, Worker], beside: bool, args: argparse.Namespa
             one = measure_round(workers, list(workers)[:: 1 if turn % 2 else -1], name, args)
             if max(others for _, others in one.values()) <= most:
                 kept[name].append(one)
+                print(
+                    name, {policy: round(value, 2) for policy, (value, _) in one.items()}, file=sys.stderr, flush=True
+                )
     finally:
         if counting is not None:
             counting.kill()
@@ -180,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--patience", type=float, default=600.0, help="seconds to wait for quiet moments, for each half"
     )
+    parser.add_argument("--half", choices=["beside", "idle"], help="measure this one alone, and keep the file's other")
     parser.add_argument("--spin", nargs="*", default=[], metavar="N", help="also with GOMP_SPINCOUNT=N")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
@@ -190,7 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     POLICIES.update({f"spin{count}": {"GOMP_SPINCOUNT": count} for count in args.spin})
     workers = {policy: Worker(policy) for policy in POLICIES}
     report: dict[str, Any] = {"machine": describe_machine(), "seconds": args.seconds, "most_others": args.most_others}
+    if args.output is not None and args.output.is_file():  # The other half, from an earlier run.
+        report = json.loads(args.output.read_text()) | report
     for kind, beside in (("beside a busy process", True), ("idle", False)):
+        if args.half not in (None, kind.split()[0]):
+            continue
         report[kind] = summarise(measure_all(workers, beside, args))
         print(f"{kind}: {json.dumps(report[kind])}", flush=True)
     for worker in workers.values():

@@ -272,6 +272,23 @@ def test_a_run_that_is_resumed_twice_within_an_epoch(gpt2_dir, tmp_path: Path, t
                 shutil.rmtree(folder)
 
 
+def test_workers_that_stay_change_no_number(gpt2_dir, texts, tmp_path: Path) -> None:
+    """Without workers, with one that stays for the second epoch, and resumed at its first step: dropout draws alike."""
+    model = tmp_path / "model"
+    shutil.copytree(gpt2_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.2}))
+    changes = {"max_steps": 8, "save_steps": 6}
+    alone, stays = (
+        main(flags(model, texts, tmp_path / str(workers), **changes, dataloader_num_workers=workers))
+        for workers in (0, 1)
+    )
+    assert stays.get_train_dataloader().persistent_workers
+    shutil.copytree(tmp_path / "1" / "checkpoint-6", tmp_path / "2" / "checkpoint-6")
+    argv = flags(model, texts, tmp_path / "2", **changes, dataloader_num_workers=1, resume_from_checkpoint="auto")
+    assert log_of(alone) == log_of(stays) == log_of(main(argv))
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_loss_of_an_evaluation_is_one_over_tokens(gpt2_dir, texts, tmp_path, read, strategy: str) -> None:
     trainer = main(flags(gpt2_dir, texts, tmp_path / "out", max_steps=1, save_strategy="no", eval_data_path=texts,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerControl, TrainerState
 
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.dataset import SupervisedDataset
@@ -17,6 +18,7 @@ from llava.train import throughput
 from llava.train.evaluation import EvaluationMeter
 from llava.train.flops import ModelFlops, find_peak, parse_peak
 from llava.train.saving import CheckpointWriter
+from llava.train.scoring import ScoringCallback
 from llava.train.throughput import RATES, advise
 from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
@@ -105,6 +107,19 @@ def test_rates_are_those_of_training_alone(gpt2_dir, texts, tmp_path, clock, mon
         assert trainer.state.total_flos == pytest.approx(total_flops)
         assert last["train_steps_per_second"] == pytest.approx(2 / seconds, rel=1e-3)
         assert 0.05 < line["peak_memory_gib"] < 64
+
+
+def test_scores_are_no_training(gpt2_dir, load_tiny, clock, monkeypatch) -> None:
+    meter = throughput.ThroughputMeter(load_tiny().model, 0, None)
+    asked = SimpleNamespace(stop_request=SimpleNamespace(agreed=False), word_budget=SimpleNamespace(at_milestone=False))
+    scoring = ScoringCallback(asked, SimpleNamespace(is_due=lambda *words: True), None)  # type: ignore[arg-type]
+    asked.throughput = meter
+    monkeypatch.setattr(ScoringCallback, "_score", lambda *words: None)
+    clock.takes(monkeypatch, ScoringCallback, "_score", OTHER)
+    meter.on_epoch_begin(None, None, None)  # type: ignore[arg-type]
+    clock.now += STEP
+    scoring.on_step_end(None, TrainerState(global_step=1), TrainerControl())  # type: ignore[arg-type]
+    assert (meter.totals().seconds, clock.now) == (STEP, 1000 + STEP + OTHER)
 
 
 def test_padding_and_samples_that_are_left_out_do_not_count(gpt2_dir, texts, tmp_path, clock) -> None:
