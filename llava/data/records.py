@@ -273,10 +273,11 @@ def parse_record(
     if split is not None and (num_videos := shown.count("video")) > 1:
         raise ValueError(f'{where}: has "meta.split" and {num_videos} videos; it can only speak of one')
     coordinates = parse_variables(sample.get("variables"), text, where)
-    if notes is not None:
+    if notes is not None and (raw.unread or raw.habits):
         for counts, found in ((notes["unread"], raw.unread), (notes["habits"], raw.habits)):
             for key in dict.fromkeys(found):  # Each once, in the order in which the sample has them.
                 counts[key] = counts.get(key, 0) + 1
+    if notes is not None:
         notes["without_id"] += sample.get("id") is None
     return Record(identity, turns, tuple(media), source, split, coordinates=coordinates)
 
