@@ -37,7 +37,7 @@ from llava.train.trainer import LlavaTrainer
 
 WARMUP = 2
 # Steps of a run: those of the recipe take seconds.
-MODELS = {"recipe": (RECIPE, 6), "light": (replace(QUICK, clip_size=RECIPE.clip_size, clip_frames=48), 60)}
+MODELS = {"recipe": (RECIPE, 4), "light": (replace(QUICK, clip_size=RECIPE.clip_size, clip_frames=48), 60)}
 SHOWN = ("samples_per_second", "data_wait", "padding", "peak_memory_gib")
 
 
@@ -57,11 +57,8 @@ class Window(TrainerCallback):
             self.rates = self.trainer.throughput.measure(self.begin)[0]
 
 
-def run(sizes: Sizes, steps: int, workers: int, folder: Path) -> dict[str, float]:
+def run(sizes: Sizes, model: Any, tokenizer: Any, steps: int, workers: int, folder: Path) -> dict[str, float]:
     """Train with so many workers, and what the steps behind the first came to."""
-    transformers.set_seed(0)
-    tokenizer = build_tokenizer(sizes)
-    model = build_model(sizes, tokenizer)
     args = TrainingArguments(
         output_dir=str(folder / "output"),
         use_cpu=True,
@@ -100,9 +97,13 @@ def measure(sizes: Sizes, steps: int, workers: Sequence[int], repeats: int) -> d
         # One epoch for all steps: workers load nothing of the next one before it begins.
         more = [{**sample, "id": f"{sample['id']}-{i}"} for i in range(WARMUP + steps + 8) for sample in samples]
         path.write_text(json.dumps(more))
+        transformers.set_seed(0)
+        tokenizer = build_tokenizer(sizes)
+        model = build_model(sizes, tokenizer)
         for _ in range(repeats):
             for number in workers:
-                found[number].append(run(sizes, steps, number, Path(name)))
+                found[number].append(run(sizes, model, tokenizer, steps, number, Path(name)))
+                print(f"{number} workers: {found[number][-1]}", flush=True)
     return {
         str(number): {key: round(statistics.median(one[key] for one in runs), 4) for key in runs[0]}
         for number, runs in found.items()
@@ -121,9 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"machine": describe_machine() | {"cores": os.cpu_count()}, "repeats": args.repeats}
     for model in args.models:
         sizes, steps = MODELS[model]
+        print(model, flush=True)
         report[model] = measure(sizes, args.steps or steps, args.workers, args.repeats)
-        for number, figures in report[model].items():
-            print(f"{model}, {number} workers: {figures}", flush=True)
     if args.output is not None:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 

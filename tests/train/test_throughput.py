@@ -81,7 +81,7 @@ def test_rates_are_those_of_training_alone(gpt2_dir, texts, tmp_path, clock, mon
     changes = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_data_path": texts}
     argv = flags(gpt2_dir, texts, tmp_path / "out", **changes, milestones=4, peak_flops="1G")
     first = main([*argv, "--word_limit", "9"])  # Ends with step 2.
-    resumed = main([*argv, "--resume_from_checkpoint", "auto", "--resume_changed", "true"])
+    resumed = main([*argv, "--resume_from_checkpoint", "auto", "--peak_flops", "2G"])
     # Two checkpoints, two evaluations of eight samples, a milestone.
     assert clock.now == 1000 + 5 * OTHER + 16 * LOAD + 8 * (LOAD + STEP)
     total_flops = 0.0
@@ -92,7 +92,7 @@ def test_rates_are_those_of_training_alone(gpt2_dir, texts, tmp_path, clock, mon
         tokens = sum(len(trainer.train_dataset[i].input_ids) for i in samples)
         model, targets = ModelFlops(trainer.model), tokens - len(samples)
         flops = model.per_token * tokens + model.per_target * targets
-        total_flops, mfu = total_flops + flops, flops / seconds / 1e9
+        total_flops, mfu = total_flops + flops, flops / seconds / trainer.throughput.peak
         expected = [
             4 / seconds,
             tokens / seconds,
@@ -106,6 +106,7 @@ def test_rates_are_those_of_training_alone(gpt2_dir, texts, tmp_path, clock, mon
         assert [last[f"train_{name}"] for name in RATES] == pytest.approx(expected, rel=1e-2)
         assert trainer.state.total_flos == pytest.approx(total_flops)
         assert last["train_steps_per_second"] == pytest.approx(2 / seconds, rel=1e-3)
+        assert trainer.throughput.peak == (1e9 if trainer is first else 2e9)
         assert 0.05 < line["peak_memory_gib"] < 64
 
 
