@@ -32,6 +32,8 @@
 #   OUTPUT_DIR    where checkpoints go (default output/italian_t_it or output/italian_vi_it)
 #   OVERWRITE     1 starts anew in an OUTPUT_DIR that holds a run, which is removed (default 0); a job that was
 #                 requeued goes on with what it has begun
+#   FEATURE_CACHE folder of the frozen tower's features, for 2: the first epoch fills it, later ones read it
+#                 (default: none; docs/feature_cache.md)
 #   NUM_GPUS      how many GPUs to use (default: all that are visible; 0 trains on the CPU)
 #   PYTHON        python to run (default: the active environment's, else .venv's, else python3)
 #   EXTRA_ARGS    more arguments for the trainer, split at blanks
@@ -196,6 +198,9 @@ if ((EXP_ID == 2)); then
     trainer+=(--vision_tower "$VISION_MODEL")
     if [[ -n $VIDEO_FOLDER ]]; then
         trainer+=(--video_folder "$VIDEO_FOLDER")
+    fi
+    if [[ -n ${FEATURE_CACHE:-} ]]; then
+        trainer+=(--feature_cache "$FEATURE_CACHE" --feature_cache_fill true)
     fi
 fi
 

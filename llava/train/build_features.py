@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import set_seed
 
 from llava.command import CommandParser, check_at_least
 from llava.data.dataset import SupervisedDataset
@@ -147,6 +148,9 @@ def prepare(options: BuildOptions) -> Prepared:
     model_args, data_args, args = options.model_args, options.data_args, options.training_args
     check_media_folders(data_args.image_folder, data_args.video_folder)
     check_feature_cache(model_args, data_args)
+    set_seed(
+        args.seed
+    )  # Of modules that are new: the loss that the table of forms tells is that of a run's first step.
     loaded = load_from_arguments(model_args, data_args, args)
     set_up_parts(loaded, model_args, args)
     if args.deepspeed and (args.bf16 or args.fp16):

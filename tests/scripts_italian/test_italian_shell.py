@@ -21,6 +21,7 @@ from llava.train.command_line import RECIPES, parse_arguments
 
 SETTINGS = (
     "EXP_ID", "MODEL_PATH", "VISION_MODEL", "DATA_PATH", "VIDEO_FOLDER", "OUTPUT_DIR", "NUM_GPUS", "EXTRA_ARGS",
+    "FEATURE_CACHE",
     "OVERWRITE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_DIR", "VIRTUAL_ENV", "PYTHONPATH",
 )  # fmt: skip
 
@@ -142,6 +143,7 @@ def test_output_over_the_model_is_refused(script: Path, places: dict[str, Path])
             ["--resume_from_checkpoint auto"],
             ["--overwrite_output"],
         ),
+        ("1 bf16 1", {"FEATURE_CACHE": "f"}, ["--feature_cache f --feature_cache_fill true"], []),
         ("1 bf16 1", {"EXTRA_ARGS": "--max_steps 2\n--seed 7"}, ["--max_steps 2 --seed 7 --run_name a b"], []),
     ],
 )

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.eval.run import evaluate, parse_arguments
+from llava.serve.cli import main as serve
 from llava.train.train import main
 
 
@@ -157,6 +159,27 @@ def test_a_checkpoint_with_its_tower_reads_the_weights(run, filled, capsys) -> N
     assert "its weights were read" in capsys.readouterr().out
     assert history(output)[-1]["feature_misses"] == 0
     assert any("vision_tower" in name for name in load_file(output / "model.safetensors"))
+
+
+def test_captions_and_evaluations_read_it(
+    run, filled, live: Path, mixed_data: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model_path", str(live), "--feature_cache", str(filled[1]), "--feature_cache_strict"]
+    captions = []
+    for words in (options[:2], options):
+        assert serve([*words, "--video", str(mixed_data.parent / "a.mp4")]) == 0
+        captions.append(capsys.readouterr().out)
+        with monkeypatch.context() as patched:
+            if len(captions) == 2:
+                patched.setattr("llava.data.media.decode_media", None)  # Nothing is decoded for answers.
+            out = ["--out", str(tmp_path / f"out-{len(captions)}"), "--num_pictures", "0", "--no_blind_check"]
+            arguments = parse_arguments(["--task", "caption", "--data", str(mixed_data), *words, *out])
+            captions[-1] += json.dumps(evaluate(arguments)["scores"])
+    assert captions[0] == captions[1]
+    assert serve([*options, "--image", str(shutil.copy(mixed_data.parent / "a.png", tmp_path / "moved.png"))]) == 0
+    (tmp_path / "moved.png").write_bytes((mixed_data.parent / "a.png").read_bytes() + b"0")
+    assert serve([*options, "--image", str(tmp_path / "moved.png")]) == 2
+    assert "moved.png: --feature_cache" in capsys.readouterr().err
 
 
 def test_two_epochs_fill_once(run, tmp_path: Path) -> None:
