@@ -24,11 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from train_step import QUICK, RECIPE, Sizes, build_tokenizer, describe_machine, write_clip
 from transformers import Dinov2Config, Dinov2Model, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -39,7 +39,7 @@ STEPS = 4
 LIVE, FILL, CACHED = "live", "fill", "cached"
 
 
-def write_parts(folder: Path, sizes: Sizes) -> None:
+def write_parts(folder: Path, sizes: Sizes, steps: int) -> None:
     """Language model, tower and clips."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(sizes)
@@ -61,7 +61,7 @@ def write_parts(folder: Path, sizes: Sizes) -> None:
     }  # fmt: skip
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(processor))
     samples = []
-    for i in range(STEPS * sizes.batch):
+    for i in range(steps * sizes.batch):
         write_clip(folder / f"{i}.mp4", sizes, seed=i)
         caption = " ".join(
             f"parola{(i * 131 + k * 17) % (sizes.vocabulary - 1) + 1}" for k in range(sizes.caption_words)
@@ -137,6 +137,7 @@ def measure(folder: Path, sizes: Sizes, bf16: bool, rounds: int) -> dict[str, An
         "read_batch_milliseconds": read_times(folder, sizes, bf16, cache),
         "largest_difference_of_a_loss": {},
     }
+    print(json.dumps(found, indent=1), file=sys.stderr, flush=True)
     for storage in ("int8",) if bf16 else ("bf16", "int8"):
         kept = folder / f"cache-{name}-{storage}"
         _, inexact = run(folder, sizes, FILL, bf16, kept, "--feature_cache_storage", storage)
@@ -162,17 +163,10 @@ def read_times(folder: Path, sizes: Sizes, bf16: bool, cache: Path) -> dict[str,
     return found
 
 
-def peak_memory(folder: Path, sizes_name: str, kind: str, bf16: bool, cache: Path) -> float:
+def peak_memory(folder: Path, sizes: Sizes, is_quick: bool, kind: str, bf16: bool, cache: Path) -> float:
     """GiB that a process of its own reaches."""
-    words = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        kind,
-        str(folder),
-        str(cache),
-        *(["--quick"] if sizes_name else []),
-    ]
+    words = [sys.executable, __file__, "--memory-of", kind, str(folder), str(cache), "--batch", str(sizes.batch)]
+    words += ["--quick"] if is_quick else []
     done = subprocess.run([*words, *(["--bf16"] if bf16 else [])], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -196,28 +190,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="clips of a step (default 4)")
+    parser.add_argument("--steps", type=int, help="steps of an epoch (default 4)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = QUICK if args.quick else RECIPE
+    sizes = replace(QUICK if args.quick else RECIPE, **({"batch": args.batch} if args.batch else {}))
+    steps = args.steps or STEPS
     if args.memory_of:
         kind, folder, cache = args.memory_of
         print_peak(Path(folder), Path(cache), kind, args.bf16, sizes)
         return
-    result: dict[str, Any] = {"machine": describe_machine(), "transformers": transformers.__version__}
+    result: dict[str, Any] = {"machine": describe_machine(), "batch": sizes.batch}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_parts(folder, sizes)
+        write_parts(folder, sizes, steps)
         for precision in args.precision:
             bf16 = precision == "bf16"
             found = measure(folder, sizes, bf16, args.rounds)
             cache = folder / f"cache-{precision}-0"
-            peaks = {
-                kind: peak_memory(folder, "quick" if args.quick else "", kind, bf16, cache) for kind in (LIVE, CACHED)
-            }
+            peaks = {kind: peak_memory(folder, sizes, args.quick, kind, bf16, cache) for kind in (LIVE, CACHED)}
             found["peak_gib"] = {LIVE: round(peaks[LIVE], 2), CACHED: round(peaks[CACHED], 2)}
             found["peak_cached_over_live"] = round(peaks[CACHED] / peaks[LIVE], 3)
             result[precision] = found

@@ -139,6 +139,8 @@ class FeatureLog(TrainerCallback):
 
     def _look(self, features: Tensor) -> None:
         """Take in what the tower computed for the next frames of the batch, (frames, patches, width)."""
+        if not self._entries:  # It runs for a scoring, say, and not for a batch.
+            return
         self._seen.append(features.detach())
         lengths = [length for _, length in self._entries]
         if sum(map(len, self._seen)) != sum(lengths):

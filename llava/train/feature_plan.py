@@ -59,7 +59,7 @@ class Plan:
         """The shards that are not there yet, without what other shards of the cache have."""
         cache.look()
         names = {f"{shard.name}{SUFFIX}" for shard in self.shards}
-        others = {key for name, shard in cache.shards.items() if name not in names for key in shard.entries}
+        others = {key for name, shard in cache.shards.items() if name not in names for key in shard.keys}
         left = []
         for shard in self.shards:
             wanted = tuple(item for item in shard.items if item.key not in others)

@@ -78,7 +78,7 @@ def verify(cache: FeatureCache) -> int:
 
     damaged = dict(cache.damaged)
     for name, shard in tqdm(cache.shards.items(), unit="shard", disable=None):
-        for key in shard.entries:
+        for key in shard.keys:
             try:
                 shard.read(key, cache.storage)
             except (DamagedShardError, BadSampleError) as error:

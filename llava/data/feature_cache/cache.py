@@ -113,7 +113,7 @@ class FeatureCache:
                 self._tell_damage(path, error)
                 continue
             self.shards[path.name] = shard
-            for key in shard.entries:  # The same features from two processes: one is as good as the other.
+            for key in shard.keys:  # The same features from two processes: one is as good as the other.
                 self._places.setdefault(key, shard)
             found = True
         return found
@@ -143,7 +143,7 @@ class FeatureCache:
             except DamagedShardError as error:
                 self._tell_damage(shard.path, error)
                 del self._places[key]
-                others = (other for other in self.shards.values() if other is not shard and key in other.entries)
+                others = (other for other in self.shards.values() if other is not shard and key in other.keys)
                 if (other := next(others, None)) is not None:
                     self._places[key] = other
         return self.read(key) if self.look() and key in self._places else None
@@ -155,10 +155,10 @@ class FeatureCache:
 
     def count_of(self, contexts: Collection[str]) -> int:
         """How many entries are of these contexts."""
-        return sum(about["context"] in contexts for s in self.shards.values() for about in s.entries.values())
+        return sum(shard.counts[context] for shard in self.shards.values() for context in contexts)
 
     def count_contexts(self) -> list[tuple[dict[str, Any], int]]:
         """Every context that there are entries of, and how many, most first."""
-        counts = Counter(about["context"] for shard in self.shards.values() for about in shard.entries.values())
+        counts = sum((shard.counts for shard in self.shards.values()), Counter[str]())
         all_contexts = {name: context for shard in self.shards.values() for name, context in shard.contexts.items()}
         return [(all_contexts[name], count) for name, count in counts.most_common()]

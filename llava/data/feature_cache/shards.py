@@ -8,10 +8,11 @@ bytes, the dtype that its features come back in and their patches. What safetens
 from __future__ import annotations
 
 import json
-import os
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
 _MOST_HEADER = 1 << 28
+_HEADERS = 512
+"""Headers that are kept in memory; others are read again, so that caches of any size take little of it."""
 
 
 class DamagedShardError(ValueError):
@@ -121,51 +124,72 @@ def _describe(kept: Kept) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Shard:
-    """A shard that was opened: its header is whole. The features of an entry are checked when they are first read."""
+@dataclass(frozen=True)
+class Header:
+    """What a shard says of its entries."""
 
-    path: Path
     tensors: dict[str, Any]  # name -> dtype, shape and place, as safetensors has them
     entries: dict[str, dict[str, Any]]
     contexts: dict[str, Any]
+    start: int  # of the tensors in the file
+
+
+@lru_cache(maxsize=_HEADERS)
+def read_header(path: Path, size: int, changed: int) -> Header:
+    """The header of a shard; ``size`` and ``changed`` are the file's, so that what is remembered is of this file.
+
+    Raises:
+        DamagedShardError: it is cut off, damaged or no shard.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(size, _MOST_HEADER):
+                raise DamagedShardError(f"{path}: it is cut off, or no shard")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        told = metadata.pop("checksum")
+        if metadata["format"] != FORMAT:
+            raise DamagedShardError(f"{path}: another version of llava wrote it ({metadata['format']!r})")
+        if told != hash_json([metadata, header]):
+            raise DamagedShardError(f"{path}: its header is damaged")
+        about = json.loads(metadata["about"])
+    except OSError as error:
+        raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DamagedShardError):
+            raise
+        raise DamagedShardError(f"{path}: its header is damaged") from error
+    start = _LENGTH_BYTES + length
+    end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != end:
+        raise DamagedShardError(f"{path}: it has {size} bytes, and its header says {end}")
+    return Header(header, about["entries"], about["contexts"], start)
+
+
+@dataclass
+class Shard:
+    """A shard whose header is whole. The features of an entry are checked when they are first read."""
+
+    path: Path
+    keys: tuple[str, ...]  # of its entries
+    contexts: dict[str, Any]
+    counts: Counter[str]  # how many entries are of each context
     size: int  # of the file
-    start: int  # of the tensors in it
+    changed: int  # when it was, in nanoseconds
     _checked: set[str] = field(default_factory=set)
     _mapped: Tensor | None = None
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Read the header of a shard.
-
-        Raises:
-            DamagedShardError: it is cut off, damaged or no shard.
-        """
+        """Look into a shard; a DamagedShardError as from ``read_header``."""
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-                if size < _LENGTH_BYTES or length > min(size, _MOST_HEADER):
-                    raise DamagedShardError(f"{path}: it is cut off, or no shard")
-                header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            told = metadata.pop("checksum")
-            if metadata["format"] != FORMAT:
-                raise DamagedShardError(f"{path}: another version of llava wrote it ({metadata['format']!r})")
-            if told != hash_json([metadata, header]):
-                raise DamagedShardError(f"{path}: its header is damaged")
-            about = json.loads(metadata["about"])
+            status = path.stat()
         except OSError as error:
             raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DamagedShardError):
-                raise
-            raise DamagedShardError(f"{path}: its header is damaged") from error
-        start = _LENGTH_BYTES + length
-        end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if size != end:
-            raise DamagedShardError(f"{path}: it has {size} bytes, and its header says {end}")
-        return cls(path, header, about["entries"], about["contexts"], size, start)
+        header = read_header(path, status.st_size, status.st_mtime_ns)
+        counts = Counter(about["context"] for about in header.entries.values())
+        return cls(path, tuple(header.entries), header.contexts, counts, status.st_size, status.st_mtime_ns)
 
     def read(self, key: str, storage: Storage) -> tuple[FeatureEntry, Tensor]:
         """An entry and its features, (frames, patches, width) in memory of their own.
@@ -173,8 +197,10 @@ class Shard:
         Raises:
             DamagedShardError: the file is gone or shorter, or the entry's bytes are not those that were written.
         """
-        about = self.entries[key]
-        kept = {"features": self._tensor(key)} | ({"scale": self._tensor(key + SCALE)} if self._scaled(key) else {})
+        header = read_header(self.path, self.size, self.changed)
+        about = header.entries[key]
+        names = {"features": key} | ({"scale": key + SCALE} if key + SCALE in header.tensors else {})
+        kept = {name: self._tensor(header, of_file) for name, of_file in names.items()}
         if key not in self._checked:
             checksum = 0
             for _, tensor in sorted(kept.items()):
@@ -189,12 +215,9 @@ class Shard:
         size, times = tuple(about["size"]), tuple(about["times"])
         return FeatureEntry(key, about["context"], about["kind"], size, times, about["duration"]), features
 
-    def _scaled(self, key: str) -> bool:
-        return key + SCALE in self.tensors
-
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, header: Header, name: str) -> Tensor:
         """A tensor of the map."""
-        about = self.tensors[name]
+        about = header.tensors[name]
         start, end = about["data_offsets"]
         # A map of what is no longer there would end the process: the length is asked for each time.
         try:
@@ -206,7 +229,8 @@ class Shard:
         if self._mapped is None:
             # Private: nothing that is done with it reaches the file. All processes share what the system has read.
             self._mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
-        return self._mapped[self.start + start : self.start + end].view(_DTYPES[about["dtype"]]).view(about["shape"])
+        place = slice(header.start + start, header.start + end)
+        return self._mapped[place].view(_DTYPES[about["dtype"]]).view(about["shape"])
 
     def __getstate__(self) -> dict[str, Any]:
         # A map does not travel to another process.
