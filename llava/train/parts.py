@@ -95,7 +95,7 @@ def set_trainable_parts(
         tower.freeze_unused()
         model.keep_trained_tower()
     if half is not None and tower is not None and not tower.trainable:
-        hold_in(tower, half)
+        tower.hold_in(half)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"--mm_tunable_parts {','.join(tunable_parts)} trains nothing: this model has only "

@@ -73,6 +73,11 @@ class VisionTower(nn.Module, ABC):
     def freeze_unused(self) -> None:
         """Freeze parameters that ``encode`` never uses, which would never get a gradient."""
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Hold the parameters in a type; buffers, such as the frequencies of rotary positions, stay."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     @property
     def trainable(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters())

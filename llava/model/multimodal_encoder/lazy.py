@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -46,6 +47,8 @@ class LazyTower(VisionTower):
         # An empty tensor, which goes where the model goes and into what dtype it is put.
         self.register_buffer("place", torch.empty(0, dtype=dtype), persistent=False)
         self._read: list[VisionTower] = []  # a list, so that it is no submodule
+        # What was done to the model meanwhile (moved, cast), for the tower that is read later.
+        self._done: list[Callable[[VisionTower], object]] = [lambda tower: tower.hold_in(dtype)]
 
     @classmethod
     def describe(cls, source: str, config: PretrainedConfig) -> TowerDescription:
@@ -60,13 +63,30 @@ class LazyTower(VisionTower):
         """Whether the weights are in memory."""
         return bool(self._read)
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        self.place = self.place.to(dtype)
+        self._do(lambda tower: tower.hold_in(dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyTower:
+        super()._apply(fn, recurse)
+        self._do(lambda tower: tower._apply(fn))
+        return self
+
+    def _do(self, act: Callable[[VisionTower], object]) -> None:
+        if self._read:
+            act(self._read[0])
+        else:
+            self._done.append(act)
+
     def load_weights(self, source: str) -> str:
         """Read the weights now; a ValueError where they are others than ``vision`` says."""
         with no_init_weights():
             tower = build_tower(self.vision)
         found = tower.load_weights(source)
         tower.requires_grad_(False)
-        self._read[:] = [tower.to(self.place.device, self.dtype).eval()]
+        for act in self._done:
+            act(tower)
+        self._read[:] = [tower.eval()]
         return found
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -76,10 +96,7 @@ class LazyTower(VisionTower):
                 self.vision.vision_tower,
             )
             self.load_weights(self.vision.vision_tower)
-        tower = self._read[0]
-        if tower.dtype != self.dtype or pixels.device != next(tower.parameters()).device:
-            tower.to(pixels.device, self.dtype)
-        return tower.encode(pixels)
+        return self._read[0].encode(pixels)
 
 
 def put_lazy_tower(model: LlavaMetaForCausalLM, source: str | None, find_hash: FindTowerHash) -> None:
