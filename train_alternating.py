@@ -16,11 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.train.command_line import choose_wait_policy
-
-if __name__ == "__main__":
-    choose_wait_policy(sys.argv[1:])  # Before torch is imported.
-
 from llava.command import CommandParser
 from llava.data.files import count_samples, find_entries
 from llava.data.raw_samples import read_samples

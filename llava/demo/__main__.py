@@ -12,7 +12,6 @@ from llava.command import CommandParser, run_command
 from llava.demo import common
 from llava.demo.common import QUICK_STEPS, TOWER_FOLDER, phase
 from llava.io import write_json
-from llava.train.command_line import choose_wait_policy
 
 _QUICK_AMOUNTS = {"num_train_clips": 64, "num_held_out_clips": 12}
 _ROWS_OF_TABLE = 12
@@ -36,7 +35,6 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status, 2 with one line on standard error for a user's mistake."""
-    choose_wait_policy()  # Before torch is imported.
     return run_command(lambda: run(build_parser().parse_args(argv)))
 
 

@@ -42,35 +42,6 @@ Arguments = tuple["ModelArguments", "DataArguments", "TrainingArguments"]
 Group = TypeVar("Group")
 
 
-WAIT_POLICY = "OMP_WAIT_POLICY"
-_THREAD_SETTINGS = (WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's driver, AMD's, and either's under WSL
-
-
-def choose_wait_policy(words: Sequence[str] = ()) -> None:
-    """On a CPU let torch's threads sleep while they wait for one another, where the environment says nothing of it.
-
-    By default they spin, which takes the cores from every other process, and from one another where such a process has
-    one of them (``benchmarks/wait_policy.py``). Torch's threads read this once: it is to be called before the import.
-
-    Args:
-        words: of a command line, which may ask for the CPU beside a GPU.
-    """
-    if "torch" in sys.modules or sys.platform != "linux" or any(name in os.environ for name in _THREAD_SETTINGS):
-        return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if _asks_for_cpu(words) or hidden or not any(Path(file).exists() for file in _GPU_FILES):
-        os.environ[WAIT_POLICY] = "passive"
-
-
-def _asks_for_cpu(words: Sequence[str]) -> bool:
-    for i, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name.replace("-", "_") == "__use_cpu":  # Alone, or before another flag, it is true.
-            return (value or next(iter(words[i + 1 : i + 2]), "")).lower() not in ("false", "f", "no", "n", "0")
-    return False
-
-
 def answer_at_once(words: Sequence[str]) -> int | None:
     """For a command line that asks for help or has an unknown flag: answer it, and give the exit status."""
     if "--" in words:  # What follows is no flag: left to the parser.

@@ -26,13 +26,12 @@ from __future__ import annotations
 import sys
 
 from llava.train import preemption
-from llava.train.command_line import answer_at_once, choose_wait_policy
+from llava.train.command_line import answer_at_once
 
 if __name__ == "__main__":
     preemption.listen()  # Before anything that takes its time to import.
     if (answered := answer_at_once(sys.argv[1:])) is not None:
         sys.exit(answered)
-    choose_wait_policy(sys.argv[1:])
 
 # From here on imports take seconds: torch, transformers and, through them, much else.
 import atexit

@@ -14,11 +14,10 @@ if __name__ == "__main__":
     from llava.train import preemption
 
     preemption.listen()  # Before anything that takes its time to import.
-    from llava.train.command_line import answer_at_once, choose_wait_policy
+    from llava.train.command_line import answer_at_once
 
     if (answered := answer_at_once(sys.argv[1:])) is not None:
         sys.exit(answered)
-    choose_wait_policy(sys.argv[1:])
     from llava.train.train import cli
 
     sys.exit(cli())

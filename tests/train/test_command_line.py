@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import HfArgumentParser
@@ -168,40 +167,3 @@ def test_a_date_in_a_recipe_is_its_text(tmp_path: Path) -> None:
     recipe.write_text("mm_resampler_args: {since: 2020-01-01, 1: 2}\n")
     values = command_line.parse_values(["--config", str(recipe)], optional=("model_name_or_path", "data_path"))
     assert values["mm_resampler_args"] == '{"since": "2020-01-01", "1": 2}'
-
-
-@pytest.mark.parametrize(
-    ("words", "environment", "files", "expected"),
-    [
-        ([], {}, (), "passive"),
-        ([], {}, ("/dev/null",), None),
-        (["--use_cpu", "--seed", "1"], {}, ("/dev/null",), "passive"),
-        (["--use_cpu", "false"], {}, ("/dev/null",), None),
-        (["--use_cpu=True"], {}, ("/dev/null",), "passive"),
-        ([], {"CUDA_VISIBLE_DEVICES": ""}, ("/dev/null",), "passive"),
-        ([], {"CUDA_VISIBLE_DEVICES": "0"}, ("/dev/null",), None),
-        ([], {"OMP_WAIT_POLICY": "active"}, (), "active"),
-        ([], {"GOMP_SPINCOUNT": "1000"}, (), None),
-    ],
-)
-def test_threads_sleep_while_they_wait_on_a_cpu(monkeypatch, words, environment, files, expected) -> None:
-    """Not on a machine with a GPU, and not where the user has said otherwise."""
-    monkeypatch.setattr(command_line, "_GPU_FILES", files)
-    monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(command_line, "os", SimpleNamespace(environ=dict(environment)))
-    command_line.choose_wait_policy(words)
-    assert command_line.os.environ.get("OMP_WAIT_POLICY") == expected
-
-
-@pytest.mark.parametrize("program", ["llava.train.train", "llava.train.train_mem", "train_alternating"])
-def test_the_wait_policy_is_chosen_before_torch_is_loaded(program: str) -> None:
-    """By then it would be too late: the module that a program begins with has no torch yet when it chooses."""
-    code = (
-        "import runpy, sys; from llava.train import command_line\n"
-        "def choose(words=()): print('torch' in sys.modules, words); sys.exit(0)\n"
-        f"command_line.choose_wait_policy = choose; sys.argv[1:] = ['--seed', '1']\n"
-        f"runpy.run_module({program!r}, run_name='__main__')"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout == "False ['--seed', '1']\n", done.stderr
