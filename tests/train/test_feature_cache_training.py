@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.eval.run import evaluate, parse_arguments
 from llava.serve.cli import main as serve
+from llava.train.replay import main as replay
 from llava.train.train import main
 
 
@@ -159,6 +160,15 @@ def test_a_checkpoint_with_its_tower_reads_the_weights(run, filled, capsys) -> N
     assert "its weights were read" in capsys.readouterr().out
     assert history(output)[-1]["feature_misses"] == 0
     assert any("vision_tower" in name for name in load_file(output / "model.safetensors"))
+
+
+def test_a_step_with_features_is_replayed(run, filled, tmp_path: Path, capsys) -> None:
+    with pytest.raises(ValueError, match="bad_step-") as stopped:
+        run(feature_cache=filled[1], feature_cache_strict=True, learning_rate=1e25)
+    folder = next(Path(word.rstrip(".,;:")) for word in str(stopped.value).split() if "/bad_step-" in word)
+    capsys.readouterr()
+    assert replay([str(folder)]) == 0
+    assert "reproduced" in capsys.readouterr().out
 
 
 def test_captions_and_evaluations_read_it(
