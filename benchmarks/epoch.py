@@ -24,14 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from train_step import QUICK, RECIPE, Sizes, build_tokenizer, describe_machine, write_clip
+from train_step import QUICK, RECIPE, Sizes, build_tokenizer, describe_machine, full_loss, write_clip
 from transformers import Dinov2Config, Dinov2Model, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from llava.model import llava_arch
 from llava.train.train import build_trainer
 from llava.train.trainer import LlavaTrainer
 
@@ -174,15 +177,8 @@ def peak_memory(folder: Path, is_quick: bool, kind: str, bf16: bool, cache: Path
 def print_peak(folder: Path, cache: Path, kind: str, bf16: bool, sizes: Sizes) -> None:
     """Train two steps and print the peak of this process, in GiB."""
     trainer, _ = build(folder, sizes, kind, bf16, cache, "--max_steps", "2")
-    if kind == LIVE:
-        original = trainer.compute_loss
-
-        def with_logits(*args: Any, **kwargs: Any) -> Any:
-            trainer._returns_logits = True
-            return original(*args, **kwargs)
-
-        trainer.compute_loss = with_logits  # type: ignore[method-assign]
-    trainer.train()
+    with mock.patch.object(llava_arch, "supervised_loss", full_loss) if kind == LIVE else nullcontext():
+        trainer.train()
     # Not getrusage, whose peak a process inherits from the one that began it.
     status = Path("/proc/self/status").read_text()
     print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**20)

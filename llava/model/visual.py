@@ -92,7 +92,8 @@ def encode_frames(tower: VisionTower, media: list[Tensor]) -> Tensor:
     """The tower's features of all media, (all frames, patches, tower width); those that are given stay as they are."""
     pixels = [frames for frames in media if not holds_features(frames)]
     if len(pixels) == len(media):
-        return tower(torch.cat(media))
+        # Without gaps where class tokens were, as features that were kept: in bf16 a product's last bits depend on it.
+        return tower(torch.cat(media)).contiguous()
     live = iter(tower(torch.cat(pixels)).split([len(frames) for frames in pixels]) if pixels else ())
     given = (frames.squeeze(1) if holds_features(frames) else next(live) for frames in media)
     # The same dtype for all: what the tower computes in.
