@@ -207,6 +207,7 @@ def _within(layout: PackLayout) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+@torch.compiler.disable  # Where samples lie differs from batch to batch.
 def make_mask(
     mask_function_of_interface: Callable[..., Tensor | None],
     *,
@@ -247,15 +248,25 @@ def attend(
     Returns:
         (rows, row_length, heads, head width), and None or attention weights.
     """
-    if not isinstance(attention_mask, PackedMask):
-        return attention_function(module, query, key, value, attention_mask, **kwargs)
-    layout = attention_mask.layout
-    split = [layout.split(states.transpose(1, 2)) for states in (query, key, value)]
+    if isinstance(attention_mask, PackedMask):
+        return _attend_by_sample(attention_function, module, (query, key, value), attention_mask, **kwargs), None
+    return attention_function(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _attend_by_sample(
+    attention_function: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    states: tuple[Tensor, Tensor, Tensor],
+    packed: PackedMask,
+    **kwargs: object,
+) -> Tensor:
+    split = [packed.layout.split(own.transpose(1, 2)) for own in states]
     results = []
-    for mask, *states in zip(attention_mask.groups, *split, strict=True):
-        by_heads = [part.transpose(1, 2) for part in states]  # (samples, heads, longest, head width)
+    for mask, *parts in zip(packed.groups, *split, strict=True):
+        by_heads = [part.transpose(1, 2) for part in parts]  # (samples, heads, longest, head width)
         results.append(attention_function(module, *by_heads, mask, **kwargs)[0])  # (samples, longest, heads, ...)
-    return layout.join(results), None
+    return packed.layout.join(results)
 
 
 def eager_attention(module: nn.Module, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:

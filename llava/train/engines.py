@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
@@ -190,6 +191,20 @@ def check_engine(state: AcceleratorState) -> None:
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None:
         check_deepspeed_config(plugin.deepspeed_config)
+
+
+def compile_decoder(trainer: Any) -> None:
+    """For ``--torch_compile``: compile the decoder, in place of accelerate's compiling all of the model.
+
+    What is around it depends on how many images a batch has and how many tokens it predicts: compiled, that would be
+    compiled anew for every number of them, until torch gives up. The decoder's shapes are a batch's rows and length,
+    which torch makes symbols of when they change for the first time.
+    """
+    args = trainer.args
+    if not args.torch_compile:
+        return
+    trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    trainer.model.get_model().compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 # Optimizers and schedules.

@@ -45,7 +45,7 @@ from llava.train.callbacks import FirstStepsCallback, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader, find_max_length
 from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
-from llava.train.engines import check_engine
+from llava.train.engines import check_engine, compile_decoder
 from llava.train.evaluation import (
     NOT_PREDICTIONS,
     CutCounter,
@@ -98,8 +98,8 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # ``accelerate launch`` sets up engines through the environment, which shows only once accelerate has read it.
-        check_engine(self.accelerator.state)
+        check_engine(self.accelerator.state)  # Accelerate has read what its launcher asks for in the environment.
+        compile_decoder(self)
         if self.is_deepspeed_enabled:
             gather_added_together(self.model)
         # transformers' smoother takes the labels from the model: its loss knows neither that they are shifted, nor
@@ -122,9 +122,9 @@ class LlavaTrainer(Trainer):
         self._changes: Differences | None = None  # from the run that is gone on with
         # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
         own = (self.throughput, self.data, self.exposure, self.word_budget, StopCallback(self.stop_request))
-        for callback in (*own, FirstStepsCallback(), bad_sample_log, feature_log):
-            if callback is not None:
-                self.add_callback(callback)
+        logs = [log for log in (bad_sample_log, feature_log) if log is not None]
+        for callback in (*own, FirstStepsCallback(), *logs):
+            self.add_callback(callback)
 
     # Data.
 

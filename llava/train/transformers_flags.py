@@ -157,7 +157,7 @@ TOPICS: dict[str, dict[str, Flag]] = {
         "gradient_checkpointing": _works("docs/running.md says what it goes together with"),
         "gradient_checkpointing_kwargs": _works("a JSON object"),
         "torch_compile": _works(
-            "on one process",
+            "of the decoder, on one process; media and loss, whose shapes change with every batch, stay as they are",
             Refusal(lambda value, args: value and args.world_size > 1,
                     "a compiled model takes part in no exchange between ranks of mixed modality; leave it out", ""),
         ),

@@ -209,6 +209,21 @@ def test_weights_in_bf16_that_cannot_be(gpt2_dir, mixed_data, tmp_path: Path, ch
         main(flags(gpt2_dir, None, mixed_data, tmp_path, bf16_weights="true", **changes))
 
 
+@pytest.mark.parametrize("batches", [{}, {"packing": "true", "per_device_train_batch_size": 1}])
+def test_compiled_steps_are_the_same_and_few_graphs_serve_all(
+    gpt2_dir, tower_dir, mixed_data, tmp_path: Path, batches: dict
+) -> None:
+    batches = {"per_device_train_batch_size": 2, "max_steps": 8, "model_max_length": 120, **batches}
+    main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "eager", **batches))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "compiled", **batches, torch_compile_backend="eager"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-6)
+    # Of batches of 2 rows and of 1, of text alone and with media: not one for each number of images.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 14
+    torch._dynamo.reset()
+
+
 def test_evaluation_and_grouping_by_length(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
     trainer = main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / "out", max_steps=4, eval_data_path=mixed_data,
                          eval_strategy="steps", eval_steps=2, train_sampling_strategy="group_by_length",
