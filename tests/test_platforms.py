@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava import io as system
-from llava.train.callbacks import describe_memory
+from llava.train.throughput import peak_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,4 +146,4 @@ def test_the_peak_of_memory_is_in_gib(monkeypatch: pytest.MonkeyPatch, platform:
     monkeypatch.setattr("sys.platform", platform)
     monkeypatch.setitem(sys.modules, "resource", None if platform == "win32" else usage)
     monkeypatch.setattr("psutil.Process", lambda: process)
-    assert describe_memory() == "peak memory 3.00 GiB"
+    assert peak_memory() == 3 * 2**30

@@ -34,7 +34,9 @@ from llava.compat import attention_of, set_attention
 PackLengths = Sequence[Sequence[int]]
 """For each row, the tokens of each of its samples; what is left of the row is padding."""
 
-_PREFIX = "packed_"
+PREFIX_OF_COPY = "" if __name__.startswith("llava.") else __name__.replace(".", "_") + "_"
+"""Before names in transformers' registries: the copy of this code in an exported model has functions of its own."""
+_PREFIX = PREFIX_OF_COPY + "packed_"
 # Samples up to this length are one group, and longer ones with those of more than half their length.
 _SHORT = 16
 

@@ -288,7 +288,8 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     try:
         import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)
+    except ImportError:  # Windows, which counts the peak itself.
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", None) or held.rss
     # ru_maxrss is in KiB, but on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)

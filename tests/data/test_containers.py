@@ -19,7 +19,7 @@ from llava.data.check import main as check
 from llava.data.containers import check_complete
 from llava.data.media import MediaError, sample_video
 
-X264, FAST = {"g": "12"}, {"deadline": "realtime", "cpu-used": "8", "g": "12"}
+X264, FAST = {"g": "12"}, {"deadline": "good", "cpu-used": "5", "g": "12"}
 # Name, codec, its options, those of the container.
 CONTAINERS: list[tuple[str, str, dict[str, str], dict[str, str]]] = [
     ("mpeg4.avi", "mpeg4", X264, {}),

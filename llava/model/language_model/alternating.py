@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava.compat import OwnAttention, choose_cache
 from llava.model.backbones import VARIANTS, variant_type
 from llava.model.llava_arch import CACHE, LlavaMetaForCausalLM
-from llava.model.packing import PackedMask, attend, current_layout, eager_attention, make_mask
+from llava.model.packing import PREFIX_OF_COPY, PackedMask, attend, current_layout, eager_attention, make_mask
 from llava.model.visual import VISION_MODULES
 
 if TYPE_CHECKING:  # What the mixins are mixed into; at run time each backbone brings its own.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # What the mixins are mixed into; at run time each backbone b
 else:
     _Decoder = _LanguageModel = object
 
-_PREFIX = "alternating_"
+_PREFIX = PREFIX_OF_COPY + "alternating_"
 
 
 class AttentionLayer(Protocol):
