@@ -1,4 +1,4 @@
-"""Line charts: values against words or steps, with ticks, a legend and levels such as that of chance."""
+"""Line charts, as pictures and as SVG: values against words or steps, with a legend, and levels such as chance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava.draw import FAINT, INK, PAPER, Colour, blank_page, choose_colour, draw_legend, load_font, side_by_side, stack
+from llava.html import Markup, paragraph, tag
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,8 +69,8 @@ def draw_chart(
     if not points or bad:
         raise ValueError(f"a chart needs points with finite values{' above 0' if log_x else ''}, not {bad or 'none'}")
     heights = [v for p in points for v in (p.y, p.low, p.high) if v is not None and math.isfinite(v)]
-    across = _Axis.around([p.x for p in points], log_x)
-    upwards = _Axis.around([*heights, *(value for value, _ in levels)], False, y_limits)
+    across = Axis.around([p.x for p in points], log_x)
+    upwards = Axis.around([*heights, *(value for value, _ in levels)], False, y_limits)
     width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
     page, draw = blank_page(width * _SCALE, height * _SCALE)
     area = _Area(draw, across, upwards)
@@ -94,7 +95,7 @@ def draw_chart(
 
 
 @dataclass(frozen=True, slots=True)
-class _Axis:
+class Axis:
     """Values from ``low`` to ``high``, of which ``ticks`` are named."""
 
     low: float
@@ -103,19 +104,19 @@ class _Axis:
     ticks: tuple[float, ...]
 
     @staticmethod
-    def around(values: Sequence[float], log: bool, limits: tuple[float, float] = (-math.inf, math.inf)) -> _Axis:
+    def around(values: Sequence[float], log: bool, limits: tuple[float, float] = (-math.inf, math.inf)) -> Axis:
         """An axis on which all the values have room, within limits."""
         low, high = min(values), max(values)
         if log:
             # A single value stands in the middle of a range of a factor of four.
             margin = (high / low) ** 0.03 if high > low else 2.0
             low, high = low / margin, high * margin
-            return _Axis(low, high, True, _log_ticks(low, high))
+            return Axis(low, high, True, _log_ticks(low, high))
         margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
         low, high = max(low - margin, limits[0]), min(high + margin, limits[1])
         if low == high:
             low, high = low - 1.0, high + 1.0
-        return _Axis(low, high, False, _linear_ticks(low, high))
+        return Axis(low, high, False, _linear_ticks(low, high))
 
     def share(self, value: float) -> float:
         """Where a value lies, from 0 at the low end to 1 at the high one."""
@@ -161,8 +162,8 @@ class _Area:
     """The area with the lines, drawn ``_SCALE`` times larger."""
 
     draw: ImageDraw
-    across: _Axis
-    upwards: _Axis
+    across: Axis
+    upwards: Axis
 
     def _place(self, x: float, y: float) -> tuple[float, float]:
         """The pixel of a value on both axes."""
@@ -204,3 +205,81 @@ class _Area:
                 self.draw.line((x, ends[0], x, ends[1]), colour, _SCALE)
             dot = 4 * _SCALE
             self.draw.ellipse((x - dot, y - dot, x + dot, y + dot), colour)
+
+
+# The same as SVG, for pages.
+
+_MOST_POINTS = 400
+"""Of a line; of more, the lowest and the highest of each stretch are drawn."""
+_MOST_DOTS = 40
+"""A line of more points has none of them as a dot."""
+_SVG_WIDTH, _SVG_HEIGHT, _SVG_LEFT, _SVG_RIGHT, _SVG_TOP, _SVG_BOTTOM = 480, 270, 58, 12, 10, 42
+
+
+def draw_svg(lines: Sequence[Line], title: str, x_label: str, log_y: bool = False) -> Markup:
+    """Lines over one axis as SVG, with a legend; a value that is no number leaves a gap.
+
+    Args:
+        log_y: a logarithmic y axis, where all values are above 0.
+    """
+    points = [p for line in lines for p in line.points if math.isfinite(p.y)]
+    if not points:
+        return tag("div", tag("h3", title), paragraph("nothing yet", faint=True))
+    across = Axis.around([p.x for p in points], False)
+    up = Axis.around([p.y for p in points], log_y and min(p.y for p in points) > 0)
+    right, low = _SVG_WIDTH - _SVG_RIGHT, _SVG_HEIGHT - _SVG_BOTTOM
+    drawn = []
+    for tick in up.ticks:
+        y = f"{low - up.share(tick) * (low - _SVG_TOP):.1f}"
+        drawn.append(tag("path", d=f"M{_SVG_LEFT} {y}H{right}", stroke="#e4e2dc"))
+        drawn.append(
+            tag("text", short_number(tick), x=_SVG_LEFT - 6, y=y, text_anchor="end", dominant_baseline="middle")
+        )
+    for tick in across.ticks:
+        x = f"{_SVG_LEFT + across.share(tick) * (right - _SVG_LEFT):.1f}"
+        drawn.append(tag("path", d=f"M{x} {_SVG_TOP}V{low}", stroke="#e4e2dc"))
+        drawn.append(tag("text", short_number(tick), x=x, y=low + 16, text_anchor="middle"))
+    drawn.append(tag("text", x_label, x=(_SVG_LEFT + right) // 2, y=_SVG_HEIGHT - 6, text_anchor="middle"))
+    keys = []
+    for number, line in enumerate(lines):
+        colour = "#{:02x}{:02x}{:02x}".format(*choose_colour(number))
+        places = [
+            None
+            if not math.isfinite(p.y)
+            else (_SVG_LEFT + across.share(p.x) * (right - _SVG_LEFT), low - up.share(p.y) * (low - _SVG_TOP), p)
+            for p in _thin(line.points)
+        ]
+        drawn += _draw_line(places, colour)
+        newest = next((f": {p.y:.4g}" for p in reversed(line.points) if math.isfinite(p.y)), "")
+        keys.append(tag("span", line.name, newest, class_="key", style=f"--colour:{colour}"))
+    picture = tag("svg", *drawn, viewBox=f"0 0 {_SVG_WIDTH} {_SVG_HEIGHT}", role="img", aria_label=title)
+    return tag("div", tag("h3", title), picture, tag("div", *keys, class_="keys faint"))
+
+
+def _draw_line(places: Sequence[tuple[float, float, Point] | None], colour: str) -> list[Markup]:
+    path, pen_down, dots = "", False, []
+    for place in places:
+        if place is not None:
+            path += f"{'L' if pen_down else 'M'}{place[0]:.1f} {place[1]:.1f}"
+            if len(places) <= _MOST_DOTS:
+                told = tag("title", f"{place[2].x:g}: {place[2].y:.4g}")
+                dots.append(tag("circle", told, cx=f"{place[0]:.1f}", cy=f"{place[1]:.1f}", r=2.5, fill=colour))
+        pen_down = place is not None
+    return [tag("path", d=path, fill="none", stroke=colour, stroke_width=1.6, stroke_linejoin="round"), *dots]
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    """At most ``_MOST_POINTS`` or so: of each stretch the lowest and the highest, so that no spike is lost."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    stretch = -(-len(points) // (_MOST_POINTS // 2))
+    kept = []
+    for start in range(0, len(points), stretch):
+        piece = [p for p in points[start : start + stretch] if math.isfinite(p.y)] or [points[start]]
+        ends = {piece[0].x: piece[0]} | {p.x: p for p in (min(piece, key=_height), max(piece, key=_height))}
+        kept += [ends[x] for x in sorted(ends)]
+    return kept
+
+
+def _height(point: Point) -> float:
+    return point.y

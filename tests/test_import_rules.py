@@ -26,6 +26,7 @@ FOUNDATION = {
     "io",
     "draw",
     "chart",
+    "html",
 }
 MAY_IMPORT = {
     "constants": set(),
@@ -40,7 +41,8 @@ MAY_IMPORT = {
     "command": {"messages"},
     "io": {"messages"},
     "draw": {"geometry"},
-    "chart": {"draw"},
+    "chart": {"draw", "html"},
+    "html": set(),
     "data": {*FOUNDATION, "data"},
     "model": {*FOUNDATION, "model"},
     "train": {*FOUNDATION, "data", "model", "train", "eval", "recipes", "compat_llava"},
