@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import seed_worker
 
+from llava.data.collator import SupervisedCollator
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, RankBatchSampler
 from llava.train.arguments import TrainingArguments
 from llava.train.evaluation import EvaluationLoader
@@ -247,6 +248,15 @@ def order_samples(
                 "lower --model_max_length"
             )
     return DataOrder(len(dataset), step_size, strategy, seed, lengths, drop_last, pack_length, max_tokens)
+
+
+def choose_collator(collate: Any, dataset: Any, args: TrainingArguments) -> Any:
+    """What makes batches of a run's training samples: ``collate`` or, with ``--packing``, one that packs."""
+    if not args.packing:
+        return collate
+    if not isinstance(collate, SupervisedCollator):
+        raise ValueError("--packing: this program's own collator does not put samples into rows; leave the flag out")
+    return replace(collate, pack_length=find_max_length(dataset, "--packing"))
 
 
 def find_max_length(dataset: Any, flag: str) -> int:

@@ -45,9 +45,10 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from llava.command import FAILED, INTERRUPTED, check_output_folder, errors_of_users
+from llava.data.feature_cache.run import RunFeatures
 from llava.data.formats import Format, build_format
 from llava.data.formats.base import preprocess_plain_lm
-from llava.data.module import make_supervised_data_module
+from llava.data.module import DataModule, make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
 from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -167,29 +168,14 @@ def build_trainer(
     leave_out_faulty_kernels()
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
-    sources = {
-        "model_name_or_path": model_args.model_name_or_path,
-        "lora_weight_path": training_args.lora_weight_path,
-        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
-        "backbone_model": weights_from,
-    }
+    sources = list_sources(model_args, training_args, weights_from)
     # The lock is held from before the model is read: two runs that start together would both find the folder empty.
     with taking_folder(training_args, sources):
-        # New modules (projector, resampler, embeddings of new tokens) draw their first weights from it.
-        set_seed(training_args.seed)
-        # DeepSpeed shares weights out when its engine is made; until then every rank has whole tensors to fill.
-        with loading_whole(training_args):
-            loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
-            set_up_parts(loaded, model_args, training_args)
+        loaded = build_model(model_args, data_args, training_args, variant, weights_from)
         features = set_up_features(loaded, data_args, training_args)
         model, tokenizer = loaded.model, loaded.tokenizer
         score_plan = plan_scores(training_args, model, tokenizer)
-        max_length = choose_max_length(training_args.model_max_length, model)
-        text_format = choose_format(data_args.format_name, tokenizer, model.config)
-        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        data = make_supervised_data_module(
-            tokenizer, data_args, loaded.vision, max_length, text_format, seed, model.grounding, features
-        )
+        data, max_length = build_data(loaded, data_args, training_args, features)
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
         report_words(data["train_dataset"], training_args)
         trainer = LlavaTrainer(
@@ -210,6 +196,49 @@ def build_trainer(
         if score_plan is not None:
             add_scoring(trainer, score_plan)
     return trainer
+
+
+def list_sources(
+    model_args: ModelArguments, training_args: TrainingArguments, weights_from: str | None = None
+) -> dict[str, str | None]:
+    """The folders of models that a run reads, by flag."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path,
+        "lora_weight_path": training_args.lora_weight_path,
+        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
+        "backbone_model": weights_from,
+    }
+
+
+def build_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    variant: str | None = None,
+    weights_from: str | None = None,
+) -> LoadedModel:
+    """The model of a run, ready to train; arguments and errors as for ``load_from_arguments``."""
+    # New modules (projector, resampler, embeddings of new tokens) draw their first weights from it.
+    set_seed(training_args.seed)
+    # DeepSpeed shares weights out when its engine is made; until then every rank has whole tensors to fill.
+    with loading_whole(training_args):
+        loaded = load_from_arguments(model_args, data_args, training_args, variant, weights_from)
+        set_up_parts(loaded, model_args, training_args)
+    return loaded
+
+
+def build_data(
+    loaded: LoadedModel, data_args: DataArguments, training_args: TrainingArguments, features: RunFeatures | None = None
+) -> tuple[DataModule, int]:
+    """The data of a run as its model reads them, and the most tokens of a sample."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    max_length = choose_max_length(training_args.model_max_length, model)
+    text_format = choose_format(data_args.format_name, tokenizer, model.config)
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    data = make_supervised_data_module(
+        tokenizer, data_args, loaded.vision, max_length, text_format, seed, model.grounding, features
+    )
+    return data, max_length
 
 
 def check_start(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -285,6 +314,9 @@ def load_from_arguments(
         logger.info(
             "%d tensors taken from --pretrain_mm_mlp_adapter %s", len(taken), model_args.pretrain_mm_mlp_adapter
         )
+        # Names from the decoder on, behind which the model's have its own.
+        new = [name for name in loaded.new_parameters if not name.endswith(tuple(f".{own}" for own in taken))]
+        loaded = replace(loaded, new_parameters=new)
     return loaded
 
 

@@ -33,7 +33,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava.data.collator import SupervisedCollator, model_inputs
+from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.model.grad_sync import UnusedVisionModules, trains_vision_alone
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -43,7 +43,7 @@ from llava.train.bad_samples import BadSampleLog
 from llava.train.budget import WordBudget, counting_flag
 from llava.train.callbacks import FirstStepsCallback, StopCallback
 from llava.train.checkpoint import find_best
-from llava.train.data_order import TrainingData, build_evaluation_loader, find_max_length
+from llava.train.data_order import TrainingData, build_evaluation_loader, choose_collator
 from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
 from llava.train.engines import check_engine, compile_decoder
 from llava.train.evaluation import (
@@ -130,14 +130,7 @@ class LlavaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's batches of the training data, in their exact order."""
-        collate: Any = self.data_collator
-        if self.args.packing:
-            if not isinstance(collate, SupervisedCollator):
-                raise ValueError(
-                    "--packing: this program's own collator does not put samples into rows; leave the flag out"
-                )
-            collate = replace(collate, pack_length=find_max_length(self.train_dataset, "--packing"))
-        return self.data.build_loader(collate)
+        return self.data.build_loader(choose_collator(self.data_collator, self.train_dataset, self.args))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """This rank's batches of the evaluation data, every sample once over all ranks.
