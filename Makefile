@@ -65,9 +65,10 @@ lint: $(INSTALLED) ## ruff and shellcheck
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
 
-docs: $(INSTALLED) ## write docs/models.md and docs/flags.md from the code
+docs: $(INSTALLED) ## write docs/models.md, docs/flags.md and docs/commands.md from the code
 	$(BIN)/python -m llava.inspect.models > docs/models.md
 	$(BIN)/python -m llava.inspect.flags > docs/flags.md
+	$(BIN)/python -m llava.inspect.commands > docs/commands.md
 
 clean: ## remove .venv and what demo and tests left
 	rm -rf $(VENV) $(NEWEST) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache

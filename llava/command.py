@@ -14,10 +14,13 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+from llava.command_help import by_topic, examples_text, short_usage
+from llava.commands import OTHER_NAMES, PROGRAM
 from llava.messages import explain_error, is_out_of_memory, shorten, shorten_text
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ class CommandParser(argparse.ArgumentParser):
 
     Numbers are finite and fit 64 bits; truth is told by true or false, yes or no, on or off, 1 or 0; a value that is
     empty is an error, as it comes of a variable that is not set; a flag that is given twice is named in a warning.
+    A flag may have the name that other commands give it (``OTHER_NAMES``), and dashes for its underscores.
+
+    The help has the flags by topic, and the examples of the command (``llava.commands``).
 
     Args:
         may_be_empty: names of flags whose values may be empty.
@@ -49,7 +55,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
         self.may_be_empty = frozenset(may_be_empty)
+        self._required: list[argparse.Action] = []
         super().__init__(**{"allow_abbrev": False, "prog": _module_command(), **kwargs})
+        self.prog = program_name(self.prog)
         # argparse takes -1 for a value, but -1e-4 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan|infinity)$", re.I)
 
@@ -74,6 +82,7 @@ class CommandParser(argparse.ArgumentParser):
             before: words of a recipe, which the command line overrides without a warning.
             namespace: as for argparse.
         """
+        words = self.rename(words)
         self.warn_of_repeats(words)
         missing, known, unknown = self._parse([*before, *words], namespace)
         if unknown:
@@ -92,11 +101,11 @@ class CommandParser(argparse.ArgumentParser):
     def _parse(self, words: list[str], namespace: Namespace | None) -> tuple[list[str], Namespace, list[str]]:
         """Names of required flags that are not there, values, and unknown words: a flag may be missing by a typo."""
         # argparse would name what is missing first, and not the misspelled flag that was meant to give it.
-        required = [action for action in self._actions if action.required]
+        required = self._required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
         try:
-            known, unknown = super().parse_known_args(words, namespace)
+            known, unknown = super().parse_known_args(self.rename(words), namespace)
         finally:
             for action in required:
                 action.required = True
@@ -122,6 +131,35 @@ class CommandParser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """The names of all flags, each once."""
         return [_name(action) for action in self._actions if action.option_strings]
+
+    def rename(self, words: Sequence[str]) -> list[str]:
+        """Words with each flag under the name that this parser knows it by."""
+        return rename_flags(words, self._option_string_actions)
+
+    def format_help(self) -> str:
+        """The help: flags by topic, and examples."""
+        formatter = self._get_formatter()
+        usage = self.usage or short_usage(self.prog, self._actions, self._required)
+        formatter.add_usage(usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            parts: dict[Any, list[argparse.Action]] = {group.title: group._group_actions}
+            if group is self._optionals:
+                parts = by_topic(group._group_actions, self._required)
+            for title, actions in parts.items():
+                formatter.start_section(title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help() + examples_text(self.prog)
+
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        """As argparse's; within ``find_parser`` nothing is printed."""
+        if _asked is not None:
+            _asked.append(self)
+        else:
+            super().print_help(file)
 
     def warn_of_repeats(self, words: Sequence[str]) -> None:
         """A warning for each flag that is given several times, with other values, and of which only the last counts."""
@@ -171,6 +209,74 @@ class CommandParser(argparse.ArgumentParser):
             raise CommandLineError(
                 f"{_name(action)} is {shorten(value)}; known: {', '.join(str(choice) for choice in action.choices)}"
             )
+
+
+# The command that a parser is of.
+
+_asked: list[CommandParser] | None = None
+_started: tuple[str, str] | None = None
+"""Program and name of the command that `llava` runs."""
+
+
+@contextmanager
+def started_as(program: str, name: str) -> Iterator[None]:
+    """Within it the parsers of ``python -m MODULE`` call themselves ``llava NAME``."""
+    global _started
+    before, _started = _started, (program, f"{PROGRAM} {name}")
+    try:
+        yield
+    finally:
+        _started = before
+
+
+def program_name(program: str) -> str:
+    """A program as it was called: ``python -m MODULE``, or the ``llava NAME`` that stands for it."""
+    if _started is None:
+        return program
+    if program == _started[0] or program.startswith(f"{_started[0]} "):  # The second is a command within it.
+        return _started[1] + program[len(_started[0]) :]
+    return program if program.startswith(_started[1]) or program.startswith("python -m llava.") else _started[1]
+
+
+def find_parser(run: Callable[[list[str]], object], words: Sequence[str] = ()) -> CommandParser:
+    """The parser that a command has, of which nothing is run: that which ``--help`` is the help of.
+
+    Args:
+        run: the command's ``main``, which takes words.
+        words: that stand before ``--help``, such as ``build``.
+    """
+    global _asked
+    before, _asked = _asked, []
+    try:
+        with suppress(SystemExit):
+            run([*words, "--help"])
+        return _asked[0]
+    finally:
+        _asked = before
+
+
+def rename_flags(words: Iterable[str], known: Collection[str]) -> list[str]:
+    """Words with each flag under the name by which a command knows it.
+
+    Args:
+        words: of a command line; those behind ``--`` are no flags.
+        known: the command's flags, such as ``--output_dir``.
+    """
+    renamed = list(words)
+    for place, word in enumerate(renamed):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and name not in known:
+            plain = name.replace("-", "_").replace("__", "--", 1)
+            spellings = [plain, *OTHER_NAMES.get(plain, ())]
+            found = next((one for name in spellings for one in (name, _with_dashes(name)) if one in known), name)
+            renamed[place] = found + equals + value
+    return renamed
+
+
+def _with_dashes(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _module_command() -> str | None:

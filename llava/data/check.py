@@ -14,26 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import TextIO
-
-from torch.utils.data import DataLoader, Dataset
+from typing import TYPE_CHECKING, TextIO, cast
 
 from llava.command import CommandParser, check_at_least, run_command
-from llava.data.dataset_stats import count_media
-from llava.data.index import Mixture
-from llava.data.media import decode_media
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
 from llava.types import SKIP, BadSample, Media, Record
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 _THREADS = 16
 _FILES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
-class MediaCheck(Dataset["BadSample | None"]):
-    """Decodes the media of records as training would, and keeps nothing but what is wrong.
+class MediaCheck:
+    """A data set that decodes the media of records as training would, and keeps nothing but what is wrong.
 
     Attributes:
         records: whose media to decode.
@@ -64,6 +62,8 @@ class MediaCheck(Dataset["BadSample | None"]):
 
     def decode(self, record: Record) -> None:
         """A ValueError over the first of a record's media that cannot be decoded."""
+        from llava.data.media import decode_media
+
         sampling = (self.num_frames, self.video_fps, self.frames_upbound)
         for media in record.media:
             try:
@@ -80,11 +80,13 @@ def find_bad(check: MediaCheck, num_workers: int, indices: Sequence[int] | None 
         num_workers: processes that decode; 0 decodes here.
         indices: of the samples to look at; by default all.
     """
+    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     chosen = range(len(check)) if indices is None else indices
     # Out of order: a file that hangs holds up nobody but its worker.
-    loader = DataLoader(check, batch_size=None, sampler=chosen, num_workers=num_workers, in_order=False)
+    data = cast("Dataset[BadSample | None]", check)
+    loader = DataLoader(data, batch_size=None, sampler=chosen, num_workers=num_workers, in_order=False)
     yield from filter(None, tqdm(loader, total=len(chosen), unit="sample", disable=None))
 
 
@@ -93,6 +95,8 @@ def find_missing(records: Sequence[Record]) -> list[str]:
 
     No file is decoded: a million of them take seconds.
     """
+    from llava.data.index import Mixture
+
     # The index has the media apart: no record is made of its JSON.
     if isinstance(records, Mixture):
         waiting = ((i, file) for i, media in records.media() for file in media)
@@ -158,6 +162,8 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
         file: where bad samples are written as they are found, as lines of JSON, and at the end the report; without
             it they are printed.
     """
+    from llava.data.dataset_stats import count_media
+
     # Counted from the index, before anything is opened.
     images, videos = count_media(check.records).sum(axis=1).tolist()
     media = {kind: count for kind, count in (("image", images), ("video", videos)) if count}

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from llava.command import CommandParser, run_command
 from llava.inspect import table
 from llava.train import family_flags as family
-from llava.train.engines import OPTIMIZERS, OptimizerRule
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 
 HEAD = """\
@@ -50,6 +49,8 @@ def show(name: str) -> str:
 
 def describe_optimizers() -> str:
     """Every optimizer that ``--optim`` names."""
+    from llava.train.engines import OPTIMIZERS, OptimizerRule
+
     together: dict[OptimizerRule, list[str]] = {}
     for optimizer, rule in OPTIMIZERS.items():
         # Optimizers with the same rules share a line.

@@ -10,15 +10,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from llava.command import CommandParser, run_command
-from llava.compat import supports_sdpa
 from llava.config import VisionConfig
-from llava.data.formats import FORMATS
 from llava.geometry import ANYRES, ASPECT_RATIOS, PATCH_MERGE_TYPES
 from llava.inspect import table
-from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
-from llava.model.multimodal_encoder.base import TOWERS
-from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
-from llava.model.multimodal_resampler import RESAMPLERS
 from llava.registry import import_plugins
 
 PAGE = """\
@@ -69,6 +63,13 @@ EXAMPLE_FRAMES = 4
 
 def describe_models() -> str:
     """The whole page."""
+    from llava.compat import supports_sdpa
+    from llava.data.formats import FORMATS
+    from llava.model.backbones import AVAILABLE_MODELS, PLAIN_TYPES, VARIANTS, find_class, plain_class, variant_type
+    from llava.model.multimodal_encoder.base import TOWERS
+    from llava.model.multimodal_projector.projectors import MLP_NAMES, PROJECTORS, build_mlp
+    from llava.model.multimodal_resampler import RESAMPLERS
+
     backbones = []
     # Sorted: the page must not change with the order in which parts were registered.
     for plain, backbone in sorted(PLAIN_TYPES.items(), key=lambda item: item[1]):

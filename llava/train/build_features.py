@@ -28,13 +28,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import set_seed
 
-from llava.command import CommandParser, check_at_least
+from llava.command import check_at_least
 from llava.data.dataset import SupervisedDataset
 from llava.data.feature_cache.cache import FLAG
+from llava.data.feature_cache.flags import STORAGES, build_parser
 from llava.data.feature_cache.keys import frames_at_most
 from llava.data.feature_cache.run import RunFeatures
 from llava.data.feature_cache.shards import SUFFIX, Kept, remove_unfinished
-from llava.data.feature_cache.storage import POOLS, STORAGES, Storage
+from llava.data.feature_cache.storage import Storage
 from llava.data.module import documents_of, make_supervised_data_module
 from llava.io import num_cores
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -80,20 +81,7 @@ class BuildOptions:
 
 def parse_build(words: Sequence[str]) -> BuildOptions:
     """Read the flags of a build; a ValueError for those that are wrong."""
-    parser = CommandParser(
-        prog="python -m llava.data.feature_cache build",
-        description="Compute the features of all images and clips that a training run will see, with the flags or the "
-        "--config of that run and --feature_cache DIR. The same command goes on where it was stopped. Flags of steps, "
-        "logs and saving have no effect; python -m llava.train.train --help lists them all.",
-        epilog="torchrun's ranks and the tasks of a Slurm array share the work. Exit status: 0, 2 for a mistake.",
-    )
-    parser.add_argument(
-        "--storage", choices=STORAGES, help="bits of a number: fp32, bf16, or int8 with a scale for each patch "
-        "(default: as the tower computes, which is exact)",
-    )  # fmt: skip
-    parser.add_argument("--pool", type=int, default=1, choices=POOLS, help="2: keep means of 2 x 2 patches (default 1)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
-    parser.add_argument("--shard", metavar="I/N", help="part I of N, from 1 (default: by SLURM_ARRAY_TASK_ID, or all)")
+    parser = build_parser()
     own, rest = parser.parse_known_args(words)
     check_at_least(own, {"processes": 1})
     values = parse_values(rest, optional=("output_dir", "learning_rate"), also=parser.flags)

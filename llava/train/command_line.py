@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava.command import FAILED, CommandParser
+from llava.command import FAILED, CommandParser, rename_flags
 from llava.io import read_yaml
 from llava.messages import shorten
 from llava.registry import import_plugins
@@ -47,15 +47,16 @@ def answer_at_once(words: Sequence[str]) -> int | None:
     if "--" in words:  # What follows is no flag: left to the parser.
         return None
     if any(word in ("-h", "--help") for word in words):
-        print(_help_parser().format_help(), end="")
+        _help_parser().print_help()
         return 0
     known = {*read_flags(), *FAMILY, "config"}
     # HfArgumentParser adds --no_x for every switch x that is true by default.
     known |= {f"no_{flag.name}" for flag in read_flags().values() if flag.kind == "bool" and flag.default == "True"}
-    for word in words:
+    flags = [f"--{name}" for name in known]
+    for word, given in zip(rename_flags(words, flags), words, strict=True):
         name = word.partition("=")[0]
-        if name.startswith("--") and name[2:].replace("-", "_") not in known:
-            print(f"error: {_help_parser().explain_unknown(word)}", file=sys.stderr)
+        if name.startswith("--") and name not in flags:
+            print(f"error: {_help_parser().explain_unknown(given)}", file=sys.stderr)
             return FAILED
     return None
 
@@ -97,7 +98,7 @@ def parse_values(
     if any(word in ("-h", "--help") for word in words):
         sys.exit(answer_at_once(["--help"]))
     parser = build_parser(optional)
-    recipe, words = _take_config(words)
+    recipe, words = _take_config(parser.rename(words))
     before, notes = ([], []) if recipe is None else _recipe_words(recipe, parser)
     of_variables, is_plain, more = read_environment(os.environ, words, before)
     words, changes = translate(words, [*before, *of_variables])
@@ -182,7 +183,7 @@ def _recipe_words(path: Path, parser: CommandParser) -> tuple[list[str], list[st
     for key, value in recipe.items():
         if value is not None:
             words += [f"--{key}", *(map(_as_word, value) if isinstance(value, list) else [_as_word(value)])]
-    words, notes = translate(words)
+    words, notes = translate(parser.rename(words))
     flags = [word[2:] for word in words if word.startswith("--")]
     for flag in flags:
         if f"--{flag}" not in parser._option_string_actions:

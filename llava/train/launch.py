@@ -6,6 +6,8 @@ ranks, and the status 85 of a run that was asked to stop comes out. The argument
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import signal
 import sys
@@ -13,20 +15,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from llava.command import run_command
+from llava.command import CommandParser, program_name, run_command
 from llava.train.preemption import PREEMPTED
+
+PROGRAM = "python -m llava.train.launch"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ranks; their status 85 is this process's too, of other failures torchrun reports."""
-    signal.signal(signal.SIGUSR1, ask_ranks_to_stop)
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):  # Further behind they may be the training's.
+        read_parser().print_help()
+        return 0
+    signal.signal(signal.SIGUSR1, ask_ranks_to_stop)
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     parser = run.get_args_parser()
-    parser.prog = "python -m llava.train.launch"
-    parser.parse_args(words)  # For --help and mistakes: torchrun's own parser would call itself launch.py.
+    parser.prog = program_name(PROGRAM)
+    parser.parse_args(words)  # For mistakes: torchrun's own parser would call itself launch.py.
     try:
         run.main(words)
     except ChildFailedError as error:
@@ -38,6 +46,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Whatever became of the ranks: it is no other for a signal now.
     return 0
+
+
+def read_parser() -> CommandParser:
+    """torchrun's flags and their help as its source has them: to import it takes a second.
+
+    It reads no values.
+    """
+    parser = CommandParser(
+        prog=PROGRAM,
+        usage="%(prog)s [--FLAG VALUE ...] -m MODULE [WORDS OF THE MODULE ...]",
+        description="Start a training as several processes, a rank each: torchrun, with all its flags. SIGUSR1 goes to "
+        "the ranks, and the exit status 85 of a run that was asked to stop is this command's too.",
+    )
+    spec = importlib.util.find_spec("torch")
+    source = Path(spec.submodule_search_locations[0]) / "distributed" / "run.py" if spec else Path()  # type: ignore[index]
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")) if source.is_file() else ast.Module([], [])):
+        if not (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+        ):
+            continue
+        names = [name.value for name in node.args if isinstance(name, ast.Constant)]
+        told = {word.arg: word.value for word in node.keywords}
+        text = told.get("help")
+        if names and all(str(name).startswith("-") for name in names):
+            switch = isinstance(action := told.get("action"), ast.Name) and action.id == "check_env"
+            help_text = str(text.value).replace("%", "%%") if isinstance(text, ast.Constant) else None
+            how = {"action": "store_true"} if switch else {"metavar": str(names[-1]).lstrip("-").upper()}
+            parser.add_argument(*map(str, names), help=help_text, **how)  # type: ignore[arg-type]
+    return parser
 
 
 def ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from llava.command import CommandParser, run_command
-from llava.data.collator import model_inputs
-from llava.model.loading import choose_device, load_model
-from llava.model.quantization import Quantization
-from llava.train.nan_check import (
-    MODEL_FOLDER,
-    RankBatch,
-    RunSettings,
-    describe_samples,
-    random_states,
-    read_batch,
-    read_run,
-    set_random_states,
-)
-from llava.train.parts import hold_in
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST_SHOWN = 10
-_PURPOSE = "Run the batch that stopped a run once more, and print where its numbers go wrong."
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m llava.train.replay",
+        description="Run the batch that stopped a run once more, and print where its numbers go wrong.",
+        epilog="Exit status: 0 where they go wrong here too, 1 where all are finite, 2 for a mistake.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the folder bad_step-N that the stopped run has left"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="replay this rank's batch alone (default: all, one after the other)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument("--vision_tower", metavar="DIR", help="where the frozen vision tower lies, if it has moved")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: the folder is none that a stopped run has left.
     """
-    parser = CommandParser(prog="python -m llava.train.replay", description=_PURPOSE)
-    parser.add_argument("folder", type=Path, help="The folder bad_step-N that the stopped run has left.")
-    parser.add_argument("--rank", type=int, help="Replay this rank's batch alone (default: all, one after the other).")
-    parser.add_argument("--device", help="Where to run (default: a GPU if there is one).")
-    parser.add_argument("--vision_tower", help="Where the frozen vision tower lies, if it has moved.")
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
+
+    from llava.model.loading import choose_device
+    from llava.train.nan_check import read_batch, read_run
+    from llava.train.watched_step import bad_names, load_run_model, print_names, replay
+
     device = choose_device(options.device)
     settings = read_run(options.folder)
     # Files are read before the model, which takes longest: a rank that is missing is said at once.
@@ -57,160 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     reproduced = [replay(model, batch, settings, device) for batch in batches]
     print("reproduced" if any(reproduced) else "all numbers are finite here: not reproduced")
     return 0 if any(reproduced) else 1
-
-
-def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vision_tower: str | None) -> Any:
-    """The model as it was before the step, ready to train."""
-    dtype = _DTYPES[settings.precision]
-    quantization = None
-    if settings.bits != 16:
-        quantization = Quantization(settings.bits, settings.quant_type, settings.double_quant, dtype, device)
-    model = load_model(
-        str(folder / MODEL_FOLDER),
-        vision_tower=vision_tower,
-        attn_implementation=settings.attn_implementation,
-        # DeepSpeed holds weights in 16 bits; without it they are fp32, and autocast rounds them where they are used.
-        dtype=dtype if settings.casts_weights else torch.float32,
-        quantization=quantization,
-        flag="FOLDER",
-        allow_bad_weights=True,
-    ).model
-    trainable = set(settings.trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in trainable
-    tower = model.get_vision_tower()
-    # As parts.set_up_parts holds weights, and set_trainable_parts those of a frozen tower.
-    if settings.bf16_weights:
-        hold_in(model, dtype)
-    if tower is not None and not tower.trainable:
-        hold_in(tower, dtype)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # In training mode: dropout is part of the step, and random states make it drop the same values.
-    return model.to(device).train()
-
-
-def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: torch.device) -> bool:
-    """Run the micro-batches of a rank, as the step did; whether a loss or a gradient is not finite."""
-    print(f"step {batch.step}, {describe_samples(batch.sample_ids, batch.rank)}")
-    # The states of before the first micro-batch; the later ones draw what comes after, so all run, in their order.
-    set_random_states(batch.random_states, device)
-    found = False
-    for i, micro_batch in enumerate(batch.micro_batches):
-        before = random_states(device)
-        run_step = _step(model, micro_batch, batch.num_items, settings, device)
-        # The run sums gradients over micro-batches; here each is looked at alone.
-        model.zero_grad()
-        with watch_activations(model) as activations:
-            loss = run_step()
-        print(f"  micro-batch {i}: loss {float(loss)} (in the run {batch.losses[i]})")
-        print_names("modules with values that are not finite, in the order they ran", activations)
-        gradients = bad_names((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-        print_names("gradients that are not finite", gradients)
-        if gradients:
-            # The same dropout once more, this time under anomaly detection, which is slow.
-            set_random_states(before, device)
-            print_first_bad_operation(run_step)
-        found = found or bool(gradients) or not bool(loss.isfinite())
-    return found
-
-
-def _step(
-    model: nn.Module, micro_batch: dict[str, Any], num_items: float | None, settings: RunSettings, device: torch.device
-) -> Callable[[], Tensor]:
-    """A function that runs forward and backward of a micro-batch and returns the loss."""
-    inputs = {name: _move(value, device) for name, value in model_inputs(micro_batch).items()}
-    share = None if num_items is None else torch.tensor(num_items, device=device)
-
-    def run() -> Tensor:
-        with _precision(settings, device):
-            loss = model(
-                **inputs, num_items_in_batch=share, return_logits=False, smoothing=settings.label_smoothing
-            ).loss
-            # As transformers' compute_loss: DDP means over ranks what is divided by the tokens of all of them already.
-            loss = loss * settings.loss_factor
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-def _move(value: object, device: torch.device) -> object:
-    if isinstance(value, list):
-        return [_move(item, device) for item in value]
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _precision(settings: RunSettings, device: torch.device) -> AbstractContextManager[Any]:
-    casts = settings.precision != "fp32" and not settings.casts_weights
-    # Where autocast is off, the type says nothing.
-    return torch.autocast(device.type, _DTYPES[settings.precision] if casts else torch.bfloat16, enabled=casts)
-
-
-@contextmanager
-def watch_activations(model: nn.Module) -> Iterator[list[str]]:
-    """Within it, modules whose output is not finite join the list, innermost first, as they run."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: object, output: object) -> None:
-            bad = [tensor for tensor in _tensors(output) if not is_finite(tensor)]
-            if bad:
-                since = "" if all(map(is_finite, _tensors(inputs))) else ", as its input is"
-                share = int((~bad[0].isfinite()).sum())
-                found.append(f"{name} ({type(module).__name__}): {share} of {bad[0].numel()} values{since}")
-
-        return hook
-
-    # A hook runs when its module returns: inner modules come before those that hold them.
-    handles = [module.register_forward_hook(look(name or "model", module)) for name, module in model.named_modules()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(value: object) -> list[Tensor]:
-    """The tensors in what a module takes or returns."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    # Ids and masks are whole numbers, which are always finite.
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def bad_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors, of (name, tensor) pairs, that are not finite."""
-    return [name for name, tensor in tensors if not is_finite(tensor)]
-
-
-def print_first_bad_operation(run_step: Callable[[], Tensor]) -> None:
-    """Name the first operation whose gradient is NaN; torch warns with the line of its forward pass."""
-    try:
-        with torch.autograd.set_detect_anomaly(True):
-            run_step()
-    except RuntimeError as error:
-        if "nan values" not in str(error):
-            raise
-        print(f"    first operation with a NaN gradient: {error}")
-
-
-def print_names(what: str, names: Sequence[str]) -> None:
-    """Print what was found, the first ones by name; nothing if nothing was."""
-    if names:
-        print(f"    {len(names)} {what}:")
-        for name in names[:_MOST_SHOWN]:
-            print(f"      {name}")
-        if len(names) > _MOST_SHOWN:
-            print(f"      and {len(names) - _MOST_SHOWN} more")
 
 
 def cli() -> int:

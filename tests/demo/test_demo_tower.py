@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from llava.demo.common import TOWER_FOLDER
-from llava.demo.pretrain_tower import (
+from llava.demo.patch_labeller import (
     NEW_TO_TOWER,
     PATCH_SIZE,
     TOWER_PAIRS,
     PatchLabeller,
     build_tower_config,
     known_pairs,
-    main,
     measure_accuracy,
     read_labeller,
     render_labelled_frames,
     save_labeller,
     train_labeller,
 )
+from llava.demo.pretrain_tower import main
 from llava.demo.scenes import FRAME_SIZE
 from llava.demo.sentences import COLOURS, SHAPES
 
@@ -76,7 +76,7 @@ def test_labeller_survives_saving(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num_steps", "0"], "--num_steps is 0; it must be at least 1"),
+        (["--output_dir", "tower", "--num_steps", "0"], "--num_steps is 0; it must be at least 1"),
         (["--batch_size", "none"], "--batch_size is 'none'; expected a whole number"),
         (["--output_dir", str(TOWER_FOLDER / "config.json")], "is a file; give another folder"),
     ],

@@ -74,7 +74,7 @@ def test_status(statuses: list[int], status: int | None, monkeypatch: pytest.Mon
         assert argv == ["program.py"]
         raise ChildFailedError("program.py", failures)
 
-    monkeypatch.setattr(launch.run, "main", fail)
+    monkeypatch.setattr("torch.distributed.run.main", fail)
     before = signal.getsignal(signal.SIGUSR1)
     try:
         if status is not None:

@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava.command import CommandParser, run_command
-from llava.data.feature_cache.cache import TOWERS, FeatureCache
-from llava.data.feature_cache.shards import DamagedShardError
+from llava.command import run_command
+from llava.data.feature_cache.flags import build_parser, command_parser
 from llava.types import BadSampleError
+
+if TYPE_CHECKING:
+    from llava.data.feature_cache.cache import FeatureCache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,22 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     """What a command line asks for."""
     if words[:1] == ["build"]:
+        if any(word in ("-h", "--help") for word in words):
+            build_parser().parse_known_args(words[1:])  # Its answer needs nothing large.
         # Flags, model and data are training's: a command stands above all parts of the library.
         from llava.train.build_features import build
 
         build(words[1:])
         return 0
-    parser = CommandParser(
-        prog="python -m llava.data.feature_cache",
-        description="Features of a frozen vision tower in files, for --feature_cache of training, evaluation and "
-        "captioning (docs/feature_cache.md).",
-        epilog="Exit status: 0, 1 where verify finds damage, 2 for a mistake.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("build", help="compute them ahead of training: build --help")
-    for name, text in (("info", "what is in a folder, and for which settings"), ("verify", "check every byte of it")):
-        commands.add_parser(name, help=text, description=text).add_argument("folder", metavar="DIR")
-    args = parser.parse_args(words)
+    args = command_parser().parse_args(words)
+
+    from llava.data.feature_cache.cache import FeatureCache
+
     cache = FeatureCache(args.folder)
     return show(cache) if args.command == "info" else verify(cache)
 
@@ -62,6 +60,8 @@ def show(cache: FeatureCache) -> int:
 
 def read_sources(folder: Path) -> dict[str, str]:
     """Where towers came from, by the hash of their weights."""
+    from llava.data.feature_cache.cache import TOWERS
+
     found = {}
     for path in (folder / TOWERS).glob("*.json"):
         try:
@@ -75,6 +75,8 @@ def read_sources(folder: Path) -> dict[str, str]:
 def verify(cache: FeatureCache) -> int:
     """Check every byte of a cache, and name the shards that are damaged; whether there are any."""
     from tqdm import tqdm
+
+    from llava.data.feature_cache.shards import DamagedShardError
 
     damaged = dict(cache.damaged)
     for name, shard in tqdm(cache.shards.items(), unit="shard", disable=None):

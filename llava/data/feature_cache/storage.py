@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP32, BF16, INT8 = "fp32", "bf16", "int8"
-STORAGES = (FP32, BF16, INT8)
-POOLS = (1, 2)
+from llava.data.feature_cache.flags import BF16, FP32, INT8, POOLS, STORAGES
+
 _LEAST_SCALE = 1e-30
 """So that a patch of zeros is divided by something."""
 
