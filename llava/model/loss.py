@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,36 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from llava.constants import IGNORE_INDEX
 from llava.model.coordinates import TwoHot, two_hot_cross_entropy
+
+
+class RowCounts(NamedTuple):
+    """What the predicted labels of each row of a batch come to, on the CPU.
+
+    Attributes:
+        losses: float64 (rows,), the sums of their cross entropies.
+        targets: int64 (rows,), how many there are.
+        hits: int64 (rows,), at how many of them the label is the most probable token.
+    """
+
+    losses: Tensor
+    targets: Tensor
+    hits: Tensor
+
+
+_counting: ContextVar[list[RowCounts] | None] = ContextVar("counting", default=None)
+
+
+@contextmanager
+def counting_rows(into: list[RowCounts]) -> Iterator[None]:
+    """Within it each call of ``supervised_loss`` adds to a list what each row of its batch comes to.
+
+    Evaluations ask for it: a list of their own past ``forward`` reaches the loss whatever engine wraps the model.
+    """
+    token = _counting.set(into)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
 
 
 def supervised_loss(
@@ -44,6 +76,8 @@ def supervised_loss(
     predicted = ids[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
     # The head in the model's own precision, the loss in fp32: (predicted, width) -> (predicted, vocabulary).
     logits = head(hidden[:, :-1][predicted]).float()
+    if (counted := _counting.get()) is not None:
+        counted.append(_count_rows(logits.detach(), labels, predicted))
     if isinstance(labels, TwoHot):
         total = two_hot_cross_entropy(logits, *(target[:, 1:][predicted] for target in labels))
     else:
@@ -55,6 +89,26 @@ def supervised_loss(
         return total / max(len(logits), 1)
     # The sum of a micro-batch over the count of the global batch: however it is split, the parts add up to one mean.
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+@torch.no_grad()
+def _count_rows(logits: Tensor, labels: Tensor | TwoHot, predicted: Tensor) -> RowCounts:
+    """Row by row what ``supervised_loss`` sums: logits (predicted, vocabulary), where ``predicted`` is true."""
+    if isinstance(labels, TwoHot):
+        lower, upper, fraction = (target[:, 1:][predicted] for target in labels)
+        chosen = logits.gather(1, torch.stack([lower, upper], dim=1))  # (predicted, 2)
+        losses = logits.logsumexp(1) - torch.lerp(chosen[:, 0], chosen[:, 1], fraction)
+        best = torch.where(fraction > 0.5, upper, lower)  # The bin nearest to a coordinate.
+    else:
+        best = labels[:, 1:][predicted]
+        losses = F.cross_entropy(logits, best, reduction="none")
+    rows, num_rows = predicted.nonzero()[:, 0].cpu(), len(predicted)
+    hits = (logits.argmax(1) == best).cpu() if len(logits) else torch.zeros(0, dtype=torch.bool)
+    return RowCounts(
+        torch.bincount(rows, losses.cpu().double(), num_rows),
+        torch.bincount(rows, minlength=num_rows),
+        torch.bincount(rows[hits], minlength=num_rows),
+    )
 
 
 def add_balance_loss(

@@ -338,6 +338,9 @@ class TrainingArguments(SpeedArguments, ScoringArguments, transformers.TrainingA
     logging_steps: float = 10
     """Log the loss every so many steps (default 10) or, below 1, so large a share of the run; the first 10 steps are
     logged one by one, but for --logging_strategy no."""
+    report_to: list[str] | None = None  # type: ignore[assignment]
+    """Trackers that get the log: tensorboard, trackio, wandb and others of transformers, all or none (default:
+    tensorboard where it is installed, which writes to OUTPUT_DIR/runs, else none)."""
     include_num_input_tokens_seen: str = field(default="no", metadata={"nargs": "?", "const": "all"})
     """Count the tokens trained on, visual ones included: all, non_padding (without padding) or no."""
 

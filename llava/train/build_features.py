@@ -89,7 +89,7 @@ def parse_build(words: Sequence[str]) -> BuildOptions:
         raise ValueError(f"{FLAG} is missing: give the folder that the features go to")
     values |= {"feature_cache_fill": True, "feature_cache_strict": False, "feature_cache_storage": None}
     model_args, data_args = build_group(ModelArguments, values), build_group(DataArguments, values)
-    args = TrainingArguments(**{name: values[name] for name in _COUNTING if name in values}, report_to="none")
+    args = TrainingArguments(**{name: values[name] for name in _COUNTING if name in values}, report_to=["none"])
     args.deepspeed = values["deepspeed"]  # It is not started; it says in what precision the tower runs.
     asked = own.storage is not None or own.pool != 1
     storage = Storage(own.storage or (STORAGES[1] if args.bf16 else STORAGES[0]), own.pool) if asked else None

@@ -26,7 +26,7 @@ EXTRAS = ("tensorboard", "wandb", "trackio")
 
 
 def check_machine(args: TrainingArguments, attention: str | None, launched: bool) -> None:
-    """Check precision, attention, trackers and ``--deepspeed``, whose shipped name becomes a file.
+    """Check precision, attention, trackers, which are chosen here, and ``--deepspeed``, whose name becomes a file.
 
     To be called before transformers reads them.
 
@@ -41,6 +41,8 @@ def check_machine(args: TrainingArguments, attention: str | None, launched: bool
     _check_precision(args)
     if attention == "flash_attention_2":
         check_flash_attention()
+    if args.report_to is None:
+        args.report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else ["none"]
     _check_trackers(args.report_to)
     if args.deepspeed:
         args.deepspeed = find_deepspeed_config(args.deepspeed)

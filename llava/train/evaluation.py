@@ -23,13 +23,17 @@ from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.model.grad_sync import is_distributed
+from llava.model.loss import RowCounts
 from llava.types import BadSample
 
 Rows = TypeVar("Rows")
 """Tensors of (rows, ...), or tuples and dictionaries of them."""
 
-_BUILT_IN = ("loss", "runtime", "samples_per_second", "steps_per_second")
+EXACT_MATCH = "exact_match"
+_BUILT_IN = ("loss", EXACT_MATCH, "runtime", "samples_per_second", "steps_per_second")
 """Metrics that every evaluation has."""
+MODALITIES = ("text", "image", "video")
+"""The kinds of samples that have a loss of their own; one with an image and a video counts as one with a video."""
 
 NOT_PREDICTIONS = ("past_key_values", "cache", "hidden_states", "attentions", "aux_loss", "router_logits")
 """What a model returns beside loss and logits; predictions are the logits alone."""
@@ -99,6 +103,9 @@ class EvaluationMeter:
     Attributes:
         num_rows: samples in the newest batch of this rank; an empty batch has a row of padding all the same.
         sample_ids: of this rank, batch after batch.
+        row_counts: where ``counting_rows`` puts what the newest batch comes to, row by row.
+        by_modality: float64 (modalities, 2), the sum of the losses and the number of predicted tokens.
+        exact: float64 (2,), the samples whose predicted tokens are all the most probable ones, and all samples.
     """
 
     bad: list[BadSample] = field(default_factory=list)
@@ -106,6 +113,9 @@ class EvaluationMeter:
     num_tokens: int = 0
     num_rows: int = 0
     sample_ids: list[list[str]] = field(default_factory=list)
+    row_counts: list[RowCounts] = field(default_factory=list)
+    by_modality: Tensor = field(default_factory=lambda: torch.zeros(len(MODALITIES), 2, dtype=torch.float64))
+    exact: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def add(self, batch: Mapping[str, Any], loss: Tensor) -> None:
         """Take in a batch and the mean loss of the tokens that it predicts."""
@@ -118,6 +128,40 @@ class EvaluationMeter:
         ids = batch.get("sample_ids", [""] * len(batch["labels"]))
         self.num_rows = len(ids)
         self.sample_ids.append(list(ids))
+        self._add_rows(batch)
+
+    def _add_rows(self, batch: Mapping[str, Any]) -> None:
+        """Take in what the rows of the newest batch come to, if its loss was one that counts them."""
+        if not self.row_counts:  # A program's own loss.
+            return
+        counts = self.row_counts[-1]
+        self.row_counts.clear()
+        has_target = counts.targets > 0
+        exact = has_target & (counts.hits == counts.targets)
+        self.exact += torch.tensor([int(exact.sum()), int(has_target.sum())])
+        # Of an empty batch there are no exposures, and of samples of a program's own none either.
+        for exposure, loss, targets in zip(batch.get("exposure", ()), counts.losses, counts.targets, strict=False):
+            kind = "video" if exposure.videos else "image" if exposure.images else "text"
+            self.by_modality[MODALITIES.index(kind)] += torch.stack([loss, targets.double()])
+
+    def add_metrics(self, metrics: dict[str, Any], prefix: str) -> None:
+        """Put the mean loss, that of each modality, and the share of exact matches among the metrics.
+
+        All ranks call this together. Where there was no loss to count, nothing is changed.
+        """
+        name = f"{prefix}_loss"
+        if name not in metrics:
+            return
+        metrics[name] = self.mean_loss()
+        sums = torch.cat([self.by_modality.flatten(), self.exact])
+        if is_distributed():
+            sums = reduce(sums.to(PartialState().device), reduction="sum").cpu()  # type: ignore[union-attr]
+        for kind, (loss, num_tokens) in zip(MODALITIES, sums[:-2].view(-1, 2).tolist(), strict=True):
+            if num_tokens:
+                metrics[f"{prefix}_{kind}_loss"] = loss / num_tokens
+        num_exact, num_samples = sums[-2:].tolist()
+        if num_samples:
+            metrics[f"{prefix}_{EXACT_MATCH}"] = num_exact / num_samples
 
     def mean_loss(self) -> float:
         """The mean over the tokens of all ranks, which call this together; nan where there are none."""

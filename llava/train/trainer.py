@@ -37,11 +37,12 @@ from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.model.grad_sync import UnusedVisionModules, trains_vision_alone
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.loss import counting_rows
 from llava.model.pretrained import quiet_transformers
 from llava.train.arguments import TrainingArguments
 from llava.train.bad_samples import BadSampleLog
 from llava.train.budget import WordBudget, counting_flag
-from llava.train.callbacks import FirstStepsCallback, StopCallback
+from llava.train.callbacks import FirstStepsCallback, GradNorms, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader, choose_collator
 from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
@@ -119,11 +120,12 @@ class LlavaTrainer(Trainer):
         self.cut: CutCounter | None = None
         self.meter: EvaluationMeter | None = None  # of the evaluation that is under way
         self._returns_logits = False
+        self.grad_norms = GradNorms()
         self._changes: Differences | None = None  # from the run that is gone on with
         # Behind transformers' DefaultFlowCallback, which has set should_log, should_save and should_evaluate by then.
         own = (self.throughput, self.data, self.exposure, self.word_budget, StopCallback(self.stop_request))
         logs = [log for log in (bad_sample_log, feature_log) if log is not None]
-        for callback in (*own, FirstStepsCallback(), *logs):
+        for callback in (*own, self.grad_norms, FirstStepsCallback(), *logs):
             self.add_callback(callback)
 
     # Data.
@@ -233,11 +235,10 @@ class LlavaTrainer(Trainer):
         """As in transformers, with throughput, and the samples skipped and those cut so far, where there are any."""
         if self.bad_sample_log is not None:
             logs["skipped_samples"] = len(self.bad_sample_log)
-        if self.cut is not None:
-            logs |= self.cut.counts
-        if self.feature_log is not None:
-            logs |= self.feature_log.counts
+        for counted in (self.cut, self.feature_log):
+            logs |= {} if counted is None else counted.counts
         self.throughput.add_to(logs)
+        self.grad_norms.add_to(logs)
         if "train_runtime" in logs:
             # The last line of a training. What transformers does next, where one checkpoint is to be kept, is remove
             # all but the best one, and with the newest the end of the run; our own rotation keeps both.
@@ -261,16 +262,15 @@ class LlavaTrainer(Trainer):
         self.meter = meter = EvaluationMeter()
         self.gather_function = meter.gather_rows
         try:
-            output: Any = super().evaluation_loop(*args, **kwargs)
+            with counting_rows(meter.row_counts):
+                output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             self.meter = None
         if output.predictions is not None:
             self.predicted_ids = meter.gather_sample_ids()
         if self.bad_sample_log is not None:
             self.bad_sample_log.add(meter.bad)
-        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if name in output.metrics:
-            output.metrics[name] = meter.mean_loss()
+        meter.add_metrics(output.metrics, kwargs.get("metric_key_prefix", "eval"))
         return output
 
     def prediction_step(

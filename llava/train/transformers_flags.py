@@ -170,7 +170,8 @@ TOPICS: dict[str, dict[str, Flag]] = {
     },
     "logging": {
         **_all("logging_strategy", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica",
-               "disable_tqdm", "report_to", "run_name", "project"),
+               "disable_tqdm", "run_name", "project"),
+        "report_to": _works("by default tensorboard where it is installed, else none"),
         "logging_steps": _works("steps, or below 1 a share of them", _at_least(0)),
         "logging_nan_inf_filter": _works(
             "only with `--stop_on_bad_numbers false`, which lets such losses come so far"),

@@ -65,7 +65,7 @@ def test_help_says_what_a_flag_of_transformers_does_here(capsys: pytest.CaptureF
 
 OVERRIDDEN = (
     "train_sampling_strategy", "do_train", "do_eval", "logging_steps", "num_train_epochs",
-    "include_num_input_tokens_seen",
+    "include_num_input_tokens_seen", "report_to",
     "overwrite_output_dir", "resume_changed", "stop_on_bad_numbers", "dataloader_persistent_workers",
 )  # fmt: skip
 

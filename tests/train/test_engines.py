@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llava.train import engines
 from llava.train.command_line import parse_arguments
 from llava.train.engines import SHIPPED, check_deepspeed_config, check_engine, find_deepspeed_config
 
@@ -28,6 +30,29 @@ def test_a_file_or_settings_stay_what_they_are(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"--deepspeed 'zero4' is no file; .* zero1, zero2, zero3, zero3_offload"):
         find_deepspeed_config("zero4")
+
+
+def test_the_log_goes_to_tensorboard_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"tensorboard"}
+    monkeypatch.setattr(engines, "_check_trackers", lambda names: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    words = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
+    assert parse_arguments(words)[2].report_to == ["tensorboard"]
+    assert parse_arguments([*words, "--report_to", "none"])[2].report_to == []
+    assert parse_arguments([*words, "--report_to", "wandb", "trackio"])[2].report_to == ["wandb", "trackio"]
+    installed.clear()
+    assert parse_arguments(words)[2].report_to == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_missing_is_one_line_before_the_model(name: str) -> None:
+    if find_spec(name) is not None:
+        pytest.skip(f"{name} is installed here")
+    # There is no model of that name to read: what is said first is the tracker.
+    words = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
+    with pytest.raises(ValueError, match=rf"^--report_to {name}: .* pip install 'llava-babylm\[{name}\]'") as caught:
+        parse_arguments([*words, "--report_to", name])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler", "tensor_parallel"])

@@ -14,7 +14,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import SupervisedCollator, model_inputs
-from llava.model.loss import load_balancing_loss, supervised_loss
+from llava.model.loss import RowCounts, counting_rows, load_balancing_loss, supervised_loss
 from llava.train.train import build_trainer, main
 from tests.train.test_training import ROOT, flags, losses, write_json
 
@@ -49,6 +49,22 @@ def assert_rows(predictions: np.ndarray, label_ids: np.ndarray, expected: list) 
         np.testing.assert_allclose(row[: len(own)], logits.numpy(), atol=1e-4)
 
 
+def assert_parts(metrics: dict[str, float], expected: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The loss of each modality is a mean over its own tokens: the sample with an image and a clip is a video's."""
+    kinds = ["video", "video", "image", "image", "video", "text", "text"]
+    summed, counted = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0)
+    for kind, (logits, labels) in zip(kinds, expected, strict=True):
+        learned = labels[1:] != IGNORE_INDEX
+        summed[kind] += float(
+            torch.nn.functional.cross_entropy(logits[:-1][learned], labels[1:][learned]) * learned.sum()
+        )
+        counted[kind] += int(learned.sum())
+    assert {kind: metrics[f"eval_{kind}_loss"] for kind in summed} == pytest.approx(
+        {kind: summed[kind] / counted[kind] for kind in summed}, rel=1e-5
+    )
+    assert metrics["eval_exact_match"] == 0.0
+
+
 def test_a_program_of_ten_lines_gets_its_metrics(argv: list[str]) -> None:
     trainer = build_trainer(argv, compute_metrics=accuracy)
     metrics = trainer.evaluate()
@@ -56,6 +72,7 @@ def test_a_program_of_ten_lines_gets_its_metrics(argv: list[str]) -> None:
     hits = [(logits[:-1].argmax(-1) == labels[1:])[labels[1:] != IGNORE_INDEX] for logits, labels in expected]
     assert metrics["eval_tokens"] == len(torch.cat(hits))
     assert metrics["eval_accuracy"] == pytest.approx(float(torch.cat(hits).float().mean()))
+    assert_parts(metrics, expected)
     trainer.train()
     assert trainer.evaluate()["eval_tokens"] == metrics["eval_tokens"]
 
@@ -208,6 +225,12 @@ def test_two_hot_targets_are_smoothed_and_kept(load_tiny, media_dir: Path) -> No
     targets[rows, lower] += 1 - fraction.double()
     targets[rows, upper] += fraction.double()
     assert (fraction > 0).any()
+    counted: list[RowCounts] = []
+    with counting_rows(counted):
+        plain = model(**batch)
+    assert float(counted[0].losses.sum()) == pytest.approx(float(plain.loss.detach()) * len(logits), rel=1e-5)
+    nearest = logits.argmax(1) == torch.where(fraction > 0.5, upper, lower)
+    assert (int(counted[0].targets.sum()), int(counted[0].hits.sum())) == (len(logits), int(nearest.sum()))
     expected = by_hand(logits, targets, 0.2) / len(logits)
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=0)
 
@@ -252,7 +275,12 @@ def test_smoothed_training_learns_the_shifted_labels(gpt2_dir, tower_dir, mixed_
     data = write_json(mixed_data.parent / "two-smooth.json", json.loads(mixed_data.read_text())[:2])
     trainer = main(flags(gpt2_dir, tower_dir, data, tmp_path / "out", max_steps=120, per_device_train_batch_size=2,
                          learning_rate=5e-3, label_smoothing_factor=0.1, eval_data_path=data))  # fmt: skip
-    assert trainer.evaluate()["eval_loss"] < 0.3
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_video_loss"])
+    assert metrics["eval_loss"] < 0.3
+    assert "eval_text_loss" not in metrics
+    # It would write each of the two as it stands, which is what an exact match says.
+    assert metrics["eval_exact_match"] == 1.0
 
 
 # Several ranks.
@@ -272,7 +300,7 @@ assert made.predictions.tolist() == seen[0][0]
 if trainer.args.process_index == 0:
     with open(sys.argv[2], "w") as file:
         json.dump({"ids": trainer.predicted_ids, "predictions": seen[0][0], "labels": seen[0][1],
-                   "loss": metrics["eval_loss"], "rows": metrics["eval_rows"]}, file)
+                   "metrics": metrics, "rows": metrics["eval_rows"]}, file)
 """
 
 
@@ -288,4 +316,5 @@ def test_two_ranks_give_every_sample_once(argv: list[str], tmp_path: Path, warm_
     trainer = build_trainer(argv)
     assert (found["ids"], found["rows"]) == (IDS, 7)
     assert_rows(np.array(found["predictions"]), np.array(found["labels"]), one_by_one(trainer))
-    assert found["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert found["metrics"]["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert_parts(found["metrics"], one_by_one(trainer))

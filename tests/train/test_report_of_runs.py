@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import ITALIAN, turns, write_video
+from transformers import TrainerCallback
 
 from llava.model.loading import load_model
 from llava.model.random_weights import main as random_weights
+from llava.train.parts import part_of
 from llava.train.train import build_trainer, main
 
 
@@ -124,13 +127,39 @@ def test_images_are_not_refused_for_videos_that_are_not_there(build, media_dir, 
 
 
 def test_the_first_steps_are_logged_one_by_one_then_as_asked(build):
-    trainer = build({"a.json": TEXTS}, main, vision_tower=None, max_steps=24, logging_steps=8, learning_rate=1e-3)
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [*range(1, 11), 16, 24]
+    trainer = build({"a.json": TEXTS}, main, vision_tower=None, max_steps=26, logging_steps=8, learning_rate=1e-3)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [*range(1, 11), 16, 24, 26]
+    assert not any(name.startswith("grad_norm/") for name in trainer.state.log_history[0])  # A single part trains.
     silent = build({"a.json": TEXTS}, main, vision_tower=None, output_dir=str(trainer.args.output_dir) + "2",
                    logging_strategy="no")  # fmt: skip
     assert [entry for entry in silent.state.log_history if "loss" in entry] == []
     other = build({"a.json": TEXTS}, vision_tower=None, output_dir=str(trainer.args.output_dir) + "3")
     assert other.args.logging_steps == 10
+
+
+def test_the_gradient_norm_of_each_part_is_that_of_the_gradient_before_it_is_clipped(build, media_dir, tmp_path):
+    shutil.copy(media_dir / "a.png", tmp_path)
+    seen: dict[str, float] = {}
+
+    class Watch(TrainerCallback):
+        """The norms from the gradients by themselves, where nothing clips them."""
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+            for name, parameter in model.named_parameters():
+                if state.global_step == 0 and parameter.grad is not None:
+                    seen[part_of(name)] = seen.get(part_of(name), 0.0) + float(parameter.grad.norm() ** 2)
+
+    whole = build({"a.json": [PICTURE]}, build_trainer, max_grad_norm=0, max_steps=12, logging_steps=5)
+    whole.add_callback(Watch())
+    whole.train()
+    clipped = build({"a.json": [PICTURE]}, main, max_grad_norm=1e-3, max_steps=1, output_dir=str(tmp_path / "clipped"))
+    lines = [entry for entry in whole.state.log_history if "loss" in entry]
+    parts = {part: lines[0][f"grad_norm/{part}"] for part in seen}
+    assert set(parts) == {"mm_mlp_adapter", "mm_language_model"}
+    assert parts == pytest.approx({part: math.sqrt(square) for part, square in seen.items()}, rel=1e-4)
+    assert parts == pytest.approx({part: clipped.state.log_history[0][f"grad_norm/{part}"] for part in seen}, rel=1e-4)
+    for line in lines:
+        assert math.hypot(*(line[f"grad_norm/{part}"] for part in seen)) == pytest.approx(line["grad_norm"], rel=1e-4)
 
 
 def test_text_that_is_cut_is_told_before_training_and_in_the_log(build, tmp_path, capsys):

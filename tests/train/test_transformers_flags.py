@@ -370,7 +370,9 @@ def test_what_an_evaluation_alone_cannot_have_is_refused(words: list[str], messa
 def test_an_unknown_best_metric_is_found_before_the_model() -> None:
     words = ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "true",
              "--eval_data_path", "e.json", "--metric_for_best_model"]  # fmt: skip
-    with pytest.raises(ValueError, match="--metric_for_best_model is 'accuracy'; evaluations give loss, runtime"):
+    with pytest.raises(
+        ValueError, match="--metric_for_best_model is 'accuracy'; evaluations give loss, exact_match, runtime"
+    ):
         build_trainer([*REQUIRED, *words, "accuracy"])
     for name in ("loss", "eval_loss"):
         plan_evaluation(parse_arguments([*REQUIRED, *words, name])[2], has_data=True, computes_metrics=False)
