@@ -9,7 +9,7 @@ from itertools import repeat
 from typing import TypeVar
 
 from llava.config import VisionConfig
-from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER
+from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER, VISUAL_TOKEN
 from llava.types import Media, MediaKind, Turn, VisualInput
 
 T = TypeVar("T")
@@ -26,6 +26,17 @@ def placeholder_kinds(text: str) -> list[MediaKind]:
 def literal_text(text: str) -> str:
     r"""A text as it reads: ``\<image>`` is the word ``<image>``, and no image."""
     return ESCAPED_PLACEHOLDER.sub(r"\1", text)
+
+
+def escape_placeholders(text: str) -> str:
+    r"""What ``literal_text`` reads as this text: somebody's ``<image>`` becomes ``\<image>``, which shows nothing.
+
+    Raises:
+        ValueError: it has visual tokens, which nothing but media may put into a prompt.
+    """
+    if reserved := VISUAL_TOKEN.search(text):
+        raise ValueError(f"the text has {reserved.group()!r}, which only images and videos are made of; leave it out")
+    return PLACEHOLDER.sub(lambda match: "\\" + match.group(), text)
 
 
 def remove_placeholders(text: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.data.formats import PLAIN_LM, build_format
+from llava.data.formats.base import encode_answer
 from llava.data.media import load_media
 from llava.data.media_files import MediaError
 from llava.eval.token_rows import TextEncoder, TokenRow, name_choice
@@ -169,17 +170,8 @@ class VisualEncoder:
         self, turns: Sequence[Turn], media: Sequence[VisualInput], answer: str
     ) -> tuple[list[int], list[int]]:
         """The ids of turns and an answer without its end, and the positions of the answer's tokens."""
-        expanded = self._writer.expand(turns, media)
-
-        def encode(text: str) -> list[int]:
-            segments = self._writer.text_format.encode([*expanded, Turn("assistant", text)])
-            return [i for segment in segments for i in segment.ids]
-
-        given = [i for segment in self._writer.text_format.encode_prompt(expanded) for i in segment.ids]
-        ids = encode(answer)
-        # What an empty answer has behind the prompt is what ends every answer.
-        ids = ids[: len(ids) - (len(encode("")) - len(given))]
-        return ids, list(range(len(given), len(ids)))
+        given, ids = encode_answer(self._writer.text_format, self._writer.expand(turns, media), answer)
+        return [*given, *ids], list(range(len(given), len(given) + len(ids)))
 
 
 def _encode_media(model: LlavaMetaForCausalLM, media: Sequence[VisualInput]) -> list[Tensor]:

@@ -92,7 +92,8 @@ class Request:
 
     Media, in order, then the text so far or, for a model trained on conversations, the user's question;
     ``system`` is a system turn before both. A prompt that shows the media itself, with ``<image>`` or ``<video>`` for
-    each of them, is taken as it stands, as the user's turn of a training sample is. ``coordinates`` are what the
+    each of them, is taken as it stands, as the user's turn of a training sample is; with ``history``, the turns before
+    it, placeholders stand in any of them. ``coordinates`` are what the
     prompt's placeholders stand for (``<WIDTH-INPUT>``), in fractions of the last picture's width and height and of
     the clip's time.
     """
@@ -101,6 +102,7 @@ class Request:
     prompt: str = ""
     system: str = ""
     coordinates: Coordinates = NO_COORDINATES
+    history: Sequence[Turn] = ()
 
     def __str__(self) -> str:
         """Its files and the beginning of its prompt, to name it in a message."""
@@ -169,11 +171,13 @@ class PromptWriter:
 
     def write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
-        kinds, shown = [item.kind for item in media], placeholder_kinds(request.prompt)
+        kinds = [item.kind for item in media]
+        texts = [*(turn.text for turn in request.history), request.prompt]
+        shown = [kind for text in texts for kind in placeholder_kinds(text)]
         if shown and shown != kinds:
             raise ValueError(f"the prompt {request.prompt!r} shows {shown}, but the request has {kinds}; or show none")
         words = [*([] if shown else [_PLACEHOLDERS[kind] for kind in kinds]), request.prompt.strip()]
-        turns = [Turn("system", request.system)] if request.system else []
+        turns = [*([Turn("system", request.system)] if request.system else []), *request.history]
         # Media first, then the words, as in training samples of the family.
         turns.append(Turn("user", self.text_format.media_separator.join(filter(None, words))))
         if self.vision is not None and self.vision.add_time_instruction:
@@ -252,7 +256,7 @@ class Captioner:
         self.grounding: GroundingConfig | None = self.model.grounding
         self.text_format = build_format(getattr(self.model.config, "llava_format", PLAIN_LM), self.tokenizer)
         # GPT-2's n_positions has this name too.
-        self._context = int(self.model.config.max_position_embeddings)
+        self.context = int(self.model.config.max_position_embeddings)
         self.features = self._read_features(feature_cache, feature_cache_strict) if feature_cache else None
         self.prompts = PromptWriter(self.tokenizer, self.text_format, self.vision, self.grounding, self.features)
         self.syntax: CoordinateSyntax | None = None
@@ -349,26 +353,29 @@ class Captioner:
             groups: dict[int, list[int]] = {}
             for index in range(start, min(start + batch_size, len(requests))):
                 prompts[index] = self.prompts.write(requests[index])
-                room = self._context - len(prompts[index].ids)
+                room = self.context - len(prompts[index].ids)
                 if room > 0:
                     groups.setdefault(min(wanted, room), []).append(index)
                 else:
                     too_long[index] = (
-                        f"the prompt has {len(prompts[index].ids)} tokens, but the model's context is {self._context}; "
+                        f"the prompt has {len(prompts[index].ids)} tokens, but the model's context is {self.context}; "
                         "shorten it or lower num_frames"
                     )
             for room, group in groups.items():
-                found = self._generate([prompts[i] for i in group], room, sub_bin, options)
+                found = self.answer_prompts([prompts[i] for i in group], room, sub_bin, options)
                 for index, generated in zip(group, found, strict=True):
                     answers[index] = generated
         if too_long:
             raise PromptTooLongError(requests, answers, too_long)
         return [answer for generated in answers for answer in generated]
 
-    def _generate(
+    def answer_prompts(
         self, prompts: Sequence[Prompt], room: int, sub_bin: bool, options: dict[str, Any]
     ) -> list[list[Answer]]:
-        """The answers to each of the prompts, of at most ``room`` tokens."""
+        """The answers to each of the prompts, of at most ``room`` tokens; ``options`` are for ``generate``.
+
+        For callers that have written the prompts themselves, and have seen that each leaves ``room`` in the context.
+        """
         longest = max(len(prompt.ids) for prompt in prompts)
         # Formats end answers with tokens of their own, which the model's configuration does not name.
         options = {"do_sample": False, "eos_token_id": self.text_format.stop_token_ids, **options}
@@ -379,7 +386,7 @@ class Captioner:
             options |= {"return_dict_in_generate": True, "output_logits": True}
         # transformers drops a mask of ones and then warns that an end of text might be padding.
         with quiet_transformers(), without_own_settings(self.model):
-            output = self.model.generate(**self._collate(prompts, longest), **options)
+            output = self.model.generate(**self.collate(prompts, longest), **options)
         generated = (output.sequences if sub_bin else output)[:, longest:]  # (prompts * answers of each, new tokens)
         positions: list[list[float]] | list[None] = [None] * len(generated)
         if sub_bin:
@@ -389,9 +396,9 @@ class Captioner:
         # num_return_sequences; the answers to one prompt stand together.
         each = len(generated) // len(prompts)
         rows = zip(generated.tolist(), positions, strict=True)
-        return [[self._read(prompt, *next(rows)) for _ in range(each)] for prompt in prompts]
+        return [[self.read(prompt, *next(rows)) for _ in range(each)] for prompt in prompts]
 
-    def _collate(self, prompts: Sequence[Prompt], longest: int) -> dict[str, Any]:
+    def collate(self, prompts: Sequence[Prompt], longest: int) -> dict[str, Any]:
         """A batch of prompts, padded on the left, with media and coordinates where there are any."""
         input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)  # (prompts, longest)
         attention_mask = torch.zeros_like(input_ids)
@@ -408,7 +415,7 @@ class Captioner:
             batch["variables"] = [prompt.coordinates.to_variables() for prompt in prompts]
         return batch
 
-    def _read(self, prompt: Prompt, ids: Sequence[int], positions: Sequence[float] | None) -> Answer:
+    def read(self, prompt: Prompt, ids: Sequence[int], positions: Sequence[float] | None = None) -> Answer:
         """The answer that new tokens are; a box that the prompt began belongs to it."""
         begun = prompt.ids[len(prompt.ids) - self.syntax.count_open(prompt.ids) :] if self.syntax is not None else []
         stop = self.text_format.stop_token_ids

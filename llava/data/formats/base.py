@@ -141,6 +141,23 @@ def label_segments(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
+def encode_answer(text_format: Format, turns: Sequence[Turn], answer: str) -> tuple[list[int], list[int]]:
+    """The ids of a conversation up to an answer, and those of the answer without what ends it.
+
+    Args:
+        text_format: that has prompts.
+        turns: placeholders expanded; the last one is not the assistant's.
+        answer: what is then said.
+    """
+    segments = text_format.encode([*turns, Turn("assistant", answer)])
+    # An answer is ended by markup: by an end of text alone, or by that of its turn and one more.
+    while segments and segments[-1].markup:
+        segments.pop()
+    ids = [i for segment in segments for i in segment.ids]
+    given = [i for segment in text_format.encode_prompt(turns) for i in segment.ids]
+    return given, ids[len(given) :]
+
+
 def truncate_segments(segments: list[Segment], max_length: int) -> list[Segment]:
     """Cut text, from the end, until all fits; spans stay whole and the last token stays last.
 

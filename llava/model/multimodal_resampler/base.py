@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,6 +68,19 @@ class Resampler(nn.Module, ABC):
             )
         return tokens
 
+    def attribute(self, features: Tensor, kind: MediaKind, weights: Tensor) -> Tensor | None:
+        """Hand the weights of one medium's tokens on to the patches that they were made of, for heat maps.
+
+        Args:
+            features: (1, frames, patches, width), as for ``resample``.
+            kind: as for ``resample``; a kind that is resampled.
+            weights: (tokens,), at least 0.
+
+        Returns:
+            (frames, patches), whose sum is that of the weights; None for a resampler that cannot tell.
+        """
+        return None
+
 
 RESAMPLERS: Registry[type[Resampler]] = Registry("resampler", RESAMPLER_SETTINGS)
 
@@ -80,6 +95,20 @@ def build_resampler(vision: VisionConfig, hidden_size: int) -> Resampler | None:
     if vision.resampler_type is None:
         return None
     return RESAMPLERS.get(vision.resampler_type)(vision, hidden_size)
+
+
+def transposed(linear: Callable[[Tensor], Tensor], shape: tuple[int, ...], weights: Tensor) -> Tensor:
+    """What the transpose of a linear map makes of weights.
+
+    Args:
+        linear: from a tensor of ``shape`` to one of the shape of ``weights``.
+        shape: of its input, and of the result.
+        weights: a number for each element of its output.
+    """
+    with torch.enable_grad():
+        zeros = torch.zeros(shape, dtype=weights.dtype, device=weights.device, requires_grad=True)
+        (found,) = torch.autograd.grad(linear(zeros), zeros, weights)
+    return found
 
 
 def resize(x: Tensor, size: tuple[int, ...], mode: str) -> Tensor:

@@ -8,6 +8,8 @@ is a video of one frame.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,14 @@ class LatentAttention(nn.Module):
         q, k, v = (self._split(x) for x in (self.q_proj(latents), self.k_proj(seen), self.v_proj(seen)))
         gathered = F.scaled_dot_product_attention(q, k, v)  # (frames, heads, latents, width of a head)
         return self.o_proj(gathered.transpose(1, 2).flatten(2))  # (frames, latents, width)
+
+    def weigh(self, latents: Tensor, features: Tensor) -> Tensor:
+        """How much each latent attends to patches and latents: (frames, latents, patches + latents), of all heads."""
+        latents = self.ln_latents(latents)
+        seen = torch.cat([self.ln_features(features), latents], dim=1)
+        q, k = self._split(self.q_proj(latents)), self._split(self.k_proj(seen))
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (frames, heads, latents, patches + latents)
+        return scores.float().softmax(-1).mean(1)
 
     def _split(self, x: Tensor) -> Tensor:
         """(frames, positions, inner width) to (frames, heads, positions, width of a head)."""
@@ -93,3 +103,19 @@ class Perceiver(Resampler):
         for layer in self.layers:
             latents = layer(latents, frames)
         return self.norm(latents).unflatten(0, features.shape[:2]).flatten(1, 2)  # (media, frames * latents, width)
+
+    def attribute(self, features: Tensor, kind: MediaKind, weights: Tensor) -> Tensor:
+        """See ``Resampler.attribute``; by attention rollout (arXiv 2005.00928) through the layers.
+
+        A latent is learned and shows nothing of a frame before the first layer: what leads back to it is left out.
+        """
+        frames, num_latents = features[0], self.settings.perceiver_latents  # (frames, patches, width)
+        latents = self.latents(torch.arange(num_latents, device=features.device)).expand(len(frames), -1, -1)
+        held = torch.zeros(len(frames), num_latents, frames.shape[1], device=features.device)  # (..., latents, patches)
+        for layer in self.layers:
+            seen = cast(PerceiverLayer, layer).attention.weigh(latents, frames)  # (frames, latents, patches + latents)
+            gathered = seen[..., : frames.shape[1]] + seen[..., frames.shape[1] :] @ held
+            held = (held + gathered) / 2  # Half stays as it is: the residual connection.
+            latents = layer(latents, frames)
+        shares = held / held.sum(-1, keepdim=True)
+        return (weights.unflatten(0, (len(frames), num_latents))[..., None] * shares).sum(1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize
+from llava.model.multimodal_resampler.base import RESAMPLERS, Resampler, resize, transposed
 from llava.token_layout import MaskedDropSettings, SpatialPoolSettings
 from llava.types import MediaKind
 
@@ -32,6 +32,17 @@ class SpatialPool(Resampler):
         grids = features.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))  # (all frames, width, side, side)
         pooled = self._pool(grids).flatten(2).transpose(1, 2)  # (all frames, cells, width)
         return pooled.unflatten(0, features.shape[:2]).flatten(1, 2)  # (media, frames * cells, width)
+
+    def attribute(self, features: Tensor, kind: MediaKind, weights: Tensor) -> Tensor:
+        """See ``Resampler.attribute``; a maximum, of which each channel has its own, counts as an average."""
+        side = self.vision.grid_side
+        cells = weights.unflatten(0, (features.shape[1], 1, self.settings.pooled_side(side), -1))
+        return transposed(self._pool_evenly, (features.shape[1], 1, side, side), cells).flatten(1)  # (frames, patches)
+
+    def _pool_evenly(self, grids: Tensor) -> Tensor:
+        if self.settings.spatial_pool_mode == "bilinear":
+            return self._pool(grids)
+        return F.avg_pool2d(grids, min(self.settings.spatial_pool_stride, self.vision.grid_side), ceil_mode=True)
 
     def _pool(self, grids: Tensor) -> Tensor:
         """(frames, width, side, side) to (frames, width, pooled side, pooled side)."""
@@ -62,6 +73,12 @@ class MaskedDrop(Resampler):
             kept = self._spread(num_patches, num_kept, features.device).expand(*features.shape[:2], -1)
         kept = kept.unsqueeze(-1).expand(-1, -1, -1, width)  # (media, frames, kept, width)
         return features.gather(2, kept).flatten(1, 2)  # (media, frames * kept, width)
+
+    def attribute(self, features: Tensor, kind: MediaKind, weights: Tensor) -> Tensor:
+        """See ``Resampler.attribute``; of a model that does not train: patches that are left out get nothing."""
+        shape = (1, *features.shape[1:3], 1)
+        kept = weights[None, :, None]  # (1, tokens, 1)
+        return transposed(lambda patches: self.resample(patches, kind), shape, kept)[0, ..., 0]
 
     @staticmethod
     def _spread(num_patches: int, num_kept: int, device: torch.device) -> Tensor:

@@ -104,6 +104,16 @@ class WindowAttention(nn.Module):
             gathered = torch.cat([values, none]).squeeze(2)
         return queries + self.to_out(self.o_proj(gathered.flatten(2)))
 
+    def attribute(self, queries: Tensor, keys: Tensor, windows: tuple[tuple[int, ...], ...], weights: Tensor) -> Tensor:
+        """Hand weights of the queries, (rows, windows), on to the keys of their windows, (rows, positions).
+
+        Each gives its own away by its attention, the mean over the heads.
+        """
+        index, mask = window_index(windows, keys.device)  # (windows, longest) each
+        shares = self._weigh(queries, keys, index, mask).float().mean(-1) * weights[..., None]
+        given = torch.zeros(keys.shape[:2], dtype=shares.dtype, device=keys.device)  # (rows, positions)
+        return given.index_add(1, index.flatten(), shares.flatten(1))
+
     def _weigh(self, queries: Tensor, keys: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """Attention weights (rows, windows, longest, heads)."""
         q = self.q_proj(self.ln_q(self.to_q(queries))).unflatten(-1, (self.num_heads, -1))
@@ -148,12 +158,35 @@ class TokenPacker(Resampler):
         fast = pool_space(self.fast, cells.flatten(0, 1), slow_side, fast_side)  # (all frames, fast cells, width)
         return torch.cat([fast.unflatten(0, (-1, frames)).flatten(1, 2), slow], dim=1)
 
+    def attribute(self, features: Tensor, kind: MediaKind, weights: Tensor) -> Tensor:
+        """See ``Resampler.attribute``; by the attention of its blocks within their windows, one behind the other."""
+        frames, side, settings = features.shape[1], self.vision.grid_side, self.settings
+        slow_side = math.isqrt(settings.perceiver_latents)
+        fast_side = math.isqrt(settings.perceiver_latents_fast)
+        num_slow = settings.num_slow(frames) * settings.perceiver_latents
+        fast, slow = weights[: len(weights) - num_slow], weights[len(weights) - num_slow :]
+        grid = features[0]  # (frames, patches, width)
+        cells = pool_space(self.main, grid, side, slow_side)  # (frames, slow cells, width)
+        by_cell = cells.transpose(0, 1)  # (slow cells, frames, width)
+        length = settings.num_slow(frames)
+        of_cells = self.slow.attribute(
+            _steps_of(by_cell, length), by_cell, axis_windows(frames, length), slow.unflatten(0, (length, -1)).T
+        ).T  # (frames, slow cells)
+        if len(fast):
+            queries, windows = _cells_of(cells, slow_side, fast_side), grid_windows(slow_side, fast_side)
+            of_cells = of_cells + self.fast.attribute(queries, cells, windows, fast.unflatten(0, (frames, -1)))
+        return self.main.attribute(_cells_of(grid, side, slow_side), grid, grid_windows(side, slow_side), of_cells)
+
 
 def pool_space(attention: WindowAttention, grid: Tensor, side: int, new_side: int) -> Tensor:
     """Pool (frames, side^2, width) to (frames, new_side^2, width), window by window."""
+    return attention(_cells_of(grid, side, new_side), grid, grid_windows(side, new_side))
+
+
+def _cells_of(grid: Tensor, side: int, new_side: int) -> Tensor:
+    """The queries of a coarser grid: (frames, side^2, width) to (frames, new_side^2, width)."""
     image = grid.transpose(1, 2).unflatten(2, (side, side))  # (frames, width, side, side)
-    queries = resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)  # (frames, new_side^2, width)
-    return attention(queries, grid, grid_windows(side, new_side))
+    return resize(image, (new_side, new_side), "bilinear").flatten(2).transpose(1, 2)
 
 
 def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
@@ -163,6 +196,11 @@ def pool_time(attention: WindowAttention, cells: Tensor, length: int) -> Tensor:
     """
     frames, num_cells = cells.shape[1:3]
     keys = cells.transpose(1, 2).flatten(0, 1)  # (media * cells, frames, width)
-    # Where every frame keeps a place of its own there is nothing to interpolate.
-    queries = keys if length == frames else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)
+    queries = _steps_of(keys, length)
     return attention(queries, keys, axis_windows(frames, length)).unflatten(0, (-1, num_cells)).transpose(1, 2)
+
+
+def _steps_of(keys: Tensor, length: int) -> Tensor:
+    """The queries of fewer steps of time: (rows, frames, width) to (rows, length, width)."""
+    # Where every frame keeps a place of its own there is nothing to interpolate.
+    return keys if length == keys.shape[1] else resize(keys.transpose(1, 2), (length,), "linear").transpose(1, 2)

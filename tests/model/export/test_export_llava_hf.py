@@ -56,7 +56,7 @@ def test_it_answers_as_the_checkpoint(
     patch = loaded.model.vision.token_ids[IMAGE_PATCH]
     ends = [loaded.model.vision.token_ids[token] for token in (IMAGE_START, IMAGE_END)]
     assert inputs["input_ids"][0].tolist() == [patch if i in ends else i for i in prompt.ids]
-    ours = captioner._collate([prompt], len(prompt.ids))
+    ours = captioner.collate([prompt], len(prompt.ids))
     expected = captioner.model(**ours).logits
     pixels = loaded.model.get_vision_tower().normalize(ours["images"][0])
     exact = native(**{**inputs, "pixel_values": pixels}).logits
@@ -67,7 +67,7 @@ def test_it_answers_as_the_checkpoint(
     assert not set(answer[0, len(prompt.ids) :].tolist()) & set(loaded.model.vision.visual_token_ids)
     # Loaded as the checkpoint that somebody else has: the same pixels and logits, and the same scores of texts.
     back = Captioner(load_model(str(tmp_path / "out")))
-    again = back._collate([back.prompts.write(Request([Media("image", picture)], "Un uomo"))], len(prompt.ids))
+    again = back.collate([back.prompts.write(Request([Media("image", picture)], "Un uomo"))], len(prompt.ids))
     assert torch.equal(again["images"][0], ours["images"][0])
     words = min(*back.model.vision.visual_token_ids, *loaded.model.vision.visual_token_ids)
     torch.testing.assert_close(back.model(**again).logits[..., :words], expected[..., :words], atol=1e-4, rtol=1e-4)

@@ -70,7 +70,7 @@ def test_pictures_and_clips_are_answered_as_by_the_checkpoint(
         prompt = captioner.prompts.write(Request([medium], "Un uomo"))
         inputs = processor(text=f"<{kind}> Un uomo", **given, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == prompt.ids, kind
-        ours = captioner._collate([prompt], len(prompt.ids))
+        ours = captioner.collate([prompt], len(prompt.ids))
         torch.testing.assert_close(model(**inputs).logits, captioner.model(**ours).logits, atol=0, rtol=0)
         options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
         expected = captioner.model.generate(**ours, **options)
@@ -104,7 +104,7 @@ def test_the_pipeline_of_babylm_scores_with_it(
     mask, pixels = torch.LongTensor(found["attention_mask"]), torch.FloatTensor(found["pixel_values"])
     with torch.no_grad():
         theirs = model(input_ids=torch.LongTensor([ids]), attention_mask=mask, pixel_values=pixels)["logits"]
-        ours = captioner.model(**captioner._collate([prompt], len(prompt.ids))).logits
+        ours = captioner.model(**captioner.collate([prompt], len(prompt.ids))).logits
     torch.testing.assert_close(theirs, ours, atol=0, rtol=0)
 
 

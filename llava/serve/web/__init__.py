@@ -1,0 +1,1 @@
+"""A page in the browser and an OpenAI-compatible endpoint for one or two trained models."""
