@@ -64,14 +64,14 @@ def load_media(
     Raises:
         MediaError: the file is missing, empty, too large, outside its folder, or cannot be decoded.
     """
-    if features is not None:
-        check_links(media)  # Also of a file that is not opened.
-        return features.load(media, split, lambda: load_media(media, vision, split, timeout, limits))
     is_frames = media.kind == "video" and (media.frames or os.path.isdir(media.path))
     if is_frames and vision.add_time_instruction and not media.fps:
         raise MediaError(
             f"{media.path}: is given as frames without their rate, and --add_time_instruction is set; give meta.fps"
         )
+    if features is not None:
+        check_links(media)  # Also of a file that is not opened.
+        return features.load(media, split, lambda: load_media(media, vision, split, timeout, limits))
     sampling = (vision.num_frames, vision.video_fps, vision.frames_upbound)
     decoded = decode_media(media, *sampling, split, timeout, limits)
     frames, size = decoded.frames, (decoded.frames.shape[1], decoded.frames.shape[2])

@@ -129,6 +129,12 @@ class PackLayout:
         """int64 (rows, row_length): the place in the row at which each position's sample begins."""
         return self._on_device((self._first % self.row_length).reshape(-1, self.row_length))
 
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """int64 (rows, row_length): one where a sample is, zero where a row is padded."""
+        ends = np.array([[sum(row)] for row in self.lengths])
+        return self._on_device((np.arange(self.row_length) < ends).astype(np.int64))
+
     def block_mask(self, dtype: torch.dtype) -> Tensor:
         """(rows, 1, row_length, row_length) to be added to scores: 0 within a sample and before a position."""
         first = self.first_positions
@@ -298,7 +304,8 @@ def run_decoder(decoder: Decoder, pack_lengths: PackLengths | None, **inputs: An
         return decoder(**inputs)
     rows = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
     layout = PackLayout(pack_lengths, rows.shape[1], rows.device)
-    inputs |= {"position_ids": layout.position_ids, "use_cache": False}
+    # Without a mask transformers would look for samples in the positions itself, and find them at other places.
+    inputs |= {"position_ids": layout.position_ids, "attention_mask": layout.attention_mask, "use_cache": False}
     attention = attention_of(decoder.config)
     if not decoder.has_attention_interface:
         inputs["attention_mask"] = layout.block_mask(decoder.dtype)

@@ -43,7 +43,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.command_line import build_group, parse_values, read_array_task
 from llava.train.feature_cache import check_feature_cache, set_up_features
 from llava.train.feature_errors import storage_table
-from llava.train.feature_plan import Item, ItemMedia, Plan, PlannedShard, make_plan
+from llava.train.feature_plan import Item, ItemMedia, Plan, Share, make_plan
 from llava.train.parts import set_up_parts
 from llava.train.train import check_media_folders, choose_format, choose_max_length, load_from_arguments
 from llava.types import ERROR, BadSample, VisualInput
@@ -62,9 +62,6 @@ _COUNTING = (
     "quant_type", "double_quant",
 )  # fmt: skip
 """Flags that say which model is run, and how; the others of their group, of steps, logs and saving, have no effect."""
-
-Share = tuple[int, int]
-"""Which of how many equal parts of the shards."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,6 @@ class Prepared:
             return nullcontext()
         return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
-    def mine(self, share: Share) -> list[PlannedShard]:
-        """What of a share is still to be made."""
-        names = [shard.name for shard in self.plan.shards][share[0] :: share[1]]
-        return [shard for shard in self.plan.missing(self.features.cache) if shard.name in set(names)]
-
 
 def prepare(options: BuildOptions) -> Prepared:
     """Model, data and cache, as a training run makes them."""
@@ -167,7 +159,7 @@ def encode(prepared: Prepared, items: Sequence[Item]) -> Iterator[tuple[Item, Vi
     args, tower = prepared.options.training_args, prepared.model.get_vision_tower()
     assert tower is not None
     tower.to(args.device)
-    media = ItemMedia(items, prepared.datasets[0])
+    media = ItemMedia(items, prepared.datasets[0], prepared.features)
     loader = DataLoader(media, batch_size=None, shuffle=False, num_workers=args.dataloader_num_workers)
     waiting: list[tuple[Item, VisualInput]] = []
 
@@ -199,7 +191,8 @@ def build_share(prepared: Prepared, share: Share, on_item: Callable[[BadSample |
         OSError: a shard cannot be written; those that are there stay.
     """
     features = prepared.features
-    cache, shards = features.cache, prepared.mine(share)
+    cache = features.cache
+    shards = prepared.plan.missing(cache, share)
     # Two builds at once begin at different places, and meet.
     begin = os.getpid() % len(shards) if shards else 0
     for shard in [*shards[begin:], *shards[:begin]]:
@@ -231,10 +224,10 @@ def build(words: Sequence[str]) -> None:
     features, share = prepared.features, options.share
     cache = features.cache
     remove_unfinished(cache.folder)
-    for shard in prepared.plan.shards:  # What is damaged is made anew under the same name.
-        if f"{shard.name}{SUFFIX}" in cache.damaged:
-            (cache.folder / f"{shard.name}{SUFFIX}").unlink(missing_ok=True)
-    left = [item for shard in prepared.mine(share) for item in shard.items]
+    for name in [f"{shard.name}{SUFFIX}" for shard in prepared.plan.shards]:
+        if name in cache.damaged:
+            cache.remove(name)  # It is made anew.
+    left = [item for shard in prepared.plan.missing(cache, share) for item in shard.items]
     say = print if options.training_args.process_index == 0 else _say_nothing
     of_all = "" if share[1] == 1 else f"; part {share[0] + 1} of {share[1]} is made here"
     say(f"{len(prepared.plan.items)} images and clips in {len(prepared.plan.shards)} shards{of_all}; "

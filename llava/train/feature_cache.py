@@ -186,13 +186,21 @@ class FeatureLog(TrainerCallback):
     def on_epoch_end(self, *args: object, **_: object) -> None:
         self.flush()
 
-    def on_evaluate(self, *args: object, **_: object) -> None:
+    def on_evaluate(
+        self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.flush()
+        if not args.do_train:
+            self._tell(state)
 
     def on_train_end(
         self, args: TransformersArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.flush()
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        """Print what was read; all ranks call this together."""
         self._gather()
         if state.is_world_process_zero:
             is_read = not isinstance(self.tower, LazyTower) or self.tower.is_read

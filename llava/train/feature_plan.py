@@ -19,11 +19,16 @@ from llava.data.feature_cache.keys import frames_at_most
 from llava.data.feature_cache.run import RunFeatures
 from llava.data.feature_cache.shards import SUFFIX
 from llava.data.media import load_media
+from llava.data.media_files import MediaError
 from llava.io import hash_json, num_cores
 from llava.types import BadSample, Media, Record, VisualInput
 
 SHARD_BYTES = 64 << 20
 """About what a shard holds, and what is lost at most where a process is stopped."""
+
+
+Share = tuple[int, int]
+"""Which of how many equal parts of the shards, from 0."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,21 @@ class Plan:
     def items(self) -> list[Item]:
         return [item for shard in self.shards for item in shard.items]
 
-    def missing(self, cache: FeatureCache) -> list[PlannedShard]:
-        """The shards that are not there yet, without what other shards of the cache have."""
+    def missing(self, cache: FeatureCache, share: Share) -> list[PlannedShard]:
+        """What is still to be made of a share of the shards.
+
+        A shard that is there lacks what could not be decoded, and what others had when it was made: what nothing has
+        now comes into a shard of its own.
+        """
         cache.look()
         names = {f"{shard.name}{SUFFIX}" for shard in self.shards}
         others = {key for name, shard in cache.shards.items() if name not in names for key in shard.keys}
         left = []
-        for shard in self.shards:
-            wanted = tuple(item for item in shard.items if item.key not in others)
-            if wanted and f"{shard.name}{SUFFIX}" not in cache.shards:
-                left.append(PlannedShard(shard.name, wanted))
+        for shard in self.shards[share[0] :: share[1]]:
+            is_made = f"{shard.name}{SUFFIX}" in cache.shards
+            wanted = [item for item in shard.items if item.key not in (cache if is_made else others)]
+            if wanted:
+                left.append(_name(wanted) if is_made else PlannedShard(shard.name, tuple(wanted)))
         return left
 
 
@@ -120,6 +130,7 @@ class ItemMedia(Dataset["VisualInput | BadSample"]):
 
     items: Sequence[Item]
     dataset: SupervisedDataset
+    features: RunFeatures
 
     def __len__(self) -> int:
         return len(self.items)
@@ -128,6 +139,9 @@ class ItemMedia(Dataset["VisualInput | BadSample"]):
         item, dataset = self.items[index], self.dataset
         assert dataset.vision is not None
         try:
-            return load_media(item.media, dataset.vision, item.split, dataset.decode_timeout, dataset.limits)
+            decoded = load_media(item.media, dataset.vision, item.split, dataset.decode_timeout, dataset.limits)
+            if self.features.key_of(item.media, item.split) != item.key:
+                raise MediaError(f"{item.media.path}: has changed since the build began; build again", item.media.path)
+            return decoded
         except ValueError as error:
             return BadSample.from_error(item.record, error)

@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.config import VisionConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.multimodal_encoder.base import build_tower
+from llava.model.multimodal_encoder.lazy import LazyTower
 from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler import build_resampler
 from llava.model.visual import is_added
@@ -123,12 +125,20 @@ class ModelFlops:
                 self._counted[medium] = self._of_medium(*medium)
         return of_text + sum(self._counted[medium] for medium in media)
 
+    @cached_property
+    def _tower_weights(self) -> int:
+        tower = self._decoder.vision_tower
+        if isinstance(tower, LazyTower):  # It may have none in memory yet.
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                tower = build_tower(tower.vision)
+        return _num_weights(tower)
+
     def _of_medium(self, kind: MediaKind, frames: int, is_encoded: bool) -> float:
         """Operations of tower, projector and resampler for an image (whose frames are its views) or a video."""
         decoder, vision = self._decoder, self._decoder.vision
         patches = frames * vision.patches_per_side**2
         tower_trains = _trains(decoder.vision_tower)
-        of_tower = (TRAINED if tower_trains else FORWARD) * _num_weights(decoder.vision_tower) * patches
+        of_tower = (TRAINED if tower_trains else FORWARD) * self._tower_weights * patches
         total = 0.0 if is_encoded else float(of_tower)
         width = decoder.get_input_embeddings().embedding_dim
         modules = [decoder.mm_projector] + ([] if decoder.vision_resampler is None else [decoder.vision_resampler])

@@ -21,7 +21,8 @@ from llava.data.feature_cache.keys import KeyMaker, TowerRun, frames_at_most
 from llava.data.feature_cache.run import RunFeatures
 from llava.data.feature_cache.shards import Kept, remove_unfinished
 from llava.data.feature_cache.storage import Storage
-from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
+from llava.data.media import load_media
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.types import FeatureEntry, Media, VisualInput
 
 VISION = VisionConfig("tower", {"model_type": "dinov2"}, hidden_size=8, image_size=56, patches_per_side=4)
@@ -135,6 +136,31 @@ def test_another_copy_of_an_entry_takes_the_place_of_a_damaged_one(tmp_path: Pat
     path = tmp_path / "fill-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert torch.equal(cache.read("key2")[1], features_of(2))
+
+
+def test_two_damaged_copies_of_an_entry_are_none(tmp_path: Path) -> None:
+    for name in ("fill-0", "fill-1"):
+        cache = fill(tmp_path, Storage("fp32"), name=name)
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert [cache.read(f"key{i}") is None for i in range(3)].count(True) == 1
+
+
+def test_a_folder_that_is_removed_holds_nothing_and_is_made_again(tmp_path: Path) -> None:
+    cache = fill(tmp_path / "cache", Storage("bf16"))
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.read("key0") is None
+    cache.add("fill-1", [Kept.of(entry_of("key0"), features_of(0), cache.storage)], {"c0": {}})
+    assert FeatureCache(tmp_path / "cache").storage == Storage("bf16")
+    assert cache.read("key0") is not None
+
+
+def test_a_folder_that_cannot_be_had_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "cache" / "cache.json").mkdir(parents=True)
+    for name in ("file", "cache"):
+        with pytest.raises(ValueError, match=f"--feature_cache .*{name}: .*; give another folder"):
+            FeatureCache(tmp_path / name, Storage("bf16"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,3 +367,21 @@ def test_a_run_reads_what_it_kept_and_decodes_the_rest(tmp_path: Path) -> None:
     clip.write_bytes(b"1")
     assert run.load(media, None, decode).entry is not None
     assert len(decoded) == 2
+
+    def change() -> VisualInput:
+        clip.write_bytes(b"3")
+        return decode()
+
+    clip.write_bytes(b"2")
+    assert run.load(media, None, change).entry is None, "what was decoded may be of other bytes than were hashed"
+
+
+def test_what_cannot_be_used_live_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"0")
+    frames = Media("video", str(tmp_path / "0.png"), frames=(str(tmp_path / "0.png"),))
+    cache = FeatureCache(tmp_path / "cache", Storage("fp32"))
+    run = RunFeatures(cache, KeyMaker(TOWER, VISION, cache.storage, DEFAULT_LIMITS), torch.float32)
+    cache.add("fill-0", [Kept.of(entry_of(run.key_of(frames, None)), features_of(1), cache.storage)], {"c0": {}})
+    assert load_media(frames, VISION, features=run).frames.shape == (2, 1, 16, 8)
+    with pytest.raises(MediaError, match="frames without their rate"):
+        load_media(frames, replace(VISION, add_time_instruction=True), features=run)

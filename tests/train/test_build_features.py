@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.feature_cache.__main__ import main
+from llava.data.media_files import MediaError
 from llava.train import build_features, feature_plan
 from llava.train.command_line import read_array_task
 from llava.train.train import main as train
@@ -111,7 +113,9 @@ def test_parts_stops_and_full_disks_give_the_same_files(words, tmp_path: Path, m
     assert files(tmp_path / "full") == expected
     cut = next((tmp_path / "full").glob("*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-1])
+    capsys.readouterr()
     assert main(words("full")) == 0
+    assert "4 of 4 images and clips have features" in capsys.readouterr().out
     assert files(tmp_path / "full") == expected
 
 
@@ -151,6 +155,34 @@ def test_bad_clips_stop_a_build_or_are_left_out(words, tmp_path: Path, mixed_dat
     assert "sample 'bad'" in capsys.readouterr().err
     assert main(words(**options, on_bad_sample="skip")) == 0
     assert "1 of 2 images and clips have features; 1 have none" in capsys.readouterr().out
+
+
+def test_what_a_shard_lacks_is_made_by_the_next_build(
+    words, tmp_path: Path, mixed_data: Path, monkeypatch, capsys
+) -> None:
+    data = shutil.copytree(mixed_data.parent, tmp_path / "media") / mixed_data.name
+    build = words(data_path=data, on_bad_sample="skip")
+    monkeypatch.setattr(feature_plan, "SHARD_BYTES", 1 << 20)
+    real = feature_plan.load_media
+
+    def time_out(media, *args):
+        if media.path.endswith("b.mp4"):
+            raise MediaError(f"{media.path}: takes too long", media.path)
+        if media.path.endswith("b.jpg"):  # It was hashed before.
+            Path(media.path).write_bytes((data.parent / "a.png").read_bytes() + b"0")
+        return real(media, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_plan, "load_media", time_out)
+        assert main(build) == 0
+    printed = capsys.readouterr().out
+    assert "b.jpg: has changed since the build began; build again" in printed
+    assert "b.mp4: takes too long" in printed
+    assert "2 of 4 images and clips have features" in printed
+    shutil.copy(mixed_data.parent / "b.jpg", data.parent / "b.jpg")
+    assert main(build) == 0
+    assert "2 are to be made" in (printed := capsys.readouterr().out)
+    assert "4 of 4 images and clips have features" in printed
 
 
 @pytest.mark.parametrize(

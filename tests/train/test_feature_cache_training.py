@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from llava.eval.run import evaluate, parse_arguments
 from llava.serve.cli import main as serve
 from llava.train.replay import main as replay
 from llava.train.train import main
+
+ROOT = Path(__file__).parents[2]
 
 
 def flags(model: Path, tower: Path, data: Path, output: Path, **changes) -> list[str]:
@@ -186,6 +190,10 @@ def test_captions_and_evaluations_read_it(
             arguments = parse_arguments(["--task", "caption", "--data", str(mixed_data), *words, *out])
             captions[-1] += json.dumps(evaluate(arguments)["scores"])
     assert captions[0] == captions[1]
+    words = ["--model_name_or_path", str(live), "--data_path", str(mixed_data), "--eval_data_path", str(mixed_data)]
+    words += ["--output_dir", str(tmp_path / "e"), "--do_train", "false", "--use_cpu", "true", "--report_to", "none"]
+    main([*words, *options[2:]])
+    assert "6 images and clips had their features in it, 0 were" in capsys.readouterr().out
     assert serve([*options, "--image", str(shutil.copy(mixed_data.parent / "a.png", tmp_path / "moved.png"))]) == 0
     (tmp_path / "moved.png").write_bytes((mixed_data.parent / "a.png").read_bytes() + b"0")
     assert serve([*options, "--image", str(tmp_path / "moved.png")]) == 2
@@ -195,7 +203,8 @@ def test_captions_and_evaluations_read_it(
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_two_epochs_fill_once_and_a_tower_that_is_read_late_is_the_same(run, tmp_path: Path, precision: str) -> None:
     cache = tmp_path / "features"
-    options = {"num_train_epochs": 2, "max_steps": -1, "bf16": precision == "bf16"}
+    # With dropout: a tower that is read later draws no random number of the run's.
+    options = {"num_train_epochs": 2, "max_steps": -1, "bf16": precision == "bf16", "lora_enable": True}
     filled = run(feature_cache=cache, feature_cache_fill=True, **options)
     assert json.loads((cache / "cache.json").read_text())["storage"] == precision
     assert (history(filled)[-1]["feature_misses"], history(filled)[-1]["feature_hits"]) == (6, 6)
@@ -209,3 +218,29 @@ def test_two_epochs_fill_once_and_a_tower_that_is_read_late_is_the_same(run, tmp
     assert losses(late) == live
     # In bf16, products of matrices as small as these depend on how many rows they have, and so on the batch.
     assert [losses(again), losses(filled)] == [pytest.approx(live, abs=0 if precision == "fp32" else 1e-3)] * 2
+
+
+def test_two_ranks_fill_a_cache_and_read_it(
+    gpt2_dir, tower_dir, mixed_data, live: Path, tmp_path: Path, warm_python: str
+) -> None:
+    cache, program = tmp_path / "features", tmp_path / "program.py"
+    program.write_text(
+        "import json, sys\nfrom llava.train.train import main\nfor words in json.loads(sys.argv[1]): main(words)"
+    )
+    runs = {"filled": {"feature_cache_fill": True}, "read": {"feature_cache_strict": True}}
+    words = [
+        flags(
+            gpt2_dir, tower_dir, mixed_data, tmp_path / name, feature_cache=cache, per_device_train_batch_size=2, **more
+        )
+        for name, more in runs.items()
+    ]
+    launcher = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python}
+    subprocess.run([*launcher, str(program), json.dumps(words)], env=environment, check=True, timeout=300)
+    assert losses(tmp_path / "filled") == losses(tmp_path / "read") == pytest.approx(losses(live), abs=1e-5)
+    # Of both ranks together: six media of seven samples, in two epochs of two steps.
+    counts = [[history(tmp_path / name)[-1][f"feature_{kind}"] for kind in ("hits", "misses")] for name in runs]
+    assert counts == [[6, 6], [12, 0]]
+    line = json.loads((tmp_path / "read" / "trainer_state.json").read_text())["log_history"][-1]
+    samples = line["train_samples_per_second"] / line["train_steps_per_second"] * 4
+    assert samples == pytest.approx(14, rel=1e-2)

@@ -180,6 +180,12 @@ def test_operations_are_those_that_torch_counts(load_tiny, backbone: str) -> Non
         p.numel() for n, p in model.get_vision_tower().named_parameters() if p.ndim > 1 and "position" not in n
     )
     assert flops.count(batch, len(text), 2) - flops.count(kept, len(text), 2) == 2 * weights * 4 * 16
+    # A tower that is not in memory yet counts as one that is.
+    later = load_tiny(backbone, find_tower_hash=lambda *args: loaded.vision.vision_tower_hash).model
+    for name, parameter in later.named_parameters():
+        parameter.requires_grad = ".vision_tower." not in name
+    assert not list(later.get_vision_tower().parameters())
+    assert ModelFlops(later).count(batch, len(text), 2) == expected[1]
     model.get_model().mm_projector.requires_grad_(False)
     frozen = ModelFlops(model).count(batch, len(text), 2)
     assert 0 < expected[1] - frozen < expected[1] - flops.count({}, len(text), 2)

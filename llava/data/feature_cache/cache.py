@@ -69,6 +69,14 @@ class FeatureCache:
         return (Path(folder).expanduser() / SETTINGS).exists()
 
     def _open(self, wanted: Storage | None) -> Storage:
+        try:
+            return self._read_settings(wanted)
+        except OSError as error:
+            raise ValueError(
+                f"{FLAG} {self.folder}: {error.strerror}: {error.filename}; give another folder"
+            ) from error
+
+    def _read_settings(self, wanted: Storage | None) -> Storage:
         path = self.folder / SETTINGS
         if not path.exists():
             if wanted is None:
@@ -98,7 +106,10 @@ class FeatureCache:
 
     def look(self) -> bool:
         """Open shards that have come since the last look; whether there are any."""
-        changed = self.folder.stat().st_mtime_ns
+        try:
+            changed = self.folder.stat().st_mtime_ns
+        except OSError:  # It was removed, and nothing can have come.
+            return False
         # A change right behind another one may have its time: whatever is that young is looked at again.
         settled = time.time_ns() - changed > _SETTLED_NS
         if self._looked == (changed, True):
@@ -124,6 +135,7 @@ class FeatureCache:
         if path.name not in self.damaged:
             logger.warning("%s; its features are computed anew. Remove the file, and build it again", error)
         self.damaged[path.name] = str(error)
+        self.shards.pop(path.name, None)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -143,15 +155,22 @@ class FeatureCache:
             except DamagedShardError as error:
                 self._tell_damage(shard.path, error)
                 del self._places[key]
-                others = (other for other in self.shards.values() if other is not shard and key in other.keys)
+                others = (other for other in self.shards.values() if key in other.keys)
                 if (other := next(others, None)) is not None:
                     self._places[key] = other
         return self.read(key) if self.look() and key in self._places else None
 
     def add(self, name: str, kept: Sequence[Kept], contexts: dict[str, Any]) -> None:
         """Write a shard of a name without its suffix."""
+        if not self.exists(self.folder):  # Somebody has removed it.
+            self._open(self.storage)
         used = {one.entry.context for one in kept}
         write_shard(self.folder / f"{name}{SUFFIX}", kept, {k: contexts[k] for k in sorted(used)})
+
+    def remove(self, name: str) -> None:
+        """Remove a damaged file, so that another can take its name."""
+        (self.folder / name).unlink(missing_ok=True)
+        del self.damaged[name]
 
     def count_of(self, contexts: Collection[str]) -> int:
         """How many entries are of these contexts."""

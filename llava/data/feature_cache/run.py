@@ -68,7 +68,8 @@ class RunFeatures:
                 f"{media.path}: {FLAG} {self.cache.folder} has no features of it as it is now and with these settings; "
                 f"build them, or leave out {FLAG}_strict"
             )
-        if key is None or not self.fills:
+        # A file that has changed meanwhile may be another than was hashed.
+        if key is None or not self.fills or self.key_of(media, split) != key:
             return decoded
         return replace(decoded, entry=self.entry_of(key, decoded))
 

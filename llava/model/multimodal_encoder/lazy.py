@@ -80,9 +80,10 @@ class LazyTower(VisionTower):
 
     def load_weights(self, source: str) -> str:
         """Read the weights now; a ValueError where they are others than ``vision`` says."""
-        with no_init_weights():
+        # It may come in the midst of a run, which draws the numbers that it would have drawn without it.
+        with torch.random.fork_rng(devices=[]), no_init_weights():
             tower = build_tower(self.vision)
-        found = tower.load_weights(source)
+            found = tower.load_weights(source)
         tower.requires_grad_(False)
         for act in self._done:
             act(tower)
