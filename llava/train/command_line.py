@@ -49,15 +49,22 @@ def answer_at_once(words: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in words):
         _help_parser().print_help()
         return 0
+    if (wrong := explain_unknown_flag(words)) is not None:
+        print(f"error: {wrong}", file=sys.stderr)
+        return FAILED
+    return None
+
+
+def explain_unknown_flag(words: Sequence[str], others: Sequence[str] = ()) -> str | None:
+    """What is wrong with the first flag that neither the trainer nor ``others`` has; None where all are known."""
     known = {*read_flags(), *FAMILY, "config"}
     # HfArgumentParser adds --no_x for every switch x that is true by default.
     known |= {f"no_{flag.name}" for flag in read_flags().values() if flag.kind == "bool" and flag.default == "True"}
-    flags = [f"--{name}" for name in known]
+    flags = [*(f"--{name}" for name in known), *others]
     for word, given in zip(rename_flags(words, flags), words, strict=True):
         name = word.partition("=")[0]
         if name.startswith("--") and name not in flags:
-            print(f"error: {_help_parser().explain_unknown(given)}", file=sys.stderr)
-            return FAILED
+            return _help_parser().explain_unknown(given, others)
     return None
 
 

@@ -334,7 +334,7 @@ def media_table(dataset: SupervisedDataset) -> str:
     """How many samples of each data file have media, of which kind; those with both kinds count twice."""
     images, videos = count_media(dataset.records) > 0  # (samples,) each
     lines = ["media of the samples"]
-    for label, indices in _by_source(dataset.records).items():
+    for label, indices in by_source(dataset.records).items():
         of_kind = {"images": images, "videos": videos, "text alone": ~(images | videos)}
         counts = {name: int(having[indices].sum()) for name, having in of_kind.items()}
         parts = [f"{count} {name} ({count / len(indices):.1%})" for name, count in counts.items() if count]
@@ -348,7 +348,7 @@ def words_table(dataset: RunDataset) -> str:
     whole = dataset.is_whole if isinstance(dataset, RearrangedDataset) else None
     presented, all_words = count_presented_words(documents, whole)  # (samples,) each
     lines = ["words of an epoch"]
-    for label, indices in _by_source(documents.records).items():
+    for label, indices in by_source(documents.records).items():
         lost = int(all_words[indices].sum() - presented[indices].sum())
         lines.append(f"  {label}: {int(presented[indices].sum()):,}" + (f", and {lost:,} are cut off" if lost else ""))
     return "\n".join(lines)
@@ -368,7 +368,7 @@ def cut_table(dataset: SupervisedDataset, whole: NDArray[np.bool_] | None = None
     if not cut.any():
         return ""
     lines = [f"text that is cut to {dataset.max_length} tokens"]
-    for label, indices in _by_source(dataset.records).items():
+    for label, indices in by_source(dataset.records).items():
         if samples := int((cut[indices] > 0).sum()):
             lines.append(f"  {label}: {samples} of {len(indices)} samples lose {int(cut[indices].sum())} tokens")
     other = ", or train on all of a text with --text_chunking document"
@@ -376,7 +376,7 @@ def cut_table(dataset: SupervisedDataset, whole: NDArray[np.bool_] | None = None
     return "\n".join([*lines, f"  raise --model_max_length{what}"])
 
 
-def _by_source(records: Sequence[Record]) -> dict[str, NDArray[np.intp]]:
+def by_source(records: Sequence[Record]) -> dict[str, NDArray[np.intp]]:
     """The indices of the samples of each data file, in the order of the files."""
     if not isinstance(records, Mixture):
         return {"data": np.arange(len(records))}

@@ -1,0 +1,166 @@
+"""What a run would cost: steps, operations and time of an epoch, the disk that its checkpoints take, and memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.data.module import RunDataset
+from llava.inspect.batches import SampledExample
+from llava.inspect.findings import Findings
+from llava.inspect.passes import count_operations
+from llava.inspect.run import InspectedRun
+from llava.train.data_order import build_order, count_steps
+
+_TIMED = 4
+_GPUS = {"an H100": 989e12, "an A100": 312e12, "an RTX 4090": 165e12}
+"""bf16 operations a second by NVIDIA's data sheets."""
+_USED = 0.3
+"""Share of them that small models come to, see docs/performance.md."""
+_GIB = 2**30
+
+
+@dataclass
+class Costs:
+    """What a run would cost.
+
+    Attributes:
+        samples, steps, epoch_steps: of an epoch, of the run, and steps of an epoch.
+        operations: of an epoch.
+        loading: seconds that one process takes to decode and tokenise a sample.
+        workers: processes that do so.
+        checkpoint, model: bytes of a checkpoint and of a saved model.
+        checkpoints, milestones: how many of each are on the disk at most.
+        free: bytes on the disk of the output folder.
+    """
+
+    samples: int
+    steps: int
+    epoch_steps: int
+    operations: float
+    loading: float
+    workers: int
+    checkpoint: int
+    model: int
+    checkpoints: int
+    milestones: int
+    free: int
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the run's folder takes at most; while one checkpoint is written, its forerunner is still there."""
+        return self.checkpoint * (self.checkpoints + bool(self.checkpoints)) + self.model * (self.milestones + 1)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        hours = ", ".join(
+            f"{describe_seconds(self.operations / (_USED * peak))} on {name}" for name, peak in _GPUS.items()
+        )
+        lines = [
+            f"steps: {self.steps:,}, of which an epoch of {self.samples:,} samples has {self.epoch_steps:,}",
+            f"an epoch: {self.operations:.2g} operations; at {_USED:.0%} of the peak {hours}",
+        ]
+        if self.loading:
+            epoch = self.samples * self.loading / max(self.workers, 1)
+            lines.append(
+                f"reading and decoding on this machine: {1000 * self.loading:.1f} ms a sample, "
+                f"{describe_seconds(epoch)} an epoch with {self.workers} workers (--dataloader_num_workers)"
+            )
+        what = f"{self.checkpoints} checkpoints of {self.checkpoint / _GIB:.2f} GiB"
+        if self.milestones:
+            what += f", {self.milestones} milestones"
+        lines.append(
+            f"disk: up to {self.disk / _GIB:.2f} GiB ({what}, a model of {self.model / _GIB:.2f} GiB); free: "
+            f"{self.free / _GIB:.1f} GiB"
+        )
+        return lines
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def estimate_costs(run: InspectedRun, sampled: Sequence[SampledExample], findings: Findings) -> Costs | None:
+    """What the run would cost; None where nothing is trained on."""
+    assert run.loaded is not None
+    assert run.data is not None
+    dataset, args = run.data["train_dataset"], run.training_args
+    if dataset is None or not args.do_train:
+        return None
+    order = build_order(dataset, args)
+    examples = [s.example for s in sampled]
+    operations = count_operations(run, examples) / max(len(examples), 1) * len(dataset)
+    steps = count_steps(args, order)
+    checkpoint, model = size_checkpoint(run)
+    every = _steps_between(args.save_steps, steps)
+    number = 0
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "epoch":
+        number = max(round(steps / max(order.num_steps, 1)), 1)
+    elif str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps":
+        number = steps // every
+    if args.save_total_limit:
+        number = min(number, args.save_total_limit)
+    costs = Costs(
+        samples=len(dataset), steps=steps, epoch_steps=order.num_steps, operations=operations,
+        loading=time_loading(dataset, sampled), workers=args.dataloader_num_workers, checkpoint=checkpoint,
+        model=model, checkpoints=number, milestones=len(args.milestone_numbers),
+        free=free_space(str(args.output_dir)),
+    )  # fmt: skip
+    check_disk(costs, str(args.output_dir), findings)
+    return costs
+
+
+def _steps_between(save_steps: float, steps: int) -> int:
+    """Steps from one checkpoint to the next; below 1 it is a share of the run."""
+    return max(int(save_steps if save_steps >= 1 else save_steps * steps), 1)
+
+
+def size_checkpoint(run: InspectedRun) -> tuple[int, int]:
+    """Bytes of a checkpoint, with the optimizer's state, and of a saved model."""
+    assert run.loaded is not None
+    model = run.loaded.model
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    stored = sum(p.nbytes for name, p in model.named_parameters() if name not in ignored)
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    # Adam's two moments, in 32 bits.
+    return stored + 2 * trained, stored
+
+
+def time_loading(dataset: RunDataset, sampled: Sequence[SampledExample]) -> float:
+    """Seconds that a sample takes to be read, decoded and tokenised; 0 where it cannot be told."""
+    places = list(range(min(_TIMED, len(dataset))))
+    start = time.perf_counter()
+    for place in places:
+        try:
+            dataset[place]
+        except ValueError:
+            return 0.0
+    return (time.perf_counter() - start) / max(len(places), 1)
+
+
+def free_space(folder: str) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(costs: Costs, folder: str, findings: Findings) -> None:
+    """Find checkpoints that would fill the disk."""
+    least = costs.checkpoint + costs.model
+    text = (
+        f"the run's checkpoints and models take up to {costs.disk / _GIB:.2f} GiB, and {costs.free / _GIB:.2f} GiB are "
+        f"free at --output_dir {folder}; give another folder, or a lower --save_total_limit"
+    )
+    if costs.free < least:
+        findings.error("disk", text)
+    elif costs.free < costs.disk:
+        findings.warn("disk", text)
