@@ -51,11 +51,11 @@ COMMANDS = (
         ("", "italian_video --output my_run.yaml", "english_text --output my_run"),
     ),
     Command(
-        "inspect", "llava.inspect", LOOK, "look at a run before it starts: data, batches, model, and what would ruin it",
+        "inspect", "llava.inspect", LOOK,
+        "look at a run before it starts: data, batches, model, and what would ruin it",
         (
             f"{_RUN} --output_dir output/run",
             "--fast --config my_run.yaml --output_dir output/run",
-            "--html inspect.html --config my_run.yaml --output_dir output/run",
         ),
     ),
     Command(

@@ -11,7 +11,6 @@ from llava.inspect.findings import CODES, Findings
 from llava.train.command_line import explain_unknown_flag
 
 PROGRAM = "python -m llava.inspect"
-PAGE = "inspect.html"
 _DEFAULT_BATCHES = 2
 
 
@@ -19,19 +18,15 @@ def build_parser() -> CommandParser:
     """The parser of the inspection's own flags; the others are the trainer's."""
     parser = CommandParser(
         prog=PROGRAM,
-        usage="%(prog)s [--fast] [--html [FILE]] [--batches N] [--accept KIND ...] FLAGS OF THE TRAINER",
+        usage="%(prog)s [--fast] [--batches N] [--accept KIND ...] FLAGS OF THE TRAINER",
         description="Look at a training run before it starts: its data, batches, model, and what would ruin it. "
-        "Nothing is trained, no GPU is needed, and nothing is written but the page.",
+        "Nothing is trained, no GPU is needed, and nothing is written.",
         epilog=f"All other flags are the trainer's, --config among them ({PROGRAM.replace('inspect', 'train.train')} "
         "--help). Kinds of findings: " + "; ".join(f"{code}: {text}" for code, text in CODES.items()) + ". "
         "Exit status: 0 where nothing would ruin the run, 1 where something would, 2 for a wrong command line. "
         "docs/inspect.md says what to do about each finding.",
     )
     parser.add_argument("--fast", action="store_true", help="open few media, and make no passes of a large model")
-    parser.add_argument(
-        "--html", nargs="?", const="", metavar="FILE",
-        help=f"write a page for the browser, with batches and frames (default: {PAGE} in --output_dir)",
-    )  # fmt: skip
     parser.add_argument(
         "--batches", type=int, default=_DEFAULT_BATCHES, metavar="N",
         help=f"first batches of the run to look at (default: {_DEFAULT_BATCHES})",
