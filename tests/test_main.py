@@ -22,7 +22,7 @@ from tests.test_command import COMMANDS as MODULES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-OF_TRAINING = {"train", "alternating"}
+OF_TRAINING = {"train", "alternating", "inspect"}
 by_name = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 
 
