@@ -1,6 +1,7 @@
 """What one training step of the Italian recipe costs, and how little of it is this library's own.
 
-    python benchmarks/train_step.py --full-logits --checkpointing --eager --output benchmarks/train_step.json
+    python benchmarks/train_step.py --full-logits --checkpointing --eager --kernels --one-call \
+        --output benchmarks/train_step.json
 
 The recipe is the real one, with random weights: GPT-2 12 x 768 over 30,000 tokens, DINOv2-large cut
 behind the selected layer, batches of 4 clips, 4 frames of 224 pixels each, 81 and 9 latents. Two
@@ -10,16 +11,19 @@ kinds of steps alternate in one run, on the same weights and the same optimizer:
   collating, normalising, tower, projector, packer, splicing, GPT-2, loss, backward, gradient
   clipping, optimizer, scheduler and all that the trainer does around them.
 - floor: the same modules called bare on tensors that lie ready. Normalised pixels go through
-  transformers' ``Dinov2Model``, then projector and packer; their features are joined with ready text
+  transformers' ``Dinov2Model``, as many frames a call as in the library, then projector and packer;
+  their features are joined with ready text
   embeddings (no look-up) and go through transformers' own ``GPT2Model``, which shares the
   parameters; head and cross entropy at the supervised positions, backward, clipping, optimizer.
 
 Decoding is measured beside them, since worker processes do it. Times are CPU seconds of this process
 on one thread: other processes disturb them little, and alternation shares what is left.
 
-``--full-logits``, ``--checkpointing`` and ``--eager`` add steps of the library in which only that is
-different. None of them touches the frozen tower, so those steps take its features and its time from
-the library's step before them.
+``--full-logits``, ``--checkpointing``, ``--eager`` and ``--kernels`` (eager attention with ``--fused_gelu``)
+add steps of the library in which only that is different. None of them touches the frozen tower, so those
+steps take its features and its time from the library's step before them. ``--one-call`` adds steps in which
+the tower takes all frames in one call. ``gains`` says what of a step the last two change: the language
+model's time over that with ``--kernels``, and the step of one call without them over that of chunks with them.
 
 What a stage holds: "tower" is its forward pass (frozen); "packer" is projector and resampler;
 "language model" is GPT-2 with head and loss; "optimizer" is clipping, AdamW and clearing gradients;
@@ -59,9 +63,11 @@ from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.module import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
+from llava.model.multimodal_encoder.base import FRAMES_AT_ONCE
 from llava.model.vocabulary import add_visual_tokens
 from llava.train.arguments import DataArguments, TrainingArguments
-from llava.train.parts import set_trainable_parts
+from llava.train.flops import FORWARD, ModelFlops
+from llava.train.parts import fuse_gelu, set_trainable_parts, unfused_gelus
 from llava.train.trainer import LlavaTrainer
 from llava.types import Batch, Example
 
@@ -69,7 +75,8 @@ STAGES = (
     "tower", "packer forward", "language model forward", "language model backward", "packer backward",
     "optimizer", "rest",
 )  # fmt: skip
-VARIANTS = ("full_logits", "checkpointing", "eager")
+VARIANTS = ("full_logits", "checkpointing", "eager", "kernels")
+ONE_CALL = "one_call"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOWED_RATIO = 1.05
 
@@ -275,6 +282,7 @@ class Floor:
 
         self.clips = (len(batch["images"]), len(batch["images"][0]))
         self.pixels = decoder.vision_tower.normalize(torch.cat(batch["images"]))
+        self.frames_at_once = decoder.vision_tower.frames_at_once(self.pixels.device)
         self.num_patches = model.vision.patches_per_side**2
         num_visual = model.vision.layout.num_tokens("video", self.clips[1])
         self.text = model.get_input_embeddings()(batch["input_ids"][:, num_visual:]).detach()
@@ -288,7 +296,9 @@ class Floor:
         clock.start()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
-                patches = self.tower(pixel_values=self.pixels).last_hidden_state[:, -self.num_patches :]
+                parts = self.pixels.split(self.frames_at_once)
+                patches = torch.cat([self.tower(pixel_values=part).last_hidden_state for part in parts])
+                patches = patches[:, -self.num_patches :].contiguous()
             clock.mark("tower")
             features = self.resampler(self.projector(patches).unflatten(0, self.clips), "video")
             clock.mark("packer forward")
@@ -345,9 +355,15 @@ def manner_of(model: LlavaGPT2ForCausalLM, kind: str, patches: Tensor | None) ->
         elif kind == "checkpointing":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             stack.callback(model.gradient_checkpointing_disable)
-        elif kind == "eager":
+        elif kind in ("eager", "kernels"):
             stack.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
             model.config._attn_implementation = "eager"
+        elif kind == ONE_CALL:
+            stack.enter_context(mock.patch.dict(FRAMES_AT_ONCE, cpu=10**6))
+        if kind == "kernels":
+            for parent, name in unfused_gelus(model):
+                stack.callback(setattr, parent, name, getattr(parent, name))
+            fuse_gelu(model)
         yield
 
 
@@ -467,7 +483,16 @@ def measure(sizes: Sizes, bf16: bool, repeats: int, variants: Sequence[str], fol
     trainer.clock = clock
     alternation.trainer = trainer
     trainer.train()
-    return {"tokens": list(batch["input_ids"].shape)} | summarise(alternation.steps)
+    counted = ModelFlops(model)
+    matrices = [p.numel() for n, p in model.get_vision_tower().named_parameters() if p.ndim > 1 and "position" not in n]
+    targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    gflop = {
+        "tower": 1e-9 * FORWARD * sum(matrices) * sizes.batch * sizes.num_frames
+        * model.vision.patches_per_side**2,
+        "language model": 1e-9 * (counted.per_token * batch["input_ids"].numel() + counted.per_target * targets),
+    }  # fmt: skip
+    sizes_of = {"tokens": list(batch["input_ids"].shape), "gflop": rounded(gflop)}
+    return sizes_of | summarise(alternation.steps)
 
 
 def summarise(steps: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -481,12 +506,44 @@ def summarise(steps: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         over = zip(totals["floor"], *(totals[kind] for kind in kinds), strict=True)
         return statistics.median(sum(costs) / floor for floor, *costs in over)
 
-    ratios = {kind: ratio(kind) for kind in ("library", *VARIANTS) if kind in totals}
+    ratios = {kind: ratio(kind) for kind in ("library", *VARIANTS, ONE_CALL) if kind in totals}
     return {
         "seconds": rounded(medians),
         "over_floor": rounded(ratios | {"library_and_decode": ratio("library", "decode")}),
+        "gains": rounded(gains(steps)),
         "library_over_floor_each": rounded([a / b for a, b in zip(totals["library"], totals["floor"], strict=True)]),
     }
+
+
+def gains(steps: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """How many times as fast: the language model with ``--kernels``, and then a step whose tower runs in chunks."""
+
+    def of_model(step: dict[str, float]) -> float:
+        return step["language model forward"] + step["language model backward"]
+
+    found = {}
+    if "kernels" in steps:
+        pairs = list(zip(steps["library"], steps["kernels"], strict=True))
+        found["language_model"] = statistics.median(of_model(a) / of_model(b) for a, b in pairs)
+        if ONE_CALL in steps:
+            found["tower"] = statistics.median(
+                a["tower"] / b["tower"] for a, b in zip(steps[ONE_CALL], steps["library"], strict=True)
+            )
+            found["step"] = statistics.median(
+                sum(a.values()) / sum(b.values()) for a, b in zip(steps[ONE_CALL], steps["kernels"], strict=True)
+            )
+    return found
+
+
+def shares(result: dict[str, Any], rate: float) -> dict[str, dict[str, float]]:
+    """What part of the machine's rate of products the tower and the language model reach, in each kind of step."""
+    found: dict[str, dict[str, float]] = {}
+    for kind, seconds in result["seconds"].items():
+        if kind != "decode":
+            of_model = seconds["language model forward"] + seconds["language model backward"]
+            times = {"tower": seconds["tower"], "language model": of_model}
+            found[kind] = {part: round(result["gflop"][part] / max(s, 1e-9) / rate, 3) for part, s in times.items()}
+    return found
 
 
 def rounded(values: Any) -> Any:
@@ -526,7 +583,7 @@ def describe_machine() -> dict[str, Any]:
 def format_table(dtype: str, result: dict[str, Any]) -> str:
     """Rows are stages, columns the kinds of steps, figures CPU seconds."""
     seconds = result["seconds"]
-    kinds = [kind for kind in ("floor", "library", *VARIANTS) if kind in seconds]
+    kinds = [kind for kind in ("floor", "library", *VARIANTS, ONE_CALL) if kind in seconds]
     lines = [f"{dtype + ', CPU seconds a step':<26}" + "".join(f"{kind:>15}" for kind in kinds)]
     for stage in (*STAGES, "total"):
         lines.append(f"{stage:<26}" + "".join(f"{seconds[kind][stage]:>15.3f}" for kind in kinds))
@@ -547,6 +604,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full-logits", action="store_true", help="also: the head at all positions, as plain GPT-2")
     parser.add_argument("--checkpointing", action="store_true", help="also: gradient checkpointing of GPT-2")
     parser.add_argument("--eager", action="store_true", help="also: eager attention in GPT-2")
+    parser.add_argument("--kernels", action="store_true", help="also: eager attention and --fused_gelu in GPT-2")
+    parser.add_argument("--one-call", action="store_true", help="also: the tower takes all frames in one call")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
@@ -558,7 +617,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     sizes = QUICK if args.quick else RECIPE
-    variants = [variant for variant in VARIANTS if getattr(args, variant)]
+    variants = [variant for variant in (*VARIANTS, ONE_CALL) if getattr(args, variant)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": describe_machine(), "sizes": vars(sizes), "repeats": args.repeats}
@@ -568,6 +627,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for dtype in DTYPES if args.dtype == "both" else [args.dtype]:
                 result = measure(sizes, dtype == "bf16", args.repeats, variants, Path(name))
                 rate = matrix_rate(DTYPES[dtype], 64 if args.quick else 2048)
+                result["share_of_product_rate"] = shares(result, rate)
                 report[dtype] = {"matrix_product_gflops": rate} | result
                 print(format_table(dtype, result), flush=True)
     finally:

@@ -162,6 +162,7 @@ def build_nan_check(trainer: Trainer) -> NanCheck:
         trainable=[name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
         label_smoothing=args.label_smoothing_factor,
         bf16_weights=args.bf16_weights,
+        fused_gelu=args.fused_gelu,
     )
     return NanCheck(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
 
@@ -211,7 +212,7 @@ class RunSettings:
         bits, quant_type, double_quant: how frozen weights were held.
         trainable: names of the parameters that trained.
         label_smoothing: of the loss; earlier versions do not say it.
-        bf16_weights: as ``--bf16_weights``; earlier versions had no such flag.
+        bf16_weights, fused_gelu: as these flags; earlier versions had none.
     """
 
     world_size: int
@@ -226,6 +227,7 @@ class RunSettings:
     trainable: list[str]
     label_smoothing: float = 0.0
     bf16_weights: bool = False
+    fused_gelu: bool = False
 
 
 @dataclass(frozen=True)

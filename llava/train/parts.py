@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.activations import NewGELUActivation
 
 from llava.model.coordinates import COORDINATES, CoordinateTables
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -59,6 +60,8 @@ def set_up_parts(loaded: LoadedModel, model_args: ModelArguments, training_args:
     half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     if training_args.bf16_weights:
         hold_in(loaded.model, torch.bfloat16)
+    if training_args.fused_gelu:
+        fuse_gelu(loaded.model)
     set_trainable_parts(loaded.model, model_args.tunable_parts, model_args.freeze_embeddings, half)
     balance_experts(loaded.model, training_args.router_aux_loss_coef)
 
@@ -107,6 +110,29 @@ def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Hold the parameters of a module in a type; its buffers, such as the frequencies of rotary positions, stay."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def unfused_gelus(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The activations of a model that compute GELU's approximation by tanh step by step: their parents, and names."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation)
+    ]
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute GELU's approximation by tanh in one kernel: the same function, with other last bits.
+
+    Raises:
+        ValueError: the model has none to fuse.
+    """
+    found = unfused_gelus(model)
+    if not found:
+        raise ValueError("--fused_gelu: no activation of this model is gelu_new, so it changes nothing; leave it out")
+    for parent, name in found:
+        setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
 def balance_experts(model: LlavaMetaForCausalLM, weight: float | None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.compat import attention_of
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.check import MediaCheck, find_bad, find_missing
@@ -26,12 +27,13 @@ from llava.data.index import Mixture
 from llava.data.module import DataModule, RunDataset, documents_of
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel
 from llava.train.arguments import COORDINATES_PART, DataArguments, ModelArguments, TrainingArguments
 from llava.train.budget import WordPlan, plan_words
 from llava.train.data_order import build_order
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
-from llava.train.parts import parts_table
+from llava.train.parts import parts_table, unfused_gelus
 from llava.types import SKIP, BadSample, Example, MediaKind, Record
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def check_and_report(
         print(budget_table(loaded.vision, max_length, loaded.model.config.max_position_embeddings))
         print("\n".join(map(data_table, given)))
         print(supervision_table(given[0]), flush=True)
+        for advice in advise_on_kernels(loaded.model, training_args):
+            logger.info("%s", advice)
 
 
 def report_words(dataset: RunDataset | None, args: TrainingArguments) -> None:
@@ -105,6 +109,24 @@ def report_words(dataset: RunDataset | None, args: TrainingArguments) -> None:
         lines.append(order.describe_units())
     if args.process_index == 0:
         print("\n".join(lines), flush=True)
+
+
+def advise_on_kernels(model: LlavaMetaForCausalLM, args: TrainingArguments) -> list[str]:
+    """What would compute the same in less time: said, and left to the user."""
+    advice = []
+    if not args.fused_gelu and unfused_gelus(model):
+        advice.append("--fused_gelu true computes this model's activations in fewer kernels, with other last bits")
+    # On a CPU sdpa has no fused kernel with dropout, and what it takes instead is slower than eager.
+    attention_dropout = max(
+        (module.p for name, module in model.named_modules() if "attn_dropout" in name),
+        default=getattr(model.config, "attention_dropout", 0.0),
+    )
+    if args.device.type == "cpu" and attention_dropout and attention_of(model.config) == "sdpa":
+        advice.append(
+            f"attention drops out {attention_dropout:g} of its weights: on a CPU --attn_implementation eager does that "
+            "faster than sdpa, and without it (attn_pdrop or attention_dropout 0 in config.json) sdpa is faster still"
+        )
+    return advice
 
 
 # Checks.

@@ -69,6 +69,11 @@ class SpeedArguments:
     memory of these. An update of less than 1/256 of a weight is lost, so that a run learns less from small learning
     rates (docs/performance.md has the losses)."""
 
+    # --- kernels ---
+    fused_gelu: bool = False
+    """Compute gelu_new, GPT-2's activation, in one kernel in place of eight: the same function, rounded otherwise
+    (docs/performance.md has what it saves)."""
+
     # --- throughput ---
     peak_flops: str | None = None
     """What mfu in the log is a share of: operations a second of one GPU (or of a process on the CPU), such as 989T;

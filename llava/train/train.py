@@ -65,6 +65,7 @@ from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
 from llava.train.identity import build_identity, is_finished
+from llava.train.memory import report_memory
 from llava.train.parts import set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report, report_words
@@ -131,6 +132,7 @@ def run(trainer: LlavaTrainer) -> None:
     checkpoint = find_checkpoint(trainer.args)
     # From here a signal is noted and answered with a checkpoint; just before, it ended the process at once.
     with trainer.stop_request, reading_checkpoint(checkpoint):
+        report_memory(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_request.agreed:
             raise Preempted(

@@ -21,7 +21,7 @@ from llava.train.nan_check import (
     random_states,
     set_random_states,
 )
-from llava.train.parts import hold_in
+from llava.train.parts import fuse_gelu, hold_in
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_SHOWN = 10
@@ -50,6 +50,8 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
     # As parts.set_up_parts holds weights, and set_trainable_parts those of a frozen tower.
     if settings.bf16_weights:
         hold_in(model, dtype)
+    if settings.fused_gelu:
+        fuse_gelu(model)
     if tower is not None and not tower.trainable:
         hold_in(tower, dtype)
     if settings.gradient_checkpointing:

@@ -26,16 +26,26 @@ def train_step() -> ModuleType:
 
 def test_a_quick_run_reports_every_stage(train_step: ModuleType, tmp_path: Path, capsys) -> None:
     output = tmp_path / "result.json"
-    flags = ["--full-logits", "--checkpointing", "--eager"]
+    flags = ["--full-logits", "--checkpointing", "--eager", "--kernels", "--one-call"]
     train_step.main(["--quick", "--repeats", "1", *flags, "--output", str(output)])
     report = json.loads(output.read_text())
     printed = capsys.readouterr().out
     for dtype in ("fp32", "bf16"):
         seconds = report[dtype]["seconds"]
-        assert set(seconds) == {"library", "floor", "decode", "full_logits", "checkpointing", "eager"}
+        assert set(seconds) == {
+            "library",
+            "floor",
+            "decode",
+            "full_logits",
+            "checkpointing",
+            "eager",
+            "kernels",
+            "one_call",
+        }
         for kind in set(seconds) - {"decode"}:
             assert seconds[kind]["total"] == pytest.approx(sum(seconds[kind][s] for s in train_step.STAGES), abs=1e-3)
         assert report[dtype]["over_floor"]["library"] > 0
+        assert set(report[dtype]["gains"]) == {"language_model", "tower", "step"}
         assert f"{dtype}, CPU seconds a step" in printed
 
 

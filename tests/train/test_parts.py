@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llava.train.arguments import PARTS
-from llava.train.parts import parameter_groups, part_of, parts_table, set_trainable_parts
+from llava.train.parts import fuse_gelu, parameter_groups, part_of, parts_table, set_trainable_parts, unfused_gelus
 
 RATES = {"mm_vision_tower": 1e-6, "mm_mlp_adapter": 1e-3, "mm_vision_resampler": 2e-3, "mm_language_model": 3e-4}
 
@@ -88,3 +89,16 @@ def test_table_says_what_trains(load_tiny) -> None:
     assert rows["mm_mlp_adapter"] == ["2,112", "2,112", "0.001"]
     assert rows["mm_language_model"][1:] == ["0", "frozen"]
     assert rows["all"][0] == f"{sum(p.numel() for p in model.parameters()):,}"
+
+
+def test_a_fused_gelu_is_the_same_function(load_tiny) -> None:
+    model = load_tiny().model.eval()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    plain = model(input_ids=ids).logits
+    assert len(unfused_gelus(model)) == model.config.num_hidden_layers
+    fuse_gelu(model)
+    assert unfused_gelus(model) == []
+    fused = model(input_ids=ids).logits
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="--fused_gelu: no activation of this model is gelu_new"):
+        fuse_gelu(model)

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import ITALIAN, turns
 
+from llava.compat import set_attention
 from llava.data import check as data_check
 from llava.data.check import find_missing
 from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
+from llava.train.arguments import TrainingArguments
+from llava.train.parts import fuse_gelu
 from llava.train.report import (
+    advise_on_kernels,
     budget_table,
     check_media,
     check_media_files,
@@ -248,3 +252,19 @@ class TestTokenizers:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
         with pytest.raises(ValueError, match=r"makes \d+ of \d+ tokens of the text of the data the same, id 2 \('x'\)"):
             check(tokenizer, ITALIAN * 2)
+
+
+def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path) -> None:
+    model, args = load_tiny().model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    set_attention(model.config, "sdpa")
+    drops = [module for name, module in model.named_modules() if name.endswith("attn_dropout")]
+    for module in drops:
+        module.p = 0.25
+    fused, eager = advise_on_kernels(model, args)
+    assert fused.startswith("--fused_gelu true")
+    assert "attention drops out 0.25 of its weights: on a CPU --attn_implementation eager" in eager
+    for module in drops:
+        module.p = 0.0
+    assert advise_on_kernels(model, args) == [fused]
+    fuse_gelu(model)
+    assert advise_on_kernels(model, args) == []

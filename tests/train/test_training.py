@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.model.loading import load_model
 from llava.serve.cli import main as serve
-from llava.train.parts import hold_in
+from llava.train.parts import hold_in, unfused_gelus
 from llava.train.train import main
 from llava.types import BadSample
 
@@ -207,6 +207,16 @@ def test_weights_in_bf16_alone_resume_exactly(gpt2_dir, tower_dir, mixed_data, t
 def test_weights_in_bf16_that_cannot_be(gpt2_dir, mixed_data, tmp_path: Path, changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         main(flags(gpt2_dir, None, mixed_data, tmp_path, bf16_weights="true", **changes))
+
+
+def test_a_fused_gelu_trains_alike(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
+    plain, fused = (
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / value, fused_gelu=value, max_steps=2))
+        for value in ("false", "true")
+    )
+    assert unfused_gelus(plain.model)
+    assert not unfused_gelus(fused.model)
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
 @pytest.mark.parametrize("batches", [{}, {"packing": "true", "per_device_train_batch_size": 1}])

@@ -15,6 +15,12 @@ from llava.config import VisionConfig
 from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
 from llava.registry import PLUGIN_HINT, Registry
 
+FRAMES_AT_ONCE = {"cpu": 4}
+"""Frames that a frozen tower encodes in one call, by the type of device: the fastest number on a CPU, whose caches hold
+the activations of few (``benchmarks/growth.py``)."""
+_MOST_AT_ONCE = 128
+"""The same for other devices: a bound on the memory of long clips."""
+
 
 @dataclass(frozen=True)
 class TowerDescription:
@@ -99,10 +105,21 @@ class VisionTower(nn.Module, ABC):
         Returns:
             (frames, patches, width), patches row by row, without class or register tokens.
         """
-        pixels = self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
-        # A frozen tower records nothing, though the projector behind it trains.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            return self.encode(pixels)
+        if self.trainable and torch.is_grad_enabled():
+            return self.encode(self.prepare(frames))
+        # A frozen tower records nothing, though the projector behind it trains; so frames need not be there together.
+        with torch.no_grad():
+            parts = [self.encode(self.prepare(part)) for part in frames.split(self.frames_at_once(frames.device))]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def frames_at_once(device: torch.device) -> int:
+        """Frames that a frozen tower encodes in one call."""
+        return FRAMES_AT_ONCE.get(device.type, _MOST_AT_ONCE)
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """Frames as ``encode`` takes them: uint8 is normalised, floats are so already."""
+        return self.normalize(frames) if frames.dtype == torch.uint8 else frames.to(self.dtype)
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 (frames, 3, side, side) to the tower's dtype, by its mean and standard deviation."""

@@ -340,3 +340,20 @@ def test_timm_models_that_cannot_be_towers_are_errors(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         describe_tower(str(tmp_path))
+
+
+def test_a_frozen_tower_takes_few_frames_at_a_time(tower_folder: WriteTower) -> None:
+    tower = build(tower_folder("dinov2"))
+    frames = torch.randint(0, 255, (9, 3, SIDE, SIDE), dtype=torch.uint8)
+    seen: list[int] = []
+    tower.vision_tower.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    features = tower(frames)
+    assert seen == [4, 4, 1]
+    torch.testing.assert_close(features, tower.encode(tower.prepare(frames)), rtol=1e-5, atol=1e-6)
+    # One that trains keeps what its backward pass needs of all frames anyway.
+    tower.requires_grad_(True)
+    seen.clear()
+    assert tower(frames).requires_grad
+    assert seen == [9]

@@ -1,0 +1,135 @@
+"""Does the cost of a frame or a token stay the same, as there are more of them?
+
+    python benchmarks/growth.py --output benchmarks/growth.json
+
+- tower: DINOv2-large, 4 of its 23 layers, 224 pixels: CPU seconds a frame for 1 to 16 frames, in one call of the
+  vision model and as ``VisionTower`` calls it, in chunks.
+- language model: GPT-2 of width 768, 4 of its 12 layers, forward and backward: CPU microseconds a token for batches of
+  1 to 8 rows of 384 tokens, and for rows of 256 to 2,048 tokens, with attention by sdpa and eager, with dropout
+  0.1 and without, and with ``--fused_gelu``.
+
+Layers are alike, so few of them tell how the cost grows. Times are CPU seconds of this process on one thread; the kinds
+alternate and the median of the repeats counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_step import QUICK, RECIPE, Sizes, build_tokenizer, build_vision, describe_machine
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llava.model.multimodal_encoder.base import build_tower
+from llava.train.parts import fuse_gelu
+
+LAYERS = 4
+FRAMES = (1, 2, 4, 8, 16)
+BATCHES, LENGTH = (1, 2, 4, 8), 384
+CONTEXTS = (256, 512, 1024, 2048)
+KINDS: dict[str, dict[str, Any]] = {
+    "sdpa, dropout": {"attention": "sdpa", "dropout": 0.1},
+    "eager, dropout": {"attention": "eager", "dropout": 0.1},
+    "eager, dropout, fused_gelu": {"attention": "eager", "dropout": 0.1, "fused": True},
+    "sdpa, no attention dropout": {"attention": "sdpa", "dropout": 0.0},
+    "sdpa, no attention dropout, fused_gelu": {"attention": "sdpa", "dropout": 0.0, "fused": True},
+}
+
+
+def alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            taken[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
+    """CPU seconds a frame, by the number of frames."""
+    vision = build_vision(sizes, build_tokenizer(sizes))
+    vision.vision_config["num_hidden_layers"] = min(LAYERS + 1, sizes.tower_layers)
+    tower = build_tower(vision).requires_grad_(False).eval()
+    found: dict[str, dict[str, float]] = {"one call": {}, "chunks": {}}
+    for number in FRAMES:
+        frames = torch.randint(0, 255, (number, 3, sizes.frame_side, sizes.frame_side), dtype=torch.uint8)
+
+        def one_call(frames: torch.Tensor = frames) -> None:
+            with torch.no_grad():
+                tower.encode(tower.prepare(frames))
+
+        runs: dict[str, Callable[[], Any]] = {"one call": one_call, "chunks": lambda frames=frames: tower(frames)}
+        for name, seconds in alternate(runs, repeats).items():
+            found[name][str(number)] = round(seconds / number, 4)
+    return found
+
+
+def build_language_model(sizes: Sizes, attention: str, dropout: float, fused: bool = False) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=sizes.vocabulary, n_positions=max(CONTEXTS), n_embd=sizes.width, n_layer=min(LAYERS, sizes.layers),
+        n_head=sizes.heads, attn_pdrop=dropout, attn_implementation=attention,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).train()
+    if fused:
+        fuse_gelu(model)
+    return model
+
+
+def measure_language_model(sizes: Sizes, repeats: int, bf16: bool) -> dict[str, dict[str, dict[str, float]]]:
+    """CPU microseconds a token, by the number of rows and by their length."""
+    models = {name: build_language_model(sizes, **kind) for name, kind in KINDS.items()}
+    shapes = {"rows": [(rows, LENGTH) for rows in BATCHES], "length": [(1, length) for length in CONTEXTS]}
+    found: dict[str, dict[str, dict[str, float]]] = {axis: {name: {} for name in KINDS} for axis in shapes}
+    for axis, sized in shapes.items():
+        for rows, length in sized:
+            ids = torch.randint(0, sizes.vocabulary, (rows, length))  # (rows, length)
+
+            def step(model: GPT2LMHeadModel, ids: torch.Tensor = ids) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    hidden = model.transformer(ids, use_cache=False).last_hidden_state
+                hidden.float().square().mean().backward()
+                model.zero_grad()
+
+            runs = {name: lambda model=model, step=step: step(model) for name, model in models.items()}
+            for name, seconds in alternate(runs, repeats).items():
+                found[axis][name][str(rows if axis == "rows" else length)] = round(1e6 * seconds / ids.numel(), 1)
+            print(axis, rows, length, {name: list(found[axis][name].values())[-1] for name in KINDS}, file=sys.stderr)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sizes = QUICK if args.quick else RECIPE
+    try:
+        result = {
+            "machine": describe_machine(),
+            "tower_seconds_a_frame": measure_tower(sizes, args.repeats),
+            "language_model_microseconds_a_token": {
+                name: measure_language_model(sizes, args.repeats, name == "bf16") for name in ("fp32", "bf16")
+            },
+        }
+    finally:
+        torch.set_num_threads(threads)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
