@@ -46,7 +46,8 @@ def describe_commands() -> str:
         lines += [f"  {one.name:{width}}  {one.summary}" for one in COMMANDS if one.group == group]
     lines += [
         "",
-        f"`{PROGRAM} COMMAND --help` has the flags of a command, and examples.",
+        f"`{PROGRAM} COMMAND --help` has the flags of a command, and examples. Completion by TAB, in bash:",
+        f'  eval "$({PROGRAM} completion bash)"',
     ]
     return "\n".join(lines) + "\n"
 

@@ -201,6 +201,10 @@ COMMANDS = (
         ("",),
     ),
     Command(
+        "completion", "llava.completion", SHELL, "completion of commands, flags, values and files by TAB",
+        ("bash", "zsh", "fish"),
+    ),
+    Command(
         "commands", "llava.inspect.commands", SHELL, "all commands, with their modules and examples, as a page",
         ("",),
     ),

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "commands": set(),
     "command_help": {"commands"},
     "command": {"messages", "commands", "command_help"},
+    "completion": {"commands", "command"},
     "__main__": {"commands", "command"},
     "io": {"messages"},
     "draw": {"geometry"},

@@ -34,7 +34,7 @@ def build_parser() -> CommandParser:
         description="Copy a recipe of this library, complete, with a comment on every setting, as a file to edit. "
         "Without NAME, list them.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe, such as italian_video")
+    parser.add_argument("recipe", nargs="?", metavar="NAME", help="a recipe, such as italian_video")
     parser.add_argument(
         "--output", metavar="FILE", help="a .yaml file, or a folder to put it in (default: NAME.yaml, here)"
     )
@@ -50,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """What a command line asks for."""
     recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-    if args.name is None:
+    if args.recipe is None:
         if args.output or args.force:
             raise CommandLineError(f"NAME is missing; known: {', '.join(recipes)}")
         width = max(map(len, recipes))
         for name, path in recipes.items():
             print(f"{name:{width}}  {path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
         return
-    name = args.name.removesuffix(".yaml")
+    name = args.recipe.removesuffix(".yaml")
     if name not in recipes:
-        raise CommandLineError(f"NAME is {shorten(args.name)}; known: {', '.join(recipes)}")
+        raise CommandLineError(f"NAME is {shorten(args.recipe)}; known: {', '.join(recipes)}")
     target = Path(args.output or ".")
     if target.suffix not in (".yaml", ".yml"):
         target /= f"{name}.yaml"
