@@ -301,11 +301,6 @@ def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object])
         del writer.save
 
 
-def push_checkpoint(trainer: Trainer, folder: str) -> None:
-    """Send a checkpoint, once it has its name, to the hub as ``--push_to_hub`` asks: ``_push_from_checkpoint``."""
-    trainer._push_from_checkpoint(folder)
-
-
 def restore_loop(trainer: Trainer, checkpoint: str, loss_meter: tuple[float, int, float] | None) -> None:
     """Let the loop, before its first step, stand where a checkpoint was written.
 

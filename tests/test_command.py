@@ -151,7 +151,8 @@ COMMANDS = (
     "data.check", "data.feature_cache", "data.localized_narratives", "data.train_tokenizer", "demo", "demo.grounding",
     "demo.pretrain_tower", "eval.babylm", "eval.run", "eval.study", "inspect", "inspect.commands", "inspect.flags",
     "inspect.models", "model.convert", "model.export", "model.merge_lora", "model.random_weights", "recipes",
-    "serve.cli", "train.alternating", "train.exposure", "train.launch", "train.replay", "train.train",
+    "serve.cli", "train.alternating", "train.exposure", "train.launch", "train.model_card",
+    "train.replay", "train.train",
 )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_what_is_overridden_takes_the_same_arguments(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["_load_rng_state", "_maybe_log_save_evaluate", "_push_from_checkpoint", "_save_optimizer_and_scheduler",
+    ["_load_rng_state", "_maybe_log_save_evaluate", "_save_optimizer_and_scheduler",
      "_save_rng_state", "_save_scaler"],
 )  # fmt: skip
 def test_private_methods_that_are_called_exist(name: str) -> None:

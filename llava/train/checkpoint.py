@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llava.io import hash_file, sync, write_json
 from llava.messages import shorten_text
+from llava.model.model_card import CARD
 from llava.model.pretrained import UNSAFE_WEIGHTS
 from llava.train.arguments import TrainingArguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0
@@ -28,7 +29,7 @@ from llava.train.distributed import AgreedError, broadcast_from_rank0
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
-"""Lists every other file of a checkpoint: its path in the folder, its size in bytes and its SHA-256."""
+"""Lists every file of a checkpoint but itself and the card: path in the folder, bytes and SHA-256."""
 
 RUN_IDENTITY = "run_identity.json"
 """What makes a run this run and no other, see ``llava.train.identity``; beside a final model: that run is finished."""
@@ -50,7 +51,9 @@ def staging_of(folder: Path) -> Path:
 
 def write_checksums(folder: Path) -> None:
     """Write ``checksums.json``, and let every file of the folder reach the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    # The card is for people to read and to change.
+    unlisted = {folder / CHECKSUMS, folder / CARD}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
     with ThreadPoolExecutor(_READERS) as readers:  # Reading, hashing and waiting for the disk free the interpreter.
         entries = list(readers.map(_sync_and_hash, files))
     listed = {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, entries, strict=True)}

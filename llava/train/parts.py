@@ -236,8 +236,8 @@ def put_in_force(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, setti
         group["lr"] = rate
 
 
-def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
-    """One line a part: its parameters, how many of them train, at what learning rate; and what LoRA freezes."""
+def count_parts(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Each part of a model that is there: its name, its parameters, and how many of them train."""
     total: dict[str, int] = {}
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -245,11 +245,17 @@ def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
         # numel() of a matrix in 4 bits counts bytes, of two weights each.
         total[part] = total.get(part, 0) + count_weights(parameter)
         trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad  # True counts as 1
+    return [(part, total[part], trainable[part]) for part in (*PARTS, COORDINATES_PART) if part in total]
+
+
+def parts_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
+    """One line a part: its parameters, how many of them train, at what learning rate; and what LoRA freezes."""
+    parts = count_parts(model)
     lines = [f"{'part':<22}{'parameters':>14}{'trainable':>14}  learning rate"]
-    for part in (part for part in (*PARTS, COORDINATES_PART) if part in total):
-        rate = f"{learning_rates[part]:g}" if trainable[part] else "frozen"
-        lines.append(f"{part:<22}{total[part]:>14,}{trainable[part]:>14,}  {rate}")
-    lines.append(f"{'all':<22}{sum(total.values()):>14,}{sum(trainable.values()):>14,}")
+    for part, size, trainable in parts:
+        rate = f"{learning_rates[part]:g}" if trainable else "frozen"
+        lines.append(f"{part:<22}{size:>14,}{trainable:>14,}  {rate}")
+    lines.append(f"{'all':<22}{sum(part[1] for part in parts):>14,}{sum(part[2] for part in parts):>14,}")
     if has_adapters(model):
         lines.append(describe_adapters(model))
     return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""Flags of what is looked at while a model trains, in groups that ``arguments.TrainingArguments`` is made of.
+"""Flags of what is looked at while a model trains and of what its card says: groups of ``TrainingArguments``.
 
 They are written as ``arguments.py`` says, and checked here.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 MILESTONES, STEPS = "milestones", "steps"
@@ -45,6 +46,28 @@ class ScoringArguments:
     def wants_scores(self) -> bool:
         """Whether there is anything to score the model on."""
         return (self.score_data is not None or self.score_tasks is not None) and self.score_tasks != [NO_TASKS]
+
+
+@dataclass
+class CardArguments:
+    """What the card of a model, README.md beside its weights, cannot know by itself."""
+
+    # --- model card ---
+    card_license: str | None = None
+    """Licence of the weights, by its identifier on the hub, such as apache-2.0 (default: none is stated)."""
+    card_language: list[str] | None = None
+    """Language of the data, as a code such as it or en; several are possible (default: none is stated)."""
+
+    def check_card(self) -> None:
+        """A ValueError for what is no identifier of a licence, and no code of a language."""
+        if self.card_license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.card_license):
+            raise ValueError(
+                f"--card_license is {self.card_license!r}; expected an identifier of the hub, such as apache-2.0, "
+                "cc-by-4.0 or other"
+            )
+        for code in self.card_language or []:
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?", code):
+                raise ValueError(f"--card_language is {code!r}; expected a code of two or three letters, such as it")
 
 
 def parse_score_times(words: list[str]) -> tuple[bool, list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llava.model.model_card import CARD, is_generated
 from llava.train import preemption
 from llava.train.arguments import TrainingArguments, scheduler_job
 from llava.train.bad_samples import BAD_SAMPLES_FILE
@@ -196,6 +197,8 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
         shutil.rmtree(path)
     for events in (folder / "runs").glob("*/events.out.tfevents.*"):
         events.unlink()
+    if is_generated(folder / CARD):  # One that somebody wrote or changed stays.
+        files.append(folder / CARD)
     for path in (*files, *(folder / mark for mark in _MARKS)):
         path.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from llava.compat import kept_out_of_checkpoints, push_checkpoint, save_training_state
+from llava.compat import kept_out_of_checkpoints, save_training_state
 from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
+from llava.model.model_card import write_card
 from llava.model.quantization import count_weights
 from llava.train.checkpoint import (
     CHECKSUMS,
@@ -38,8 +39,10 @@ from llava.train.checkpoint import (
 from llava.train.data_order import DATA_STATE, TrainingData
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
 from llava.train.exposure_log import EXPOSURE_STATE, ExposureLog
+from llava.train.hub import HubTarget
 from llava.train.identity import RunIdentity
 from llava.train.milestones import Milestone
+from llava.train.model_card import CardSettings, describe_run, in_seconds
 from llava.train.preemption import StopRequest
 from llava.train.run_lock import LOCK
 
@@ -62,6 +65,8 @@ class CheckpointWriter:
         stop_request: a checkpoint that it asks for has everything to go on from.
         exposure: what was presented up to the last step.
         identity: what this run is; None where a program does not say.
+        card: what the cards of its models say beside what their folders hold.
+        hub: where they are sent; None where they are not.
     """
 
     trainer: Any  # transformers' types know of no model's config
@@ -69,10 +74,12 @@ class CheckpointWriter:
     stop_request: StopRequest
     exposure: ExposureLog
     identity: RunIdentity | None = None
+    card: CardSettings = field(default_factory=CardSettings)
+    hub: HubTarget | None = None
 
     def write_checkpoint(self) -> None:
         """Write ``checkpoint-N`` of the last step, and remove those that ``--save_total_limit`` has no room for."""
-        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        args, state = self.trainer.args, self.trainer.state
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         # The evaluation of an earlier step may have been the best without leaving a checkpoint.
         if state.best_global_step == state.global_step:
@@ -82,8 +89,8 @@ class CheckpointWriter:
         if args.should_save:
             # Only now: until this one had its name, the oldest may have been the only one. The other ranks train on.
             rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
-        if args.push_to_hub:
-            push_checkpoint(trainer, str(folder))
+            if self.hub is not None:
+                self.hub.send_checkpoint(folder, state.global_step)
 
     def write_milestone(self, milestone: Milestone) -> None:
         """Write the model of a milestone, with an optimizer only where ``--milestone_optimizer`` asks for it.
@@ -138,6 +145,7 @@ class CheckpointWriter:
             if args.should_save:
                 self._write_state(staged)
                 write_json(staged / EXPOSURE_STATE, {"step": self.trainer.state.global_step, **exposure})
+                self._write_card(staged, folder.name, exposure)
         with self._writing(folder):
             if args.should_save:
                 finalize(staged, folder)
@@ -184,7 +192,7 @@ class CheckpointWriter:
     def write_model(self, folder: Path) -> None:
         """Write the model to a folder, where an older one stays whole until this one is."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
-        staged = staging_of(folder / "model")
+        staged, exposure = staging_of(folder / "model"), self.exposure.state()
         with self._writing(folder):
             trainer.save_model(str(staged), _internal_call=True)
         with self._writing(folder):
@@ -194,6 +202,28 @@ class CheckpointWriter:
                 if self.identity is not None and finished and folder.samefile(args.output_dir):
                     # Behind the weights: beside a model it says that the run is finished.
                     write_json(folder / RUN_IDENTITY, vars(self.identity), sort_keys=True)
+                self._write_card(folder, "", exposure)
+
+    def write_final_card(self) -> None:
+        """Write the card of the final model once more, with what an evaluation at the end has found."""
+        exposure = self.exposure.state()
+        if self.trainer.args.should_save:
+            self._write_card(Path(self.trainer.args.output_dir), "", exposure)
+
+    def send_model(self) -> None:
+        """Send the final model to the hub, where ``--push_to_hub`` asks for it; an AgreedError where that fails."""
+        if (hub := self.hub) is not None:
+            folder, step = Path(self.trainer.args.output_dir), self.trainer.state.global_step
+            broadcast_from_rank0(lambda: hub.send(folder, f"Step {step}"))
+
+    def _write_card(self, folder: Path, part: str, exposure: dict[str, Any]) -> None:
+        """Write the card of a model; ``part`` is the name of a checkpoint or milestone of the run."""
+        output_dir, step = Path(self.trainer.args.output_dir), self.trainer.state.global_step
+        name = "/".join(filter(None, (output_dir.absolute().name, part)))
+        presented, settings = in_seconds(exposure["sources"]), self.card
+        if self.hub is not None:
+            settings = replace(settings, hub_name=self.hub.name)
+        write_card(folder, describe_run(folder, name, self.identity, presented, step, settings, output_dir))
 
     @contextlib.contextmanager
     def _writing(self, folder: Path) -> Iterator[WriteFailure]:

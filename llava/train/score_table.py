@@ -216,6 +216,11 @@ def _write_csv(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
     write_text(path, text.getvalue())
 
 
+def read_scores(folder: Path) -> list[ScoreRow]:
+    """The scores in a run's folder, in the order in which they were scored; errors as of ``ScoreTable.check``."""
+    return _read(folder / SCORES, ScoreRow)
+
+
 def _read(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a table that a run has written; none where there is no file.
 

@@ -64,9 +64,11 @@ from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_
 from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
+from llava.train.hub import check_model, prepare_hub
 from llava.train.identity import build_identity, is_finished
 from llava.train.memory import report_memory
-from llava.train.parts import set_up_parts
+from llava.train.model_card import CardSettings
+from llava.train.parts import count_parts, set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report, report_words
 from llava.train.run_folder import take_folder, taking_folder
@@ -121,6 +123,7 @@ def train(trainer: LlavaTrainer) -> None:
         take_folder(trainer.args)
         if not take_finished(trainer):
             run(trainer)
+        trainer.checkpoints.send_model()
     finally:
         release_lock(str(trainer.args.output_dir))
     # Also where a program of one's own calls this: see leave_process_group.
@@ -146,6 +149,7 @@ def run(trainer: LlavaTrainer) -> None:
     if trainer.args.do_eval:
         evaluate_last(trainer)
         trainer.save_state()
+        trainer.checkpoints.write_final_card()
 
 
 def build_trainer(
@@ -170,10 +174,12 @@ def build_trainer(
     leave_out_faulty_kernels()
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
+    hub = prepare_hub(training_args)
     sources = list_sources(model_args, training_args, weights_from)
     # The lock is held from before the model is read: two runs that start together would both find the folder empty.
     with taking_folder(training_args, sources):
         loaded = build_model(model_args, data_args, training_args, variant, weights_from)
+        check_model(loaded, hub)
         features = set_up_features(loaded, data_args, training_args)
         model, tokenizer = loaded.model, loaded.tokenizer
         score_plan = plan_scores(training_args, model, tokenizer)
@@ -195,6 +201,7 @@ def build_trainer(
             storage = None if features is None else features.inexact_storage
             run = (model, tokenizer, max_length, model_args, data_args, training_args, sources, storage)
             trainer.checkpoints.identity = broadcast_from_rank0(lambda: build_identity(*run))
+            trainer.checkpoints.hub, trainer.checkpoints.card = hub, CardSettings.of(count_parts(model), training_args)
         if score_plan is not None:
             add_scoring(trainer, score_plan)
     return trainer

@@ -274,11 +274,7 @@ class LlavaTrainer(Trainer):
         return output
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """One batch of an evaluation: its loss, logits and labels; the meter remembers what was good and what bad."""
         ignored = list(NOT_PREDICTIONS) if ignore_keys is None else ignore_keys
@@ -366,10 +362,11 @@ class LlavaTrainer(Trainer):
         """Save the model in a folder, where an older one stays whole until this one is."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
-            return
-        self.checkpoints.write_model(Path(str(output_dir or self.args.output_dir)))
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            self.checkpoints.write_model(Path(str(output_dir or self.args.output_dir)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: transformers' draft, written before ``push_to_hub`` sends a folder, would replace the card there."""
 
     def save_state(self) -> None:
         """Write ``trainer_state.json`` in the output folder, whole or not at all."""

@@ -220,8 +220,15 @@ TOPICS: dict[str, dict[str, Flag]] = {
             "checkpoints are one folder, which all ranks see (docs/running.md); leave it out", "true"),
         "enable_jit_checkpoint": _refused(
             "a signal is answered with a checkpoint already (docs/running.md); leave it out", "true"),
-        **_all("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-               "hub_revision"),
+        "push_to_hub": _works("model, tokenizer, card and scores; docs/running.md says what is not sent"),
+        "hub_token": _works("by default HF_TOKEN, or that of `hf auth login`; it is written to no file"),
+        "hub_private_repo": _works("of a repository that is not there yet"),
+        "hub_model_id": _works("OWNER/NAME; by default the name of `--output_dir`"),
+        "hub_strategy": _works(
+            "every_save sends each checkpoint's model, checkpoint and all_checkpoints all of its files too, end the "
+            "last model alone"),
+        "hub_always_push": _works("also while an earlier checkpoint is on its way"),
+        "hub_revision": _works("a branch, which is made where it is not there"),
         "load_best_model_at_end": _works(
             "needs `--eval_strategy` and `--save_strategy` that fit",
             Refusal(lambda value, args: value and args.eval_strategy == "no", _NO_EVALUATION,

@@ -152,7 +152,7 @@ MISTAKES = [
     Mistake("optimizer_words", "train", "--optim_args fast", ("--optim_args", "=value")),
     Mistake("no_folder_of_images", "train", "--image_folder ./gone", ("--image_folder", "no such folder")),
     Mistake("relative_plugin", "train", "--plugins .parts", ("--plugins", "whole name")),
-    Mistake("pushed_to_nobody", "train", "--push_to_hub", ("refused|reach|[Cc]onnect",)),
+    Mistake("pushed_to_nobody", "train", "--push_to_hub", ("needs a token of the hub|refused|reach|[Cc]onnect",)),
     # --- data ---
     Mistake("no_data", "train", "--data_path ./nothing.json", ("--data_path", "no such file")),
     Mistake("data_is_a_folder", "train", "--data_path {media}", ("--data_path", "folder|kind|file")),

@@ -62,6 +62,7 @@ def export_checkpoint(
     from llava import __version__
     from llava.io import write_json
     from llava.model.export.folder import EXPORT_FILE, check_target, staged_folder
+    from llava.model.model_card import describe_export, write_card
 
     check_target(Path(out), checkpoint, overwrite)
     weights = None if dtype is None else getattr(torch, dtype)
@@ -76,6 +77,7 @@ def export_checkpoint(
         lines.append(
             f"checked: its logits differ from the checkpoint's, with weights in {weights_type}, by at most {found}"
         )
+        write_card(folder, describe_export(Path(out).absolute().name, kind, Path(checkpoint), lines))
         write_json(
             folder / EXPORT_FILE,
             {

@@ -12,6 +12,7 @@ from pathlib import Path
 from llava.command import check_output_folder
 from llava.io import apply_umask, sync, write_json
 from llava.messages import list_names
+from llava.model.model_card import CARD, is_generated
 
 EXPORT_FILE = "export.json"
 """What was exported from where, and how the check at the end came out; the mark by which ``--overwrite`` knows it."""
@@ -50,6 +51,8 @@ def find_others(out: Path, mark: str = EXPORT_FILE) -> list[str]:
     """What lies in the folder of an export and is none of it; nothing of one whose version kept no list."""
     wrote = json.loads((out / mark).read_text(encoding="utf-8")).get("files")
     known = {*(wrote or ()), mark, "__pycache__"}
+    if (out / CARD).exists() and not is_generated(out / CARD):
+        known.discard(CARD)  # Somebody's own by now.
     return sorted(path.name for path in out.iterdir() if path.name not in known) if wrote else []
 
 
