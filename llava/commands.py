@@ -101,6 +101,10 @@ COMMANDS = (
         ("output/run/bad_step-120", "output/run/bad_step-120 --rank 0 --device cpu"),
     ),
     Command(
+        "card", "llava.train.model_card", TRAIN, "write a model's card with the scores that have come since",
+        ("output/run", "output/run --license apache-2.0 --language it"),
+    ),
+    Command(
         "exposure", "llava.train.exposure", TRAIN, "count once more the words that a run has read, and compare",
         ("output/run", "output/run --data_path moved/captions.json --video_folder moved/clips"),
     ),

@@ -327,9 +327,9 @@ def rewrite_card(folder: str, license: str | None, languages: Sequence[str] | No
     Raises:
         ValueError: there is no model of a run, or the card is somebody's own.
     """
-    from llava.train.exposure import find_saved
     from llava.train.exposure_log import EXPOSURE_FILE, EXPOSURE_STATE
     from llava.train.identity import RunIdentity
+    from llava.train.recount import find_saved
 
     place = Path(folder)
     if not (place / "config.json").is_file():
