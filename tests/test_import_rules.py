@@ -59,7 +59,9 @@ MAY_IMPORT = {
     "recipes": FOUNDATION,
     "compat_llava": {*FOUNDATION, "data", "model", "train"},
 }
-OPTIONAL = {"deepspeed", "peft", "bitsandbytes", "gradio", "timm", "flash_attn", "decord"}
+OPTIONAL = {
+    "deepspeed", "peft", "bitsandbytes", "gradio", "timm", "flash_attn", "decord", "fastapi", "starlette", "uvicorn",
+}  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "av", "decord", "datasets", "PIL", "yaml")
 READS_ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}
 

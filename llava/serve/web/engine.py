@@ -259,6 +259,7 @@ class Engine:
         self._gather = gather
         self._places = threading.BoundedSemaphore(limits.max_queue)
         self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
         self._lock = threading.Lock()
         # One thread for all models: they share the device and torch's random numbers.
         self._thread = ThreadPoolExecutor(1, "model")
@@ -267,7 +268,7 @@ class Engine:
     def close(self) -> None:
         """End what runs, and delete all uploads."""
         with self._lock:
-            for job in self._waiting:
+            for job in (*self._waiting, *self._running):
                 job.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.uploads.close()
@@ -383,7 +384,7 @@ class Engine:
                     continue
                 batch.append(job)
                 longest, room = max(longest, len(job.prompt.ids)), max(room, job.settings.max_new_tokens)
-            self._waiting = left
+            self._waiting, self._running = left, batch
         return batch
 
     def _answer_one_by_one(self, batch: Sequence[Job]) -> None:
