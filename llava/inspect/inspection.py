@@ -112,10 +112,10 @@ def describe(seen: Inspection) -> Iterator[str]:
 
 def describe_source(source: SourceFacts) -> list[str]:
     """A data file in a few lines."""
-    cut = f", and {source.cut_words:,} are cut off" if source.cut_words else ""
+    cut = f"; {source.cut_words:,} of all are cut off" if source.cut_words else ""
     lines = [
         f"  {source.label}: {source.samples:,} samples, {source.text_only:,} of text alone",
-        f"    words of an epoch: {source.words:,} ({source.answer_words:,} of answers){cut}",
+        f"    words: {source.words + source.cut_words:,} ({source.answer_words:,} of answers{cut})",
     ]
     if len(source.lengths):
         lines.append(f"    tokens of a sample: {describe_numbers(source.lengths)}")
@@ -126,7 +126,7 @@ def describe_source(source: SourceFacts) -> list[str]:
 
 def describe_numbers(values: Sequence[float] | np.ndarray, unit: str = "") -> str:
     """Least, median and most of some numbers."""
-    least, median, most = (f"{value:.4g}{unit}" for value in np.percentile(np.asarray(values, float), (0, 50, 100)))
+    least, median, most = (f"{value:.3g}{unit}" for value in np.percentile(np.asarray(values, float), (0, 50, 100)))
     return least if least == most else f"{least} to {most}, median {median}"
 
 

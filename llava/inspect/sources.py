@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.config import VisionConfig
 from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_answer_words, count_media, count_presented_words
@@ -34,18 +35,26 @@ _MOST_CUT = 0.25
 
 @dataclass
 class Histogram:
-    """Counts between edges, one more than counts."""
+    """How many values lie in each of some stretches, which labels name."""
 
-    edges: list[float]
+    labels: list[str]
     counts: list[int]
 
     @classmethod
     def of(cls, values: Sequence[float] | NDArray[np.int32]) -> Histogram | None:
         """The histogram of some values; None without any."""
-        if not len(values):
+        numbers = np.asarray(values)
+        if not len(numbers):
             return None
-        counts, edges = np.histogram(np.asarray(values, float), bins=min(_NUM_BINS, max(len(set(values)), 1)))
-        return cls(edges.tolist(), counts.tolist())
+        low, high = numbers.min(), numbers.max()
+        if numbers.dtype.kind == "i":  # Stretches of whole numbers.
+            step = -(-(int(high) - int(low) + 1) // _NUM_BINS)
+            edges = np.arange(low, high + step + 1, step)
+            labels = [f"{a:,} to {a + step - 1:,}" if step > 1 else f"{a:,}" for a in edges[:-1].tolist()]
+        else:
+            edges = np.linspace(low, high, min(_NUM_BINS, len(numbers)) + 1) if high > low else np.array([low, low + 1])
+            labels = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(edges.tolist())]
+        return cls(labels, np.histogram(numbers, edges)[0].tolist())
 
 
 @dataclass
@@ -170,6 +179,46 @@ def _measure(media: Media, documents: SupervisedDataset, facts: MediaFacts) -> N
         facts.sizes.append((height, width))
     if not media.frames and (path := Path(media.path)).is_file():
         facts.bytes.append(path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class MediaBudget:
+    """What an image or a clip takes of a sample's tokens.
+
+    Attributes:
+        kind: in words.
+        tokens: all that it takes.
+        spans: what these are.
+        left: for the rest of the sample.
+        remedy: flags that make them fewer.
+    """
+
+    kind: str
+    tokens: int
+    spans: str
+    left: int
+    remedy: str
+
+
+def describe_budget(vision: VisionConfig | None, max_length: int) -> list[MediaBudget]:
+    """What an image and a clip take of the tokens of a sample."""
+    if vision is None:
+        return []
+    image = "an image" if vision.anyres is None else f"the largest image, of {vision.anyres.most_views} views"
+    clip = f"a clip of {vision.max_frames} frames" + ("" if vision.is_bounded else " (it may have more)")
+    spans = [span.length for span in vision.layout.spans("video", vision.max_frames)]
+    names = ("fast", "slow") if len(spans) == 2 else ("in one span",)
+    budgets = []
+    kinds: tuple[MediaKind, ...] = ("image", "video")
+    for kind in kinds:
+        lengths = [vision.layout.most_image_tokens] if kind == "image" else spans
+        told = ["in one span"] if kind == "image" else names
+        listed = " + ".join(f"{length} {name}" for length, name in zip(lengths, told, strict=True))
+        remedy = " or ".join(vision.ways_to_shorten({kind}))
+        budgets.append(
+            MediaBudget(image if kind == "image" else clip, sum(lengths), listed, max_length - sum(lengths), remedy)
+        )
+    return budgets
 
 
 # What is wrong with them.
