@@ -56,6 +56,7 @@ COMMANDS = (
         (
             f"{_RUN} --output_dir output/run",
             "--fast --config my_run.yaml --output_dir output/run",
+            "--html inspect.html --memory 80 --config my_run.yaml --output_dir output/run",
         ),
     ),
     Command(

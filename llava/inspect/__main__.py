@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.command import CommandLineError, CommandParser, check_output_folder, run_command
+from llava.command import CommandLineError, CommandParser, check_at_least, check_output_folder, run_command
 from llava.inspect.findings import CODES, Findings
 from llava.io import write_text
 from llava.messages import shorten_text
@@ -23,7 +23,7 @@ def build_parser() -> CommandParser:
     """The parser of the inspection's own flags; the others are the trainer's."""
     parser = CommandParser(
         prog=PROGRAM,
-        usage="%(prog)s [--fast] [--html [FILE]] [--batches N] [--accept KIND ...] FLAGS OF THE TRAINER",
+        usage="%(prog)s [--fast] [--html [FILE]] [--batches N] [--memory GIB] [--accept KIND ...] FLAGS OF THE TRAINER",
         description="Look at a training run before it starts: its data, batches, model, and what would ruin it. "
         "Nothing is trained, no GPU is needed, and nothing is written but the page.",
         epilog=f"All other flags are the trainer's, --config among them ({PROGRAM.replace('inspect', 'train.train')} "
@@ -40,6 +40,9 @@ def build_parser() -> CommandParser:
         "--batches", type=int, default=_DEFAULT_BATCHES, metavar="N",
         help=f"first batches of the run to look at (default: {_DEFAULT_BATCHES})",
     )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of the GPU that it is to run on: a step that needs more is found"
+    )
     parser.add_argument(
         "--accept", nargs="+", default=[], metavar="KIND",
         help="kinds of findings that are meant to be so, and count as warnings",
@@ -58,6 +61,7 @@ def inspect(words: list[str]) -> int:
     own, rest = parser.parse_known_args(words)
     if own.batches < 1:
         raise CommandLineError(f"--batches is {own.batches}; it must be at least 1")
+    check_at_least(own, {"memory": 0})
     if unknown := [code for code in own.accept if code not in CODES]:
         raise CommandLineError(f"--accept names {', '.join(unknown)}; known: {', '.join(CODES)}")
     # A misspelled flag is answered before anything is imported that takes its time.
@@ -72,7 +76,7 @@ def inspect(words: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run = read_arguments(rest, parser.flags)
     findings = Findings(own.accept)
-    seen = inspect_run(run, findings, own.fast, own.batches)
+    seen = inspect_run(run, findings, own.fast, own.batches, own.memory)
     for section in describe(seen):
         print(section, end="\n\n")
     print(findings.conclude(), flush=True)

@@ -6,15 +6,21 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from llava.data.module import RunDataset
 from llava.inspect.batches import SampledExample
 from llava.inspect.findings import Findings
 from llava.inspect.passes import count_operations
 from llava.inspect.run import InspectedRun
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.train.arguments import TrainingArguments
 from llava.train.data_order import build_order, count_steps
+from llava.train.memory import estimate_memory, find_largest_batch
 
 _TIMED = 4
 _GPUS = {"an H100": 989e12, "an A100": 312e12, "an RTX 4090": 165e12}
@@ -22,6 +28,9 @@ _GPUS = {"an H100": 989e12, "an A100": 312e12, "an RTX 4090": 165e12}
 _USED = 0.3
 """Share of them that small models come to, see docs/performance.md."""
 _GIB = 2**30
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CERTAIN = 1.25
+"""How much more than there is an estimate must be for an error: it is one of the most that a step takes."""
 
 
 @dataclass
@@ -36,6 +45,7 @@ class Costs:
         checkpoint, model: bytes of a checkpoint and of a saved model.
         checkpoints, milestones: how many of each are on the disk at most.
         free: bytes on the disk of the output folder.
+        memory: of a step, in words; "" where it was not estimated.
     """
 
     samples: int
@@ -49,6 +59,7 @@ class Costs:
     checkpoints: int
     milestones: int
     free: int
+    memory: str = ""
 
     @property
     def disk(self) -> int:
@@ -77,7 +88,7 @@ class Costs:
             f"disk: up to {self.disk / _GIB:.2f} GiB ({what}, a model of {self.model / _GIB:.2f} GiB); free: "
             f"{self.free / _GIB:.1f} GiB"
         )
-        return lines
+        return [*lines, self.memory] if self.memory else lines
 
 
 def describe_seconds(seconds: float) -> str:
@@ -88,8 +99,14 @@ def describe_seconds(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
-def estimate_costs(run: InspectedRun, sampled: Sequence[SampledExample], findings: Findings) -> Costs | None:
-    """What the run would cost; None where nothing is trained on."""
+def estimate_costs(
+    run: InspectedRun, sampled: Sequence[SampledExample], memory: float | None, findings: Findings
+) -> Costs | None:
+    """What the run would cost; None where nothing is trained on.
+
+    Args:
+        memory: GiB of the device that it is to run on; None where it is not told.
+    """
     assert run.loaded is not None
     assert run.data is not None
     dataset, args = run.data["train_dataset"], run.training_args
@@ -115,7 +132,60 @@ def estimate_costs(run: InspectedRun, sampled: Sequence[SampledExample], finding
         free=free_space(str(args.output_dir)),
     )  # fmt: skip
     check_disk(costs, str(args.output_dir), findings)
+    costs.memory = estimate_step(run, memory, findings)
     return costs
+
+
+@dataclass(frozen=True)
+class _OnCpu:
+    """The precision that a run's flags ask for, on the CPU."""
+
+    half: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.half is None else torch.autocast("cpu", self.half)
+
+
+@dataclass
+class _MeasuredRun:
+    """A run as ``train.memory`` measures it."""
+
+    model: LlavaMetaForCausalLM
+    args: TrainingArguments
+    train_dataset: RunDataset
+    accelerator: _OnCpu
+
+
+def estimate_step(run: InspectedRun, memory: float | None, findings: Findings) -> str:
+    """The memory of the largest step, in words; "" where it cannot be told."""
+    assert run.loaded is not None
+    assert run.data is not None
+    dataset = run.data["train_dataset"]
+    if dataset is None or "deepspeed" in run.given:  # It holds weights and states in ways of its own.
+        return ""
+    half = next((dtype for name, dtype in _HALVES.items() if name in run.given), None)
+    measured = _MeasuredRun(run.loaded.model, run.training_args, dataset, _OnCpu(half))
+    batch = find_largest_batch(measured)
+    if batch is None:
+        return ""
+    weights = sum(parameter.nbytes for parameter in run.loaded.model.parameters())
+    estimate = estimate_memory(measured, batch)._replace(held=weights)
+    parts = {
+        "weights": estimate.held,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        f"activations of {batch.rows} x {batch.length} tokens": estimate.activations,
+    }
+    listed = " + ".join(f"{size / _GIB:.2f} {name}" for name, size in parts.items())
+    text = f"memory of a step, at most: about {estimate.total / _GIB:.2f} GiB ({listed})"
+    if memory is not None and estimate.total > memory * _GIB:
+        level = findings.error if estimate.total > _CERTAIN * memory * _GIB else findings.warn
+        level(
+            "memory",
+            f"{text}, but --memory says {memory:g} GiB; lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps, or give --gradient_checkpointing true or a smaller --model_max_length",
+        )
+    return text
 
 
 def _steps_between(save_steps: float, steps: int) -> int:

@@ -40,7 +40,9 @@ class Inspection:
         return [example for batch in self.batches for example in batch.examples]
 
 
-def inspect_run(run: InspectedRun, findings: Findings, fast: bool, num_batches: int) -> Inspection:
+def inspect_run(
+    run: InspectedRun, findings: Findings, fast: bool, num_batches: int, memory: float | None = None
+) -> Inspection:
     """Look at a run.
 
     Args:
@@ -48,6 +50,7 @@ def inspect_run(run: InspectedRun, findings: Findings, fast: bool, num_batches: 
         findings: filled.
         fast: whether to leave out what takes long.
         num_batches: micro-batches to look at.
+        memory: GiB of the device that the run is for; None where it is not told.
     """
     seen = Inspection(run, findings)
     build_run(run, findings)
@@ -69,7 +72,7 @@ def inspect_run(run: InspectedRun, findings: Findings, fast: bool, num_batches: 
             with looking("the model", findings):
                 seen.passes = make_passes(run, seen.examples, fast, findings)
             with looking("costs", findings):
-                seen.costs = estimate_costs(run, seen.examples, findings)
+                seen.costs = estimate_costs(run, seen.examples, memory, findings)
     return seen
 
 

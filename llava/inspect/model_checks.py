@@ -33,7 +33,7 @@ def check_frozen(run: InspectedRun, findings: Findings) -> None:
         other = "" if part == "mm_language_model" else ", or give weights that are trained (--pretrain_mm_mlp_adapter)"
         findings.error(
             "frozen_random",
-            f"{part} is not in {run.model_args.model_name_or_path!r} and so is random ({list_names(names)}), and "
+            f"{part} is not in {run.model_args.model_name_or_path!r} and so is random ({list_names(names, 2)}), and "
             f"--mm_tunable_parts {run.model_args.mm_tunable_parts} freezes it: it would never learn; add {part} to "
             f"--mm_tunable_parts{other}",
         )

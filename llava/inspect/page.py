@@ -86,7 +86,7 @@ def show_findings(findings: Findings) -> Markup:
             kind = BAD if finding.level == ERROR else WARNING
             boxes.append(note(kind, text, tag("br"), finding.text))
     if notes:
-        boxes.append(details(f"{len(notes)} notes", tag("ul", *notes)))
+        boxes.append(details("1 note" if len(notes) == 1 else f"{len(notes)} notes", tag("ul", *notes)))
     return join(boxes)
 
 

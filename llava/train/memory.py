@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import psutil
@@ -28,6 +28,7 @@ from llava.model.multimodal_encoder.base import VisionTower
 from llava.types import MediaKind
 
 if TYPE_CHECKING:
+    from llava.train.arguments import TrainingArguments
     from llava.train.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,23 @@ _MOST_FRAMES = 16
 _OPTIMIZER_COPIES = {"sgd": 0.0, "adafactor": 0.05, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
 """State of an optimizer in copies of what it trains, by the beginning of its name; Adam and others hold two."""
 _CGROUP_LIMIT, _CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+class Precision(Protocol):
+    """What says in which precision a run computes, which is accelerate's ``Accelerator``."""
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+
+class MeasuredRun(Protocol):
+    """What an estimate asks a run for, which a ``LlavaTrainer`` has."""
+
+    model: LlavaMetaForCausalLM
+    args: TrainingArguments
+    train_dataset: Any
+
+    @property
+    def accelerator(self) -> Precision: ...
 
 
 class LargestBatch(NamedTuple):
@@ -114,7 +132,7 @@ def describe_memory(estimate: MemoryEstimate, batch: LargestBatch, available: in
     )
 
 
-def find_largest_batch(trainer: LlavaTrainer) -> LargestBatch | None:
+def find_largest_batch(trainer: MeasuredRun) -> LargestBatch | None:
     """The largest batch that the data can make; None where the data do not tell."""
     args, dataset = trainer.args, trainer.train_dataset
     documents = getattr(dataset, "documents", dataset)
@@ -148,7 +166,7 @@ def positions_of_media(dataset: SupervisedDataset, counts: NDArray[np.int32]) ->
     return image * counts[0] + video * counts[1]
 
 
-def estimate_memory(trainer: LlavaTrainer, batch: LargestBatch) -> MemoryEstimate:
+def estimate_memory(trainer: MeasuredRun, batch: LargestBatch) -> MemoryEstimate:
     """What a step on a batch takes at most."""
     model, args = trainer.model, trainer.args
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -163,7 +181,7 @@ def estimate_memory(trainer: LlavaTrainer, batch: LargestBatch) -> MemoryEstimat
 
 
 @contextmanager
-def trying(trainer: LlavaTrainer) -> Iterator[None]:
+def trying(trainer: MeasuredRun) -> Iterator[None]:
     """Forward passes as training has them, which leave random states and the model's mode as they were."""
     device, was_training = trainer.args.device, trainer.model.training
     devices = [] if device.type == "cpu" else [device]

@@ -4,52 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ITALIAN, turns
+from looking import FLAGS, Look, make_look
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from llava.data.formats import FORMATS
 from llava.data.formats.base import PlainFormat, Segment
-from llava.inspect.__main__ import main
 from llava.model.multimodal_resampler import RESAMPLERS
 from llava.model.multimodal_resampler.token_packer import TokenPacker
 from llava.token_layout import RESAMPLER_SETTINGS, FastSlowSettings
 from llava.types import MediaKind
 
-FLAGS = {
-    "mm_resampler_type": "fast_slow_resampler", "mm_perceiver_latents": 9, "mm_perceiver_latents_fast": 4,
-    "mm_resampler_width": 32, "mm_resampler_heads": 4, "num_frames": 3, "per_device_train_batch_size": 2,
-    "dataloader_num_workers": 0, "decode_timeout": 0, "check_data": "none",
-}  # fmt: skip
-
-
-def words_of(flags: dict[str, object]) -> list[str]:
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-Inspect = Callable[..., tuple[int, str]]
-
 
 @pytest.fixture
-def look(gpt2_dir, tower_dir, mixed_data, tmp_path, capsys) -> Inspect:
-    """Inspects the good recipe with changes: the exit status, and the text."""
-
-    def inspect(*own: str, **changes: object) -> tuple[int, str]:
-        given = {
-            "model_name_or_path": gpt2_dir, "vision_tower": tower_dir, "data_path": mixed_data,
-            "output_dir": tmp_path / "out", "data_cache_dir": tmp_path / "cache",
-        }  # fmt: skip
-        flags = {name: value for name, value in (FLAGS | given | changes).items() if value is not None}
-        status = main([*own, *words_of(flags)])
-        return status, capsys.readouterr().out
-
-    return inspect
+def look(gpt2_dir, tower_dir, mixed_data, tmp_path, capsys) -> Look:
+    return make_look(gpt2_dir, tower_dir, mixed_data, tmp_path, capsys)
 
 
 def findings_of(text: str) -> list[str]:
