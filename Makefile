@@ -15,6 +15,9 @@ NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_ba
 	tests/model/language_model/test_alternating.py tests/model/test_llava_arch.py tests/model/test_generation.py \
 	tests/model/test_loading.py tests/train/test_training.py tests/train/test_checkpoint.py
 
+# Tests start hundreds of processes, and both jobs have files of tests in common: what one has compiled, all read.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install install-newest demo picture demo-grounding test test-newest lint types docs clean
 
 help: ## list the commands

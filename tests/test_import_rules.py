@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,33 +73,24 @@ class Import(NamedTuple):
     at_top: bool
 
 
+@cache
 def read_sources() -> dict[str, ast.Module]:
-    """The library's modules by dotted name."""
+    """The library's modules by dotted name; read by the tests, and not by every process that collects them."""
     files = sorted((ROOT / "llava").rglob("*.py"))
     return {".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_bytes()) for file in files}
 
 
-SOURCES = read_sources()
-
-
 def find_imports(tree: ast.Module, module: str, skip_type_checking: bool = False) -> Iterator[Import]:
     """Every module that a module imports, absolute, at its top or in a function."""
-    lazy = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
-    }
-    typing_only = {
-        id(node)
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
-        for statement in test.body
-        for node in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
-        if skip_type_checking and id(node) in typing_only:
-            continue
+    left: list[tuple[ast.AST, bool]] = [(tree, True)]
+    while left:
+        node, at_top = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            at_top = False
+        below = list(ast.iter_child_nodes(node))
+        if skip_type_checking and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            below = node.orelse
+        left += [(child, at_top) for child in below if not isinstance(child, ast.expr)]
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -108,7 +100,7 @@ def find_imports(tree: ast.Module, module: str, skip_type_checking: bool = False
         else:
             continue
         for name in names:
-            yield Import(name, node.lineno, id(node) not in lazy)
+            yield Import(name, node.lineno, at_top)
 
 
 def room_of(name: str) -> str | None:
@@ -160,15 +152,15 @@ def check_optional(module: str, tree: ast.Module) -> list[str]:
 
 
 def test_every_room_is_in_the_plan():
-    rooms = {room for module in SOURCES if (room := room_of(module)) is not None}
+    rooms = {room for module in read_sources() if (room := room_of(module)) is not None}
     assert rooms <= set(MAY_IMPORT), "say in MAY_IMPORT (and in ARCHITECTURE) what the new room may import"
     assert {"data", "model", "train"} <= rooms
 
 
 def find_breaches(check: Callable[[str, ast.Module], list[str]]) -> list[str]:
     """What a check finds wrong in the whole library."""
-    assert len(SOURCES) > 50, "the library's files are not found"
-    return [breach for module, tree in SOURCES.items() for breach in check(module, tree)]
+    assert len(read_sources()) > 50, "the library's files are not found"
+    return [breach for module, tree in read_sources().items() for breach in check(module, tree)]
 
 
 def test_layers():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_module_loads_and_trains_without_the_names_of_linux(
-    gpt2_dir: Path, tower_dir: Path, mixed_data: Path, tmp_path: Path
+    gpt2_dir: Path, tower_dir: Path, mixed_data: Path, tmp_path: Path, warm_python: str
 ) -> None:
     samples = [sample for sample in json.loads(mixed_data.read_text()) if "video" in sample][:2]
     data = mixed_data.parent / "two_clips_elsewhere.json"
@@ -32,7 +32,7 @@ def test_every_module_loads_and_trains_without_the_names_of_linux(
         "--per_device_train_batch_size 1 --report_to none --disable_tqdm true --decode_timeout 60 --save_steps 1"
     ).split()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "platforms.py"), *words],
+        [warm_python, str(ROOT / "tests" / "platforms.py"), *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from llava.train.preemption import PREEMPTED
 ROOT = Path(__file__).parents[2]
 
 
-def test_both_ranks_stop_at_the_same_step(gpt2_dir: Path, tmp_path: Path) -> None:
+def test_both_ranks_stop_at_the_same_step(gpt2_dir: Path, tmp_path: Path, warm_python: str) -> None:
     data, output = tmp_path / "data.json", tmp_path / "out"
     data.write_text(
         json.dumps([{"id": str(i), "conversations": turns("", f"{i} {ITALIAN[i % 5]}")} for i in range(10)])
@@ -34,8 +33,9 @@ def test_both_ranks_stop_at_the_same_step(gpt2_dir: Path, tmp_path: Path) -> Non
     }  # fmt: skip
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     output.mkdir()
-    launcher = [sys.executable, "-m", "llava.train.launch", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [warm_python, "-m", "llava.train.launch", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     said = output / "said"
     with said.open("wb") as file:
         run = [str(ROOT / "tests" / "faults" / "runs.py"), str(output), *flags]

@@ -11,6 +11,8 @@ from conftest import load_script
 from llava.model.loading import load_model
 
 ROOT = Path(__file__).parents[2]
+JOBS = {"zero1": ("mixed",), "zero2": ("mixed", "grounded")}
+"""Of engines that do not do them all: both share DeepSpeed's optimizer, and hold whole weights as DDP does."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_an_engine_on_two_ranks_does_what_one_process_does(
 ) -> None:
     if engine != "ddp":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    alone, own = jobs("alone"), jobs(engine)
+    alone, own = jobs("alone"), {name: job for name, job in jobs(engine).items() if name in JOBS.get(engine, (name,))}
     ranks.launch(engine, list(own.values()), python=warm_python)
     for name in own:
         assert ranks.difference(alone[name], own[name]) < ranks.ALLOWED_DIFFERENCE, name
@@ -58,9 +60,10 @@ def test_an_engine_on_two_ranks_does_what_one_process_does(
     moved = ranks.watched(own["mixed"])["moved"]
     seeing = ["language_model", "mm_projector", "vision_resampler"]
     assert moved == [seeing, seeing[:1], seeing, seeing, seeing, seeing[:2], seeing[:1], seeing]
-    for rank in (0, 1):
-        blind, seeing = (ranks.watched(own[name], rank)["gradients"] for name in ("blind", "seeing"))
-        assert blind == seeing
-        assert all(blind)
-    loaded = load_model(own["checkpointed"].output)
-    assert loaded.new_parameters == []
+    if "blind" in own:
+        for rank in (0, 1):
+            blind, seeing = (ranks.watched(own[name], rank)["gradients"] for name in ("blind", "seeing"))
+            assert blind == seeing
+            assert all(blind)
+    if "checkpointed" in own:
+        assert load_model(own["checkpointed"].output).new_parameters == []
