@@ -1,4 +1,4 @@
-"""CPU seconds that `llava` and each of its commands take to answer ``--help``, and some others a wrong flag or an import.
+"""CPU seconds that `llava` and each of its commands take to answer ``--help``, and of some other beginnings.
 
 python benchmarks/start_time.py --out benchmarks/start_time.json
 """

@@ -135,6 +135,14 @@ COMMANDS = (
         ),
     ),
     Command(
+        "prepare webvid", "llava.data.webvid", DATA, "rows of WebVid and their clips -> text, and captions of clips",
+        (
+            "--rows rows.csv --video_folder videos --out data/webvid",
+            "--rows rows.jsonl --video_folder videos --out data/webvid --require_video --max_samples 100",
+            "--rows rows.csv --caption_column name --language en --video_folder videos --out data/webvid",
+        ),
+    ),
+    Command(
         "eval", "llava.eval.run", SCORE, "ask a model about annotated images and videos, and score its answers",
         (
             "--task caption --model_path output/run --data held_out.json --out output/scores",
@@ -277,7 +285,8 @@ TOPICS = {
         "model": "model_path model_name_or_path model_base vision_tower bits revision dtype plugins tokenizer",
         "data": "data data_path eval_data_path image_folder video_folder images image_name allow_outside_paths "
         "allow_duplicate_ids ignore_keys split box_format limit tasks pairs pair_columns prefix_column group_columns "
-        "label_column fast name keep_without_image image video prompt system task",
+        "label_column caption_column language rows require_video max_samples fast name "
+        "keep_without_image image video prompt system task",
         "images and clips": "num_frames video_fps frames_upbound decode_timeout max_image_pixels max_image_bytes "
         "max_video_pixels max_video_frames feature_cache feature_cache_strict on_bad_sample",
         "boxes": "words_per_box padding quantile min_points min_size decimals",

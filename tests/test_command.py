@@ -148,12 +148,34 @@ def test_what_is_no_json_object(text: str, message: str) -> None:
 
 COMMANDS = (
     "completion",
-    "data.check", "data.feature_cache", "data.localized_narratives", "data.train_tokenizer", "demo", "demo.grounding",
-    "demo.pretrain_tower", "eval.babylm", "eval.run", "eval.study", "inspect", "inspect.commands", "inspect.flags",
-    "inspect.models", "model.convert", "model.export", "model.merge_lora", "model.random_weights", "recipes",
-    "serve.cli", "train.alternating", "train.exposure", "train.launch", "train.model_card",
-    "train.replay", "train.train",
-)  # fmt: skip
+    "data.check",
+    "data.feature_cache",
+    "data.localized_narratives",
+    "data.train_tokenizer",
+    "data.webvid",
+    "demo",
+    "demo.grounding",
+    "demo.pretrain_tower",
+    "eval.babylm",
+    "eval.run",
+    "eval.study",
+    "inspect",
+    "inspect.commands",
+    "inspect.flags",
+    "inspect.models",
+    "model.convert",
+    "model.export",
+    "model.merge_lora",
+    "model.random_weights",
+    "recipes",
+    "serve.cli",
+    "train.alternating",
+    "train.exposure",
+    "train.launch",
+    "train.model_card",
+    "train.replay",
+    "train.train",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

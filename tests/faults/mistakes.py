@@ -215,6 +215,6 @@ MISTAKES = [
     Mistake("narratives_padding", "narratives", "{lines} --padding wide", ("--padding", "'wide'", "a number")),
     Mistake("narratives_below_a_file", "narratives", "{rows} --out {lines}/x", ("--out", "file")),
     Mistake("webvid_rows", "webvid", "--rows ./nothing.csv", ("--rows", "no such file")),
-    Mistake("webvid_count", "webvid", "--max-samples 0", ("--max-samples", "0", "1")),
-    Mistake("webvid_word", "webvid", "--max-samples some", ("--max-samples", "'some'", "whole number")),
+    Mistake("webvid_count", "webvid", "--max_samples 0", ("--max_samples", "0", "1")),
+    Mistake("webvid_word", "webvid", "--max_samples some", ("--max_samples", "'some'", "whole number")),
 ]

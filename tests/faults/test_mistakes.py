@@ -73,7 +73,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], dict[str, str]]] = {
         run_module("llava.data.localized_narratives.__main__"), {"images": "{media}", "out": "{new}"},
     ),
     "webvid": (
-        run_module("scripts_italian.generate_webvid_for_llava_italian"),
+        run_module("llava.data.webvid"),
         {"rows": "{rows}", "video-dir": "{media}", "out": "{new}"},
     ),
 }  # fmt: skip

@@ -185,5 +185,15 @@ def test_no_clip_at_all_is_an_error_where_clips_are_required(
     assert script.main(words(rows, tmp_path, tmp_path / "out", "--require-video")) == 2
     assert "no sample is left of the 9 rows" in capsys.readouterr().err
     assert script.main(words(rows, tmp_path / "nowhere", tmp_path / "out")) == 2
-    assert "--video-dir" in capsys.readouterr().err
+    assert "--video_folder" in capsys.readouterr().err
     assert script.main(words(rows, tmp_path, tmp_path / "out", "--max-samples", "0")) == 2
+
+
+def test_captions_of_another_column(script: ModuleType, video_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("videoid,name\n1,A man waves.\n")
+    assert script.main(words(rows, video_dir, tmp_path)) == 2
+    assert script.main(words(rows, video_dir, tmp_path, "--caption_column", "name", "--language", "en")) == 0
+    (sample,) = json.loads((tmp_path / "webvid_t_en.json").read_text())
+    assert sample["conversations"][1]["value"] == "A man waves."
+    assert script.main(words(rows, video_dir, tmp_path, "--caption_column", "name", "--language", "a/b")) == 2
