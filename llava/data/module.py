@@ -78,46 +78,55 @@ def make_supervised_data_module(
     Raises:
         ValueError: a file is not as it should be, or samples have nothing to learn from.
     """
-
     chosen = text_format or build_format(PLAIN_LM, tokenizer)
+    settings = (tokenizer, data_args, vision, max_length, chosen, seed, grounding, features)
+    paths = {"data_path": data_args.data_path, "eval_data_path": data_args.eval_data_path}
+    train, evaluation = (build_dataset(flag, files, *settings) if files else None for flag, files in paths.items())
+    collator = SupervisedCollator(tokenizer.pad_token_id)
+    return {"train_dataset": train, "eval_dataset": evaluation, "data_collator": collator}
 
-    def build(flag: str, paths: list[str] | None) -> RunDataset | None:
-        if not paths:
-            return None
-        records = read_records(
-            paths,
-            data_args.image_folder,
-            data_args.video_folder,
-            cache_dir=data_args.data_cache_dir,
-            seed=seed,
-            on_bad_sample=data_args.on_bad_sample,
-            allow_duplicate_ids=data_args.allow_duplicate_ids,
-            flag=f"--{flag}",
-            allow_outside_paths=data_args.allow_outside_paths,
-            ignore_keys=data_args.ignore_keys or (),
-            text_column=data_args.text_column,
-        )
-        dataset = SupervisedDataset(
-            records,
-            tokenizer,
-            vision,
-            max_length,
-            early_mix_text=data_args.early_mix_text,
-            text_format=chosen,
-            on_bad_sample=data_args.on_bad_sample,
-            decode_timeout=data_args.decode_timeout,
-            limits=data_args.media_limits,
-            grounding=grounding,
-            features=features,
-        )
-        check_samples(dataset)
-        # Checked before it is chunked: an error names the sample of the file.
-        if data_args.text_chunking == CONCATENATE:
-            return ConcatenatedDataset(dataset)
-        return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset
 
-    return {
-        "train_dataset": build("data_path", data_args.data_path),
-        "eval_dataset": build("eval_data_path", data_args.eval_data_path),
-        "data_collator": SupervisedCollator(tokenizer.pad_token_id),
-    }
+def build_dataset(
+    flag: str,
+    paths: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataSettings,
+    vision: VisionConfig | None,
+    max_length: int,
+    text_format: Format,
+    seed: int = 42,
+    grounding: GroundingConfig | None = None,
+    features: RunFeatures | None = None,
+) -> RunDataset:
+    """The samples of the files that a flag names; the other arguments are as for ``make_supervised_data_module``."""
+    records = read_records(
+        paths,
+        data_args.image_folder,
+        data_args.video_folder,
+        cache_dir=data_args.data_cache_dir,
+        seed=seed,
+        on_bad_sample=data_args.on_bad_sample,
+        allow_duplicate_ids=data_args.allow_duplicate_ids,
+        flag=f"--{flag}",
+        allow_outside_paths=data_args.allow_outside_paths,
+        ignore_keys=data_args.ignore_keys or (),
+        text_column=data_args.text_column,
+    )
+    dataset = SupervisedDataset(
+        records,
+        tokenizer,
+        vision,
+        max_length,
+        early_mix_text=data_args.early_mix_text,
+        text_format=text_format,
+        on_bad_sample=data_args.on_bad_sample,
+        decode_timeout=data_args.decode_timeout,
+        limits=data_args.media_limits,
+        grounding=grounding,
+        features=features,
+    )
+    check_samples(dataset)
+    # Checked before it is chunked: an error names the sample of the file.
+    if data_args.text_chunking == CONCATENATE:
+        return ConcatenatedDataset(dataset)
+    return ChunkedDataset(dataset) if data_args.text_chunking == DOCUMENT else dataset

@@ -29,7 +29,7 @@ from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
 from llava.train.milestones import parse_milestones, parse_words
-from llava.train.progress_arguments import CardArguments, ScoringArguments
+from llava.train.progress_arguments import ProgressArguments
 from llava.train.speed_arguments import FeatureCacheArguments, SpeedArguments
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
@@ -265,7 +265,7 @@ class DataArguments(FeatureCacheArguments):
 
 
 @dataclass
-class TrainingArguments(SpeedArguments, ScoringArguments, CardArguments, transformers.TrainingArguments):
+class TrainingArguments(SpeedArguments, ProgressArguments, transformers.TrainingArguments):
     """transformers' arguments, of which ``transformers_flags`` says what each does here, and this library's own."""
 
     # --- model ---
@@ -380,8 +380,7 @@ class TrainingArguments(SpeedArguments, ScoringArguments, CardArguments, transfo
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         self._check_lora()
-        self.check_scoring()
-        self.check_card()
+        self.check_progress()
         self.check_speed()
 
     def _read_words(self) -> None:

@@ -78,7 +78,10 @@ class _Source:
         node = self.classes[name]
         found: dict[str, Flag] = {}
         for base in reversed(node.bases):  # As dataclasses orders the fields: those of the last base first.
-            module, base_name = self._find(ast.unparse(base))
+            if (local := ast.unparse(base)) in self.classes:
+                found |= self.read_fields(local)
+                continue
+            module, base_name = self._find(local)
             inherited = _fields_of(module, base_name)
             if not module.startswith("llava."):  # transformers', whose headings here are ours.
                 inherited = {

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _FREE_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "push_", "ddp_", "fsdp", "torch_compile", "deepspeed", "include_",
     "trackio_", "gradient_checkpointing", "activation_checkpointing", "per_device_", "dataloader_", "max_image_",
-    "max_video_", "max_bad_", "check_", "throughput_", "score_", "card_",
+    "max_video_", "max_bad_", "check_", "throughput_", "score_", "card_", "sample_",
 )  # fmt: skip
 _FREE = {
     "gradient_accumulation_steps", "report_to", "run_name", "project", "disable_tqdm", "prediction_loss_only",
@@ -49,7 +49,7 @@ _FREE = {
     "save_vision_tower", "data_cache_dir", "allow_duplicate_ids", "allow_outside_paths", "image_folder",
     "video_folder", "on_bad_sample", "decode_timeout", "max_bad_share", "output_dir", "world_size", "versions",
     "chat_template_path", "milestones", "milestone_optimizer", "feature_cache", "feature_cache_fill",
-    "feature_cache_strict", "peak_flops", "fused_gelu",
+    "feature_cache_strict", "peak_flops", "fused_gelu", "num_samples", "run_report",
 }  # fmt: skip
 """Flags that may change: with the same data in the same order they leave what is learned as it is, or nearly so."""
 

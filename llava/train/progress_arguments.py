@@ -70,6 +70,61 @@ class CardArguments:
                 raise ValueError(f"--card_language is {code!r}; expected a code of two or three letters, such as it")
 
 
+@dataclass
+class SampleArguments:
+    """What the model says of a few samples while it trains."""
+
+    # --- samples while training ---
+    sample_every: int | None = None
+    """Write what the model says of a few samples, always the same ones, with their frames and boxes, to
+    OUTPUT_DIR/samples: after every so many steps, before the first and after the last (default: never). What is trained
+    stays the same, bit for bit."""
+    num_samples: int = 4
+    """How many samples that are, clips, images and texts in turn (default 4)."""
+    sample_data_path: list[str] | None = None
+    """Data that they are taken from, in the forms of --data_path (default: --eval_data_path, else --data_path)."""
+    sample_max_new_tokens: int = 64
+    """Most tokens that the model says of each (default 64)."""
+    sample_temperature: float = 0.0
+    """Above 0 draws tokens at this temperature, from the same random numbers each time; 0 (default) takes the most
+    probable ones."""
+
+    def check_samples(self) -> None:
+        """A ValueError for flags that say nothing, or nothing that can be done."""
+        for name in ("sample_every", "num_samples", "sample_max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1, or leave it out")
+        if not 0 <= self.sample_temperature < 100:
+            raise ValueError(f"--sample_temperature is {self.sample_temperature}; it is 0 or more, as a rule below 2")
+        if self.sample_every is None:
+            if self.sample_data_path is not None:
+                raise ValueError("--sample_data_path is given without --sample_every; give it too, such as 500")
+            return
+        if not getattr(self, "do_train", True):
+            raise ValueError(
+                "--sample_every is for a model that trains, but --do_train is false; leave it out: python -m "
+                "llava.serve.cli and llava.eval.run ask a model as it is"
+            )
+        engine = getattr(self, "hf_deepspeed_config", None)
+        if engine is not None and engine.is_zero3():
+            raise ValueError(
+                "--sample_every needs whole weights, and --deepspeed shares them out to ranks (ZeRO-3); give zero2, or "
+                "leave it out and ask the checkpoints with python -m llava.serve.cli"
+            )
+
+
+@dataclass
+class ProgressArguments(ScoringArguments, SampleArguments, CardArguments):
+    """All of these groups."""
+
+    def check_progress(self) -> None:
+        """Check each group; a ValueError names the flag."""
+        self.check_scoring()
+        self.check_card()
+        self.check_samples()
+
+
 def parse_score_times(words: list[str]) -> tuple[bool, list[int]]:
     """What ``--score_at`` asks for: whether milestones are scored, and the intervals of steps.
 

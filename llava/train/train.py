@@ -73,6 +73,7 @@ from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report, report_words
 from llava.train.run_folder import take_folder, taking_folder
 from llava.train.run_lock import release_lock
+from llava.train.samples import add_samples, plan_samples
 from llava.train.score_plan import plan_scores
 from llava.train.scoring import add_scoring
 from llava.train.trainer import LlavaTrainer
@@ -185,6 +186,7 @@ def build_trainer(
         score_plan = plan_scores(training_args, model, tokenizer)
         data, max_length = build_data(loaded, data_args, training_args, features)
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
+        samples = plan_samples(training_args, data_args, data, loaded, max_length, features)
         report_words(data["train_dataset"], training_args)
         trainer = LlavaTrainer(
             model=model,
@@ -204,6 +206,8 @@ def build_trainer(
             trainer.checkpoints.hub, trainer.checkpoints.card = hub, CardSettings.of(count_parts(model), training_args)
         if score_plan is not None:
             add_scoring(trainer, score_plan)
+        if samples is not None:
+            add_samples(trainer, samples)
     return trainer
 
 

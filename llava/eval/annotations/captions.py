@@ -93,10 +93,15 @@ def read_conversations(paths: Sequence[str], folders: MediaFolders) -> list[Eval
         allow_outside_paths=folders.allow_outside_paths,
         flag="--data",
     )
-    return [_sample(record) for record in records]
+    return [build_sample(record) for record in records]
 
 
-def _sample(record: Record) -> EvalSample:
+def build_sample(record: Record) -> EvalSample:
+    """A record of a data file as a question with its reference.
+
+    Raises:
+        ValueError: it is no question with one answer; names it.
+    """
     system = record.turns[0].text if record.turns[0].role == "system" else ""
     turns = record.turns[1:] if system else record.turns
     if [turn.role for turn in turns] != ["user", "assistant"]:
@@ -130,6 +135,12 @@ def _sample(record: Record) -> EvalSample:
         system=system,
         split=record.split,
     )
+
+
+def split_media(text: str) -> tuple[str, str]:
+    """The placeholders of media that a text begins with, and what comes behind them."""
+    end = _LEADING_MEDIA.match(text).end()  # type: ignore[union-attr] # It matches the empty string too.
+    return text[:end].strip(), text[end:]
 
 
 def _take(text: str, waiting: dict[str, list[float]]) -> list[tuple[str, float]]:

@@ -26,7 +26,7 @@ STOPPED = 85
 """Exit status of a training that was asked to stop and can be gone on with."""
 _UNCOUNTED = (
     "logging_", "save_", "dataloader_num_workers", "dataloader_p", "report_to", "run_name", "disable_tqdm",
-    "data_cache_dir", "score_", "peak_flops",
+    "data_cache_dir", "score_", "sample_", "num_samples", "run_report", "peak_flops",
 )  # fmt: skip
 """Beginnings of flags that leave what is learned as it is: they may change between two cells, or after one."""
 _PAUSE = 0.5
