@@ -34,6 +34,8 @@
 #                 requeued goes on with what it has begun
 #   FEATURE_CACHE folder of the frozen tower's features, for 2: the first epoch fills it, later ones read it
 #                 (default: none; docs/feature_cache.md)
+#   INSPECT       1 (default) looks at data, batches and model first, for a minute on the CPU, and trains nothing if the
+#                 run would be ruined (docs/inspect.md); 0 does not look
 #   NUM_GPUS      how many GPUs to use (default: all that are visible; 0 trains on the CPU)
 #   PYTHON        python to run (default: the active environment's, else .venv's, else python3)
 #   EXTRA_ARGS    more arguments for the trainer, split at blanks
@@ -121,6 +123,10 @@ fi
 OVERWRITE=${OVERWRITE:-0}
 if [[ ! $OVERWRITE =~ ^[01]$ ]]; then
     problem "OVERWRITE is '$OVERWRITE', expected 1 (start anew) or 0 (go on)"
+fi
+INSPECT=${INSPECT:-1}
+if [[ ! $INSPECT =~ ^[01]$ ]]; then
+    problem "INSPECT is '$INSPECT', expected 1 (look at the run first) or 0 (do not)"
 fi
 NUM_GPUS=${NUM_GPUS:-$gpus_found}
 if [[ ! $NUM_GPUS =~ ^[0-9]+$ ]]; then
@@ -231,7 +237,8 @@ fi
 
 EXTRA_ARGS=${EXTRA_ARGS:-}
 read -r -a extra <<<"${EXTRA_ARGS//$'\n'/ }"
-command=("${launcher[@]}" -m llava.train.train "${trainer[@]}" ${extra[@]+"${extra[@]}"} "$@")
+trainer+=(${extra[@]+"${extra[@]}"} "$@")
+command=("${launcher[@]}" -m llava.train.train "${trainer[@]}")
 
 mkdir -p "$ROOT/logs"
 echo "phase _$phase, $NUM_GPUS of $gpus_found GPUs, $precision:"
@@ -244,27 +251,46 @@ readonly PREEMPTED=85   # the trainer's status when it was asked to stop, and ha
 readonly NOT_YET=138    # and when that was so early that it did not listen yet, in the first moments of its start
 requeue=0
 interrupted=0
+asked_to_stop=0
+trainer_pid=
 # shellcheck disable=SC2329 # The traps below invoke it.
 hand_on() {
     interrupted=1
-    kill "-$1" "$trainer_pid" 2>/dev/null || true
+    asked_to_stop=1
+    [[ -z $trainer_pid ]] || kill "-$1" "$trainer_pid" 2>/dev/null || true
 }
 
 set -m # In the background without it, the trainer would ignore an interrupt.
-"${command[@]}" &
-trainer_pid=$!
 trap 'requeue=1; hand_on USR1' USR1
 trap 'hand_on USR1' TERM # Slurm itself requeues a job that it preempts; one that was cancelled stays so.
 trap 'hand_on INT' INT
 trap 'hand_on HUP' HUP
 
-status=0
-wait "$trainer_pid" || status=$?
-while ((interrupted)); do # It was the signal that ended the wait.
-    interrupted=0
+# Runs a command that gets the signals of this script, and leaves its exit status in $status.
+watch_over() {
+    "$@" &
+    trainer_pid=$!
     status=0
     wait "$trainer_pid" || status=$?
-done
+    while ((interrupted)); do # It was the signal that ended the wait.
+        interrupted=0
+        status=0
+        wait "$trainer_pid" || status=$?
+    done
+}
+
+status=0
+if ((INSPECT)) && [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then # A job that was requeued has been looked at.
+    watch_over "$PYTHON" -m llava.inspect --fast "${trainer[@]}"
+    if ((status == 1)); then
+        echo "error: the run would be ruined, see the findings above; INSPECT=0 trains all the same" >&2
+    elif ((status == 0 && asked_to_stop)); then
+        status=$NOT_YET # The signal came as it ended.
+    fi
+fi
+if ((status == 0)); then
+    watch_over "${command[@]}"
+fi
 
 # A model with this beside it is finished: a signal in those moments is no reason to start again.
 if ((status == NOT_YET)) && [[ -f $OUTPUT_DIR/run_identity.json ]]; then

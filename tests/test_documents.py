@@ -15,6 +15,7 @@ from PIL import Image
 from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
 from llava.eval.babylm.__main__ import parse_arguments as babylm_arguments
+from llava.inspect.__main__ import build_parser as inspecting_parser
 from llava.model.merge_lora import build_parser as merge_parser
 from llava.serve.cli import build_parser
 from llava.train.command_line import parse_arguments, parse_values
@@ -67,6 +68,14 @@ def test_alternating_commands_parse(command: str) -> None:
     own, words = script["build_parser"]().parse_known_args(words_after(command, "train_alternating.py"))
     values = parse_values(words, optional=("data_path", "output_dir", "model_name_or_path"))
     assert values["model_name_or_path"] or (own.init_from_backbone and own.backbone_model)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "-m llava.inspect " in c])
+def test_inspecting_commands_parse(command: str) -> None:
+    own, words = inspecting_parser().parse_known_args(words_after(command.partition("&&")[0], "llava.inspect"))
+    words = ["italian_video.yaml" if word == "my_run.yaml" else word for word in words]
+    assert parse_values(words, optional=("data_path", "model_name_or_path"))["output_dir"]
+    assert set(own.accept) <= {"KIND"}
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.model.merge_lora" in c])

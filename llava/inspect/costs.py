@@ -23,6 +23,8 @@ from llava.train.data_order import build_order, count_steps
 from llava.train.memory import estimate_memory, find_largest_batch
 
 _TIMED = 4
+_MOST_FAST = 10_000
+"""Samples whose lengths are measured for an estimate of memory with ``--fast``."""
 _GPUS = {"an H100": 989e12, "an A100": 312e12, "an RTX 4090": 165e12}
 """bf16 operations a second by NVIDIA's data sheets."""
 _USED = 0.3
@@ -100,11 +102,12 @@ def describe_seconds(seconds: float) -> str:
 
 
 def estimate_costs(
-    run: InspectedRun, sampled: Sequence[SampledExample], memory: float | None, findings: Findings
+    run: InspectedRun, sampled: Sequence[SampledExample], memory: float | None, fast: bool, findings: Findings
 ) -> Costs | None:
     """What the run would cost; None where nothing is trained on.
 
     Args:
+        fast: whether to leave out what goes through all texts.
         memory: GiB of the device that it is to run on; None where it is not told.
     """
     assert run.loaded is not None
@@ -132,7 +135,8 @@ def estimate_costs(
         free=free_space(str(args.output_dir)),
     )  # fmt: skip
     check_disk(costs, str(args.output_dir), findings)
-    costs.memory = estimate_step(run, memory, findings)
+    if not fast or len(dataset) <= _MOST_FAST:
+        costs.memory = estimate_step(run, memory, findings)
     return costs
 
 

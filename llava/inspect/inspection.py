@@ -72,7 +72,7 @@ def inspect_run(
             with looking("the model", findings):
                 seen.passes = make_passes(run, seen.examples, fast, findings)
             with looking("costs", findings):
-                seen.costs = estimate_costs(run, seen.examples, memory, findings)
+                seen.costs = estimate_costs(run, seen.examples, memory, fast, findings)
     return seen
 
 

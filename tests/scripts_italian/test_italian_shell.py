@@ -21,7 +21,7 @@ from llava.train.command_line import RECIPES, parse_arguments
 
 SETTINGS = (
     "EXP_ID", "MODEL_PATH", "VISION_MODEL", "DATA_PATH", "VIDEO_FOLDER", "OUTPUT_DIR", "NUM_GPUS", "EXTRA_ARGS",
-    "FEATURE_CACHE",
+    "FEATURE_CACHE", "INSPECT",
     "OVERWRITE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_DIR", "VIRTUAL_ENV", "PYTHONPATH",
 )  # fmt: skip
 
@@ -37,9 +37,12 @@ def script() -> Path:
 
 
 def run(script: Path, *words: str, timeout: int = 300, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run the script as a user without a GPU would, in an environment of the given settings alone."""
+    """Run the script as a user without a GPU would, in an environment of the given settings alone.
+
+    ``INSPECT`` is 0 where it is not given: the inspection takes its time.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "INSPECT": "0"}
     environment |= {name: str(value) for name, value in settings.items()}
     return subprocess.run(
         ["bash", str(script), *words], env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -102,6 +105,7 @@ def test_no_gpu_and_no_data_points_to_the_demo(script: Path, tmp_path: Path) -> 
         ("EXP_ID", "3", "expected 1 (text alone) or 2 (videos and text)"),
         ("NUM_GPUS", "two", "NUM_GPUS is 'two', expected a number"),
         ("NUM_GPUS", "2", "NUM_GPUS is 2, but 0 can be seen"),
+        ("INSPECT", "2", "INSPECT is '2', expected 1 (look at the run first) or 0 (do not)"),
         ("OVERWRITE", "yes", "OVERWRITE is 'yes', expected 1 (start anew) or 0 (go on)"),
         ("PYTHON", "/nowhere/python", "PYTHON=/nowhere/python: cannot import torch"),
         ("VISION_MODEL", "/nowhere/tower", "VISION_MODEL=/nowhere/tower: no such folder"),
@@ -171,6 +175,38 @@ def test_the_trainers_exit_status_is_handed_on(script: Path, places: dict[str, P
 
 
 @pytest.mark.parametrize(
+    ("settings", "status", "ran", "message"),
+    [
+        ({"INSPECT": ""}, 0, ["inspect --fast", "train.train"], ""),
+        (
+            {"INSPECT": 1, "LOOKS": 1},
+            1,
+            ["inspect --fast"],
+            "the run would be ruined, see the findings above; INSPECT=0",
+        ),
+        ({"INSPECT": 1, "LOOKS": 2}, 2, ["inspect --fast"], ""),
+        ({"INSPECT": 0, "LOOKS": 1}, 0, ["train.train"], ""),
+        ({"INSPECT": 1, "LOOKS": 1, "SLURM_RESTART_COUNT": 1}, 0, ["train.train"], ""),
+    ],
+)
+def test_a_run_is_looked_at_before_it_trains(
+    script: Path, places: dict[str, Path], tmp_path: Path, settings: dict[str, object], status: int, ran, message: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\nif [[ $1 == - ]]; then echo "1 bf16 1"; exit; fi\nprintf "%s\\n" "ran: $*"\n'
+        '[[ $2 != llava.inspect ]] || exit "${LOOKS:-0}"\n'
+    )
+    python.chmod(0o755)
+    result = run(script, "--run_name", "a", **{**places, "PYTHON": python, **settings})
+    assert result.returncode == status, result.stderr
+    commands = [line for line in result.stdout.splitlines() if line.startswith("ran: ")]
+    assert all(line.startswith(f"ran: -m llava.{name} ") for line, name in zip(commands, ran, strict=True))
+    assert all("--bf16 true --run_name a" in line for line in commands)
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
     ("sent", "status", "slurm", "finished", "requeued"),
     [
         (signal.SIGUSR1, 85, True, False, True),
@@ -208,7 +244,7 @@ while true; do sleep 0.02; done
     for stub in (python, scontrol):
         stub.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "SLURM_JOB_ID")}
-    environment |= {name: str(place) for name, place in places.items()}
+    environment |= {name: str(place) for name, place in places.items()} | {"INSPECT": "0"}
     environment |= {"PYTHON": str(python), "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
     environment |= {"SLURM_JOB_ID": "17"} if slurm else {}
     process = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.PIPE, text=True)
@@ -310,6 +346,7 @@ def test_runs_to_the_end_on_real_clips(
         flags += ["--mm_resampler_width", "64"]
     result = run(
         script, *flags, MODEL_PATH=gpt2_dir, DATA_PATH=data, OUTPUT_DIR=tmp_path / "out",
+        INSPECT=int(phase == "vi_it"),
         EXTRA_ARGS="--dataloader_num_workers 0", **settings,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -318,5 +355,6 @@ def test_runs_to_the_end_on_real_clips(
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     if phase == "vi_it":
+        assert "nothing that would ruin this run" in result.stdout
         assert "34 patches and 2 markers + 322 patches and 2 markers" in result.stdout
     assert len(read_records(str(data), video_folder=str(shared_data))) == 4
