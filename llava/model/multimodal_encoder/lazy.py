@@ -40,6 +40,7 @@ class LazyTower(VisionTower):
         dtype: of the tower.
     """
 
+    filled_later = True
     place: Tensor
 
     def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
@@ -128,7 +129,7 @@ def hash_tower(model: LlavaMetaForCausalLM) -> str:
     vision, tower = model.vision, model.get_vision_tower()
     assert vision is not None
     assert tower is not None
-    if vision.save_vision_tower or vision.vision_tower_hash is None:
+    if not (tower.filled_later and vision.vision_tower_hash):
         # They may have been trained: then the hash of their source says nothing of them.
         return hash_weights(tower.state_dict())
     return vision.vision_tower_hash
