@@ -29,6 +29,7 @@ from llava.data.containers import check_complete
 from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list_frames, open_picture
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.video import Video, frame_rate, is_constant, last_frame_seconds, open_video
+from llava.data.worker_pool import READY, start_python, take_standard_output
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,6 @@ def nearest(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
 
 # The process that decodes for this one.
 
-PROGRAM = "import sys; sys.path[:] = {path!r}; from llava.data.decoding import main; main()"
-"""What the decoder process runs: the modules of this one, wherever they came from."""
 _START_LIMIT = 300.0
 _GRACE = 5.0
 _PIPE_BYTES = 1 << 20
@@ -169,16 +168,14 @@ class DecoderProcess:
     """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pipesize=_PIPE_BYTES,
-        )
+        self._process = start_python(main, pipesize=_PIPE_BYTES)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
-        if self._read_line(_START_LIMIT) != READY:
+        line = self._read_line(_START_LIMIT)
+        while line and not line.endswith(READY):
+            line = self._replies.readline()
+        if not line:
             raise RuntimeError(f"the decoder process did not start: it ended with status {self.end(_GRACE)}")
 
     def decode(self, request: FrameRequest, timeout: float) -> Frames:
@@ -280,22 +277,14 @@ if hasattr(os, "register_at_fork"):
 
 # The decoder process: reads requests from its standard input and writes frames to its standard output.
 
-READY = b"ready\n"
-# Those that end a training run in good order, and Control-C: it is the asking process that decides.
-_IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-
 
 def main() -> None:
     """Answer requests until there are no more."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    replies = take_standard_output()
     # Without a handler of Python's, so that it ends even a decoder that never comes back from C, and though
     # the process that asked, which watches the clock itself, may be gone.
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Whatever a decoder prints must not come between the replies.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # What the first file would import otherwise, at the expense of its time.
     import av  # noqa: F401
 

@@ -17,9 +17,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import IO
+from typing import IO, BinaryIO
 
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from {module} import {function} as main; main()"
+READY = b"ready\n"
+"""What comes before the first reply. Before it comes what Python prints as it starts: a sitecustomize may."""
 _AHEAD = 2
 """Blocks for each process that wait or are being worked on: no more of a file is in memory."""
 _LENGTH_BYTES = 8
@@ -87,13 +89,28 @@ def map_blocks(
             worker.forget()
 
 
+def start_python(program: Callable[[], None], **options: int) -> subprocess.Popen[bytes]:
+    """A function of a module in a process of its own, which is asked and answers through pipes."""
+    code = _PROGRAM.format(path=sys.path, module=program.__module__, function=program.__name__)
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)  # type: ignore[call-overload]
+
+
+def take_standard_output() -> BinaryIO:
+    """In such a process: what is written to this alone, and nothing that anybody prints, reaches the one that asks."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return replies
+
+
 class _Worker:
     """A process that answers blocks, one at a time."""
 
     def __init__(self, program: Callable[[], None], job: bytes, where: str) -> None:
-        code = _PROGRAM.format(path=sys.path, module=program.__module__, function=program.__name__)
         self._where, self._job = where, job
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = start_python(program)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
@@ -103,6 +120,8 @@ class _Worker:
             if self._job:
                 _send(self._requests, self._job)
                 self._job = b""
+                while (line := self._replies.readline()) and not line.endswith(READY):
+                    pass
             _send(self._requests, block)
             answer = _receive(self._replies)
         except BrokenPipeError:
@@ -148,12 +167,10 @@ def serve(prepare: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
     Args:
         prepare: makes of the job what answers its blocks.
     """
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    # Whatever somebody prints must not come between the replies.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    replies = take_standard_output()
     with suppress(BrokenPipeError):  # The process that asked is gone.
+        replies.write(READY)
+        replies.flush()
         answer = prepare(_receive(sys.stdin.buffer))
         # Nothing of a block stays but its answer: to look for circles among its objects took a third of the time.
         gc.disable()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava.data import index, raw_samples, record_rows, records, spellings, worker_pool
+from llava.data.decoding import DecoderProcess
 from llava.data.records import read_records
 from llava.data.worker_pool import map_blocks, serve
 from llava.types import ERROR, SKIP
@@ -148,6 +149,14 @@ def test_blocks_are_answered_in_order_and_taken_as_they_are_needed():
     assert [next(answers), next(answers)] == [b"<slow>", b"<1>"]
     assert len(taken) <= 7
     assert list(answers) == [f"<{n}>".encode() for n in range(2, 50)]
+
+
+def test_what_python_prints_as_it_starts_is_no_reply(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome to the cluster.')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert list(map_blocks(answer_oddly, b"job", iter([b"a", b"b"]), 1, "data.json")) == [b"<a>", b"<b>"]
+    decoder = DecoderProcess()
+    assert decoder.end(5.0) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava.data import decoding as decoder_process
+from llava.data import worker_pool
 from llava.data.dataset import SupervisedDataset
 from llava.data.decoding import DecoderProcess, FrameRequest
 from llava.data.media import MediaError, sample_video
@@ -48,7 +49,7 @@ decoder.main()
 @pytest.fixture
 def faulty(monkeypatch):
     """Decoder processes that hang and crash on demand; none is left behind."""
-    monkeypatch.setattr(decoder_process, "PROGRAM", PROGRAM)
+    monkeypatch.setattr(worker_pool, "_PROGRAM", PROGRAM)
     monkeypatch.setattr(decoder_process, "_own", None)
     yield
     if decoder_process._own is not None:
@@ -168,9 +169,9 @@ def test_hanging_sample_is_reported_and_the_others_come(media_dir, visual_tokeni
 
 ASKS = """
 import sys
-from llava.data import decoding as decoder_process
+from llava.data import decoding as decoder_process, worker_pool
 from llava.data.decoding import FrameRequest
-decoder_process.PROGRAM, decoder_process._GRACE = sys.argv[1], 0.0
+worker_pool._PROGRAM, decoder_process._GRACE = sys.argv[1], 0.0
 process = decoder_process.DecoderProcess()
 print(process._process.pid, flush=True)
 if sys.argv[2] == "busy":
