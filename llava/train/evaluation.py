@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from llava.constants import IGNORE_INDEX
 from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.model.grad_sync import is_distributed
 from llava.model.loss import RowCounts
+from llava.train.throughput import count_targets
 from llava.types import BadSample
 
 Rows = TypeVar("Rows")
@@ -119,8 +119,7 @@ class EvaluationMeter:
 
     def add(self, batch: Mapping[str, Any], loss: Tensor) -> None:
         """Take in a batch and the mean loss of the tokens that it predicts."""
-        # The first label of a row is predicted by nothing.
-        num_tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        num_tokens = count_targets(batch)
         self.bad += batch.get("bad_samples", ())
         self.num_tokens += num_tokens
         # A sum over tokens: ``loss`` is the mean over this batch.

@@ -141,12 +141,11 @@ class ThroughputMeter(TrainerCallback):
         own = self._own
         samples = tokens = positions = flops = 0.0
         for batch, predicted in zip(batches, targets, strict=True):
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
-            number = len(batch["sample_ids"]) if "sample_ids" in batch else len(ids)
+            number = len(batch.get("sample_ids", batch["input_ids"]))
             if not number:  # One row of padding, in place of a sample.
                 continue
-            filled = ids.numel() if mask is None else int(mask.count_nonzero())
-            samples, tokens, positions = samples + number, tokens + filled, positions + ids.numel()
+            filled = count_tokens(batch)
+            samples, tokens, positions = samples + number, tokens + filled, positions + batch["input_ids"].numel()
             flops += self._flops.count(batch, filled, predicted)
         self._own = own._replace(
             steps=own.steps + 1,
@@ -159,9 +158,7 @@ class ThroughputMeter(TrainerCallback):
 
     def count_flops(self, batch: Mapping[str, Any]) -> float:
         """Floating point operations of a micro-batch, see ``flops.py``."""
-        mask = batch.get("attention_mask")
-        filled = batch["input_ids"].numel() if mask is None else int(mask.count_nonzero())
-        return self._flops.count(batch, filled, count_targets(batch))
+        return self._flops.count(batch, count_tokens(batch), count_targets(batch))
 
     def totals(self) -> Totals:
         """What all ranks have done in this training so far; all ranks call this together."""
@@ -275,6 +272,12 @@ def count_cores() -> int:
     if torch.cuda.is_available():  # Those of this machine, which has a GPU for each.
         ranks = min(ranks, torch.cuda.device_count())
     return max(cores // ranks, 1)
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Positions of a micro-batch that are no padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.count_nonzero())
 
 
 def count_targets(batch: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from llava.config import VisionConfig
 from llava.data.feature_cache import digests as digests_module
+from llava.data.feature_cache import shards
 from llava.data.feature_cache.cache import FeatureCache, FeatureCacheError
 from llava.data.feature_cache.digests import Digests
 from llava.data.feature_cache.keys import KeyMaker, TowerRun, frames_at_most
@@ -182,6 +183,23 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
     (tmp_path / "build-1.safetensors.0123.part").write_bytes(b"half")
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "fill-0.safetensors"]
+
+
+def test_a_writer_is_not_taken_for_a_killed_one_before_it_has_locked_its_file(tmp_path: Path, monkeypatch) -> None:
+    lock = shards.lock_file
+    for error in (FileNotFoundError, BlockingIOError):  # What the other does just before, or just now.
+        calls = []
+
+        def other_first(file, wait: bool, error=error, calls=calls) -> bool:
+            calls.append(file)
+            if len(calls) == 1:
+                Path(file.name).unlink()
+                if error is BlockingIOError and not wait:
+                    raise error
+            return lock(file, wait)
+
+        monkeypatch.setattr(shards, "lock_file", other_first)
+        assert fill(tmp_path / error.__name__, Storage("fp32")).read("key0") is not None
 
 
 def test_a_read_only_folder_is_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -82,11 +82,20 @@ def write_shard(path: Path, kept: Sequence[Kept], contexts: Mapping[str, Any]) -
     text += b" " * (-len(text) % 64)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may write the same shard: each does so in a file of its own, which it holds the lock of.
-    with write_beside(path, shared=True) as beside, beside.open("wb") as file:
-        lock_file(file, wait=False)
+    with write_beside(path, shared=True) as beside, _open_locked(beside) as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for _, _, tensor in named:
             file.write(_bytes_of(tensor))
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """A new file, which ``remove_unfinished`` of another process cannot have removed before it was locked."""
+    while True:
+        file = path.open("wb")
+        lock_file(file, wait=True)
+        if path.exists():
+            return file
+        file.close()
 
 
 def remove_unfinished(folder: Path) -> None:
