@@ -3,7 +3,7 @@
     python benchmarks/growth.py --output benchmarks/growth.json
 
 - tower: DINOv2-large, 4 of its 23 layers, 224 pixels: CPU seconds a frame for 1 to 16 frames, in one call of the
-  vision model and as ``VisionTower`` calls it, in chunks.
+  vision model as its class has it, and as ``VisionTower`` runs it, in chunks and by oneDNN.
 - language model: GPT-2 of width 768, 4 of its 12 layers, forward and backward: CPU microseconds a token for batches of
   1 to 8 rows of 384 tokens, and for rows of 256 to 2,048 tokens, with attention by sdpa and eager, with dropout
   0.1 and without, and with ``--fused_gelu``.
@@ -59,15 +59,15 @@ def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
     vision = build_vision(sizes, build_tokenizer(sizes))
     vision.vision_config["num_hidden_layers"] = min(LAYERS + 1, sizes.tower_layers)
     tower = build_tower(vision).requires_grad_(False).eval()
-    found: dict[str, dict[str, float]] = {"one call": {}, "chunks": {}}
+    found: dict[str, dict[str, float]] = {"plain": {}, "as the library": {}}
     for number in FRAMES:
         frames = torch.randint(0, 255, (number, 3, sizes.frame_side, sizes.frame_side), dtype=torch.uint8)
 
-        def one_call(frames: torch.Tensor = frames) -> None:
+        def plain(frames: torch.Tensor = frames) -> None:
             with torch.no_grad():
                 tower.encode(tower.prepare(frames))
 
-        runs: dict[str, Callable[[], Any]] = {"one call": one_call, "chunks": lambda frames=frames: tower(frames)}
+        runs: dict[str, Callable[[], Any]] = {"plain": plain, "as the library": lambda frames=frames: tower(frames)}
         for name, seconds in alternate(runs, repeats).items():
             found[name][str(number)] = round(seconds / number, 4)
     return found

@@ -1,6 +1,6 @@
 """What one training step of the Italian recipe costs, and how little of it is this library's own.
 
-    python benchmarks/train_step.py --full-logits --checkpointing --eager --kernels --one-call \
+    python benchmarks/train_step.py --full-logits --checkpointing --eager --kernels --plain-tower \
         --output benchmarks/train_step.json
 
 The recipe is the real one, with random weights: GPT-2 12 x 768 over 30,000 tokens, DINOv2-large cut
@@ -11,19 +11,20 @@ kinds of steps alternate in one run, on the same weights and the same optimizer:
   collating, normalising, tower, projector, packer, splicing, GPT-2, loss, backward, gradient
   clipping, optimizer, scheduler and all that the trainer does around them.
 - floor: the same modules called bare on tensors that lie ready. Normalised pixels go through
-  transformers' ``Dinov2Model``, as many frames a call as in the library, then projector and packer;
-  their features are joined with ready text
-  embeddings (no look-up) and go through transformers' own ``GPT2Model``, which shares the
-  parameters; head and cross entropy at the supervised positions, backward, clipping, optimizer.
+  transformers' ``Dinov2Model``, as many frames a call and by the products that the library has it do,
+  then projector and packer; their features are joined with ready text embeddings (no look-up) and go
+  through transformers' own ``GPT2Model``, which shares the parameters; head and cross entropy at the
+  supervised positions, backward, clipping, optimizer.
 
 Decoding is measured beside them, since worker processes do it. Times are CPU seconds of this process
 on one thread: other processes disturb them little, and alternation shares what is left.
 
 ``--full-logits``, ``--checkpointing``, ``--eager`` and ``--kernels`` (eager attention with ``--fused_gelu``)
 add steps of the library in which only that is different. None of them touches the frozen tower, so those
-steps take its features and its time from the library's step before them. ``--one-call`` adds steps in which
-the tower takes all frames in one call. ``gains`` says what of a step the last two change: the language
-model's time over that with ``--kernels``, and the step of one call without them over that of chunks with them.
+steps take its features and its time from the library's step before them. ``--plain-tower`` adds steps in which
+the tower runs as its own class has it: all frames in one call, float32 products by MKL. ``gains`` says what of a
+step the last two change: the language model's time over that with ``--kernels``, and the step with neither over
+that with both.
 
 What a stage holds: "tower" is its forward pass (frozen); "packer" is projector and resampler;
 "language model" is GPT-2 with head and loss; "optimizer" is clipping, AdamW and clearing gradients;
@@ -41,7 +42,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Dinov2Config, GPT2Config, GPT2Model, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
+from llava.compat import linear_by_onednn
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX, VISUAL_TOKENS
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.data.module import make_supervised_data_module
 from llava.model import llava_arch
 from llava.model.language_model.llava_gpt2 import LlavaGPT2Config, LlavaGPT2ForCausalLM
-from llava.model.multimodal_encoder.base import FRAMES_AT_ONCE
+from llava.model.multimodal_encoder import base
 from llava.model.vocabulary import add_visual_tokens
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.flops import FORWARD, ModelFlops
@@ -76,7 +78,7 @@ STAGES = (
     "optimizer", "rest",
 )  # fmt: skip
 VARIANTS = ("full_logits", "checkpointing", "eager", "kernels")
-ONE_CALL = "one_call"
+PLAIN_TOWER = "plain_tower"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOWED_RATIO = 1.05
 
@@ -295,7 +297,7 @@ class Floor:
     def step(self, clock: Clock, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
         clock.start()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            with torch.no_grad():
+            with torch.no_grad(), linear_by_onednn():
                 parts = self.pixels.split(self.frames_at_once)
                 patches = torch.cat([self.tower(pixel_values=part).last_hidden_state for part in parts])
                 patches = patches[:, -self.num_patches :].contiguous()
@@ -358,8 +360,9 @@ def manner_of(model: LlavaGPT2ForCausalLM, kind: str, patches: Tensor | None) ->
         elif kind in ("eager", "kernels"):
             stack.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
             model.config._attn_implementation = "eager"
-        elif kind == ONE_CALL:
-            stack.enter_context(mock.patch.dict(FRAMES_AT_ONCE, cpu=10**6))
+        elif kind == PLAIN_TOWER:
+            stack.enter_context(mock.patch.dict(base.FRAMES_AT_ONCE, cpu=10**6))
+            stack.enter_context(mock.patch.object(base, "linear_by_onednn", nullcontext))
         if kind == "kernels":
             for parent, name in unfused_gelus(model):
                 stack.callback(setattr, parent, name, getattr(parent, name))
@@ -506,7 +509,7 @@ def summarise(steps: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         over = zip(totals["floor"], *(totals[kind] for kind in kinds), strict=True)
         return statistics.median(sum(costs) / floor for floor, *costs in over)
 
-    ratios = {kind: ratio(kind) for kind in ("library", *VARIANTS, ONE_CALL) if kind in totals}
+    ratios = {kind: ratio(kind) for kind in ("library", *VARIANTS, PLAIN_TOWER) if kind in totals}
     return {
         "seconds": rounded(medians),
         "over_floor": rounded(ratios | {"library_and_decode": ratio("library", "decode")}),
@@ -525,12 +528,12 @@ def gains(steps: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     if "kernels" in steps:
         pairs = list(zip(steps["library"], steps["kernels"], strict=True))
         found["language_model"] = statistics.median(of_model(a) / of_model(b) for a, b in pairs)
-        if ONE_CALL in steps:
+        if PLAIN_TOWER in steps:
             found["tower"] = statistics.median(
-                a["tower"] / b["tower"] for a, b in zip(steps[ONE_CALL], steps["library"], strict=True)
+                a["tower"] / b["tower"] for a, b in zip(steps[PLAIN_TOWER], steps["library"], strict=True)
             )
             found["step"] = statistics.median(
-                sum(a.values()) / sum(b.values()) for a, b in zip(steps[ONE_CALL], steps["kernels"], strict=True)
+                sum(a.values()) / sum(b.values()) for a, b in zip(steps[PLAIN_TOWER], steps["kernels"], strict=True)
             )
     return found
 
@@ -583,7 +586,7 @@ def describe_machine() -> dict[str, Any]:
 def format_table(dtype: str, result: dict[str, Any]) -> str:
     """Rows are stages, columns the kinds of steps, figures CPU seconds."""
     seconds = result["seconds"]
-    kinds = [kind for kind in ("floor", "library", *VARIANTS, ONE_CALL) if kind in seconds]
+    kinds = [kind for kind in ("floor", "library", *VARIANTS, PLAIN_TOWER) if kind in seconds]
     lines = [f"{dtype + ', CPU seconds a step':<26}" + "".join(f"{kind:>15}" for kind in kinds)]
     for stage in (*STAGES, "total"):
         lines.append(f"{stage:<26}" + "".join(f"{seconds[kind][stage]:>15.3f}" for kind in kinds))
@@ -605,7 +608,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="also: gradient checkpointing of GPT-2")
     parser.add_argument("--eager", action="store_true", help="also: eager attention in GPT-2")
     parser.add_argument("--kernels", action="store_true", help="also: eager attention and --fused_gelu in GPT-2")
-    parser.add_argument("--one-call", action="store_true", help="also: the tower takes all frames in one call")
+    parser.add_argument(
+        "--plain-tower", action="store_true", help="also: the tower as its own class has it"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
@@ -617,7 +622,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     sizes = QUICK if args.quick else RECIPE
-    variants = [variant for variant in (*VARIANTS, ONE_CALL) if getattr(args, variant)]
+    variants = [variant for variant in (*VARIANTS, PLAIN_TOWER) if getattr(args, variant)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": describe_machine(), "sizes": vars(sizes), "repeats": args.repeats}

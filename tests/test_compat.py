@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from llava.compat import cache_name, choose_cache
+from llava.compat import cache_name, choose_cache, linear_by_onednn
 from llava.train.trainer import LlavaTrainer
 
 
@@ -84,3 +84,18 @@ def test_what_is_overridden_takes_the_same_arguments(name: str) -> None:
 )  # fmt: skip
 def test_private_methods_that_are_called_exist(name: str) -> None:
     assert callable(getattr(Trainer, name))
+
+
+def test_products_by_onednn_are_the_same_and_touch_nothing_else() -> None:
+    torch.manual_seed(0)
+    linear, rows = torch.nn.Linear(64, 48), torch.randn(3, 5, 64)
+    plain = linear(rows)
+    with torch.no_grad(), linear_by_onednn(), linear_by_onednn():
+        torch.testing.assert_close(linear(rows), plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.nn.functional.linear(rows, linear.weight), plain - linear.bias)
+        assert linear.bfloat16()(rows.bfloat16()).dtype == torch.bfloat16
+        linear.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(rows).dtype == torch.bfloat16
+    with linear_by_onednn():
+        assert linear(rows).requires_grad

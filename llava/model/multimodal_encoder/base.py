@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from llava.compat import linear_by_onednn
 from llava.config import VisionConfig
 from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
 from llava.registry import PLUGIN_HINT, Registry
@@ -108,7 +109,7 @@ class VisionTower(nn.Module, ABC):
         if self.trainable and torch.is_grad_enabled():
             return self.encode(self.prepare(frames))
         # A frozen tower records nothing, though the projector behind it trains; so frames need not be there together.
-        with torch.no_grad():
+        with torch.no_grad(), linear_by_onednn():
             parts = [self.encode(self.prepare(part)) for part in frames.split(self.frames_at_once(frames.device))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
