@@ -608,9 +608,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="also: gradient checkpointing of GPT-2")
     parser.add_argument("--eager", action="store_true", help="also: eager attention in GPT-2")
     parser.add_argument("--kernels", action="store_true", help="also: eager attention and --fused_gelu in GPT-2")
-    parser.add_argument(
-        "--plain-tower", action="store_true", help="also: the tower as its own class has it"
-    )
+    parser.add_argument("--plain-tower", action="store_true", help="also: the tower as its own class has it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
