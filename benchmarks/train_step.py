@@ -19,7 +19,8 @@ kinds of steps alternate in one run, on the same weights and the same optimizer:
 Decoding is measured beside them, since worker processes do it. Times are CPU seconds of this process
 on one thread: other processes disturb them little, and alternation shares what is left.
 
-``--full-logits``, ``--checkpointing``, ``--eager`` and ``--kernels`` (eager attention with ``--fused_gelu``)
+``--full-logits``, ``--checkpointing``, ``--eager`` and ``--kernels`` (eager attention, ``--fused_gelu`` and
+``--onednn``)
 add steps of the library in which only that is different. None of them touches the frozen tower, so those
 steps take its features and its time from the library's step before them. ``--plain-tower`` adds steps in which
 the tower runs as its own class has it: all frames in one call, float32 products by MKL. ``gains`` says what of a
@@ -367,6 +368,7 @@ def manner_of(model: LlavaGPT2ForCausalLM, kind: str, patches: Tensor | None) ->
             for parent, name in unfused_gelus(model):
                 stack.callback(setattr, parent, name, getattr(parent, name))
             fuse_gelu(model)
+            stack.enter_context(linear_by_onednn())
         yield
 
 
@@ -607,7 +609,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full-logits", action="store_true", help="also: the head at all positions, as plain GPT-2")
     parser.add_argument("--checkpointing", action="store_true", help="also: gradient checkpointing of GPT-2")
     parser.add_argument("--eager", action="store_true", help="also: eager attention in GPT-2")
-    parser.add_argument("--kernels", action="store_true", help="also: eager attention and --fused_gelu in GPT-2")
+    parser.add_argument("--kernels", action="store_true", help="also: eager attention, --fused_gelu and --onednn")
     parser.add_argument("--plain-tower", action="store_true", help="also: the tower as its own class has it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

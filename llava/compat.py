@@ -47,25 +47,66 @@ def choose_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | 
 
 @cache
 def linear_by_onednn() -> AbstractContextManager[object]:
-    """Within it, float32 products of ``torch.nn.functional.linear`` on an x86 CPU run in oneDNN, without gradients.
+    """Within it, float32 products with weights, forward and backward, run in oneDNN on an x86 CPU.
 
     PyTorch gives them to MKL, which on AMD's processors reaches half the rate of oneDNN. The operator that its compiler
-    uses for oneDNN has no public name. Other dtypes, devices and builds stay as they are.
+    uses for oneDNN has no public name. Other dtypes, devices and builds stay as they are. Backward passes are those of
+    what ran within it.
     """
     import torch
+    from torch import Tensor
+    from torch.nn.functional import linear
     from torch.overrides import TorchFunctionMode
 
-    onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    is_there = onednn is not None and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    operator: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    machine = platform.machine() in ("x86_64", "AMD64")
+    is_there = operator is not None and torch.backends.mkldnn.is_available() and machine
+
+    def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., inputs), (outputs, inputs) -> (..., outputs)"""
+        return operator(rows, weight, bias, "none", [], "none")
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+            ctx.save_for_backward(rows, weight)
+            ctx.is_transposed = is_transposed
+            return multiply(rows, weight.t() if is_transposed else weight, bias)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+            rows, weight = ctx.saved_tensors
+            needed, of_rows, of_weight, of_bias = ctx.needs_input_grad, None, None, None
+            if needed[0]:
+                of_rows = multiply(gradient, weight if ctx.is_transposed else weight.t())
+            gradient, rows = gradient.flatten(0, -2), rows.flatten(0, -2)  # (rows, outputs), (rows, inputs)
+            if needed[1]:
+                pair = (rows.t(), gradient.t()) if ctx.is_transposed else (gradient.t(), rows.t())
+                of_weight = multiply(*pair)
+            if needed[2]:
+                of_bias = gradient.sum(0)
+            return of_rows, of_weight, of_bias, None
+
+    def takes(rows: object, weight: object, bias: object) -> bool:
+        given = [each for each in (rows, weight, bias) if each is not None]
+        # Autocast rounds to half precision; quantised and sharded weights are of types of their own.
+        return (
+            all(isinstance(each, Tensor) and each.dtype == torch.float32 for each in given)
+            and all(each.device.type == "cpu" and each.layout == torch.strided for each in given)  # type: ignore[attr-defined]
+            and type(weight) in (Tensor, torch.nn.Parameter)
+            and weight.ndim == 2 and rows.ndim > 1 and rows.numel() > 0 and weight.numel() > 0  # type: ignore[attr-defined,union-attr]
+            and (bias is None or bias.ndim == 1)  # type: ignore[attr-defined]
+            and not torch.is_autocast_enabled("cpu")
+        )  # fmt: skip
 
     class LinearByOneDnn(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.nn.functional.linear and is_there and not kwargs and args[0].dtype == torch.float32:
-                inputs, weight, bias = args if len(args) == 3 else (*args, None)
-                # Autocast would round both to half precision; and neither gradients nor other dtypes are its business.
-                plain = weight.dtype == torch.float32 and inputs.device.type == "cpu" and type(inputs) is torch.Tensor
-                if plain and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
-                    return onednn(inputs, weight, bias, "none", [], "none")
+            if is_there and not kwargs:
+                if func is linear and takes(*(given := (*args, None)[:3])):
+                    return Linear.apply(*given, False) if torch.is_grad_enabled() else multiply(*given)
+                # transformers' Conv1D, GPT-2's layers, whose weights are (inputs, outputs).
+                if func is torch.addmm and len(args) == 3 and takes(args[1], args[2], args[0]):
+                    return Linear.apply(args[1], args[2], args[0], True)
             return func(*args, **(kwargs or {}))
 
     return LinearByOneDnn()

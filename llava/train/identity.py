@@ -49,7 +49,7 @@ _FREE = {
     "save_vision_tower", "data_cache_dir", "allow_duplicate_ids", "allow_outside_paths", "image_folder",
     "video_folder", "on_bad_sample", "decode_timeout", "max_bad_share", "output_dir", "world_size", "versions",
     "chat_template_path", "milestones", "milestone_optimizer", "feature_cache", "feature_cache_fill",
-    "feature_cache_strict", "peak_flops", "fused_gelu", "num_samples", "run_report",
+    "feature_cache_strict", "peak_flops", "fused_gelu", "onednn", "num_samples", "run_report",
 }  # fmt: skip
 """Flags that may change: with the same data in the same order they leave what is learned as it is, or nearly so."""
 

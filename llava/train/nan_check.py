@@ -163,6 +163,7 @@ def build_nan_check(trainer: Trainer) -> NanCheck:
         label_smoothing=args.label_smoothing_factor,
         bf16_weights=args.bf16_weights,
         fused_gelu=args.fused_gelu,
+        onednn=args.onednn,
     )
     return NanCheck(args.output_dir, args.process_index, args.device, settings, args.fp16, trainer.save_model)
 
@@ -212,7 +213,7 @@ class RunSettings:
         bits, quant_type, double_quant: how frozen weights were held.
         trainable: names of the parameters that trained.
         label_smoothing: of the loss; earlier versions do not say it.
-        bf16_weights, fused_gelu: as these flags; earlier versions had none.
+        bf16_weights, fused_gelu, onednn: as these flags; earlier versions had none.
     """
 
     world_size: int
@@ -228,6 +229,7 @@ class RunSettings:
     label_smoothing: float = 0.0
     bf16_weights: bool = False
     fused_gelu: bool = False
+    onednn: bool = False
 
 
 @dataclass(frozen=True)

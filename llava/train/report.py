@@ -33,6 +33,7 @@ from llava.train.arguments import COORDINATES_PART, DataArguments, ModelArgument
 from llava.train.budget import WordPlan, plan_words
 from llava.train.data_order import build_order
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
+from llava.train.engines import onednn_gain
 from llava.train.parts import parts_table, unfused_gelus
 from llava.types import SKIP, BadSample, Example, MediaKind, Record
 
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 3
 _LANGUAGE_MODEL = "mm_language_model"
+_WIDE = 256
+"""Width of a language model from which on products of matrices are most of a step."""
 _TEXTS_LOOKED_AT = 200
 _TOKENS_NEEDED = 50
 """Tokens that a sample of the texts must have before anything is said of their distribution."""
@@ -126,6 +129,9 @@ def advise_on_kernels(model: LlavaMetaForCausalLM, args: TrainingArguments) -> l
             f"attention drops out {attention_dropout:g} of its weights: on a CPU --attn_implementation eager does that "
             "faster than sdpa, and without it (attn_pdrop or attention_dropout 0 in config.json) sdpa is faster still"
         )
+    width, precise = model.config.hidden_size, not (args.bf16 or args.fp16)
+    if args.device.type == "cpu" and precise and not args.onednn and width >= _WIDE and (gain := onednn_gain()) > 1.25:
+        advice.append(f"--onednn true: products of matrices take {1 / gain:.0%} of the time on this CPU, in a trial")
     return advice
 
 

@@ -46,7 +46,7 @@ from llava.train.callbacks import FirstStepsCallback, GradNorms, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader, choose_collator
 from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
-from llava.train.engines import check_engine, compile_decoder
+from llava.train.engines import check_engine, choose_products, compile_decoder
 from llava.train.evaluation import (
     NOT_PREDICTIONS,
     CutCounter,
@@ -204,7 +204,8 @@ class LlavaTrainer(Trainer):
         """Forward and backward pass of a micro-batch, checked for NaN and infinity."""
         if self.nan_check is not None:
             self.nan_check.begin(inputs, num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with choose_products(self.args.onednn):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.nan_check is not None:
             self.nan_check.add_loss(loss)
         if inputs.get("sample_ids") == []:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llava.data.collator import model_inputs
 from llava.model.loading import load_model
 from llava.model.quantization import Quantization
+from llava.train.engines import choose_products
 from llava.train.nan_check import (
     MODEL_FOLDER,
     RankBatch,
@@ -93,7 +94,7 @@ def _step(
     share = None if num_items is None else torch.tensor(num_items, device=device)
 
     def run() -> Tensor:
-        with _precision(settings, device):
+        with _precision(settings, device), choose_products(settings.onednn):
             loss = model(
                 **inputs, num_items_in_batch=share, return_logits=False, smoothing=settings.label_smoothing
             ).loss
