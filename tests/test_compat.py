@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
 
 from llava.compat import cache_name, choose_cache, linear_by_onednn
 from llava.train.trainer import LlavaTrainer
@@ -86,16 +89,34 @@ def test_private_methods_that_are_called_exist(name: str) -> None:
     assert callable(getattr(Trainer, name))
 
 
-def test_products_by_onednn_are_the_same_and_touch_nothing_else() -> None:
+@pytest.mark.parametrize("shape", [(5, 64), (3, 5, 64)])
+def test_products_by_onednn_are_the_same_forward_and_backward(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    linear, rows = torch.nn.Linear(64, 48), torch.randn(3, 5, 64)
-    plain = linear(rows)
-    with torch.no_grad(), linear_by_onednn(), linear_by_onednn():
-        torch.testing.assert_close(linear(rows), plain, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.nn.functional.linear(rows, linear.weight), plain - linear.bias)
+    modules = (torch.nn.Linear(64, 48), torch.nn.Linear(64, 48, bias=False), Conv1D(48, 64))
+    for module in modules:
+        found = []
+        for products in (nullcontext(), linear_by_onednn()):
+            rows = torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_()
+            module.zero_grad()
+            with products:
+                output = module(rows)
+            (output.sin().sum()).backward()
+            found.append([output, rows.grad, *(p.grad for p in module.parameters())])
+        for plain, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+        assert "LinearBackward" in type(output.grad_fn).__name__ or "View" in type(output.grad_fn).__name__
+    with torch.no_grad(), linear_by_onednn():
+        torch.testing.assert_close(modules[0](rows), modules[0](rows.double().float()))
+        assert not modules[0](rows).requires_grad
+
+
+def test_products_by_onednn_leave_other_types_alone() -> None:
+    linear, rows = torch.nn.Linear(64, 48), torch.randn(3, 64)
+    with linear_by_onednn(), linear_by_onednn():
         assert linear.bfloat16()(rows.bfloat16()).dtype == torch.bfloat16
         linear.float()
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(rows).dtype == torch.bfloat16
-    with linear_by_onednn():
-        assert linear(rows).requires_grad
+        assert linear(rows[:0]).shape == (0, 48)
+        assert linear(rows[0]).shape == (48,)
+        assert linear.double()(rows.double()).dtype == torch.float64

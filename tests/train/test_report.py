@@ -16,6 +16,7 @@ from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
 from llava.data.records import read_records
+from llava.train import report
 from llava.train.arguments import TrainingArguments
 from llava.train.parts import fuse_gelu
 from llava.train.report import (
@@ -254,7 +255,7 @@ class TestTokenizers:
             check(tokenizer, ITALIAN * 2)
 
 
-def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path) -> None:
+def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path, monkeypatch) -> None:
     model, args = load_tiny().model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     set_attention(model.config, "sdpa")
     drops = [module for name, module in model.named_modules() if name.endswith("attn_dropout")]
@@ -267,4 +268,12 @@ def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path) ->
         module.p = 0.0
     assert advise_on_kernels(model, args) == [fused]
     fuse_gelu(model)
+    assert advise_on_kernels(model, args) == []
+    # Products are tried where they are most of a step, and are not yet chosen.
+    monkeypatch.setattr(report, "onednn_gain", lambda: 2.0)
+    assert advise_on_kernels(model, args) == []
+    monkeypatch.setattr(report, "_WIDE", 1)
+    (onednn,) = advise_on_kernels(model, args)
+    assert onednn == "--onednn true: products of matrices take 50% of the time on this CPU, in a trial"
+    args.onednn = True
     assert advise_on_kernels(model, args) == []

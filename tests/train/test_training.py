@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from llava.data.collator import SupervisedCollator, model_inputs
 from llava.model.loading import load_model
 from llava.serve.cli import main as serve
+from llava.train import trainer as trainer_module
 from llava.train.parts import hold_in, unfused_gelus
 from llava.train.train import main
 from llava.types import BadSample
@@ -207,6 +208,19 @@ def test_weights_in_bf16_alone_resume_exactly(gpt2_dir, tower_dir, mixed_data, t
 def test_weights_in_bf16_that_cannot_be(gpt2_dir, mixed_data, tmp_path: Path, changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         main(flags(gpt2_dir, None, mixed_data, tmp_path, bf16_weights="true", **changes))
+
+
+def test_products_by_onednn_train_alike(gpt2_dir, tower_dir, mixed_data, tmp_path: Path, monkeypatch) -> None:
+    used: list[bool] = []
+    choose = trainer_module.choose_products
+    monkeypatch.setattr(trainer_module, "choose_products", lambda onednn: (used.append(onednn), choose(onednn))[1])
+    for value in ("false", "true"):
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / value, onednn=value, max_steps=3,
+                   gradient_checkpointing=value))  # fmt: skip
+    assert used == [False] * 3 + [True] * 3
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
+    with pytest.raises(ValueError, match="--onednn: --torch_compile chooses its own products"):
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path, onednn="true", torch_compile="true"))
 
 
 def test_a_fused_gelu_trains_alike(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
