@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from llava.command_help import by_topic, examples_text, short_usage
-from llava.commands import OTHER_NAMES, PROGRAM
+from llava.commands import MEANT, OTHER_NAMES, PLACES, PROGRAM
 from llava.messages import explain_error, is_out_of_memory, shorten, shorten_text
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class CommandParser(argparse.ArgumentParser):
 
     Numbers are finite and fit 64 bits; truth is told by true or false, yes or no, on or off, 1 or 0; a value that is
     empty is an error, as it comes of a variable that is not set; a flag that is given twice is named in a warning.
-    A flag may have the name that other commands give it (``OTHER_NAMES``), and dashes for its underscores.
+    A flag may have the name that other commands give it (``OTHER_NAMES``), and dashes for its underscores; what has its
+    place on the command line may be given by its flag (``PLACES``).
 
     The help has the flags by topic, and the examples of the command (``llava.commands``).
 
@@ -56,6 +57,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *, may_be_empty: Collection[str] = (), **kwargs: Any) -> None:
         self.may_be_empty = frozenset(may_be_empty)
         self._required: list[argparse.Action] = []
+        self._places: dict[str, argparse.Action] | None = None
         super().__init__(**{"allow_abbrev": False, "prog": _module_command(), **kwargs})
         self.prog = program_name(self.prog)
         # argparse takes -1 for a value, but -1e-4 for a flag.
@@ -100,6 +102,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _parse(self, words: list[str], namespace: Namespace | None) -> tuple[list[str], Namespace, list[str]]:
         """Names of required flags that are not there, values, and unknown words: a flag may be missing by a typo."""
+        places = self._add_flags_of_places()
         # argparse would name what is missing first, and not the misspelled flag that was meant to give it.
         required = self._required = [action for action in self._actions if action.required]
         for action in required:
@@ -109,7 +112,30 @@ class CommandParser(argparse.ArgumentParser):
         finally:
             for action in required:
                 action.required = True
+        for dest, action in places.items():
+            if (value := vars(known).pop(action.dest, None)) is not None:
+                if vars(known).get(dest):
+                    raise CommandLineError(f"{_name(action)} is {shorten(value)}, but its place has a value already")
+                setattr(known, dest, value)
         return [_name(action) for action in required if getattr(known, action.dest, None) is None], known, unknown
+
+    def _add_flags_of_places(self) -> dict[str, argparse.Action]:
+        """For each place that has a flag in other commands that flag, by the name of the place; made once."""
+        if self._places is None:
+            places = [action for action in self._actions if not action.option_strings and action.dest in PLACES]
+            self._places = {
+                action.dest: self.add_argument(
+                    PLACES[action.dest],
+                    dest=f"flag_of_{action.dest}",
+                    nargs=None if action.nargs == "?" else action.nargs,
+                    type=action.type or str,
+                    metavar=action.metavar,
+                    help=argparse.SUPPRESS,
+                )
+                for action in places
+                if PLACES[action.dest] not in self._option_string_actions
+            }
+        return self._places
 
     def _require(self, missing: Sequence[str]) -> None:
         if missing:
@@ -124,6 +150,8 @@ class CommandParser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         # A dash in place of an underscore is no difference.
         spelled = {flag.replace("-", "_"): flag for flag in [*self.flags, *others]}
+        if meant := [flag for flag in MEANT.get(_with_underscores(name), ()) if flag in spelled.values()]:
+            return f"unknown flag {name}; did you mean {' or '.join(meant)}?"
         names = [spelled[flag] for flag in difflib.get_close_matches(name.replace("-", "_"), spelled, n=2)]
         return f"unknown flag {name}" + (f"; did you mean {' or '.join(names)}?" if names else "; see --help")
 
@@ -268,11 +296,15 @@ def rename_flags(words: Iterable[str], known: Collection[str]) -> list[str]:
             break
         name, equals, value = word.partition("=")
         if word.startswith("--") and name not in known:
-            plain = name.replace("-", "_").replace("__", "--", 1)
+            plain = _with_underscores(name)
             spellings = [plain, *OTHER_NAMES.get(plain, ())]
             found = next((one for name in spellings for one in (name, _with_dashes(name)) if one in known), name)
             renamed[place] = found + equals + value
     return renamed
+
+
+def _with_underscores(name: str) -> str:
+    return f"--{name.removeprefix('--').replace('-', '_')}"
 
 
 def _with_dashes(name: str) -> str:

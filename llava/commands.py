@@ -279,6 +279,40 @@ OTHER_NAMES = _names(
 )
 """Flags with one meaning that commands have under several names: where a command has one of them, it takes all."""
 
+PLACES = {
+    "data": "--data_path",
+    "out": "--output_dir",
+    "output_dir": "--output_dir",
+    "checkpoint": "--model_path",
+    "models": "--model_path",
+    "feature_cache": "--feature_cache",
+}
+"""What has a place on the command line of one command, and a flag in others: the flag is taken as well."""
+
+MEANT = {
+    f"--{name}": tuple(f"--{flag}" for flag in flags.split())
+    for name, flags in {
+        "batch_size": "per_device_train_batch_size batch_size batch_tokens",
+        "checkpoint": "model_path model_name_or_path",
+        "ckpt": "model_path model_name_or_path",
+        "cpu": "use_cpu device",
+        "device": "use_cpu",
+        "epochs": "num_train_epochs",
+        "fps": "video_fps",
+        "frames": "num_frames",
+        "gpus": "nproc_per_node num_processes",
+        "lr": "learning_rate",
+        "max_length": "model_max_length max_new_tokens",
+        "max_tokens": "max_new_tokens max_tokens_per_batch",
+        "num_workers": "dataloader_num_workers num_processes workers",
+        "precision": "bf16 fp16 dtype",
+        "resume": "resume_from_checkpoint",
+        "steps": "max_steps",
+        "vision_model": "vision_tower",
+    }.items()
+}
+"""What people call a flag elsewhere, and the flags that may be meant: a message names those that a command has."""
+
 TOPICS = {
     title: names.split()
     for title, names in {

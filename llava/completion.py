@@ -175,6 +175,8 @@ def _of_command(command: Command, words: list[str], current: str) -> Iterator[Ca
     if current.startswith("-") or not places:
         used = {id(flags[word]) for word in words if word in flags and flags[word].nargs not in ("+", "*")}
         for action in dict.fromkeys(flags.values()):
+            if action.help is argparse.SUPPRESS:
+                continue
             if id(action) not in used or isinstance(action, argparse._AppendAction):
                 yield action.option_strings[-1], _describe(action)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava.commands import find_command
 from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
 from llava.eval.babylm.__main__ import parse_arguments as babylm_arguments
@@ -37,12 +38,20 @@ def commands() -> list[str]:
         for block in blocks(document, "bash"):
             lines = block.replace("\\\n", " ").splitlines()
             found += [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    return found
+    return [spell_out(line) for line in found]
+
+
+def spell_out(line: str) -> str:
+    """A line with ``llava NAME`` as the ``python -m MODULE`` that it is."""
+    start, program, words = f" {line}".partition(" llava ")
+    known = find_command(words.split()) if program else None
+    return " ".join([start, known[0].program, *known[1]]).strip() if known else line
 
 
 def words_after(command: str, module: str) -> list[str]:
     words = shlex.split(command, comments=True)
-    return [word for word in words[words.index(module) + 1 :] if word != "..."]
+    words = [word for word in words[words.index(module) + 1 :] if word != "..."]
+    return [word.replace("my_run.yaml", "italian_video.yaml") for word in words]  # A copy of one of the recipes.
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.train.train" in c])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from llava import __main__ as program
-from llava.command import CommandParser, find_parser, rename_flags, started_as
+from llava.command import CommandLineError, CommandParser, find_parser, rename_flags, started_as
 from llava.commands import COMMANDS, OTHER_NAMES, Command, find_command, load_start
 from llava.inspect.commands import describe_commands
 from llava.recipes.__main__ import MODELS, RECIPES
@@ -207,6 +207,36 @@ def test_other_names_and_dashes_are_taken() -> None:
     args = parser.parse_args(["--out", "a", "--data-path", "b", "c", "--video_folder=d"])
     assert (args.output_dir, args.data, args.video_dir) == ("a", ["b", "c"], "d")
     assert rename_flags(["--out=a", "--", "--out"], ["--output_dir"]) == ["--output_dir=a", "--", "--out"]
+
+
+def test_what_has_a_place_may_have_its_flag() -> None:
+    def parse(name: str, line: str) -> dict[str, object]:
+        return vars(parser_of(find_command([name])[0]).parse_args(line.split()))
+
+    assert parse("check", "--data_path a.json b.json --num_frames 2") == parse("check", "a.json b.json --num_frames 2")
+    by_place = parse("export", "a b --as text")
+    assert by_place == parse("export", "--model_path a --as text --out b") == parse("export", "a --as text --output b")
+    assert parse("convert", "--model a --output_dir b") == parse("convert", "a b") != parse("convert", "a")
+    with pytest.raises(CommandLineError, match="--output_dir is 'c', but its place has a value already"):
+        parse("export", "a b --as text --out c")
+    with pytest.raises(CommandLineError, match=r"^DATA is missing"):
+        parse("check", "--num_frames 2")
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("train --batch_size 4", "--per_device_train_batch_size"),
+        ("train --lr 4", "--learning_rate"),
+        ("train --num-workers 4", "--dataloader_num_workers"),
+        ("eval --max_length 4", "--max_new_tokens"),
+        ("babylm --batch_size 4", "--batch_tokens"),
+    ],
+)
+def test_what_is_called_otherwise_elsewhere_is_named(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(line.split()) == 2
+    flag = line.split()[1]
+    assert capsys.readouterr().err == f"error: unknown flag {flag}; did you mean {meant}?\n"
 
 
 def test_training_takes_them_too(tmp_path: Path) -> None:

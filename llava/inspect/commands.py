@@ -28,6 +28,11 @@ A flag means the same in every command that has it. Where commands call one thin
 these, here with the name that `--help` of most has first; a dash in place of an underscore is no difference.
 
 """
+BY_PLACE = """
+What has its place on the command line may be given by its flag too: `llava check --data_path captions.json` is
+`llava check captions.json`, `llava export --model_path output/run --output_dir output/exported --as text` is
+`llava export output/run output/exported --as text`.
+"""
 TORCHRUN = """
 Under torchrun a command is a module: `torchrun --nproc_per_node 4 -m llava train ...`, or with `llava launch`, whose
 ranks can be asked to stop.
@@ -71,9 +76,8 @@ def describe_commands() -> str:
     rows = [
         (f"`{first[group]}`", ", ".join(f"`{name}`" for name in group if name != first[group]), "") for group in groups
     ]
-    parts += [TORCHRUN, SAME, table(("flag", "also"), [row[:2] for row in rows])]
-    if any(command.name == "completion" for command in COMMANDS):
-        parts.append(COMPLETION)
+    parts += [TORCHRUN, SAME, table(("flag", "also"), [row[:2] for row in rows]), BY_PLACE]
+    parts.append(COMPLETION)
     return "".join(parts)
 
 

@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
 
     from llava.data.feature_cache.cache import FeatureCache
 
-    cache = FeatureCache(args.folder)
+    cache = FeatureCache(args.feature_cache)
     return show(cache) if args.command == "info" else verify(cache)
 
 

@@ -21,7 +21,7 @@ def command_parser() -> CommandParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("build", help="compute them ahead of training: build --help")
     for name, text in (("info", "what is in a folder, and for which settings"), ("verify", "check every byte of it")):
-        commands.add_parser(name, help=text, description=text).add_argument("folder", metavar="DIR")
+        commands.add_parser(name, help=text, description=text).add_argument("feature_cache", metavar="DIR")
     return parser
 
 

@@ -23,7 +23,7 @@ def build_parser() -> CommandParser:
         description="Say what a checkpoint of the LLaVA family or of transformers is made of, and write it in this "
         "library's layout. Its folder can also be loaded, trained on and exported as it is.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint of another layout")
+    parser.add_argument("checkpoint", metavar="FOLDER", help="checkpoint of another layout")
     parser.add_argument(
         "out", metavar="OUT", nargs="?", help="where the result goes; a folder that is empty or not there yet"
     )
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         args = build_parser().parse_args(argv)
         import_plugins(args.plugins)
-        report = convert_checkpoint(args.folder, args.out, args.dry_run, args.vision_tower, args.overwrite)
+        report = convert_checkpoint(args.checkpoint, args.out, args.dry_run, args.vision_tower, args.overwrite)
         print(f"{report}\n{'nothing was written: --dry_run' if args.dry_run else f'written: {args.out}'}")
 
     return run_command(run)
