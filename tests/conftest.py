@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -48,12 +48,14 @@ TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_sp
 
 
 SLOWEST = (
-    "train/test_mixed_ranks.py", "model/language_model/test_alternating.py", "model/test_llava_arch.py",
-    "data/test_video_frames.py", "train/test_data_order.py", "train/test_training.py", "model/test_backbones.py",
-    "scripts_italian/test_italian_shell.py", "faults/test_kill.py", "faults/test_launch.py", "model/test_lora.py",
-    "eval/test_eval_run.py", "train/test_transformers_flags.py", "faults/test_two_rank_runs.py",
+    "train/test_mixed_ranks.py", "train/test_training.py", "faults/test_kill.py", "train/test_data_order.py",
+    "scripts_italian/test_italian_shell.py", "model/test_llava_arch.py", "data/test_video_frames.py",
+    "model/language_model/test_families.py", "eval/test_eval_run.py", "train/test_feature_cache_training.py",
+    "model/language_model/test_alternating.py", "faults/test_early_signals.py", "model/test_lora.py",
+    "model/test_backbones.py", "train/test_transformers_flags.py", "train/test_resuming.py",
+    "train/test_predictions.py", "model/test_packing.py", "faults/test_two_rank_runs.py",
 )  # fmt: skip
-"""Files that take 10 s or more: they are run first, so that no process waits for them."""
+"""Files that take 8 s or more: they are run first, so that no process waits for them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -362,6 +364,25 @@ def mixed_data(media_dir: Path) -> Path:
     path = media_dir / "mixed.json"
     path.write_text(json.dumps(samples, ensure_ascii=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def make_batch(mixed_data: Path):
+    """A function: rows of ``mixed_data`` as a batch. Media are decoded once for all models that see alike."""
+    from llava.data.collator import SupervisedCollator, model_inputs
+    from llava.data.dataset import SupervisedDataset
+    from llava.data.records import read_records
+
+    records = read_records(str(mixed_data))
+    decoded: dict[str, dict] = {}
+
+    def make(loaded, rows: Sequence[int], capacity: int = 0) -> dict:
+        dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512)
+        dataset._decoded = decoded.setdefault(repr(loaded.vision), {})
+        collator = SupervisedCollator(loaded.tokenizer.pad_token_id, capacity)
+        return model_inputs(collator([dataset[i] for i in rows]))
+
+    return make
 
 
 @pytest.fixture(scope="session")

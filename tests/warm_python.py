@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
@@ -144,10 +145,13 @@ def import_packages() -> None:
     sys.modules.pop("torch.distributed.run")  # Run as a program, it would warn that it is imported already.
     if "deepspeed" in sys.modules:
         import deepspeed.ops
+        import deepspeed.utils.numa
 
         # It would try a compiler on each of its operators at every start, and build one, of shared memory, that only
         # its inference calls.
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+        # It would start a program that tells the cores, on a CPU at every gradient of ZeRO-3.
+        deepspeed.utils.numa.get_numa_cores = functools.cache(deepspeed.utils.numa.get_numa_cores)
 
 
 def serve(address: str) -> dict[str, Any]:

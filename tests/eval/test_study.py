@@ -241,10 +241,11 @@ def test_mistakes_in_the_file_are_one_line(
 
 
 def test_flags_are_checked_by_the_parser_of_training_and_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_python: str
 ) -> None:
     monkeypatch.undo()
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.executable", warm_python)
     write_plan(variants={"a": None, "b": {"leraning_rate": 1}})
     assert command.main(["study.yaml", "--dry_run"]) == 2
     assert (

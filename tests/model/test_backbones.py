@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,17 @@ def test_every_model_type_is_known_once_llava_model_is_imported(first: str, warm
     assert int(done.stdout) == len(BACKBONES) * len(models.VARIANTS)
 
 
-@pytest.fixture(
-    scope="module", params=[models.variant_type(name, kind) for name in FAMILIES for kind in models.VARIANTS]
-)
+# The variants of all families are derived in one place: each family has one of them, in turn.
+MODEL_TYPES = [
+    models.variant_type(name, kind)
+    for name, variant in zip(FAMILIES, cycle(kind for kind in models.VARIANTS if kind != "base"), strict=False)
+    for kind in ("base", variant)
+]
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
 def checkpoint(request, backbone_dirs, tower_dir, tmp_path_factory) -> tuple[str, Path, models.Any]:
-    """A checkpoint with vision of each model type, its folder and what was saved."""
+    """A checkpoint with vision, by its model type, its folder and what was saved."""
     model_type = request.param
     backbone, variant = models.split_type(model_type)
     folder = tmp_path_factory.mktemp(model_type)

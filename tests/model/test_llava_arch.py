@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,28 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava.constants import VISUAL_TOKENS
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
-from llava.model.loading import load_model
+from llava.model.loading import LoadedModel, load_model
 from tests.conftest import FAMILIES
 
-pytestmark = pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def make_batch(loaded, mixed_data: Path, rows: list[int]):
-    dataset = SupervisedDataset(read_records(str(mixed_data)), loaded.tokenizer, loaded.vision, 512)
-    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
+@pytest.fixture(scope="module")
+def shared(name: str, load_tiny) -> LoadedModel:
+    return load_tiny(name)
+
+
+@pytest.fixture
+def loaded(shared: LoadedModel) -> Iterator[LoadedModel]:
+    """A model of the family that its tests share: none of them changes a weight."""
+    before = {key: tensor.clone() for key, tensor in shared.model.state_dict().items()}
+    shared.model.eval()
+    shared.model.zero_grad()
+    yield shared
+    assert all(torch.equal(tensor, before[key]) for key, tensor in shared.model.state_dict().items())
 
 
 def text_ids(loaded, batch: int = 2, length: int = 20) -> torch.Tensor:
@@ -31,36 +42,35 @@ def text_ids(loaded, batch: int = 2, length: int = 20) -> torch.Tensor:
     return torch.randint(1, min(loaded.vision.token_ids.values()), (batch, length), generator=generator)
 
 
-def test_registered_with_auto_classes(name: str, load_tiny) -> None:
-    loaded = load_tiny(name)
+def test_registered_with_auto_classes(name: str, loaded: LoadedModel) -> None:
     assert loaded.model.config.model_type == name
     assert type(AutoConfig.for_model(name)) is type(loaded.model.config)
     assert AutoModelForCausalLM._model_mapping[type(loaded.model.config)] is type(loaded.model)
 
 
-def test_text_logits_equal_the_plain_class(name: str, load_tiny, backbone_dirs: dict[str, Path]) -> None:
+def test_text_logits_equal_the_plain_class(name: str, loaded: LoadedModel, backbone_dirs: dict[str, Path]) -> None:
     plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name]).eval()
     text_only = load_model(str(backbone_dirs[name])).model.eval()
-    with_vision = load_tiny(name)
-    ids = text_ids(with_vision)
+    ids = text_ids(loaded)
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
     with torch.no_grad():
         expected = plain(input_ids=ids, attention_mask=mask).logits
         assert torch.equal(text_only(input_ids=ids, attention_mask=mask).logits, expected)
-        grown = with_vision.model.eval()(input_ids=ids, attention_mask=mask).logits
+        grown = loaded.model.eval()(input_ids=ids, attention_mask=mask).logits
     assert (grown[..., : expected.shape[-1]] - expected).abs().max() == 0
 
 
-def test_plain_checkpoint_reports_only_vision_modules_as_new(name: str, load_tiny) -> None:
-    new = load_tiny(name).new_parameters
+def test_plain_checkpoint_reports_only_vision_modules_as_new(loaded: LoadedModel) -> None:
+    new = loaded.new_parameters
     assert new
     assert all(".mm_projector." in key or ".vision_resampler." in key for key in new)
 
 
-def test_new_rows_are_the_mean_and_heads_stay_tied(name: str, load_tiny, backbone_dirs: dict[str, Path]) -> None:
+def test_new_rows_are_the_mean_and_heads_stay_tied(
+    name: str, loaded: LoadedModel, backbone_dirs: dict[str, Path]
+) -> None:
     plain = AutoModelForCausalLM.from_pretrained(backbone_dirs[name])
-    loaded = load_tiny(name)
     old, new = plain.get_input_embeddings().weight, loaded.model.get_input_embeddings().weight
     assert torch.equal(new[: len(old)], old)
     torch.testing.assert_close(new[len(old) :], old.mean(0).expand(len(VISUAL_TOKENS), -1))
@@ -109,9 +119,8 @@ def test_spare_rows_serve_visual_tokens(name: str, backbone_dirs, tower_dir, tmp
     torch.testing.assert_close(weight[size], plain.get_input_embeddings().weight[:size].mean(0))
 
 
-def test_save_and_reload_are_exact(name: str, load_tiny, mixed_data: Path, tmp_path: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2, 4, 5])
+def test_save_and_reload_are_exact(loaded: LoadedModel, make_batch, tmp_path: Path) -> None:
+    batch = make_batch(loaded, [0, 2, 4, 5])
     loaded.model.eval().save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -129,10 +138,10 @@ def test_save_and_reload_are_exact(name: str, load_tiny, mixed_data: Path, tmp_p
     assert tied == [loaded.model.config.tie_word_embeddings] * 2
 
 
-def test_every_trainable_parameter_gets_a_gradient(name: str, load_tiny, mixed_data: Path) -> None:
+def test_every_trainable_parameter_gets_a_gradient(name: str, load_tiny, make_batch) -> None:
     # Two slow frames of three: with as many slow frames as frames, a window of one key has nothing to choose.
     loaded = load_tiny(name, slow_frames=2)
-    loaded.model.train()(**make_batch(loaded, mixed_data, [0, 1, 2, 4, 5])).loss.backward()
+    loaded.model.train()(**make_batch(loaded, [0, 1, 2, 4, 5])).loss.backward()
     for key, parameter in loaded.model.named_parameters():
         if ".vision_tower." in key:
             assert parameter.grad is None, key
@@ -141,16 +150,14 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, load_tiny, mixed_d
             assert parameter.grad.abs().sum() > 0 or key.endswith("k_proj.bias"), key
 
 
-def test_rows_of_visual_tokens_get_gradients_through_the_head(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    loaded.model.train()(**make_batch(loaded, mixed_data, [0])).loss.backward()
+def test_rows_of_visual_tokens_get_gradients_through_the_head(loaded: LoadedModel, make_batch) -> None:
+    loaded.model.train()(**make_batch(loaded, [0])).loss.backward()
     rows = loaded.model.get_output_embeddings().weight.grad[loaded.vision.visual_token_ids]
     assert (rows.abs().sum(1) > 0).all()
 
 
-def test_supervised_positions_equal_the_full_computation(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, list(range(7)))
+def test_supervised_positions_equal_the_full_computation(loaded: LoadedModel, make_batch) -> None:
+    batch = make_batch(loaded, list(range(7)))
     twin = copy.deepcopy(loaded.model)
     loss = loaded.model(**batch).loss
     loss.backward()
@@ -163,9 +170,8 @@ def test_supervised_positions_equal_the_full_computation(name: str, load_tiny, m
             torch.testing.assert_close(one.grad, other.grad, atol=5e-6, rtol=0, msg=key)
 
 
-def test_logits_as_in_transformers_unless_they_are_declined(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 5])
+def test_logits_as_in_transformers_unless_they_are_declined(loaded: LoadedModel, make_batch) -> None:
+    batch = make_batch(loaded, [0, 5])
     shape = (*batch["input_ids"].shape, loaded.model.config.vocab_size)
     assert loaded.model(**batch).logits.shape == shape
     declined = loaded.model(**batch, return_logits=False)
@@ -176,43 +182,38 @@ def test_logits_as_in_transformers_unless_they_are_declined(name: str, load_tiny
     assert loaded.model(**unlabelled, logits_to_keep=1).logits.shape == (2, 1, shape[-1])
 
 
-def test_batch_equals_single_samples(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
+def test_batch_equals_single_samples(loaded: LoadedModel, make_batch) -> None:
     loaded.model.eval()
     rows = [0, 2, 4, 6]
     with torch.no_grad():
-        together = make_batch(loaded, mixed_data, rows)
+        together = make_batch(loaded, rows)
         logits = loaded.model(**together, return_logits=True).logits
         for i, row in enumerate(rows):
-            alone = loaded.model(**make_batch(loaded, mixed_data, [row]), return_logits=True).logits[0]
+            alone = loaded.model(**make_batch(loaded, [row]), return_logits=True).logits[0]
             torch.testing.assert_close(logits[i, : len(alone)], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_pixel_values_is_another_name_of_images(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2])
+def test_pixel_values_is_another_name_of_images(loaded: LoadedModel, make_batch) -> None:
+    batch = make_batch(loaded, [0, 2])
     renamed = {**batch, "pixel_values": batch["images"]}
     del renamed["images"]
     assert torch.equal(loaded.model(**batch).loss, loaded.model(**renamed).loss)
 
 
-def test_normalised_floats_equal_uint8(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2])
+def test_normalised_floats_equal_uint8(loaded: LoadedModel, make_batch) -> None:
+    batch = make_batch(loaded, [0, 2])
     tower = loaded.model.get_vision_tower()
     floats = {**batch, "images": [tower.normalize(image) for image in batch["images"]]}
     assert torch.equal(loaded.model(**batch).loss, loaded.model(**floats).loss)
 
 
-def test_variables_are_refused(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
+def test_variables_are_refused(loaded: LoadedModel, make_batch) -> None:
     with pytest.raises(ValueError, match="no coordinate tables"):
-        loaded.model(**make_batch(loaded, mixed_data, [0]), variables=[{"temporal_input_locations": [0.5]}])
+        loaded.model(**make_batch(loaded, [0]), variables=[{"temporal_input_locations": [0.5]}])
 
 
-def test_gradient_checkpointing_agrees(name: str, load_tiny, mixed_data: Path) -> None:
-    loaded = load_tiny(name)
-    batch = make_batch(loaded, mixed_data, [0, 2, 5])
+def test_gradient_checkpointing_agrees(loaded: LoadedModel, make_batch) -> None:
+    batch = make_batch(loaded, [0, 2, 5])
     twin = copy.deepcopy(loaded.model).train()
     twin.gradient_checkpointing_enable()
     loaded.model.train()(**batch).loss.backward()
@@ -222,11 +223,13 @@ def test_gradient_checkpointing_agrees(name: str, load_tiny, mixed_data: Path) -
             torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_eager_attention_agrees(name: str, load_tiny, mixed_data: Path) -> None:
-    sdpa, eager = load_tiny(name), load_tiny(name, attn_implementation="eager")
-    eager.model.load_state_dict(sdpa.model.state_dict())
-    batch = make_batch(sdpa, mixed_data, [0, 2, 5])
-    torch.testing.assert_close(sdpa.model.eval()(**batch).loss, eager.model.eval()(**batch).loss, atol=1e-5, rtol=1e-5)
+def test_eager_attention_agrees(name: str, loaded: LoadedModel, load_tiny, make_batch) -> None:
+    eager = load_tiny(name, attn_implementation="eager")
+    eager.model.load_state_dict(loaded.model.state_dict())
+    batch = make_batch(loaded, [0, 2, 5])
+    torch.testing.assert_close(
+        loaded.model.eval()(**batch).loss, eager.model.eval()(**batch).loss, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_folder_name_changes_nothing(name: str, backbone_dirs, tmp_path: Path) -> None:
@@ -238,8 +241,8 @@ def test_folder_name_changes_nothing(name: str, backbone_dirs, tmp_path: Path) -
         assert load_model(str(copied)).model.config.model_type == name
 
 
-def test_config_is_written_with_its_visual_settings(name: str, load_tiny, tmp_path: Path) -> None:
-    load_tiny(name).model.save_pretrained(tmp_path)
+def test_config_is_written_with_its_visual_settings(name: str, loaded: LoadedModel, tmp_path: Path) -> None:
+    loaded.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == name
     assert config["mm_resampler_type"] == "fast_slow_resampler"

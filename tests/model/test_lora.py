@@ -13,9 +13,6 @@ from torch import nn
 
 pytest.importorskip("peft", reason="LoRA needs peft: pip install 'llava-babylm[lora]'")
 
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
 from llava.model.loading import load_model
 from llava.model.lora import add_adapters, has_adapters, is_adapter_parameter, load_adapter_weights, merge_adapters
 from llava.model.merge_lora import main as merge_main
@@ -44,15 +41,19 @@ def load_adapted(load_tiny, backbone_dirs):
     return load
 
 
-def make_batch(loaded, data: Path, rows: tuple[int, ...] = (0, 2, 4, 5)) -> dict:
-    dataset = SupervisedDataset(read_records(str(data)), loaded.tokenizer, loaded.vision, 512)
-    return model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
+@pytest.fixture(scope="module")
+def make_batch(make_batch):
+    return lambda loaded, rows=(0, 2, 4, 5): make_batch(loaded, rows)
 
 
-@torch.no_grad()
-def compute_logits(loaded, data: Path) -> torch.Tensor:
-    batch = make_batch(loaded, data)
-    return loaded.model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits
+@pytest.fixture(scope="module")
+def compute_logits(make_batch):
+    def compute(loaded) -> torch.Tensor:
+        batch = make_batch(loaded)
+        with torch.no_grad():
+            return loaded.model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+    return compute
 
 
 def save(loaded, folder: Path) -> Path:
@@ -63,10 +64,10 @@ def save(loaded, folder: Path) -> Path:
 
 @every_backbone
 def test_adapters_sit_on_linear_layers_of_the_blocks_alone_and_change_nothing_yet(
-    name: str, load_tiny, backbone_dirs, mixed_data: Path
+    name: str, load_tiny, backbone_dirs, compute_logits
 ) -> None:
     loaded = load_tiny(name)
-    expected = compute_logits(loaded, mixed_data)
+    expected = compute_logits(loaded)
     layers = find_linear_layers(loaded.model)
     assert loaded.model.get_output_embeddings() not in [loaded.model.get_submodule(key) for key in layers]
     in_blocks = {int(part) for key in layers for part in key.split(".") if part.isdigit()}
@@ -75,14 +76,14 @@ def test_adapters_sit_on_linear_layers_of_the_blocks_alone_and_change_nothing_ye
     wrapped = {key.partition(".lora_")[0] for key, _ in loaded.model.named_parameters() if is_adapter_parameter(key)}
     assert wrapped == set(layers)
     assert not any(vision_module_of(key) for key in wrapped)
-    assert torch.equal(compute_logits(loaded, mixed_data), expected)
+    assert torch.equal(compute_logits(loaded), expected)
 
 
 @every_backbone
-def test_adapters_stand_for_the_language_model(name: str, load_adapted, mixed_data: Path) -> None:
+def test_adapters_stand_for_the_language_model(name: str, load_adapted, make_batch) -> None:
     loaded = load_adapted(name)
     set_trainable_parts(loaded.model, PARTS[1:])
-    loaded.model.train()(**make_batch(loaded, mixed_data, (0, 1, 2, 4, 5))).loss.backward()
+    loaded.model.train()(**make_batch(loaded, (0, 1, 2, 4, 5))).loss.backward()
     for key, parameter in loaded.model.named_parameters():
         trains = is_adapter_parameter(key) or part_of(key) in PARTS[1:3]
         assert parameter.requires_grad == trains, key
@@ -93,7 +94,7 @@ def test_adapters_stand_for_the_language_model(name: str, load_adapted, mixed_da
 
 
 @every_backbone
-def test_gradient_checkpointing_reaches_the_adapters(name: str, load_adapted, mixed_data: Path) -> None:
+def test_gradient_checkpointing_reaches_the_adapters(name: str, load_adapted, make_batch) -> None:
     # With a frozen projector no input of the first block asks for a gradient of its own accord.
     grads = []
     for checkpointing in (False, True):
@@ -101,16 +102,16 @@ def test_gradient_checkpointing_reaches_the_adapters(name: str, load_adapted, mi
         set_trainable_parts(loaded.model, PARTS[3:])
         if checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": True})
-        loaded.model.train()(**make_batch(loaded, mixed_data, (0, 5))).loss.backward()
+        loaded.model.train()(**make_batch(loaded, (0, 5))).loss.backward()
         grads.append([p.grad for key, p in loaded.model.named_parameters() if is_adapter_parameter(key)])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @every_backbone
-def test_merging_keeps_the_logits(name: str, load_adapted, mixed_data: Path, tmp_path: Path, capsys) -> None:
+def test_merging_keeps_the_logits(name: str, load_adapted, compute_logits, tmp_path: Path, capsys) -> None:
     loaded = load_adapted(name)
-    expected = compute_logits(loaded, mixed_data)
+    expected = compute_logits(loaded)
     save(loaded, tmp_path / "adapters")
     words = ["--model_path", str(tmp_path / "adapters"), "--output_dir", str(tmp_path / "merged")]
     assert merge_main(words) == 0
@@ -118,14 +119,14 @@ def test_merging_keeps_the_logits(name: str, load_adapted, mixed_data: Path, tmp
     assert not has_adapters(merged.model)
     assert merged.new_parameters == []
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
-    torch.testing.assert_close(compute_logits(merged, mixed_data), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(compute_logits(merged), expected, atol=1e-5, rtol=0)
     merge_adapters(loaded.model)
     assert not [key for key, _ in loaded.model.named_modules() if "lora" in key or "base_layer" in key]
-    torch.testing.assert_close(compute_logits(loaded, mixed_data), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(compute_logits(loaded), expected, atol=1e-5, rtol=0)
 
 
 @every_backbone
-def test_save_and_reload_are_exact(name: str, load_adapted, mixed_data: Path, tmp_path: Path) -> None:
+def test_save_and_reload_are_exact(name: str, load_adapted, compute_logits, tmp_path: Path) -> None:
     loaded = load_adapted(name)
     with torch.no_grad():
         for module in (loaded.model.get_model().mm_projector, loaded.model.get_model().vision_resampler):
@@ -133,23 +134,21 @@ def test_save_and_reload_are_exact(name: str, load_adapted, mixed_data: Path, tm
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         # Rows of visual tokens are read, not computed again: another machine's mean may differ in a bit.
         loaded.model.get_output_embeddings().weight[loaded.vision.visual_token_ids] += 0.1
-    expected = compute_logits(loaded, mixed_data)
+    expected = compute_logits(loaded)
     again = load_model(str(save(loaded, tmp_path)))
     assert has_adapters(again.model)
     assert again.vision == loaded.vision
     assert again.new_parameters == []
     assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
-    assert torch.equal(compute_logits(again, mixed_data), expected)
+    assert torch.equal(compute_logits(again), expected)
 
 
-def test_adapters_of_a_kind_of_attention_reload_on_the_plain_base(
-    load_adapted, mixed_data: Path, tmp_path: Path
-) -> None:
+def test_adapters_of_a_kind_of_attention_reload_on_the_plain_base(load_adapted, compute_logits, tmp_path: Path) -> None:
     loaded = load_adapted("llava_qwen", variant="alternating")
-    expected = compute_logits(loaded, mixed_data)
+    expected = compute_logits(loaded)
     again = load_model(str(save(loaded, tmp_path)))
     assert again.model.config.model_type == "llava_qwen_with_alternating_attn"
-    assert torch.equal(compute_logits(again, mixed_data), expected)
+    assert torch.equal(compute_logits(again), expected)
 
 
 def test_the_learned_newline_of_image_tiles_is_kept(load_adapted, tmp_path: Path) -> None:
@@ -181,18 +180,18 @@ def test_files_are_pefts_and_hold_neither_base_nor_tower(load_adapted, backbone_
     assert {name.split(".")[1] for name in others} == {"mm_projector", "vision_resampler", "input", "output"}
 
 
-def test_peft_itself_reads_the_adapters(load_adapted, load_tiny, mixed_data: Path, tmp_path: Path) -> None:
+def test_peft_itself_reads_the_adapters(load_adapted, load_tiny, make_batch, tmp_path: Path) -> None:
     from peft import PeftModel
 
     loaded, plain = load_adapted(), load_tiny()
     save(loaded, tmp_path)
     wrapped = PeftModel.from_pretrained(plain.model, tmp_path)
-    batch = make_batch(loaded, mixed_data)
+    batch = make_batch(loaded)
     torch.testing.assert_close(wrapped.eval()(**batch).loss, loaded.model.eval()(**batch).loss, atol=1e-6, rtol=0)
 
 
 def test_a_trained_tower_is_stored_and_reloads_without_its_source(
-    load_adapted, tower_dir: Path, mixed_data: Path, tmp_path: Path
+    load_adapted, tower_dir: Path, compute_logits, tmp_path: Path
 ) -> None:
     moved = Path(shutil.copytree(tower_dir, tmp_path / "tower"))
     loaded = load_adapted(vision_tower=str(moved))
@@ -200,10 +199,10 @@ def test_a_trained_tower_is_stored_and_reloads_without_its_source(
     with torch.no_grad():
         for parameter in loaded.model.get_vision_tower().parameters():
             parameter.mul_(1.1)
-    expected = compute_logits(loaded, mixed_data)
+    expected = compute_logits(loaded)
     save(loaded, tmp_path / "saved")
     shutil.rmtree(moved)
-    assert torch.equal(compute_logits(load_model(str(tmp_path / "saved")), mixed_data), expected)
+    assert torch.equal(compute_logits(load_model(str(tmp_path / "saved"))), expected)
 
 
 def test_a_frozen_tower_that_changed_is_an_error(load_adapted, tower_dir: Path, tmp_path: Path) -> None:
@@ -226,16 +225,16 @@ def test_text_models_take_adapters_too(backbone_dirs, tmp_path: Path) -> None:
     assert torch.equal(again.model.eval()(ids).logits, loaded.model.eval()(ids).logits)
 
 
-def test_generation_with_cache_equals_generation_without(load_adapted, mixed_data: Path) -> None:
+def test_generation_with_cache_equals_generation_without(load_adapted, make_batch) -> None:
     loaded = load_adapted("llava_llama")
-    batch = make_batch(loaded, mixed_data, (0,))
+    batch = make_batch(loaded, (0,))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "images", "modalities")}
     options = {"max_new_tokens": 8, "do_sample": False}
     cached = loaded.model.eval().generate(**inputs, **options)
     assert torch.equal(cached, loaded.model.generate(**inputs, **options, use_cache=False))
 
 
-def test_a_base_model_that_moved_is_given(load_adapted, backbone_dirs, mixed_data: Path, tmp_path: Path) -> None:
+def test_a_base_model_that_moved_is_given(load_adapted, backbone_dirs, compute_logits, tmp_path: Path) -> None:
     base = Path(shutil.copytree(backbone_dirs["llava_gpt2"], tmp_path / "base"))
     loaded = load_adapted()
     loaded.model.peft_config["default"].base_model_name_or_path = str(base)
@@ -244,7 +243,7 @@ def test_a_base_model_that_moved_is_given(load_adapted, backbone_dirs, mixed_dat
     with pytest.raises(ValueError, match="cannot be read; give its folder with --model_base"):
         load_model(str(tmp_path / "saved"))
     again = load_model(str(tmp_path / "saved"), model_base=str(moved))
-    assert torch.equal(compute_logits(again, mixed_data), compute_logits(loaded, mixed_data))
+    assert torch.equal(compute_logits(again), compute_logits(loaded))
 
 
 def test_a_relative_base_is_found_from_anywhere(load_tiny, backbone_dirs, monkeypatch) -> None:

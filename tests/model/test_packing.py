@@ -8,21 +8,24 @@ from conftest import TINY_BACKBONES, TINY_VISION, TinyBackbones
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llava.compat import set_attention
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
 from llava.model import packing
 from llava.model.loading import LoadedModel, load_model
 from llava.model.packing import PackLayout
 
 CAPACITY = 100  # Two videos of 39 positions do not fit with a text of 20.
+EAGER = ("llava_mpt", "llava_gemma2")
+"""Which have no other attention."""
+WAYS = ("llava_gpt2", "llava_mpt", "llava_stablelm", "llava_phi3")
+"""Families whose ways to an attention function differ. The function that alternates, and eager attention, are one each
+for all."""
 COMBINATIONS = [
-    (name, variant, attention)
-    for name in TINY_BACKBONES
-    for variant in ("base", "alternating", "alternating_cross")
-    for attention in (("eager",) if name in ("llava_mpt", "llava_gemma2") else ("sdpa", "eager"))
-    # Attention that alternates is one function for all: the families whose ways to it differ.
-    if variant == "base" or name in ("llava_gpt2", "llava_mpt", "llava_stablelm", "llava_phi3")
+    *((name, "base", "eager" if name in EAGER else "sdpa") for name in TINY_BACKBONES),
+    *((name, "base", "eager") for name in (*WAYS, "llava_mixtral", "llava_gemma3") if name not in EAGER),
+    *(
+        (name, variant, "eager" if name in EAGER or (place + turn) % 2 else "sdpa")
+        for place, name in enumerate(WAYS)
+        for turn, variant in enumerate(("alternating", "alternating_cross"))
+    ),
 ]
 SAMPLES = [0, 5, 2, 4, 6, 1, 3]  # two videos, two images, both in one, and two texts
 
@@ -45,18 +48,6 @@ def loaded(request: pytest.FixtureRequest, deep_dirs, tower_dir) -> LoadedModel:
             parameter.mul_(3 if parameter.ndim > 1 and ".vision_tower." not in key else 1)
     loaded.model.eval()
     return loaded
-
-
-@pytest.fixture(scope="module")
-def make_batch(mixed_data):
-    records = read_records(str(mixed_data))
-
-    def make(loaded: LoadedModel, rows: list[int], capacity: int = 0):
-        dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512)
-        collator = SupervisedCollator(loaded.tokenizer.pad_token_id, capacity)
-        return model_inputs(collator([dataset[i] for i in rows]))
-
-    return make
 
 
 def by_sample(packed: torch.Tensor, lengths: list[list[int]]) -> list[torch.Tensor]:

@@ -252,23 +252,23 @@ def test_without_a_data_state_the_step_tells_the_position(
     assert ids(trained) == EVERYTHING
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_run_that_is_resumed_twice_within_an_epoch(gpt2_dir, tmp_path: Path, trained, accumulation: int) -> None:
     """The position is counted from where the resumed run began, in steps, whatever the micro-batches of a step."""
-    texts = write_texts(tmp_path / "texts.json", 30 * accumulation)
+    texts = write_texts(tmp_path / "texts.json", 10 * accumulation)
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "save_steps": 1}
-    changes |= {"max_steps": 40, "logging_steps": 40}
+    changes |= {"max_steps": 14, "logging_steps": 14}
     main(flags(gpt2_dir, texts, tmp_path / "whole", **changes))
     whole, output = list(trained), tmp_path / "parted"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-7", output / "checkpoint-7")
-    for begin, end in ((7, 12), (12, 40)):
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", output / "checkpoint-3")
+    for begin, end in ((3, 5), (5, 14)):
         trained.clear()
         main(flags(gpt2_dir, texts, output, **changes, resume_from_checkpoint=output / f"checkpoint-{begin}"))
         assert trained == whole[begin * accumulation :]
         position = json.loads((output / f"checkpoint-{end}" / "data_state.json").read_text())
-        assert (position["epoch"], position["step"]) == divmod(end, 30)
+        assert (position["epoch"], position["step"]) == divmod(end, 10)
         for folder in output.glob("checkpoint-*"):
-            if int(folder.name.split("-")[1]) > 12:
+            if int(folder.name.split("-")[1]) > 5:
                 shutil.rmtree(folder)
 
 

@@ -9,9 +9,6 @@ import pytest
 import torch
 from conftest import FAMILIES, TINY_VISION, TinyBackbones
 
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
 from llava.model import AVAILABLE_MODELS, BACKBONES, VARIANTS, split_type, variant_type
 from llava.model.language_model.alternating import forbidden_keys, is_restricted
 from llava.model.loading import LoadedModel, load_model
@@ -56,12 +53,9 @@ def loaded(request: pytest.FixtureRequest, load) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def make_batch(mixed_data: Path):
-    records = read_records(str(mixed_data))
-
+def make_batch(make_batch):
     def make(loaded: LoadedModel, rows: list[int]):
-        dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512)
-        batch = model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
+        batch = make_batch(loaded, rows)
         del batch["labels"]
         return batch
 

@@ -19,9 +19,6 @@ from conftest import ITALIAN, ROWS, TINY_VISION, WINDOW, TinyBackbones
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from llava.constants import VISUAL_TOKENS
-from llava.data.collator import SupervisedCollator, model_inputs
-from llava.data.dataset import SupervisedDataset
-from llava.data.records import read_records
 from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
 from llava.eval.logprobs import ModelRunner
 from llava.model import split_type
@@ -86,13 +83,11 @@ def plain(loaded: LoadedModel, plain_dirs: TinyBackbones) -> Any:
 
 
 @pytest.fixture(scope="module")
-def make_batch(mixed_data: Path):
+def make_batch(make_batch):
     """Rows of mixed.json: 0 is a video with text, 4 a video, text, an image and text, 6 text alone."""
-    records = read_records(str(mixed_data))
 
     def make(loaded: LoadedModel, rows: list[int], labels: bool = False) -> dict[str, Any]:
-        dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512)
-        batch = model_inputs(SupervisedCollator(loaded.tokenizer.pad_token_id)([dataset[i] for i in rows]))
+        batch = make_batch(loaded, rows)
         return batch if labels else {key: value for key, value in batch.items() if key != "labels"}
 
     return make
