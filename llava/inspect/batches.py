@@ -86,9 +86,7 @@ def sample_batches(run: InspectedRun, number: int) -> list[SampledBatch]:
     """
     dataset = run.dataset
     assert dataset is not None
-    loader = TrainingData(dataset, run.training_args).build_loader(lambda examples: examples)
-    # The batches of indices alone: what they hold is read here, in this process.
-    indices = [list(map(int, of_one)) for of_one in islice(iter(loader.batch_sampler or ()), number)]
+    indices = list(islice(TrainingData(dataset, run.training_args).build_batches(), number))
     batches = [
         make_batch(run, f"batch {i} of the first epoch", of_one) for i, of_one in enumerate(indices, start=1) if of_one
     ]

@@ -83,22 +83,29 @@ class Costs:
                 f"reading and decoding on this machine: {1000 * self.loading:.1f} ms a sample, "
                 f"{describe_seconds(epoch)} an epoch with {self.workers} workers (--dataloader_num_workers)"
             )
-        what = f"{self.checkpoints} checkpoints of {self.checkpoint / _GIB:.2f} GiB"
+        what = f"{self.checkpoints} checkpoints of {show_bytes(self.checkpoint)}"
         if self.milestones:
             what += f", {self.milestones} milestones"
         lines.append(
-            f"disk: up to {self.disk / _GIB:.2f} GiB ({what}, a model of {self.model / _GIB:.2f} GiB); free: "
-            f"{self.free / _GIB:.1f} GiB"
+            f"disk: up to {show_bytes(self.disk)} ({what}, a model of {show_bytes(self.model)}); free: "
+            f"{show_bytes(self.free)}"
         )
         return [*lines, self.memory] if self.memory else lines
 
 
+def show_bytes(size: float) -> str:
+    """A size in the unit that suits it."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
+
+
 def describe_seconds(seconds: float) -> str:
     """A duration in the unit that suits it."""
+    if seconds < 1:
+        return "under a second"
     for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2g} seconds"
+    return f"{seconds:.0f} seconds"
 
 
 def estimate_costs(
@@ -177,11 +184,11 @@ def estimate_step(run: InspectedRun, memory: float | None, findings: Findings) -
     parts = {
         "weights": estimate.held,
         "gradients": estimate.gradients,
-        "optimizer": estimate.optimizer,
-        f"activations of {batch.rows} x {batch.length} tokens": estimate.activations,
+        "the optimizer": estimate.optimizer,
+        f"activations, of {batch.rows} x {batch.length} tokens": estimate.activations,
     }
-    listed = " + ".join(f"{size / _GIB:.2f} {name}" for name, size in parts.items())
-    text = f"memory of a step, at most: about {estimate.total / _GIB:.2f} GiB ({listed})"
+    listed = " + ".join(f"{show_bytes(size)} of {name}" for name, size in parts.items())
+    text = f"memory of a step, at most: about {show_bytes(estimate.total)} ({listed})"
     if memory is not None and estimate.total > memory * _GIB:
         level = findings.error if estimate.total > _CERTAIN * memory * _GIB else findings.warn
         level(
@@ -231,7 +238,7 @@ def check_disk(costs: Costs, folder: str, findings: Findings) -> None:
     """Find checkpoints that would fill the disk."""
     least = costs.checkpoint + costs.model
     text = (
-        f"the run's checkpoints and models take up to {costs.disk / _GIB:.2f} GiB, and {costs.free / _GIB:.2f} GiB are "
+        f"the run's checkpoints and models take up to {show_bytes(costs.disk)}, and {show_bytes(costs.free)} are "
         f"free at --output_dir {folder}; give another folder, or a lower --save_total_limit"
     )
     if costs.free < least:

@@ -21,6 +21,7 @@ CODES = {
     "frozen_random": "a part that the checkpoint lacks is random, and frozen",
     "no_gradient": "parameters that are to train get no gradient",
     "stream_disconnected": "the loss does not depend on a stream of visual tokens",
+    "step_failed": "a training step ends with an error",
     "bad_numbers": "the loss or a gradient is NaN or infinite",
     "disk": "checkpoints do not fit on the disk",
     "memory": "the run does not fit into the memory of the device",

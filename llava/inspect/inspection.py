@@ -15,9 +15,10 @@ from llava.inspect.model_checks import check_frozen, check_tower
 from llava.inspect.passes import Passes, make_passes
 from llava.inspect.run import InspectedRun, build_run, hearing
 from llava.inspect.sources import MediaFacts, SourceFacts, check_sources, describe_sources
-from llava.messages import shorten_text
+from llava.messages import explain_error, is_out_of_memory, shorten_text
 from llava.train.parts import parts_table
 from llava.train.report import budget_table
+from llava.types import VisualInput
 
 _GIB = 2**30
 _SHOWN_TEXT = 160
@@ -69,9 +70,9 @@ def inspect_run(
             check_batches(run, seen.batches, findings)
         check_tower(run, seen.examples, findings)
         if seen.examples:
-            with looking("the model", findings):
+            with looking("the model", findings), stepping(findings):
                 seen.passes = make_passes(run, seen.examples, fast, findings)
-            with looking("costs", findings):
+            with looking("costs", findings), stepping(findings):
                 seen.costs = estimate_costs(run, seen.examples, memory, fast, findings)
     return seen
 
@@ -86,6 +87,18 @@ def looking(what: str, findings: Findings) -> Iterator[None]:
             findings.note("inspection", f"{what} could not be looked at: {error}")
         else:
             findings.error("bad_samples", str(error))
+
+
+@contextlib.contextmanager
+def stepping(findings: Findings) -> Iterator[None]:
+    """Within it an error of a model's pass is a finding: a step of training would end with it."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError) as error:
+        if is_out_of_memory(error):
+            findings.warn("inspection", f"this machine has no memory for a pass: {explain_error(error)}")
+        elif all(finding.code != "step_failed" for finding in findings):
+            findings.error("step_failed", f"a step ends with {type(error).__name__}: {explain_error(error)}")
 
 
 # The text.
@@ -161,10 +174,17 @@ def describe_batch(seen: Inspection, batch: SampledBatch) -> list[str]:
         )
         lines.append(f"  {sampled.example.id}: {listed}: {shorten_text(learned, _SHOWN_TEXT)!r}")
         for medium in sampled.media:
-            times = f" at {', '.join(f'{time:.2f}' for time in medium.times)} s" if medium.times else ""
             height, width = medium.original_size
-            lines.append(f"    {medium.kind} of {width} x {height}, {len(medium.frames)} frames{times}")
+            lines.append(f"    {medium.kind} of {width} x {height}{describe_frames(medium)}")
     return lines
+
+
+def describe_frames(medium: VisualInput) -> str:
+    """How many frames of a clip the model is given, and when they are shown; of an image, how many views."""
+    number = len(medium.frames)
+    if medium.kind == "image":
+        return f", {number} views" if number > 1 else ""
+    return f", {number} frames at {', '.join(f'{time:.2f}' for time in medium.times)} s"
 
 
 def describe_passes(passes: Passes) -> list[str]:

@@ -33,6 +33,7 @@ _MOST_FAST = 3e12
 _ABOVE_CHANCE = 0.5
 """How much more than that of a uniform guess the loss of text may be before the tokenizer is taken for another's."""
 _NAMED = 6
+_TRIED = 8
 _TEXT_TOKENS = 2048
 
 
@@ -131,41 +132,39 @@ def make_passes(run: InspectedRun, sampled: Sequence[SampledExample], fast: bool
 
 
 def choose_examples(run: InspectedRun, sampled: Sequence[SampledExample]) -> list[Example]:
-    """Examples to make passes with: two of each kind of media, with different media, and one of text alone."""
+    """Examples to make passes with: two of each kind of media, with other media of the same shapes, and one of text."""
     chosen: list[Example] = []
-    dataset, documents = run.dataset, run.documents
     kinds: tuple[MediaKind, ...] = ("image", "video")
     for kind in kinds:
         of_kind = [s.example for s in sampled if any(medium.kind == kind for medium in s.media)]
-        if len(of_kind) == 1 and documents is not None and dataset is documents:
-            of_kind += _find_another(run, of_kind[0], kind)
-        distinct: list[Example] = []
-        for example in of_kind:
-            if not any(_same_media(example, other) for other in distinct):
-                distinct.append(example)
-        chosen += (distinct if len(distinct) > 1 else of_kind)[:_OF_EACH_KIND]
+        if not of_kind:
+            continue
+        first, *others = of_kind
+        # The other is to have as many tokens, so that each can take the place of the other's.
+        others = [other for other in others if _is_other(other, first)] or _find_another(run, first, kind)
+        chosen += [first, *others][:_OF_EACH_KIND]
     texts = [s.example for s in sampled if not s.media]
     chosen += texts[: 1 if chosen else _OF_EACH_KIND]
     return list({id(example): example for example in chosen}.values())
 
 
 def _find_another(run: InspectedRun, example: Example, kind: MediaKind) -> list[Example]:
-    """An example with another medium of a kind."""
+    """Another example with media like those of one, of a kind; none if a few that are tried have none."""
     documents = run.documents
     assert documents is not None
     having = count_media(documents.records)[0 if kind == "image" else 1].nonzero()[0]  # (samples,)
-    for i in having[:_NAMED].tolist():
+    for i in having[:: max(len(having) // _TRIED, 1)][:_TRIED].tolist():
         if documents.records[i].id != example.id:
             other = documents[i]
-            if isinstance(other, Example):
+            if isinstance(other, Example) and _is_other(other, example):
                 return [other]
     return []
 
 
-def _same_media(a: Example, b: Example) -> bool:
-    return len(a.media) == len(b.media) and all(
-        x.frames.shape == y.frames.shape and bool(torch.equal(x.frames, y.frames))
-        for x, y in zip(a.media, b.media, strict=True)
+def _is_other(a: Example, b: Example) -> bool:
+    """Whether two examples have media of the same shapes that are not the same."""
+    return [m.frames.shape for m in a.media] == [m.frames.shape for m in b.media] and not all(
+        bool(torch.equal(x.frames, y.frames)) for x, y in zip(a.media, b.media, strict=True)
     )
 
 
@@ -430,6 +429,12 @@ def check_streams(passes: Passes, findings: Findings) -> None:
         # Exactly zero: what is not connected gives the very same numbers.
         if probe.moved == 0:
             dead.setdefault((probe.kind, probe.stream), []).append(probe.change)
+    if (kinds := {p.kind for p in passes.probes} - {p.kind for p in passes.probes if p.change != "zeros"}) and not dead:
+        findings.note(
+            "inspection",
+            f"no two samples with other media of the same length were found ({', '.join(sorted(kinds))}): whether "
+            "features say anything of the pixels was not looked at",
+        )
     for (kind, stream), changes in dead.items():
         name = stream if stream.startswith("the whole") else f"the {stream} stream of a {kind}"
         what = " and ".join(f"to {change}" for change in changes)

@@ -84,24 +84,30 @@ class TrainingData(TrainerCallback):
     _resumed: DataPosition | None = None
     _restarts_epoch: bool = False  # because the data are others than the checkpoint's
 
-    def build_loader(self, collate: Callable[..., Any]) -> DataLoader:
-        """This rank's batches; accelerate neither shards nor pads them."""
+    def build_batches(self) -> RankBatchSampler:
+        """This rank's batches, as indices of samples."""
         args = self.args
-        # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
         self.batches = RankBatchSampler(
-            build_order(self.dataset, self.args),
+            build_order(self.dataset, args),
             units_of_batch(args),
             args.gradient_accumulation_steps,
             args.world_size,
             args.process_index,
         )
+        return self.batches
+
+    def build_loader(self, collate: Callable[..., Any]) -> DataLoader:
+        """This rank's batches; accelerate neither shards nor pads them."""
+        args = self.args
+        # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
+        batches = self.build_batches()
         # Without it the workers of all ranks would draw the same random numbers.
         start_worker = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         return TrainingLoader(
             self.dataset,
             worker_init_fn=start_worker,
             persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
-            **loading_options(args, self.batches, collate),
+            **loading_options(args, batches, collate),
         )
 
     def _order(self) -> DataOrder:

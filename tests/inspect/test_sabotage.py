@@ -121,6 +121,42 @@ def test_3_the_fast_stream_is_disconnected(look, monkeypatch, part, change: str)
     assert "warning: no_gradient: all 27 tensors of vision_resampler.fast " in result[1], result[1]
 
 
+class HasUnused(TokenPacker):
+    """A resampler of somebody's own with a layer that it does not use."""
+
+    def __init__(self, vision, hidden_size: int) -> None:
+        super().__init__(vision, hidden_size)
+        self.forgotten = torch.nn.Linear(2, 2)
+
+
+class Fails(TokenPacker):
+    """A resampler of somebody's own that cannot compute."""
+
+    def resample(self, features: Tensor, kind: MediaKind) -> Tensor:
+        return features @ features.new_ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "sentences"),
+    [
+        (HasUnused, ("no_gradient: 2 of ", "vision_resampler.forgotten.bias", "use them in the model's forward")),
+        (Fails, ("step_failed: a step ends with RuntimeError: ",)),
+    ],
+)
+def test_a_part_that_cannot_learn(look, monkeypatch, part, sentences: tuple[str, ...]) -> None:
+    monkeypatch.setitem(RESAMPLER_SETTINGS._parts, "forgetful", Settings)
+    monkeypatch.setitem(RESAMPLERS._parts, "forgetful", part)
+    expect(look(mm_resampler_type="forgetful"), *sentences)
+
+
+def test_a_caption_before_its_clip_learns_nothing_of_it(look, media_dir) -> None:
+    path = media_dir / "behind.json"
+    samples = [{"id": n, "video": n, "conversations": turns("", f"{ITALIAN[0]} <video>")} for n in ("a.mp4", "b.mp4")]
+    path.write_text(json.dumps(samples))
+    result = look(data_path=path)
+    expect(result, "media_behind_text: 2 of 2 samples", "put <image> or <video> before the text")
+
+
 def test_4_the_context_is_too_small_for_a_clip(look) -> None:
     expect(look(model_max_length=30), "refused: ", "a video of 3 frames takes", "raise --model_max_length")
 
