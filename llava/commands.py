@@ -274,7 +274,7 @@ OTHER_NAMES = _names(
     "image_folder images",
     "video_folder videos video_dir",
     "num_processes workers processes",
-    "overwrite overwrite_output_dir force",
+    "overwrite overwrite_output_dir",
     "limit max_samples",
 )
 """Flags with one meaning that commands have under several names: where a command has one of them, it takes all."""

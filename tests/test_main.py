@@ -239,6 +239,13 @@ def test_what_is_called_otherwise_elsewhere_is_named(line: str, meant: str, caps
     assert capsys.readouterr().err == f"error: unknown flag {flag}; did you mean {meant}?\n"
 
 
+def test_force_never_comes_to_mean_that_a_run_is_removed() -> None:
+    # In `llava alternating` it is about the kind of attention, in `llava init-recipe` about a file.
+    assert "--force" not in OTHER_NAMES
+    with pytest.raises(CommandLineError, match="unknown flag --force"):
+        parse_values(["--force", "--model", "m", "--data", "d", "--out", "o"])
+
+
 def test_training_takes_them_too(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\nlearning-rate: 0.5\n")

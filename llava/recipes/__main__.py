@@ -38,7 +38,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--output", metavar="FILE", help="a .yaml file, or a folder to put it in (default: NAME.yaml, here)"
     )
-    parser.add_argument("--force", action="store_true", help="replace what is there already")
+    parser.add_argument("--force", "--overwrite", action="store_true", help="replace what is there already")
     return parser
 
 
@@ -121,7 +121,11 @@ def next_steps(target: Path, model: str | None) -> str:
             f"make the model: llava init --model_path {target.parent / model} --tokenizer output/tokenizer "
             "--output_dir output/fresh",
         ]
-    steps += ["look at the data: llava check DATA", f"train: llava train --config {target}"]
+    steps += [
+        "look at the data: llava check DATA",
+        f"look at the run: llava inspect --config {target}",
+        f"train: llava train --config {target}",
+    ]
     return "\n".join(["next:", *(f"  {number}. {step}" for number, step in enumerate(steps, 1))])
 
 
