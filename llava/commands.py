@@ -214,6 +214,10 @@ COMMANDS = (
         ("",),
     ),
     Command(
+        "pictures", "llava.inspect.pictures", SHELL, "draw the pictures of the documents, and the losses of a run",
+        ("docs/pictures", "pictures --run output/run"),
+    ),
+    Command(
         "completion", "llava.completion", SHELL, "completion of commands, flags, values and files by TAB",
         ("bash", "zsh", "fish"),
     ),

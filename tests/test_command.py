@@ -162,6 +162,7 @@ COMMANDS = (
     "inspect",
     "inspect.commands",
     "inspect.flags",
+    "inspect.pictures",
     "inspect.models",
     "model.convert",
     "model.export",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import runpy
@@ -12,10 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.commands import find_command
+from llava.command import find_parser, started_as
+from llava.commands import COMMANDS, find_command, load_start
 from llava.data.localized_narratives.__main__ import build_parser as narratives_parser
 from llava.data.records import read_records
 from llava.eval.babylm.__main__ import parse_arguments as babylm_arguments
+from llava.inspect import pictures
 from llava.inspect.__main__ import build_parser as inspecting_parser
 from llava.model.merge_lora import build_parser as merge_parser
 from llava.serve.cli import build_parser
@@ -50,8 +54,32 @@ def spell_out(line: str) -> str:
 
 def words_after(command: str, module: str) -> list[str]:
     words = shlex.split(command, comments=True)
-    words = [word for word in words[words.index(module) + 1 :] if word != "..."]
+    words = [word for word in words[words.index(module) + 1 :] if word not in ("...", "&")]
     return [word.replace("my_run.yaml", "italian_video.yaml") for word in words]  # A copy of one of the recipes.
+
+
+def modules_that_are_started() -> list[tuple[str, str]]:
+    """Each module behind ``python -m``, with its command line, of those that no other test here reads."""
+    read = ("train.train", "train.train_mem", "train.launch", "inspect", "data.feature_cache", "eval.babylm")
+    found = []
+    for command in commands():
+        for module in re.findall(r"python -m llava\.([\w.]+)", command)[:1]:
+            if module not in read:
+                found.append((f"llava.{module}", command))
+    return found
+
+
+@pytest.mark.parametrize(("module", "command"), modules_that_are_started())
+def test_other_commands_parse(module: str, command: str) -> None:
+    known = [each for each in COMMANDS if each.module == module]
+    assert known, f"python -m {module} is none of the commands"
+    with started_as(known[0].program, known[0].name):
+        parser = find_parser(load_start(known[0]), [])
+    words = words_after(re.split(r" (?:&&|>|\|) ", command)[0], module)
+    if module == "llava.train.alternating":
+        parser.parse_known_args(words)
+    else:
+        parser.parse_args(words)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "-m llava.train.train" in c])
@@ -112,6 +140,58 @@ def test_make_targets_exist(command: str) -> None:
 def test_scripts_exist(command: str) -> None:
     for path in re.findall(r"(?:scripts_italian/\w+\.py|\w+\.sh)\b", command):
         assert path in OF_BABYLM or (ROOT / path).is_file(), path
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and MkDocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", re.sub(r"```.*?```", "", document.read_text(), flags=re.S)):
+        name, _, anchor = target.partition("#")
+        place = (document.parent / name).resolve() if name else document
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", place.read_text(), re.M)
+            assert anchor in map(slug, headings), target
+
+
+def test_the_index_has_every_page_and_picture() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"({page}" not in index} == set()
+    pictures = sorted((ROOT / "docs" / "pictures").glob("*.png"))
+    assert [picture.name for picture in pictures if f"(pictures/{picture.name})" not in index] == []
+    assert all(picture.stat().st_size < 100_000 for picture in pictures)
+
+
+def test_pictures_are_drawn_by_a_command(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"vocab_size": 100}')
+    log = [{"step": 1, "loss": 4.6}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert pictures.main([str(tmp_path / "drawn"), "--run", str(run)]) == 0
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    for name in pictures.PICTURES:  # None of these depends on the machine, but for its version of the font.
+        with (
+            Image.open(tmp_path / "drawn" / f"{name}.png") as new,
+            Image.open(ROOT / "docs/pictures" / f"{name}.png") as old,
+        ):
+            assert new.size == old.size, "run python -m llava.inspect.pictures docs/pictures"
+    assert pictures.main([str(tmp_path / "drawn"), "--run", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_of_the_documents_compiles_and_finds_what_it_imports(document: Path) -> None:
+    for block in blocks(document, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def test_readme_sample_reads(tmp_path: Path) -> None:
