@@ -87,7 +87,7 @@ def test_every_quoted_message_is_given(
     start(good, model_max_length=40)
     start(data("long", {"conversations": turns("", " ".join(ITALIAN * 3))}), sees=False, model_max_length=20)
     broken = data("broken", clip, {"id": "bad", "video": "cut.mp4", "conversations": turns("<video>", "x")})
-    said.run(lambda: check.main([str(broken), "--workers", "0"]))
+    said.run(lambda: check.main([str(broken), "--workers", "0", "--decode_timeout", "0"]))
 
     said.run(lambda: main(words(good, "run")))
     start(good, "run")
