@@ -216,17 +216,24 @@ _MOST_DOTS = 40
 _SVG_WIDTH, _SVG_HEIGHT, _SVG_LEFT, _SVG_RIGHT, _SVG_TOP, _SVG_BOTTOM = 480, 270, 58, 12, 10, 42
 
 
-def draw_svg(lines: Sequence[Line], title: str, x_label: str, log_y: bool = False) -> Markup:
+def draw_svg(
+    lines: Sequence[Line],
+    title: str,
+    x_label: str,
+    log_y: bool = False,
+    y_limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Markup:
     """Lines over one axis as SVG, with a legend; a value that is no number leaves a gap.
 
     Args:
         log_y: a logarithmic y axis, where all values are above 0.
+        y_limits: as for ``draw_chart``.
     """
     points = [p for line in lines for p in line.points if math.isfinite(p.y)]
     if not points:
         return tag("div", tag("h3", title), paragraph("nothing yet", faint=True))
     across = Axis.around([p.x for p in points], False)
-    up = Axis.around([p.y for p in points], log_y and min(p.y for p in points) > 0)
+    up = Axis.around([p.y for p in points], log_y and min(p.y for p in points) > 0, y_limits)
     right, low = _SVG_WIDTH - _SVG_RIGHT, _SVG_HEIGHT - _SVG_BOTTOM
     drawn = []
     for tick in up.ticks:
@@ -250,10 +257,14 @@ def draw_svg(lines: Sequence[Line], title: str, x_label: str, log_y: bool = Fals
             for p in _thin(line.points)
         ]
         drawn += _draw_line(places, colour)
-        newest = next((f": {p.y:.4g}" for p in reversed(line.points) if math.isfinite(p.y)), "")
+        newest = next((f": {_name_value(p.y)}" for p in reversed(line.points) if math.isfinite(p.y)), "")
         keys.append(tag("span", line.name, newest, class_="key", style=f"--colour:{colour}"))
     picture = tag("svg", *drawn, viewBox=f"0 0 {_SVG_WIDTH} {_SVG_HEIGHT}", role="img", aria_label=title)
     return tag("div", tag("h3", title), picture, tag("div", *keys, class_="keys faint"))
+
+
+def _name_value(value: float) -> str:
+    return short_number(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _draw_line(places: Sequence[tuple[float, float, Point] | None], colour: str) -> list[Markup]:

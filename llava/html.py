@@ -29,7 +29,8 @@ body { margin: 0 auto; max-width: 1280px; padding: 16px 24px 48px; color: #20212
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.6em; line-height: 1.25; margin: .4em 0 } h2 { font-size: 1.25em; margin: 2em 0 .6em;
   border-bottom: 1px solid #dedcd6; padding-bottom: .2em } h3 { font-size: 1.05em; margin: 1.2em 0 .4em }
-nav a { margin-right: 1.1em; color: #1a56b0 } p { margin: .5em 0; max-width: 75em } .faint { color: #5f6368 }
+nav a { display: inline-block; margin-right: 1.1em; color: #1a56b0 }
+p { margin: .5em 0; max-width: 75em } .faint { color: #5f6368 }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: .6em 0; overflow-wrap: normal }
 th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e9e7e1 }
 th { color: #5f6368; font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums }

@@ -144,6 +144,11 @@ def build_group(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in group.__dataclass_fields__ if name in values})  # type: ignore[attr-defined]
 
 
+def read_variables(names: Sequence[str]) -> dict[str, str]:
+    """Those of some variables of the environment that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def read_array_task() -> tuple[int, int] | None:
     """Which task of how many this process is in a Slurm array, counted from 0; None outside of one."""
     number, first, count = (

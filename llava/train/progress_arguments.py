@@ -118,6 +118,11 @@ class SampleArguments:
 class ProgressArguments(ScoringArguments, SampleArguments, CardArguments):
     """All of these groups."""
 
+    # --- report of the run ---
+    run_report: bool = True
+    """Write report.html in --output_dir while the run goes on and at its end: losses, rates, gradients, scores,
+    samples, command and versions on one page (default true)."""
+
     def check_progress(self) -> None:
         """Check each group; a ValueError names the flag."""
         self.check_scoring()

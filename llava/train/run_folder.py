@@ -27,6 +27,8 @@ from llava.train.distributed import broadcast_from_rank0
 from llava.train.exposure_log import EXPOSURE_FILE
 from llava.train.nan_check import BAD_STEP_RUN
 from llava.train.run_lock import release_lock, take_lock
+from llava.train.run_report import RUN_REPORT
+from llava.train.run_starts import RUN_STARTS
 from llava.train.samples import SAMPLES_FILE, SAMPLES_FOLDER
 from llava.train.score_table import SCORE_FILES
 
@@ -34,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
 _RUN_FILES = (
-    *_WEIGHTS, *SCORE_FILES, BAD_SAMPLES_FILE, EXPOSURE_FILE, "config.json", "generation_config.json",
-    "adapter_config.json", "non_lora_trainables.*", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
-    "chat_template.jinja", "training_args.bin",
+    *_WEIGHTS, *SCORE_FILES, BAD_SAMPLES_FILE, EXPOSURE_FILE, RUN_REPORT, RUN_STARTS, "config.json",
+    "generation_config.json", "adapter_config.json", "non_lora_trainables.*", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "spiece.model", "chat_template.jinja", "training_args.bin",
 )  # fmt: skip
 # A run's marks come last: whoever is ended in between finds, the next time, that a run lay here.
 _MARKS = (TRAINER_STATE_NAME, RUN_IDENTITY)

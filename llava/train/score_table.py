@@ -107,14 +107,14 @@ class ScoreTable:
 
     def check(self) -> None:
         """A ValueError where a file of the tables' names is none that a run has written."""
-        self._read_all()
+        self.read_all()
 
     def begin(self, step: int) -> None:
         """Take up the tables of a run that goes on behind a step: what was scored later will be scored again.
 
         At step 0 nothing is kept.
         """
-        rows, groups, checks = self._read_all()
+        rows, groups, checks = self.read_all()
         self.rows = [row for row in rows if row.step <= step and step]
         # These are written first: without the row of their task, the process ended between the two.
         known = {(row.step, row.task) for row in self.rows}
@@ -156,7 +156,7 @@ class ScoreTable:
             raise
         return row
 
-    def _read_all(self) -> tuple[list[ScoreRow], list[GroupRow], list[BlindRow]]:
+    def read_all(self) -> tuple[list[ScoreRow], list[GroupRow], list[BlindRow]]:
         groups, checks = _read(self.folder / SCORE_GROUPS, GroupRow), _read(self.folder / BLIND_CHECKS, BlindRow)
         return _read(self.folder / SCORES, ScoreRow), groups, checks
 

@@ -73,6 +73,7 @@ from llava.train.preemption import PREEMPTED, Preempted
 from llava.train.report import check_and_report, report_words
 from llava.train.run_folder import take_folder, taking_folder
 from llava.train.run_lock import release_lock
+from llava.train.run_report import add_report, reporting
 from llava.train.samples import add_samples, plan_samples
 from llava.train.score_plan import plan_scores
 from llava.train.scoring import add_scoring
@@ -123,7 +124,8 @@ def train(trainer: LlavaTrainer) -> None:
     try:
         take_folder(trainer.args)
         if not take_finished(trainer):
-            run(trainer)
+            with reporting(trainer):
+                run(trainer)
         trainer.checkpoints.send_model()
     finally:
         release_lock(str(trainer.args.output_dir))
@@ -208,6 +210,7 @@ def build_trainer(
             add_scoring(trainer, score_plan)
         if samples is not None:
             add_samples(trainer, samples)
+        add_report(trainer, argv, (model_args, data_args, training_args))
     return trainer
 
 

@@ -120,4 +120,4 @@ def test_a_step_is_no_part_of_a_trial(argv, tmp_path: Path, monkeypatch: pytest.
     seen = []
     monkeypatch.setattr(LlavaTrainer, "_run_epoch", lambda self, **_: seen.append(sorted((tmp_path / "out").iterdir())))
     main([*argv, "--save_strategy", "no"])
-    assert seen == [[tmp_path / "out" / "run.lock"]]
+    assert seen == [[tmp_path / "out" / name for name in ("run.lock", "run_starts.jsonl")]]
