@@ -160,12 +160,12 @@ class FeatureLog(TrainerCallback):
             return
         try:
             self.features.cache.add(f"fill-{uuid.uuid4().hex}", kept, self.features.keys.contexts)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # A full disk, or a folder that was removed and cannot be made again.
             # What is there stays, and training has all that it needs.
             self.features.fills = False
             logger.warning(
                 "%s %s: cannot be written (%s): training goes on, and adds nothing more to it",
-                FLAG, self.features.cache.folder, error.strerror or error,
+                FLAG, self.features.cache.folder, error,
             )  # fmt: skip
 
     def _gather(self) -> None:
