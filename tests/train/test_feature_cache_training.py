@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.eval.run import evaluate, parse_arguments
 from llava.serve.cli import main as serve
+from llava.train.feature_cache import FeatureLog
 from llava.train.replay import main as replay
 from llava.train.train import main
 
@@ -245,3 +246,17 @@ def test_two_ranks_fill_a_cache_and_read_it(
     line = json.loads((tmp_path / "read" / "trainer_state.json").read_text())["log_history"][-1]
     samples = line["train_samples_per_second"] / line["train_steps_per_second"] * 4
     assert samples == pytest.approx(14, rel=1e-2)
+
+
+def test_a_cache_that_cannot_be_written_ends_the_filling_alone(run, live: Path, tmp_path: Path, caplog) -> None:
+    def take_away(self, *args, **kwargs) -> None:
+        shutil.rmtree(self.features.cache.folder, ignore_errors=True)
+        self.features.cache.folder.touch()
+        flush(self)
+
+    flush = FeatureLog.flush
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureLog, "flush", take_away)
+        output = run(feature_cache=tmp_path / "features", feature_cache_fill=True, max_steps=2)
+    assert losses(output)[0] == losses(live)[0]
+    assert "training goes on, and adds nothing more to it" in caplog.text
