@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from llava.types import Media, MediaKind
 
 _LENGTHS_LOOKED_AT = (1000, 20_000)
 """Samples of a source whose tokens are counted: fast, and otherwise."""
-_FILES_LOOKED_AT = (8, 200)
+_FILES_LOOKED_AT = (8, 100)
 """Files of media of a source that are opened: fast, and otherwise."""
 _NUM_BINS = 12
 _MOST_CUT = 0.25
@@ -260,16 +260,25 @@ def check_unread(
     if isinstance(documents.records, Mixture):
         for note in describe_notes(documents.records):
             findings.note("media_unread", note)
-    if documents.vision is None or any(source.media for source in facts):
+    unread = _unread_keys(documents)
+    if documents.vision is None:
+        return
+    if any(source.media for source in facts):
+        for source in facts:
+            if not source.media and (keys := unread.get(source.label)):
+                findings.warn(
+                    "media_unread",
+                    f"{source.label}: none of its {source.samples} samples has an image or a video, and nothing reads "
+                    f"its keys {_quote(keys)}; if one of them names media, call it image or video",
+                )
         return
     found = f"not one of the {len(documents)} samples has an image or a video"
-    unread = _unread_keys(documents)
     if unread:
-        keys = ", ".join(f'"{key}"' for key in unread)
+        every = dict.fromkeys(key for keys in unread.values() for key in keys)
         findings.error(
             "media_unread",
-            f"{found}, and nothing reads the keys {keys} of the data: the model would be trained blind. Media are read "
-            'from "image", "images", "video", "videos" and from parts of turns (docs/data.md); rename the key',
+            f"{found}, and nothing reads the keys {_quote(every)} of the data: the model would be trained blind. Media "
+            'are read from "image", "images", "video", "videos" and from parts of turns (docs/data.md); rename the key',
         )
     elif asked_to_see:
         findings.error(
@@ -281,9 +290,14 @@ def check_unread(
         findings.warn("media_unread", f"{found}: the model's vision modules do not train")
 
 
-def _unread_keys(documents: SupervisedDataset) -> list[str]:
-    """Keys that nothing reads, of all data files."""
+def _unread_keys(documents: SupervisedDataset) -> dict[str, list[str]]:
+    """Keys that nothing reads, of each data file that has some."""
     if not isinstance(documents.records, Mixture):
-        return []
-    notes = [part.store.footer.notes.get("unread", {}) for part in documents.records.parts]
-    return list(dict.fromkeys(key.rpartition(".")[2] for unread in notes for key in unread))
+        return {}
+    notes = {part.label: part.store.footer.notes.get("unread", {}) for part in documents.records.parts}
+    found = {label: list(dict.fromkeys(key.rpartition(".")[2] for key in unread)) for label, unread in notes.items()}
+    return {label: keys for label, keys in found.items() if keys}
+
+
+def _quote(keys: Iterable[str]) -> str:
+    return ", ".join(f'"{key}"' for key in keys)

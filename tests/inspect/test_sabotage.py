@@ -200,6 +200,14 @@ def test_6_media_under_a_key_that_nobody_reads(look, write_clips) -> None:
     )
 
 
+def test_6_one_file_of_several_has_its_media_under_another_key(look, write_clips, mixed_data) -> None:
+    other = write_clips("riferimento", "00017")
+    status, text = look("--fast", "--data_path", str(mixed_data), str(other), data_path=None)
+    assert status == 0, text
+    assert f"warning: media_unread: {other}: none of its 5 samples has an image or a video" in text
+    assert 'its keys "riferimento"' in text
+
+
 @pytest.fixture(scope="session")
 def trained_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny GPT-2, which has learned the Italian sentences."""
