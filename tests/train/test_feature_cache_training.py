@@ -242,7 +242,7 @@ def test_two_ranks_fill_a_cache_and_read_it(
     assert losses(tmp_path / "filled") == losses(tmp_path / "read") == pytest.approx(losses(live), abs=1e-5)
     # Of both ranks together: six media of seven samples, in two epochs of two steps.
     counts = [[history(tmp_path / name)[-1][f"feature_{kind}"] for kind in ("hits", "misses")] for name in runs]
-    assert counts == [[6, 6], [12, 0]]
+    assert (sum(counts[0]), counts[1]) == (12, [12, 0])  # A rank may ask for what the other is about to write.
     line = json.loads((tmp_path / "read" / "trainer_state.json").read_text())["log_history"][-1]
     samples = line["train_samples_per_second"] / line["train_steps_per_second"] * 4
     assert samples == pytest.approx(14, rel=1e-2)
