@@ -18,7 +18,7 @@ NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_ba
 # Tests start hundreds of processes, and both jobs have files of tests in common: what one has compiled, all read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-newest demo picture demo-grounding test test-newest lint types docs clean
+.PHONY: help install install-newest install-web demo picture demo-grounding test test-newest lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,13 @@ $(NEWEST_INSTALLED): pyproject.toml constraints.txt constraints-newest.txt
 	touch $@
 
 install-newest: $(NEWEST_INSTALLED) ## create .venv-newest, for test-newest
+
+# The page of `llava serve`: Gradio, and what its tests are driven with. It takes an older Pillow than constraints.txt.
+install-web: $(INSTALLED) ## add to .venv what the page of llava serve and its tests need
+	grep -v -E "^($$(sed -n 's/==.*//p' constraints-web.txt | paste -sd '|' -))==" constraints.txt > $(VENV)/constraints-web.txt
+	cat constraints-web.txt >> $(VENV)/constraints-web.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints-web.txt \
+		--editable '.[web]' openai playwright
 
 test-newest: $(NEWEST_INSTALLED) ## some of the tests on the newest transformers (constraints-newest.txt)
 	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(NEWEST_TESTS)

@@ -171,6 +171,17 @@ COMMANDS = (
         ),
     ),
     Command(
+        "serve", "llava.serve.web", USE,
+        "a page in the browser and an OpenAI-compatible endpoint, on this machine",
+        (
+            "output/run",
+            "output/run output/other_run --port 8000",
+            "output/run --host 0.0.0.0 --token_file token.txt",
+            "output/run --no_page",
+        ),
+        extra="web",
+    ),
+    Command(
         "demo", "llava.demo", USE, "a tiny GPT-2 learns to describe videos, from nothing, in minutes on a CPU",
         ("--output_dir demo_output", "--quick"),
     ),

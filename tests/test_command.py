@@ -170,6 +170,7 @@ COMMANDS = (
     "model.random_weights",
     "recipes",
     "serve.cli",
+    "serve.web",
     "train.alternating",
     "train.exposure",
     "train.launch",

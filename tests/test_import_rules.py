@@ -173,8 +173,14 @@ def test_nothing_imports_a_command():
 
 def test_only_the_arguments_read_the_environment():
     breaches = find_breaches(check_environment)
-    # The last reads nothing: it hands the environment on to the commands that it starts, with one folder more.
-    readers = ("llava.train.arguments:", "llava.train.command_line:", "llava.eval.study.prepare:")
+    # The last two read nothing: one tells Gradio to report to nobody, for which there is no other way, the other hands
+    # the environment on to the commands that it starts, with one folder more.
+    readers = (
+        "llava.train.arguments:",
+        "llava.train.command_line:",
+        "llava.serve.web.page:",
+        "llava.eval.study.prepare:",
+    )
     allowed = [b for b in breaches if b.startswith(readers)]
     assert allowed, "this test no longer sees what it looks for"
     assert [breach for breach in breaches if breach not in allowed] == []

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from llava.serve.generate import Answer
     from llava.types import Media
 
-BOX_COLOURS = ("#ffd400", "#00b4d8", "#ef476f", "#06d6a0", "#b388ff", "#ff8c42")
-
 
 def build_parser() -> CommandParser:
     parser = CommandParser(
@@ -116,41 +114,16 @@ def draw_answer(answer: Answer, media: Media, vision: VisionConfig) -> Image:
     """
     from PIL import Image
 
-    from llava.data.media import load_image
-    from llava.draw import draw_box, side_by_side
-    from llava.geometry import Box
+    from llava.data.media import load_image, load_media
+    from llava.draw import side_by_side
+    from llava.serve.explain import draw_boxes, restore_frames
 
     if media.kind == "image":
         frames = [Image.fromarray(load_image(media.path).numpy())]
-        shown_on = [0] * len(answer.boxes)
     else:
-        frames = _read_frames(media, vision)
-        start, end = answer.spans[0] if answer.spans else (0.0, 1.0)
-        steps = max(len(answer.boxes) - 1, 1)
-        times = [start + (end - start) * i / steps for i in range(len(answer.boxes))]
-        # Frame i of n lies at i / (n - 1), as the model was told.
-        shown_on = [round(time * (len(frames) - 1)) for time in times]
-    for i, (box, frame) in enumerate(zip(answer.boxes, shown_on, strict=True)):
-        picture = frames[frame]
-        # Corners in the wrong order are put right: here it counts where the model points, not what it scores.
-        (x1, x2), (y1, y2) = sorted((box.x1, box.x2)), sorted((box.y1, box.y2))
-        draw_box(picture, Box(x1, y1, x2, y2), BOX_COLOURS[i % len(BOX_COLOURS)], max(2, min(picture.size) // 150))
+        frames = restore_frames(load_media(media, vision), vision)
+    draw_boxes(frames, answer, media.kind)
     return side_by_side(frames)
-
-
-def _read_frames(media: Media, vision: VisionConfig) -> list[Image]:
-    """The sampled frames of a video as the model saw them, brought back to their shape; black where they were cut."""
-    from PIL import Image
-
-    from llava.data.media import load_media
-
-    video = load_media(media, vision)
-    height, width = video.original_size
-    letterbox = vision.letterbox((height, width))
-    # The square in the picture's own shape again: padding is cut off, what was cut off stays black.
-    corners = (letterbox.left, letterbox.top, letterbox.left + letterbox.width, letterbox.top + letterbox.height)
-    squares = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video.frames]
-    return [square.crop(corners).resize((width, height)) for square in squares]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llava.config import VisionConfig
 from llava.data.formats.base import encode_answer
 from llava.data.placeholders import escape_placeholders, literal_text
+from llava.draw import draw_box, draw_case, fit
+from llava.geometry import Box
 from llava.model.patch_attention import attribute_to_patches, read_attention, split_by_media
-from llava.serve.generate import Captioner, Prompt, Request
-from llava.types import VisualInput, holds_features
+from llava.serve.generate import Answer, Captioner, Prompt, Request
+from llava.types import MediaKind, VisualInput, holds_features
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +43,73 @@ def _labels(item: VisualInput) -> list[str]:
     if item.kind == "video":
         return [f"{time:.2f} s" for time in item.times]
     return ["picture", *(f"tile {number}" for number in range(1, len(item.frames)))]
+
+
+# Where an answer points.
+
+BOX_COLOURS = ("#ffd400", "#00b4d8", "#ef476f", "#06d6a0", "#b388ff", "#ff8c42")
+_PICTURE_SIDE, _FRAME_SIDE = 640, 220
+"""Pixels of a side where places are drawn: of an image, and of each frame of a video, four of which stand in a row."""
+
+
+def restore_frames(item: VisualInput, vision: VisionConfig, largest: int | None = None) -> list[Image]:
+    """The frames that the model saw, brought back to their shape; black where they were cut.
+
+    Args:
+        item: an image, of which one in tiles is shown as a whole, or a video.
+        vision: of the model.
+        largest: most pixels of a side.
+    """
+    from PIL import Image
+
+    height, width = item.original_size
+    scale = min(1.0, (largest or max(height, width)) / max(height, width))
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    if item.kind == "image" and vision.anyres is not None:
+        # The first view is the whole picture, stretched to the square.
+        return [Image.fromarray(item.frames[0].permute(1, 2, 0).numpy()).resize(size)]
+    letterbox = vision.letterbox((height, width))
+    # The square in the picture's own shape again: padding is cut off, what was cut off stays black.
+    corners = (letterbox.left, letterbox.top, letterbox.left + letterbox.width, letterbox.top + letterbox.height)
+    squares = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in item.frames]
+    return [square.crop(corners).resize(size) for square in squares]
+
+
+def draw_boxes(frames: Sequence[Image], answer: Answer, kind: MediaKind) -> None:
+    """Draw the boxes of an answer into an image, or into the sampled frames of a video.
+
+    The boxes of a video are taken as a tube: evenly spaced in time over the answer's first span, or over the clip if
+    it has none; each is drawn on the frame that is nearest in time.
+    """
+    shown_on = [0] * len(answer.boxes)
+    if kind == "video":
+        start, end = answer.spans[0] if answer.spans else (0.0, 1.0)
+        steps = max(len(answer.boxes) - 1, 1)
+        times = [start + (end - start) * i / steps for i in range(len(answer.boxes))]
+        # Frame i of n lies at i / (n - 1), as the model was told.
+        shown_on = [round(time * (len(frames) - 1)) for time in times]
+    for i, (box, frame) in enumerate(zip(answer.boxes, shown_on, strict=True)):
+        picture = frames[frame]
+        # Corners in the wrong order are put right: here it counts where the model points, not what it scores.
+        (x1, x2), (y1, y2) = sorted((box.x1, box.x2)), sorted((box.y1, box.y2))
+        draw_box(picture, Box(x1, y1, x2, y2), BOX_COLOURS[i % len(BOX_COLOURS)], max(2, min(picture.size) // 150))
+
+
+def draw_places(answer: Answer, item: VisualInput, vision: VisionConfig) -> Image | None:
+    """A picture of the boxes and spans of an answer; None where it tells none.
+
+    Args:
+        answer: that speaks of it.
+        item: the last image or video of the question, of which answers speak.
+        vision: of the model.
+    """
+    if not (answer.boxes or answer.spans):
+        return None
+    # As large as they are shown, before boxes are drawn: lines would vanish where frames are made smaller behind them.
+    side = _PICTURE_SIDE if item.kind == "image" else _FRAME_SIDE
+    frames = [fit(frame, side, side) for frame in restore_frames(item, vision, _PICTURE_SIDE)]
+    draw_boxes(frames, answer, item.kind)
+    return frames[0] if item.kind == "image" else draw_case(frames, answer=answer.spans)
 
 
 # Where it looked.

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from llava.geometry import Box, TimeSpan
-from llava.serve.cli import BOX_COLOURS, draw_answer
+from llava.serve.cli import draw_answer
+from llava.serve.explain import BOX_COLOURS
 from llava.serve.generate import Answer
 from llava.types import Media
 

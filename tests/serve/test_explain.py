@@ -7,13 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 from test_web_engine import make_captioner
 
 from llava.data.video import open_video
 from llava.eval.likelihood import Candidate, Choice, LikelihoodScorer
+from llava.geometry import Box, TimeSpan
 from llava.model.loading import LoadedModel
-from llava.serve.explain import draw_heat_maps, heat_maps, look_again, perplexity, score_sentence, shown_frames
-from llava.serve.generate import Captioner, Request
+from llava.serve.explain import (
+    BOX_COLOURS,
+    draw_heat_maps,
+    draw_places,
+    heat_maps,
+    look_again,
+    perplexity,
+    score_sentence,
+    shown_frames,
+)
+from llava.serve.generate import Answer, Captioner, Request
 from llava.types import Media
 
 SENTENCE = "Una ragazza con un maglione giallo"
@@ -96,3 +107,18 @@ def test_a_sentence_without_a_picture_and_what_cannot_be_scored(captioner: Capti
         score_sentence(captioner, Request(), "a <im_patch>")
     with pytest.raises(ValueError, match="context is 512; shorten it"):
         score_sentence(captioner, Request(), "gatto " * 600)
+
+
+def test_places_are_drawn_where_they_are_shown(captioner: Captioner, media: list[Media]) -> None:
+    image, video = captioner.prompts.write(Request(media)).media
+    box, span = Box(0.25, 0.5, 0.75, 1.0), TimeSpan(0.0, 0.5)
+    assert draw_places(Answer("a"), image, captioner.vision) is None
+    drawn = np.asarray(draw_places(Answer("a", [box]), image, captioner.vision)).astype(int)
+    assert drawn.shape == (427, 640, 3)  # 90 x 60, as large as it is shown
+    yellow = (np.abs(drawn - np.array(ImageColor.getrgb(BOX_COLOURS[0]))) < 4).all(-1)
+    rows, columns = yellow.nonzero()
+    assert (rows.min(), columns.min(), columns.max()) == pytest.approx((213, 160, 479), abs=2)
+    frames = np.asarray(draw_places(Answer("a", [box, box], [span]), video, captioner.vision)).astype(int)
+    yellow = (np.abs(frames - np.array(ImageColor.getrgb(BOX_COLOURS[0]))) < 8).all(-1)
+    assert yellow[:, 20:240].sum() > 300, "the first box lies on the first frame"
+    assert yellow[:, 250:].sum() == 0

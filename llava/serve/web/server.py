@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava.command import errors_of_users
 from llava.serve.web.endpoint import Endpoint
 from llava.serve.web.engine import Engine
 from llava.serve.web.guard import LEAST_TOKEN, LOOPBACK, App, Guard
@@ -114,7 +117,7 @@ class RunningServer:
             self._socket.close()
 
 
-def build_server(app: App) -> Server:
+def build_server(app: App | None) -> Server:
     """uvicorn for an application; it writes no log of its own, as the guard's has what may be written."""
     try:
         from uvicorn import Config, Server
@@ -122,11 +125,33 @@ def build_server(app: App) -> Server:
         raise ValueError(f"serving needs fastapi and uvicorn: {INSTALL}") from error
     # Its lines have queries in them.
     logging.getLogger("uvicorn.access").disabled = True
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     settings: Mapping[str, Any] = {
         "log_config": None, "access_log": False, "server_header": False, "timeout_graceful_shutdown": 3,
         "proxy_headers": False, "ws": "none", "lifespan": "on",
     }  # fmt: skip
     return Server(Config(app, **settings))
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Whether a line is not of a connection that was open when the server was told to stop, as every page holds one."""
+    is_cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_cancelled and not record.getMessage().rstrip().endswith("asyncio.exceptions.CancelledError")
+
+
+def share(port: int) -> str:
+    """A public address of this machine's port, through Gradio's servers, for as long as the process lives.
+
+    Raises:
+        ValueError: there is none to be had.
+    """
+    from gradio.networking import setup_tunnel
+
+    try:
+        return str(setup_tunnel(LOOPBACK[0], port, secrets.token_urlsafe(32), None, None))
+    # Gradio asks its server for one with a library of its own choice, and turns some errors into RuntimeErrors.
+    except errors_of_users() as error:
+        raise ValueError(f"--share: Gradio gives no public address: {error}") from error
 
 
 def address_of(listening: socket.socket) -> str:
