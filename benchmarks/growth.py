@@ -8,6 +8,9 @@
   1 to 8 rows of 384 tokens, and for rows of 256 to 2,048 tokens, with attention by sdpa and eager, with dropout
   0.1 and without, and with ``--fused_gelu``.
 
+The rows are measured twice: with memory as glibc gives it (``rows, freed memory returned``), and as a run of this
+library on a CPU does, which keeps what was freed (``llava.train.memory``).
+
 Layers are alike, so few of them tell how the cost grows. Times are CPU seconds of this process on one thread; the kinds
 alternate and the median of the repeats counts.
 """
@@ -20,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,13 @@ from train_step import QUICK, RECIPE, Sizes, build_tokenizer, build_vision, desc
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llava.model.multimodal_encoder.base import build_tower
+from llava.train.memory import keep_freed_memory
 from llava.train.parts import fuse_gelu
 
 LAYERS = 4
 FRAMES = (1, 2, 4, 8, 16)
 BATCHES, LENGTH = (1, 2, 4, 8), 384
+RETURNED = "rows, freed memory returned"
 CONTEXTS = (256, 512, 1024, 2048)
 KINDS: dict[str, dict[str, Any]] = {
     "sdpa, dropout": {"attention": "sdpa", "dropout": 0.1},
@@ -56,9 +62,8 @@ def alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 
 def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
     """CPU seconds a frame, by the number of frames."""
-    vision = build_vision(sizes, build_tokenizer(sizes))
-    vision.vision_config["num_hidden_layers"] = min(LAYERS + 1, sizes.tower_layers)
-    tower = build_tower(vision).requires_grad_(False).eval()
+    few = replace(sizes, tower_layers=min(LAYERS + 1, sizes.tower_layers))
+    tower = build_tower(build_vision(few, build_tokenizer(few))).requires_grad_(False).eval()
     found: dict[str, dict[str, float]] = {"plain": {}, "as the library": {}}
     for number in FRAMES:
         frames = torch.randint(0, 255, (number, 3, sizes.frame_side, sizes.frame_side), dtype=torch.uint8)
@@ -76,7 +81,7 @@ def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
 def build_language_model(sizes: Sizes, attention: str, dropout: float, fused: bool = False) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=sizes.vocabulary, n_positions=max(CONTEXTS), n_embd=sizes.width, n_layer=min(LAYERS, sizes.layers),
+        vocab_size=sizes.vocabulary, bos_token_id=0, eos_token_id=0, n_positions=max(CONTEXTS), n_embd=sizes.width, n_layer=min(LAYERS, sizes.layers),
         n_head=sizes.heads, attn_pdrop=dropout, attn_implementation=attention,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
@@ -85,10 +90,15 @@ def build_language_model(sizes: Sizes, attention: str, dropout: float, fused: bo
     return model
 
 
-def measure_language_model(sizes: Sizes, repeats: int, bf16: bool) -> dict[str, dict[str, dict[str, float]]]:
+def measure_language_model(
+    sizes: Sizes, repeats: int, bf16: bool, is_kept: bool
+) -> dict[str, dict[str, dict[str, float]]]:
     """CPU microseconds a token, by the number of rows and by their length."""
     models = {name: build_language_model(sizes, **kind) for name, kind in KINDS.items()}
-    shapes = {"rows": [(rows, LENGTH) for rows in BATCHES], "length": [(1, length) for length in CONTEXTS]}
+    by_rows = [(rows, LENGTH) for rows in BATCHES]
+    shapes = {} if is_kept else {RETURNED: by_rows}
+    if is_kept:
+        shapes = {"rows": by_rows, "length": [(1, length) for length in CONTEXTS]}
     found: dict[str, dict[str, dict[str, float]]] = {axis: {name: {} for name in KINDS} for axis in shapes}
     for axis, sized in shapes.items():
         for rows, length in sized:
@@ -102,7 +112,7 @@ def measure_language_model(sizes: Sizes, repeats: int, bf16: bool) -> dict[str, 
 
             runs = {name: lambda model=model, step=step: step(model) for name, model in models.items()}
             for name, seconds in alternate(runs, repeats).items():
-                found[axis][name][str(rows if axis == "rows" else length)] = round(1e6 * seconds / ids.numel(), 1)
+                found[axis][name][str(length if axis == "length" else rows)] = round(1e6 * seconds / ids.numel(), 1)
             print(axis, rows, length, {name: list(found[axis][name].values())[-1] for name in KINDS}, file=sys.stderr)
     return found
 
@@ -120,10 +130,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result = {
             "machine": describe_machine(),
             "tower_seconds_a_frame": measure_tower(sizes, args.repeats),
-            "language_model_microseconds_a_token": {
-                name: measure_language_model(sizes, args.repeats, name == "bf16") for name in ("fp32", "bf16")
-            },
         }
+        costs: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {}}
+        for is_kept in (False, True):
+            if is_kept:
+                keep_freed_memory()
+            for name in costs:
+                costs[name] |= measure_language_model(sizes, args.repeats, name == "bf16", is_kept)
+        result["language_model_microseconds_a_token"] = costs
     finally:
         torch.set_num_threads(threads)
     if args.output:

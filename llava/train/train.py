@@ -66,7 +66,7 @@ from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
 from llava.train.hub import check_model, prepare_hub
 from llava.train.identity import build_identity, is_finished
-from llava.train.memory import report_memory
+from llava.train.memory import keep_freed_memory, report_memory
 from llava.train.model_card import CardSettings
 from llava.train.parts import count_parts, set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
@@ -138,6 +138,8 @@ def run(trainer: LlavaTrainer) -> None:
     checkpoint = find_checkpoint(trainer.args)
     # From here a signal is noted and answered with a checkpoint; just before, it ended the process at once.
     with trainer.stop_request, reading_checkpoint(checkpoint):
+        if trainer.args.device.type == "cpu":
+            keep_freed_memory()
         report_memory(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_request.agreed:

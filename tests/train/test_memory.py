@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llava.train.memory import (
     count_kept,
     estimate_memory,
     find_largest_batch,
+    keep_freed_memory,
     language_model_bytes,
     report_memory,
     trying,
@@ -112,3 +114,19 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert available_memory(torch.device("cpu")) == 3000
     limit.write_text("max\n")
     assert available_memory(torch.device("cpu")) > 10**6
+
+
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *values: asked.append(values))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    for name in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    keep_freed_memory()
+    assert asked == [(-3, 2**30), (-1, 2**31 - 1)]
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    keep_freed_memory()
+    assert len(asked) == 2
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())  # a C library without it
+    keep_freed_memory()
