@@ -81,7 +81,8 @@ def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
 def build_language_model(sizes: Sizes, attention: str, dropout: float, fused: bool = False) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=sizes.vocabulary, bos_token_id=0, eos_token_id=0, n_positions=max(CONTEXTS), n_embd=sizes.width, n_layer=min(LAYERS, sizes.layers),
+        vocab_size=sizes.vocabulary, bos_token_id=0, eos_token_id=0,
+        n_positions=max(CONTEXTS), n_embd=sizes.width, n_layer=min(LAYERS, sizes.layers),
         n_head=sizes.heads, attn_pdrop=dropout, attn_implementation=attention,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
