@@ -26,7 +26,7 @@ def train_step() -> ModuleType:
 
 def test_a_quick_run_reports_every_stage(train_step: ModuleType, tmp_path: Path, capsys) -> None:
     output = tmp_path / "result.json"
-    flags = ["--full-logits", "--checkpointing", "--eager", "--kernels", "--plain-tower"]
+    flags = ["--full-logits", "--checkpointing", "--eager", "--kernels", "--before"]
     train_step.main(["--quick", "--repeats", "1", *flags, "--output", str(output)])
     report = json.loads(output.read_text())
     printed = capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_a_quick_run_reports_every_stage(train_step: ModuleType, tmp_path: Path,
             "checkpointing",
             "eager",
             "kernels",
-            "plain_tower",
+            "before",
         }
         for kind in set(seconds) - {"decode"}:
             assert seconds[kind]["total"] == pytest.approx(sum(seconds[kind][s] for s in train_step.STAGES), abs=1e-3)
