@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -42,6 +41,8 @@ _MOST_FRAMES = 16
 """Frames of the clip that is tried; of longer ones more is kept in proportion."""
 _OPTIMIZER_COPIES = {"sgd": 0.0, "adafactor": 0.05, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
 """State of an optimizer in copies of what it trains, by the beginning of its name; Adam and others hold two."""
+ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+"""Variables of the environment by which a user tells glibc what to keep."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """As malloc.h of glibc has them."""
 _CGROUP_LIMIT, _CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -126,10 +127,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors on a CPU have freed for the next ones, in place of returning it to the system.
 
     From 32 MiB on each tensor is otherwise mapped anew, and the system clears all of its pages: a step of 8 rows spends
-    more time on that than a step of 4 twice over (``benchmarks/growth.py``). What the environment says of it holds.
+    a sixth of its time on that (``benchmarks/growth.py``). ``ALLOCATOR_VARIABLES`` in the environment say otherwise.
     """
-    if any(name in os.environ for name in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")):
-        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # Another system, or another C library.

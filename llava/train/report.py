@@ -119,12 +119,12 @@ def advise_on_kernels(model: LlavaMetaForCausalLM, args: TrainingArguments) -> l
     advice = []
     if not args.fused_gelu and unfused_gelus(model):
         advice.append("--fused_gelu true computes this model's activations in fewer kernels, with other last bits")
-    # On a CPU sdpa has no fused kernel with dropout, and what it takes instead is slower than eager.
+    # On a CPU sdpa has no fused kernel with dropout; in half precision what it takes instead is slower than eager.
     attention_dropout = max(
         (module.p for name, module in model.named_modules() if "attn_dropout" in name),
         default=getattr(model.config, "attention_dropout", 0.0),
     )
-    if args.device.type == "cpu" and attention_dropout and attention_of(model.config) == "sdpa":
+    if args.device.type == "cpu" and args.bf16 and attention_dropout and attention_of(model.config) == "sdpa":
         advice.append(
             f"attention drops out {attention_dropout:g} of its weights: on a CPU --attn_implementation eager does that "
             "faster than sdpa, and without it (attn_pdrop or attention_dropout 0 in config.json) sdpa is faster still"

@@ -59,14 +59,14 @@ from llava.model.transfer import load_adapter
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import find_checkpoint, is_auto, reading_checkpoint
-from llava.train.command_line import parse_arguments
+from llava.train.command_line import parse_arguments, read_variables
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
 from llava.train.hub import check_model, prepare_hub
 from llava.train.identity import build_identity, is_finished
-from llava.train.memory import keep_freed_memory, report_memory
+from llava.train.memory import ALLOCATOR_VARIABLES, keep_freed_memory, report_memory
 from llava.train.model_card import CardSettings
 from llava.train.parts import count_parts, set_up_parts
 from llava.train.preemption import PREEMPTED, Preempted
@@ -138,7 +138,7 @@ def run(trainer: LlavaTrainer) -> None:
     checkpoint = find_checkpoint(trainer.args)
     # From here a signal is noted and answered with a checkpoint; just before, it ended the process at once.
     with trainer.stop_request, reading_checkpoint(checkpoint):
-        if trainer.args.device.type == "cpu":
+        if trainer.args.device.type == "cpu" and not read_variables(ALLOCATOR_VARIABLES):
             keep_freed_memory()
         report_memory(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -11,6 +11,7 @@ import torch
 from test_training import flags
 
 from llava.train import memory
+from llava.train import train as train_module
 from llava.train.memory import (
     LargestBatch,
     available_memory,
@@ -22,7 +23,7 @@ from llava.train.memory import (
     report_memory,
     trying,
 )
-from llava.train.train import build_trainer
+from llava.train.train import build_trainer, main
 from llava.train.trainer import LlavaTrainer
 
 
@@ -116,17 +117,23 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert available_memory(torch.device("cpu")) > 10**6
 
 
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_kept_where_there_is_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda *values: asked.append(values))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
-    for name in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
     keep_freed_memory()
     assert asked == [(-3, 2**30), (-1, 2**31 - 1)]
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    keep_freed_memory()
-    assert len(asked) == 2
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())  # a C library without it
     keep_freed_memory()
+
+
+def test_what_the_environment_says_of_memory_holds(
+    gpt2_dir, tower_dir, mixed_data, tmp_path: Path, monkeypatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(train_module, "keep_freed_memory", lambda: asked.append(True))
+    for number, name in enumerate((None, "GLIBC_TUNABLES")):
+        if name is not None:
+            monkeypatch.setenv(name, "glibc.malloc.mmap_threshold=131072")
+        main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / str(number), max_steps=1))
+    assert asked == [True]

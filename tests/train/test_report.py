@@ -261,6 +261,8 @@ def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path, mo
     drops = [module for name, module in model.named_modules() if name.endswith("attn_dropout")]
     for module in drops:
         module.p = 0.25
+    assert len(advise_on_kernels(model, args)) == 1
+    args.bf16 = True
     fused, eager = advise_on_kernels(model, args)
     assert fused.startswith("--fused_gelu true")
     assert "attention drops out 0.25 of its weights: on a CPU --attn_implementation eager" in eager
@@ -269,6 +271,7 @@ def test_kernels_that_do_the_same_in_less_time_are_named(load_tiny, tmp_path, mo
     assert advise_on_kernels(model, args) == [fused]
     fuse_gelu(model)
     assert advise_on_kernels(model, args) == []
+    args.bf16 = False
     # Products are tried where they are most of a step, and are not yet chosen.
     monkeypatch.setattr(report, "onednn_gain", lambda: 2.0)
     assert advise_on_kernels(model, args) == []
