@@ -5,12 +5,17 @@ A folder that holds nothing but a ``config.json`` will do when ``--tokenizer`` n
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.command import CommandParser, check_output_folder, run_command
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def build_parser() -> CommandParser:
@@ -25,7 +30,10 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write to; must be new or empty")
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="take the tokenizer, and the ids of its special tokens, from this folder"
+        "--tokenizer",
+        metavar="DIR",
+        help="take the tokenizer, and the ids of its special tokens, from this folder; and, where config.json has no "
+        "vocab_size, the number of its tokens",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     return parser
@@ -82,9 +90,7 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     except ValueError as error:
         remedy = "" if tokenizer_path else "; or name a folder that has one with --tokenizer"
         raise ValueError(f"{error}{remedy}") from error
-    vocab_size = getattr(config, "vocab_size", None)
-    if vocab_size is None:
-        raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
+    vocab_size = find_vocabulary_size(config, model_path, len(tokenizer) if tokenizer_path else None)
     # A tokenizer of one's own brings its own special tokens, which replace those of the configuration below.
     special_ids = None if tokenizer_path else config.to_dict()
     unused = None
@@ -110,6 +116,26 @@ def create(model_path: str, output_dir: str, seed: int, tokenizer_path: str | No
     if generation.is_file() and tokenizer_path is None:
         shutil.copyfile(generation, target / generation.name)
     return model.num_parameters()
+
+
+def find_vocabulary_size(config: PretrainedConfig, model_path: str, num_tokens: int | None) -> int:
+    """The vocabulary that a configuration says; one that says none becomes as large as the tokenizer it is given.
+
+    Args:
+        config: its ``vocab_size`` is set where ``config.json`` has none, as that of ``llava/recipes/start_gpt2``.
+        model_path: the folder of that file.
+        num_tokens: of the tokenizer; None where it is the folder's own.
+
+    Raises:
+        ValueError: it is no language model's.
+    """
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None:
+        raise ValueError(f"--model_path {model_path}: {config.model_type!r} is no language model, it has no vocabulary")
+    written = json.loads(Path(model_path, "config.json").read_text(encoding="utf-8"))
+    if num_tokens is not None and "vocab_size" not in written:
+        config.vocab_size = vocab_size = num_tokens
+    return vocab_size
 
 
 if __name__ == "__main__":

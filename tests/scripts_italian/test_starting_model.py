@@ -190,3 +190,12 @@ def test_a_checkpoint_with_vision_is_refused(
     argv = ["--model_path", str(tmp_path / "vision"), "--output_dir", str(tmp_path / "out")]
     assert weights_script.main(argv) == 2
     assert "with vision" in capsys.readouterr().err
+
+
+def test_a_shape_without_a_vocabulary_takes_the_tokenizers(
+    trained_tokenizer: Path, weights_script: ModuleType, tmp_path: Path
+) -> None:
+    shape = ROOT / "llava" / "recipes" / "start_gpt2"
+    words = ["--model_path", str(shape), "--tokenizer", str(trained_tokenizer), "--output_dir", str(tmp_path / "m")]
+    assert weights_script.main(words) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "m").vocab_size == len(load_tokenizer(str(trained_tokenizer)))
