@@ -127,10 +127,11 @@ def build_server(app: App | None) -> Server:
     logging.getLogger("uvicorn.access").disabled = True
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     settings: Mapping[str, Any] = {
+        "app": app,
         "log_config": None, "access_log": False, "server_header": False, "timeout_graceful_shutdown": 3,
         "proxy_headers": False, "ws": "none", "lifespan": "on",
     }  # fmt: skip
-    return Server(Config(app, **settings))
+    return Server(Config(**settings))
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
