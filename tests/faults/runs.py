@@ -50,11 +50,12 @@ def trained_on(folder: Path, rank: int = 0) -> dict[int, list[Any]]:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The lines of the log about steps, without times."""
+    """The lines of the log about steps, without times and without what a feature cache had."""
     from llava.train.throughput import RATES
 
+    left_out = {*RATES, "feature_hits", "feature_misses"}
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{k: v for k, v in entry.items() if k not in RATES} for entry in history if "loss" in entry]
+    return [{k: v for k, v in entry.items() if k not in left_out} for entry in history if "loss" in entry]
 
 
 class ForkServer:

@@ -127,13 +127,16 @@ def test_killed_at_any_moment(server: ForkServer, flags, whole: Path, tmp_path: 
     [({"packing": "true", "model_max_length": 60}, 1), ({"max_tokens_per_batch": 60}, 2)],
     ids=["packs", "tokens on two ranks"],
 )
+@pytest.mark.parametrize("cache", [False, True], ids=["live", "filling a cache"])
 def test_killed_with_other_batches(
-    server: ForkServer, flags, tmp_path: Path, batches: dict[str, object], ranks: int
+    server: ForkServer, flags, tmp_path: Path, batches: dict[str, object], ranks: int, cache: bool
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "out"
     run = server.run if ranks == 1 else server.run_ranks
     batches = {**batches, "per_device_train_batch_size": 2 // ranks}
     assert run(flags(whole, **batches), whole) == 0, said(whole)[-2000:]
+    if cache:
+        batches |= {"feature_cache": tmp_path / "cache", "feature_cache_fill": "true"}
     moment = int(0.6 * int((whole / "moments").read_text()))
     assert run(flags(output, **batches), output, moment=moment) == -signal.SIGKILL, said(output)[-2000:]
     first = last_whole_step(output)
