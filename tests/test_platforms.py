@@ -48,12 +48,13 @@ def test_a_decoder_that_hangs_is_ended_where_pipes_cannot_be_watched(monkeypatch
     import select
 
     from llava.data import decoding as decoder_process
+    from llava.data import worker_pool
     from llava.data.decoding import FrameRequest
     from llava.data.media_files import MediaError
 
     monkeypatch.delattr(select, "poll")
     monkeypatch.setattr(
-        decoder_process, "PROGRAM", "import sys, time; print('ready', flush=True); sys.stdin.readline(); time.sleep(60)"
+        worker_pool, "_PROGRAM", "import sys, time; print('ready', flush=True); sys.stdin.readline(); time.sleep(60)"
     )
     process = decoder_process.DecoderProcess()
     start = time.monotonic()

@@ -145,7 +145,8 @@ class CheckpointWriter:
             if args.should_save:
                 self._write_state(staged)
                 write_json(staged / EXPOSURE_STATE, {"step": self.trainer.state.global_step, **exposure})
-                self._write_card(staged, folder.name, exposure)
+                if failure.message is None:  # It reads config.json, which may be cut off.
+                    self._write_card(staged, folder.name, exposure)
         with self._writing(folder):
             if args.should_save:
                 finalize(staged, folder)

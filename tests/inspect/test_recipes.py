@@ -38,7 +38,7 @@ def data_files(media_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 KINDS = {
     "baby_llama_ti": "image", "baby_llama_tim": "boxes", "demo_grounding": "boxes", "demo_video": "video",
-    "italian_video": "video",
+    "italian_video": "video", "start": "video",
 }  # fmt: skip
 """Kinds of data by the recipe; of the others it is text."""
 SMALLER = {name: FLAGS[name] for name in FLAGS if name.startswith("mm_perceiver") or name.startswith("mm_resampler_w")}
@@ -50,7 +50,7 @@ def look(gpt2_dir, tower_dir, mixed_data, tmp_path, capsys) -> Look:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda recipe: recipe.stem)
-def test_recipes_pass(look, data_files, tower_dir, recipe: Path) -> None:
+def test_recipes_pass(look, data_files, tower_dir, tmp_path, recipe: Path) -> None:
     kind = KINDS.get(recipe.stem, "text")
     # Of the test's own flags those alone that a tiny tower needs; all else is the recipe's.
     flags: dict[str, object] = dict.fromkeys((*FLAGS, "vision_tower")) | {"score_tasks": "none"}
@@ -58,6 +58,8 @@ def test_recipes_pass(look, data_files, tower_dir, recipe: Path) -> None:
         flags |= {"vision_tower": tower_dir}
     if read_yaml(recipe, "recipe").get("mm_resampler_type") == "fast_slow_resampler":
         flags |= SMALLER
+    if recipe.stem == "start":
+        flags |= {"feature_cache": tmp_path / "features"}
     if recipe.stem == "demo_grounding":  # The demo's own tokenizer has a chat template.
         flags |= {"version": "v1"}
     status, text = look(config=recipe, data_path=data_files[kind], **flags)
