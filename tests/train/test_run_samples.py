@@ -15,6 +15,8 @@ from PIL import Image
 
 from llava.serve.generate import Captioner
 from llava.train.command_line import parse_arguments
+from llava.train.run_report import RUN_REPORT
+from llava.train.run_starts import RUN_STARTS
 from llava.train.samples import SampleCallback, choose_samples, spread
 from llava.train.train import build_trainer, train
 from tests.model.test_coordinates import SAMPLES as GROUNDED
@@ -119,7 +121,8 @@ def test_drawn_tokens_are_the_same_every_time(words) -> None:
     said = []
     for name in ("drawn", "drawn-again"):
         drawn = {"num_samples": 2, "sample_temperature": 1.5, "max_steps": 1, "save_strategy": "no"}
-        train(trainer := build_trainer(words(name, **SAMPLED | drawn)))
+        train(trainer := build_trainer(words(name, **SAMPLED | drawn, run_report="false")))
+        assert not {path.name for path in Path(trainer.args.output_dir).iterdir()} & {RUN_REPORT, RUN_STARTS}
         said.append(read(Path(trainer.args.output_dir)))
     assert said[0] == said[1]
     assert len(said[0]) == 4
@@ -210,5 +213,8 @@ def test_two_ranks(words, warm_python: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    rows = read(Path(argv[argv.index("--output_dir") + 1]))
+    output = Path(argv[argv.index("--output_dir") + 1])
+    assert "<td>ranks</td><td>2</td>" in (output / "report.html").read_text()  # One page, of the first rank.
+    assert len((output / "run_starts.jsonl").read_text().splitlines()) == 1
+    rows = read(output)
     assert [(row["step"], row["id"]) for row in rows] == [(n, i) for n in (0, 2, 4, 6) for i in ("s0 <b>", "s2 <b>")]
