@@ -124,7 +124,8 @@ def _build(run: InspectedRun) -> None:
         folder = Path(str(run.training_args.output_dir))
         prepare_folder(str(folder), run.training_args.resume_from_checkpoint, False, run.sources)
     run.loaded = build_model(*arguments)
-    plan_scores(run.training_args, run.loaded.model, run.loaded.tokenizer)
+    if run.training_args.wants_scores:
+        plan_scores(run.training_args, run.loaded.model, run.loaded.tokenizer)
     run.data, run.max_length = build_data(run.loaded, run.data_args, run.training_args)
     check_and_report(run.loaded, run.data, run.max_length, *arguments)
     report_words(run.data["train_dataset"], run.training_args)

@@ -136,7 +136,6 @@ def prepare(options: BuildOptions) -> Prepared:
     if args.deepspeed and (args.bf16 or args.fp16):
         loaded.model.to(torch.bfloat16 if args.bf16 else torch.float16)
     features = set_up_features(loaded, data_args, args, options.storage)
-    assert features is not None
     length = choose_max_length(args.model_max_length, loaded.model)
     text_format = choose_format(data_args.format_name, loaded.tokenizer, loaded.model.config)
     seed = args.seed if args.data_seed is None else args.data_seed

@@ -36,14 +36,13 @@ SHARD_BYTES = 64 << 20
 
 def check_feature_cache(model_args: ModelArguments, data_args: DataArguments) -> None:
     """A ValueError for a cache that cannot be used: the tower is trained, or the folder is none."""
-    if data_args.feature_cache is None:
-        return
     if PARTS[0] in model_args.tunable_parts:
         raise ValueError(
             f"{FLAG} holds features of a frozen tower, and --mm_tunable_parts trains it ({PARTS[0]}): they would "
             f"change with every step; leave {FLAG} out"
         )
     if not data_args.feature_cache_fill:
+        assert data_args.feature_cache is not None
         FeatureCache(data_args.feature_cache, strict=data_args.feature_cache_strict)
 
 
@@ -55,15 +54,16 @@ def find_tower(
     if model_args.save_vision_tower:
         return None
     # ZeRO-3 shares out what is made while it is on, and a tower that is read later would be.
-    if data_args.feature_cache is None or args is None or is_deepspeed_zero3_enabled():
+    if args is None or is_deepspeed_zero3_enabled():
         return None
+    assert data_args.feature_cache is not None
     return TowerRecords(data_args.feature_cache)
 
 
 def set_up_features(
     loaded: LoadedModel, data_args: DataArguments, args: TrainingArguments, asked: Storage | None = None
-) -> RunFeatures | None:
-    """What a run reads from its cache; None without one.
+) -> RunFeatures:
+    """What a run with ``--feature_cache`` reads from it.
 
     Args:
         loaded: the model, with its trainable parts set.
@@ -73,8 +73,7 @@ def set_up_features(
     Raises:
         ValueError: the model does not see, the cache keeps features in another form, or the flags do not fit it.
     """
-    if data_args.feature_cache is None:
-        return None
+    assert data_args.feature_cache is not None
     if args.bf16_full_eval or args.fp16_full_eval:
         raise ValueError(f"{FLAG}: --bf16_full_eval and --fp16_full_eval run the tower otherwise; leave them out")
     tower = loaded.model.get_vision_tower()

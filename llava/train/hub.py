@@ -143,8 +143,8 @@ def _without_folders(config: Path) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False).encode()
 
 
-def prepare_hub(args: TrainingArguments) -> HubTarget | None:
-    """Make the repository that ``--push_to_hub`` names; None where nothing is sent.
+def prepare_hub(args: TrainingArguments) -> HubTarget:
+    """Make the repository that ``--push_to_hub`` names.
 
     The token leaves the arguments, which are saved beside every model, and transformers' trainer sends nothing itself:
     all of the folder, with a card of its own in place of the one that is there.
@@ -152,8 +152,6 @@ def prepare_hub(args: TrainingArguments) -> HubTarget | None:
     Raises:
         ValueError: there is no token, or the hub cannot be reached or does not allow it.
     """
-    if not (args.push_to_hub and args.do_train):
-        return None
     from huggingface_hub import HfApi, constants, get_token
 
     token = args.hub_token or get_token()
@@ -175,10 +173,8 @@ def prepare_hub(args: TrainingArguments) -> HubTarget | None:
     return HubTarget(full, token, args.hub_revision, strategy, args.hub_always_push)
 
 
-def check_model(loaded: LoadedModel, hub: HubTarget | None) -> None:
+def check_model(loaded: LoadedModel) -> None:
     """A ValueError where a model that is sent could not be loaded by anybody else."""
-    if hub is None:
-        return
     vision = loaded.vision
     if vision is not None and not vision.save_vision_tower and Path(vision.vision_tower).is_dir():
         raise ValueError(

@@ -122,15 +122,14 @@ def plan_samples(
     loaded: LoadedModel,
     max_length: int,
     features: RunFeatures | None = None,
-) -> list[WatchedSample] | None:
-    """The samples of ``--sample_every``; None where nothing is asked. Only the first rank has them.
+) -> list[WatchedSample]:
+    """The samples of ``--sample_every``. Only the first rank has them.
 
     Raises:
         ValueError: the data cannot be read, or none of it can be shown to the model.
     """
     every = args.sample_every
-    if every is None:
-        return None
+    assert every is not None
 
     def plan() -> list[WatchedSample]:
         flag, dataset = "eval_data_path", data["eval_dataset"]

@@ -115,16 +115,12 @@ class ScorePlan:
         return f"scored {when}, {num_texts:,} sentences each time: {', '.join(names)}"
 
 
-def plan_scores(
-    args: TrainingArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> ScorePlan | None:
-    """What ``--score_data`` and ``--score_tasks`` ask for; None where that is nothing.
+def plan_scores(args: TrainingArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ScorePlan:
+    """What ``--score_data`` and ``--score_tasks`` ask for, where ``args.wants_scores``.
 
     Raises:
         ValueError: data are missing, a task is not known, or the model cannot be scored as it trains.
     """
-    if not args.wants_scores:
-        return None
     flag = "--score_tasks" if args.score_data is None else "--score_data"
     if not args.do_train:
         raise ValueError(

@@ -179,18 +179,22 @@ def build_trainer(
     leave_out_faulty_kernels()
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
-    hub = prepare_hub(training_args)
+    hub = prepare_hub(training_args) if training_args.push_to_hub and training_args.do_train else None
     sources = list_sources(model_args, training_args, weights_from)
     # The lock is held from before the model is read: two runs that start together would both find the folder empty.
     with taking_folder(training_args, sources):
         loaded = build_model(model_args, data_args, training_args, variant, weights_from)
-        check_model(loaded, hub)
-        features = set_up_features(loaded, data_args, training_args)
+        if hub is not None:
+            check_model(loaded)
+        has_cache = data_args.feature_cache is not None
+        features = set_up_features(loaded, data_args, training_args) if has_cache else None
         model, tokenizer = loaded.model, loaded.tokenizer
-        score_plan = plan_scores(training_args, model, tokenizer)
+        score_plan = plan_scores(training_args, model, tokenizer) if training_args.wants_scores else None
         data, max_length = build_data(loaded, data_args, training_args, features)
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
-        samples = plan_samples(training_args, data_args, data, loaded, max_length, features)
+        samples = None
+        if training_args.sample_every is not None:
+            samples = plan_samples(training_args, data_args, data, loaded, max_length, features)
         report_words(data["train_dataset"], training_args)
         trainer = LlavaTrainer(
             model=model,
@@ -272,7 +276,8 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, training_a
             f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
         )
     check_output_folder(str(training_args.output_dir), "--output_dir")
-    check_feature_cache(model_args, data_args)
+    if data_args.feature_cache is not None:
+        check_feature_cache(model_args, data_args)
     check_media_folders(data_args.image_folder, data_args.video_folder)
     model_args.model_name_or_path = locate_model(model_args.model_name_or_path, "--model_name_or_path")
     if model_args.vision_tower is not None:
@@ -322,7 +327,7 @@ def load_from_arguments(
         num_spatial_tokens=model_args.num_spatial_tokens,
         vision_tower=model_args.vision_tower,
         save_vision_tower=model_args.save_vision_tower,
-        find_tower_hash=find_tower(model_args, data_args, training_args),
+        find_tower_hash=None if data_args.feature_cache is None else find_tower(model_args, data_args, training_args),
         **model_args.vision_settings(),
         **data_args.vision_settings(),
         **of_training,
