@@ -23,9 +23,8 @@ from llava.eval.token_batches import Sizes, pad_rows, read_alone, share_beginnin
 from llava.eval.token_rows import TextEncoder, TokenRow, find_context, name_choice
 from llava.eval.visual_rows import Features, VisualEncoder, takes_modalities
 from llava.model.backbones import AVAILABLE_MODELS
-from llava.model.convert.layouts import find_layout
 from llava.model.loading import choose_device, load_model
-from llava.model.pretrained import locate_model, quiet_transformers, read_config
+from llava.model.pretrained import find_layout, locate_model, quiet_transformers, read_config
 from llava.types import Media
 
 if TYPE_CHECKING:

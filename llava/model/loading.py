@@ -20,7 +20,6 @@ from llava.messages import list_names, shorten
 from llava.model.backbones import split_type
 from llava.model.classes import build_config, check_loaded, choose_classes
 from llava.model.convert.foreign import ForeignCheckpoint
-from llava.model.convert.layouts import find_layout
 from llava.model.convert.report import ConversionReport
 from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -32,6 +31,7 @@ from llava.model.pretrained import (
     NOT_JUST_TENSORS,
     UNSAFE_WEIGHTS,
     describe_damage,
+    find_layout,
     locate_model,
     quiet_transformers,
     read_config,

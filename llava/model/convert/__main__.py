@@ -45,10 +45,9 @@ def convert_checkpoint(
     from llava.io import write_json
     from llava.messages import list_names
     from llava.model.convert.foreign import ForeignCheckpoint
-    from llava.model.convert.layouts import find_layout
     from llava.model.export.folder import check_target, staged_folder
     from llava.model.loading import load_model
-    from llava.model.pretrained import locate_model, quiet_transformers, read_config
+    from llava.model.pretrained import find_layout, locate_model, quiet_transformers, read_config
 
     path = locate_model(folder, "FOLDER")
     if out is not None:

@@ -16,7 +16,6 @@ from llava.config import LAPE, GroundingConfig, VisionConfig
 from llava.grounding.syntax import bin_tokens
 from llava.messages import list_names
 from llava.model.classes import build_config, check_loaded, choose_classes
-from llava.model.convert.layouts import NATIVE
 from llava.model.convert.names import FAMILY_NAMES, NATIVE_NAMES, TranslatedNames, translate_names
 from llava.model.convert.published import note_on_frozen_tower
 from llava.model.convert.report import ConversionReport, Settings
@@ -26,6 +25,7 @@ from llava.model.coordinates import COORDINATES
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.base import TowerDescription, describe_tower
 from llava.model.multimodal_encoder.hf import HuggingFaceTower, hash_weights
+from llava.model.pretrained import NATIVE
 from llava.model.visual import is_added, vision_module_of
 
 _FAMILY_TYPES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausalLM": "llava_mistral"}
