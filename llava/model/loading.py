@@ -21,7 +21,6 @@ from llava.model.backbones import split_type
 from llava.model.classes import build_config, check_loaded, choose_classes
 from llava.model.convert.foreign import ForeignCheckpoint
 from llava.model.convert.report import ConversionReport
-from llava.model.generation_settings import prepare_generation
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
@@ -33,6 +32,7 @@ from llava.model.pretrained import (
     describe_damage,
     find_layout,
     locate_model,
+    prepare_generation,
     quiet_transformers,
     read_config,
 )
