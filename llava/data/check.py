@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from itertools import islice
 from typing import TYPE_CHECKING, TextIO, cast
 
 from llava.command import CommandParser, check_at_least, run_command
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
-from llava.types import SKIP, BadSample, Media, Record
+from llava.types import SKIP, BadSample, Record
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-
-_THREADS = 16
-_FILES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -88,42 +82,6 @@ def find_bad(check: MediaCheck, num_workers: int, indices: Sequence[int] | None 
     data = cast("Dataset[BadSample | None]", check)
     loader = DataLoader(data, batch_size=None, sampler=chosen, num_workers=num_workers, in_order=False)
     yield from filter(None, tqdm(loader, total=len(chosen), unit="sample", disable=None))
-
-
-def find_missing(records: Sequence[Record]) -> list[str]:
-    """What is wrong with the first file of each sample that is not there or empty, in the order of the samples.
-
-    No file is decoded: a million of them take seconds.
-    """
-    from llava.data.index import Mixture
-
-    # The index has the media apart: no record is made of its JSON.
-    if isinstance(records, Mixture):
-        waiting = ((i, file) for i, media in records.media() for file in media)
-    else:
-        waiting = ((i, file) for i, record in enumerate(records) for file in record.media)
-    chunks = iter(lambda: list(islice(waiting, _FILES_AT_ONCE)), [])
-    first: dict[int, str] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # So many chunks at once, not all: the paths of a million files are not held together.
-        while batch := list(islice(chunks, _THREADS)):
-            for of_chunk in pool.map(_find_unusable, batch):
-                for index, message in of_chunk:
-                    first.setdefault(index, message)
-    return [f"{records[index]}: {message}" for index, message in first.items()]
-
-
-def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:
-    """What is wrong with files that are not there or empty, each with the index of its sample."""
-    found = []
-    for index, media in chunk:
-        try:
-            # A folder of frames is looked into when it is decoded.
-            if not (media.kind == "video" and os.path.isdir(media.path)):
-                check_file(media.path)
-        except MediaError as error:
-            found.append((index, str(error)))
-    return found
 
 
 @dataclass

@@ -10,16 +10,21 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
 from llava.io import write_beside
-from llava.types import Media, MediaKind
+from llava.types import Media, MediaKind, Record
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
 _LONGEST_PATH = 4096
+_THREADS = 16
+_FILES_AT_ONCE = 2048
 ANIMATED_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
 PICTURE_SUFFIXES = (*ANIMATED_SUFFIXES, ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".heic", ".heif")
 
@@ -77,6 +82,42 @@ def check_file(path: str) -> tuple[str, int]:
     if status.st_size == 0:
         raise MediaError(f"{path}: the file is empty")
     return path, status.st_size
+
+
+def find_missing(records: Sequence[Record]) -> list[str]:
+    """What is wrong with the first file of each sample that is not there or empty, in the order of the samples.
+
+    No file is decoded: a million of them take seconds.
+    """
+    from llava.data.index import Mixture
+
+    # The index has the media apart: no record is made of its JSON.
+    if isinstance(records, Mixture):
+        waiting = ((i, file) for i, media in records.media() for file in media)
+    else:
+        waiting = ((i, file) for i, record in enumerate(records) for file in record.media)
+    chunks = iter(lambda: list(islice(waiting, _FILES_AT_ONCE)), [])
+    first: dict[int, str] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # So many chunks at once, not all: the paths of a million files are not held together.
+        while batch := list(islice(chunks, _THREADS)):
+            for of_chunk in pool.map(_find_unusable, batch):
+                for index, message in of_chunk:
+                    first.setdefault(index, message)
+    return [f"{records[index]}: {message}" for index, message in first.items()]
+
+
+def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:
+    """What is wrong with files that are not there or empty, each with the index of its sample."""
+    found = []
+    for index, media in chunk:
+        try:
+            # A folder of frames is looked into when it is decoded.
+            if not (media.kind == "video" and os.path.isdir(media.path)):
+                check_file(media.path)
+        except MediaError as error:
+            found.append((index, str(error)))
+    return found
 
 
 # Paths in data files stay inside the folder of media, whatever they say and wherever links lead.

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from llava.compat import attention_of
 from llava.config import VisionConfig
 from llava.constants import IGNORE_INDEX
-from llava.data.check import MediaCheck, find_bad, find_missing
+from llava.data.check import MediaCheck, find_bad
 from llava.data.chunking import RearrangedDataset
 from llava.data.dataset import SupervisedDataset, check_room
 from llava.data.dataset_stats import count_cut_tokens, count_media, count_presented_words
 from llava.data.index import Mixture
+from llava.data.media_files import find_missing
 from llava.data.module import DataModule, RunDataset, documents_of
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes

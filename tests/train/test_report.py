@@ -10,8 +10,7 @@ import pytest
 from conftest import ITALIAN, turns
 
 from llava.compat import set_attention
-from llava.data import check as data_check
-from llava.data.check import find_missing
+from llava.data import media_files
 from llava.data.dataset import SupervisedDataset, check_samples
 from llava.data.formats import build_format
 from llava.data.index import Mixture, RecordStore
@@ -166,7 +165,7 @@ def test_only_chosen_samples_are_looked_at(tmp_path):
     (tmp_path / "m.yaml").write_text("datasets: [{json_path: a.json, sampling_strategy: 'random:7'}]")
     records = read_records(str(tmp_path / "m.yaml"))
     assert isinstance(records, Mixture)
-    assert find_missing(records) == [f"{r}: {r.media[0].path}: no such file" for r in records]
+    assert media_files.find_missing(records) == [f"{r}: {r.media[0].path}: no such file" for r in records]
 
 
 def test_each_file_is_looked_at_once_and_no_record_is_made(tmp_path, monkeypatch):
@@ -176,9 +175,9 @@ def test_each_file_is_looked_at_once_and_no_record_is_made(tmp_path, monkeypatch
     path.write_text("\n".join([line] * 3000))
     records = read_records(str(path))
     looked, made = [], []
-    monkeypatch.setattr(data_check, "check_file", looked.append)
+    monkeypatch.setattr(media_files, "check_file", looked.append)
     monkeypatch.setattr(RecordStore, "__getitem__", lambda store, row: made.append(row))
-    assert find_missing(records) == []
+    assert media_files.find_missing(records) == []
     # To make a record of each takes many times as long as to look at its file.
     assert (len(looked), set(looked), made) == (3000, {str(tmp_path / "a.png")}, [])
 
