@@ -20,7 +20,7 @@ from llava.inspect.run import InspectedRun
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.train.arguments import TrainingArguments
 from llava.train.data_order import build_order, count_steps
-from llava.train.memory import estimate_memory, find_largest_batch
+from llava.train.memory import describe_memory, estimate_memory, find_largest_batch, show_bytes
 
 _TIMED = 4
 _MOST_FAST = 10_000
@@ -91,11 +91,6 @@ class Costs:
             f"{show_bytes(self.free)}"
         )
         return [*lines, self.memory] if self.memory else lines
-
-
-def show_bytes(size: float) -> str:
-    """A size in the unit that suits it."""
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
 
 
 def describe_seconds(seconds: float) -> str:
@@ -181,14 +176,7 @@ def estimate_step(run: InspectedRun, memory: float | None, findings: Findings) -
         return ""
     weights = sum(parameter.nbytes for parameter in run.loaded.model.parameters())
     estimate = estimate_memory(measured, batch)._replace(held=weights)
-    parts = {
-        "weights": estimate.held,
-        "gradients": estimate.gradients,
-        "the optimizer": estimate.optimizer,
-        f"activations, of {batch.rows} x {batch.length} tokens": estimate.activations,
-    }
-    listed = " + ".join(f"{show_bytes(size)} of {name}" for name, size in parts.items())
-    text = f"memory of a step, at most: about {show_bytes(estimate.total)} ({listed})"
+    text = describe_memory(estimate, batch, "of weights")
     if memory is not None and estimate.total > memory * _GIB:
         level = findings.error if estimate.total > _CERTAIN * memory * _GIB else findings.warn
         level(

@@ -113,7 +113,7 @@ def report_memory(trainer: LlavaTrainer) -> None:
         return
     estimate = estimate_memory(trainer, batch)
     available = available_memory(trainer.args.device)
-    print(describe_memory(estimate, batch, available), flush=True)
+    print(f"{describe_memory(estimate, batch, 'held now')}; free: {show_bytes(available)}", flush=True)
     if estimate.to_come > available:
         logger.warning(
             "a step may need %.1f GiB more than are free (%.1f of %.1f GiB): lower --per_device_train_batch_size and "
@@ -137,18 +137,21 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2 * _GIB - 1)
 
 
-def describe_memory(estimate: MemoryEstimate, batch: LargestBatch, available: int) -> str:
-    """One line for people."""
+def describe_memory(estimate: MemoryEstimate, batch: LargestBatch, held: str) -> str:
+    """One line for people; ``held`` says behind its size what is there before the first step."""
     parts = {
-        "held now": estimate.held,
-        "gradients": estimate.gradients,
-        "optimizer": estimate.optimizer,
-        f"activations of {batch.rows} x {batch.length} tokens": estimate.activations,
+        held: estimate.held,
+        "of gradients": estimate.gradients,
+        "of the optimizer": estimate.optimizer,
+        f"of activations, of {batch.rows} x {batch.length} tokens": estimate.activations,
     }
-    listed = " + ".join(f"{size / _GIB:.2f} {name}" for name, size in parts.items())
-    return (
-        f"memory of a step, at most: about {estimate.total / _GIB:.2f} GiB ({listed}); free: {available / _GIB:.1f} GiB"
-    )
+    listed = " + ".join(f"{show_bytes(size)} {name}" for name, size in parts.items())
+    return f"memory of a step, at most: about {show_bytes(estimate.total)} ({listed})"
+
+
+def show_bytes(size: float) -> str:
+    """A size in the unit that suits it."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
 
 
 def find_largest_batch(trainer: MeasuredRun) -> LargestBatch | None:
