@@ -26,6 +26,8 @@ _AHEAD = 2
 """Blocks for each process that wait or are being worked on: no more of a file is in memory."""
 _LENGTH_BYTES = 8
 _DONE, _REFUSED, _NO_FILE, _BROKEN = b"dros"
+_BUGS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError)
+"""Sent on with their traceback; anything else ends the process, which prints it, and the one that asks says so."""
 _IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 """Signals that end a run in good order: the process that asks decides, and closes the pipe."""
 
@@ -69,7 +71,7 @@ def map_blocks(
         while True:
             try:
                 block = next(source, None)
-            except Exception as error:  # noqa: BLE001
+            except (ValueError, OSError, *_BUGS) as error:
                 failure, block = error, None
             if block is None:
                 break
@@ -183,6 +185,6 @@ def _answer(answer: Callable[[bytes], bytes], block: bytes) -> bytes:
         return bytes([_DONE]) + answer(block)
     except (ValueError, OSError) as error:
         kind, text = _REFUSED if isinstance(error, ValueError) else _NO_FILE, str(error)
-    except Exception:  # noqa: BLE001
+    except _BUGS:
         kind, text = _BROKEN, traceback.format_exc()
     return bytes([kind]) + text.encode("utf-8", "surrogatepass")
