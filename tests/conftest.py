@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -227,6 +228,15 @@ def backbone_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path)
 def gpt2_dir(backbone_dirs: TinyBackbones) -> Path:
     """A plain GPT-2 checkpoint, 2 x 32, with a context of 512."""
     return backbone_dirs["llava_gpt2"]
+
+
+@pytest.fixture(scope="session")
+def dropout_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain GPT-2 that drops values at random while it trains, so that a run depends on random states too."""
+    folder = shutil.copytree(gpt2_dir, tmp_path_factory.mktemp("dropout") / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resid_pdrop": 0.2, "embd_pdrop": 0.2}))
+    return folder
 
 
 @pytest.fixture(scope="session")

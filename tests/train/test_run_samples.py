@@ -29,16 +29,7 @@ SAMPLED = {"sample_every": 2, "num_samples": 5, "sample_max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def model_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with dropout."""
-    folder = shutil.copytree(gpt2_dir, tmp_path_factory.mktemp("model") / "dropout")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.2, "embd_pdrop": 0.2}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def words(model_dir: Path, tower_dir: Path, media_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+def words(dropout_dir: Path, tower_dir: Path, media_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """A function that gives the command line of a run on clips, images and texts, with some flags changed."""
     turns = [
         [{"from": "human", "value": shown}, {"from": "gpt", "value": f"Una persona muove le mani numero {number}."}]
@@ -51,7 +42,7 @@ def words(model_dir: Path, tower_dir: Path, media_dir: Path, tmp_path_factory: p
     ])  # fmt: skip
     folder = tmp_path_factory.mktemp("runs")
     return lambda name, **more: flags(
-        model_dir, tower_dir, more.pop("data_path", data), folder / name, **RUN | {"eval_data_path": data} | more
+        dropout_dir, tower_dir, more.pop("data_path", data), folder / name, **RUN | {"eval_data_path": data} | more
     )
 
 

@@ -66,22 +66,13 @@ class Task:
 
 
 @pytest.fixture(scope="module")
-def model_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with dropout."""
-    folder = shutil.copytree(gpt2_dir, tmp_path_factory.mktemp("model") / "dropout")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.2, "embd_pdrop": 0.2}))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = [{"id": i, "conversations": [{"from": "gpt", "value": f"Il gatto {i} dorme."}]} for i in range(5)]
     return write_json(tmp_path_factory.mktemp("data") / "texts.json", samples)
 
 
-def prepare(model_dir: Path, texts: Path, output: Path, **changes) -> LlavaTrainer:
-    return build_trainer(flags(model_dir, None, texts, output, **RUN, **changes))
+def prepare(dropout_dir: Path, texts: Path, output: Path, **changes) -> LlavaTrainer:
+    return build_trainer(flags(dropout_dir, None, texts, output, **RUN, **changes))
 
 
 def scored(trainer: LlavaTrainer, tasks: Sequence[str] = ("blimp", "ewok"), every: int = 2) -> RunningScorer:
@@ -102,18 +93,18 @@ def places(output: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def plain(model_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(dropout_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing scores."""
     output = tmp_path_factory.mktemp("plain") / "out"
-    train(prepare(model_dir, texts, output))
+    train(prepare(dropout_dir, texts, output))
     return output
 
 
 @pytest.fixture(scope="module")
-def run(model_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlavaTrainer]:
+def run(dropout_dir: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlavaTrainer]:
     """The same, scored after every second step."""
     output = tmp_path_factory.mktemp("scored") / "out"
-    trainer = prepare(model_dir, texts, output)
+    trainer = prepare(dropout_dir, texts, output)
     scored(trainer)
     train(trainer)
     return output, trainer
@@ -145,7 +136,7 @@ def test_weights_are_those_of_a_run_that_is_not_scored(plain: Path, run: tuple[P
     assert (output / "scores.png").stat().st_size > 5000
 
 
-def test_scores_are_cut_to_the_step_gone_on_from(model_dir, texts, plain, run, tmp_path: Path) -> None:
+def test_scores_are_cut_to_the_step_gone_on_from(dropout_dir, texts, plain, run, tmp_path: Path) -> None:
     output = shutil.copytree(run[0], tmp_path / "out")
     wanted = read(output)
     # As a kill leaves it after step 5: the next scores are half written, and no model is there.
@@ -153,7 +144,7 @@ def test_scores_are_cut_to_the_step_gone_on_from(model_dir, texts, plain, run, t
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (output / "run_identity.json").unlink()
-    trainer = prepare(model_dir, texts, output, resume_from_checkpoint="auto")
+    trainer = prepare(dropout_dir, texts, output, resume_from_checkpoint="auto")
     scored(trainer)
     train(trainer)
     assert read(output) == wanted
@@ -161,9 +152,9 @@ def test_scores_are_cut_to_the_step_gone_on_from(model_dir, texts, plain, run, t
 
 
 @pytest.mark.parametrize("call", [6, 14])  # In the first task of step 4, and in its second one.
-def test_scores_that_a_signal_breaks_off_are_made_up_for(model_dir, texts, plain, run, tmp_path, call: int) -> None:
+def test_scores_that_a_signal_breaks_off_are_made_up_for(dropout_dir, texts, plain, run, tmp_path, call: int) -> None:
     output, calls = tmp_path / "out", iter(range(100))
-    trainer = prepare(model_dir, texts, output)
+    trainer = prepare(dropout_dir, texts, output)
     scorer = scored(trainer)
 
     def strike() -> None:
@@ -174,15 +165,15 @@ def test_scores_that_a_signal_breaks_off_are_made_up_for(model_dir, texts, plain
     with pytest.raises(Preempted):
         train(trainer)
     assert places(output) == [(2, "blimp"), (2, "ewok"), *([(4, "blimp")] if call == 14 else [])]
-    again = prepare(model_dir, texts, output, resume_from_checkpoint="auto")
+    again = prepare(dropout_dir, texts, output, resume_from_checkpoint="auto")
     scored(again)
     train(again)
     assert read(output) == read(run[0])
     assert_same_run(output, plain)
 
 
-def test_what_cannot_be_scored_is_an_error_before_the_first_step(model_dir, texts, tmp_path: Path) -> None:
-    trainer = prepare(model_dir, texts, tmp_path / "out")
+def test_what_cannot_be_scored_is_an_error_before_the_first_step(dropout_dir, texts, tmp_path: Path) -> None:
+    trainer = prepare(dropout_dir, texts, tmp_path / "out")
     scorer = scored(trainer)
 
     def fail() -> None:
@@ -194,9 +185,9 @@ def test_what_cannot_be_scored_is_an_error_before_the_first_step(model_dir, text
     assert trainer.state.global_step == 0
 
 
-def test_a_failure_later_costs_the_scores_and_not_the_run(model_dir, texts, plain, tmp_path: Path, caplog) -> None:
+def test_a_failure_later_costs_the_scores_and_not_the_run(dropout_dir, texts, plain, tmp_path: Path, caplog) -> None:
     output = tmp_path / "out"
-    trainer = prepare(model_dir, texts, output)
+    trainer = prepare(dropout_dir, texts, output)
     scorer = scored(trainer)
 
     def fail() -> None:
@@ -259,11 +250,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_flags_ask_for_scores_at_steps_and_milestones(model_dir, texts, tasks, plain, tmp_path: Path, capsys) -> None:
+def test_flags_ask_for_scores_at_steps_and_milestones(dropout_dir, texts, tasks, plain, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
     # A text has four words, and the first two steps have five texts: 24 words are reached with step 3.
     times = {"score_at": "steps:5", "milestones": "24", "score_data": tasks, "score_tasks": "blimp"}
-    argv = flags(model_dir, None, texts, output, **RUN, **times)
+    argv = flags(dropout_dir, None, texts, output, **RUN, **times)
     argv.insert(argv.index("steps:5"), "milestones")
     train(build_trainer(argv))
     assert "scored after every 5 steps, at each of 1 milestones and after the last step, 10 sentences" in (
@@ -276,7 +267,7 @@ def test_flags_ask_for_scores_at_steps_and_milestones(model_dir, texts, tasks, p
 
 
 def test_pictures_are_checked_as_by_the_command(
-    model_dir, tower_dir, mixed_data, tmp_path: Path, monkeypatch, caplog, capsys
+    dropout_dir, tower_dir, mixed_data, tmp_path: Path, monkeypatch, caplog, capsys
 ) -> None:
     """Scores with other items' pictures: the same figures as afterwards by hand, and nothing trained is another."""
     pairs, steps = tmp_path / "winoground", RUN | {"max_steps": 2}
@@ -286,9 +277,9 @@ def test_pictures_are_checked_as_by_the_command(
     rows = [{"caption_0": f"Il {i}.", "caption_1": f"Il {i} gatto.", "image": f"{i}.png"} for i in range(4)]
     (pairs / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain, output = tmp_path / "plain", tmp_path / "out"
-    train(build_trainer(flags(model_dir, tower_dir, mixed_data, plain, **steps)))
+    train(build_trainer(flags(dropout_dir, tower_dir, mixed_data, plain, **steps)))
     trainer = build_trainer(
-        flags(model_dir, tower_dir, mixed_data, output, **steps, score_data=pairs, score_at="steps:1")
+        flags(dropout_dir, tower_dir, mixed_data, output, **steps, score_data=pairs, score_at="steps:1")
     )
     score = LikelihoodScorer.score
 
@@ -335,18 +326,18 @@ def test_pictures_are_checked_as_by_the_command(
         ({"do_train": "false", "eval_data_path": "x", "do_eval": "true"}, r"--do_train is false"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_trained(model_dir, texts, tasks, tmp_path, changes, said) -> None:
-    argv = flags(model_dir, None, texts, tmp_path / "out", **{"score_data": tasks, **changes})
+def test_mistakes_are_named_before_anything_is_trained(dropout_dir, texts, tasks, tmp_path, changes, said) -> None:
+    argv = flags(dropout_dir, None, texts, tmp_path / "out", **{"score_data": tasks, **changes})
     with pytest.raises(ValueError, match=said):
         build_trainer(argv)
 
 
-def test_items_that_changed_are_said_and_so_are_repeats(model_dir, texts, tasks, tmp_path: Path, caplog) -> None:
+def test_items_that_changed_are_said_and_so_are_repeats(dropout_dir, texts, tasks, tmp_path: Path, caplog) -> None:
     data = shutil.copytree(tasks / "blimp", tmp_path / "blimp") / "pairs.jsonl"
     identities = []
     for text in (data.read_text(), data.read_text().replace("Il gatto 1", "Il gatto 0")):
         data.write_text(text)
-        trainer = build_trainer(flags(model_dir, None, texts, tmp_path / "out", score_data=tmp_path, **RUN))
+        trainer = build_trainer(flags(dropout_dir, None, texts, tmp_path / "out", score_data=tmp_path, **RUN))
         assert trainer.checkpoints.identity is not None
         identities.append(replace(trainer.checkpoints.identity, length={"steps": 6}))
     (said,) = identities[1].compare(identities[0]).allowed
@@ -354,9 +345,9 @@ def test_items_that_changed_are_said_and_so_are_repeats(model_dir, texts, tasks,
     assert [m for m in caplog.messages if "blimp: 1 rows say what an earlier one says" in m]
 
 
-def test_a_sentence_over_the_context_is_named_with_its_line(model_dir, texts, tmp_path: Path) -> None:
+def test_a_sentence_over_the_context_is_named_with_its_line(dropout_dir, texts, tmp_path: Path) -> None:
     (tmp_path / "blimp").mkdir()
     row = {"sentence_good": "a b" * 600, "sentence_bad": "b", "UID": "u", "field": "f"}
     (tmp_path / "blimp" / "u.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"u\.jsonl, line 1: a candidate has \d+ tokens, but the context"):
-        build_trainer(flags(model_dir, None, texts, tmp_path / "out", score_data=tmp_path / "blimp"))
+        build_trainer(flags(dropout_dir, None, texts, tmp_path / "out", score_data=tmp_path / "blimp"))
