@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ def open_container(path: str) -> InputContainer:
 
 def check_complete(path: str, size: int) -> None:
     """A ValueError if a video of ``size`` bytes ends before its container does, or is none (see ``find_container``)."""
-    check = _CHECKS.get(find_container(path), _check_tail)
     with open(path, "rb") as file:  # noqa: PTH123
-        check(_Reader(file, size))
+        _CHECKS.get(find_container(path), _check_tail)(_Reader(file, size))
 
 
 class _Reader:
@@ -124,17 +123,26 @@ class _Reader:
         """A ValueError if more than ``most`` zeros, which may be filling, lie where a part should begin."""
         self.check_zeros(start, most)
         if len(found := self.read(start, most + 1)) > most and not any(found):
-            raise ValueError(
-                f"it holds only zeros at byte {start} of {self.size}: part of it was not copied or downloaded"
-            )
+            raise ValueError(f"it holds only zeros at byte {start} of {self.size}: part of it was not copied")
 
     def check_zeros(self, start: int, most: int = 64) -> None:
         """A ValueError if all is zeros from a place on, to the end or for 4096 bytes."""
         rest = self.read(start, _TAIL_BYTES)
         if len(rest) > most and not any(rest):
-            raise ValueError(
-                f"it holds only zeros from byte {start} of {self.size} on: it was not copied or downloaded to its end"
-            )
+            raise ValueError(f"it holds only zeros from byte {start} of {self.size} on: it was not copied to its end")
+
+    def runs_of_zeros(self, least: int) -> Iterator[tuple[int, int]]:
+        """Where so many zeros and more begin and end."""
+        place = 0
+        while place < self.size:
+            if (found := self.read(place, _AT_ONCE + least).find(bytes(least))) < 0:
+                place += _AT_ONCE
+                continue
+            start = place = place + found
+            while place < self.size and not any(self.read(place, 64)):
+                place += 64
+            place += len(rest := self.read(place, 64)) - len(rest.lstrip(b"\0"))
+            yield start, place
 
 
 def _check_tail(file: _Reader) -> None:
@@ -145,6 +153,14 @@ def _check_tail(file: _Reader) -> None:
 def _check_last_bytes(file: _Reader) -> None:
     """Coded pictures and sound do not end in so many zeros."""
     file.check_zeros(max(file.size - 65, 0))
+
+
+def _check_byte_stream(file: _Reader) -> None:
+    """Units behind start codes (ISO/IEC 13818-2, 14496-2, 14496-10, 23008-2), before which zeros may be filling."""
+    _check_last_bytes(file)
+    for start, end in file.runs_of_zeros(65):
+        if file.read(end, 1) != b"\1":
+            file.check_hole(start)
 
 
 def _check_parts(file: _Reader, start: int, find_next: Callable[[_Reader, int], int | None]) -> None:
@@ -344,13 +360,10 @@ def _check_transport_stream(file: _Reader) -> None:
     packet = packet_size(file.read(0, _TAIL_BYTES))
     file.check_zeros(max(file.size - packet, 0))
     # Whatever it carries, every packet begins with a byte that is none.
-    zeros = bytes(2 * packet)
-    for at in range(0, file.size, _AT_ONCE):
-        if (found := file.read(at, _AT_ONCE + len(zeros)).find(zeros)) >= 0:
-            file.check_hole(at + found)
+    for start, _ in file.runs_of_zeros(2 * packet):
+        file.check_hole(start)
     # Counted from its last packets: whatever was lost on the way has moved them.
-    place = max(file.size - _TAIL_BYTES, 0)
-    tail = file.read(place, _TAIL_BYTES)
+    tail = file.read(max(file.size - _TAIL_BYTES, 0), _TAIL_BYTES)
     starts = [i for i in range(min(packet, len(tail))) if not tail[i::packet].strip(b"G")]
     # A packet of 192 or 204 bytes has 188 that count, in front or behind.
     left = [(len(tail) - start) % packet for start in starts]
@@ -432,5 +445,6 @@ _CHECKS: dict[str, Callable[[_Reader], None]] = {
     "ogg": lambda file: _check_parts(file, 0, _next_ogg_page),
     "ivf": lambda file: _check_parts(file, file.number(6, 2), _next_ivf_frame),
     "mpegts": _check_transport_stream, "mpeg": _check_program_stream, "dv": _check_dv, "yuv4mpegpipe": _check_y4m,
-    **dict.fromkeys(("h264", "hevc", "m4v", "mpegvideo", "obu", "nut"), _check_last_bytes),
+    **dict.fromkeys(("h264", "hevc", "m4v", "mpegvideo"), _check_byte_stream),
+    **dict.fromkeys(("obu", "nut"), _check_last_bytes),
 }  # fmt: skip
