@@ -69,47 +69,60 @@ def linear_by_onednn() -> AbstractContextManager[object]:
     class Linear(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
-            ctx.save_for_backward(rows, weight)
+            # What a gradient needs and no more: a frozen layer keeps no rows, and they may be changed behind it.
+            needs_rows, needs_weight = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+            ctx.save_for_backward(rows if needs_rows else None, weight if needs_weight else None)
             ctx.is_transposed = is_transposed
             return multiply(rows, weight.t() if is_transposed else weight, bias)
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
             rows, weight = ctx.saved_tensors
+            # The operator has no derivative of its own: a gradient that is itself differentiated goes around it.
+            times = linear if torch.is_grad_enabled() else multiply
             needed, of_rows, of_weight, of_bias = ctx.needs_input_grad, None, None, None
             if needed[0]:
-                of_rows = multiply(gradient, weight if ctx.is_transposed else weight.t())
-            gradient, rows = gradient.flatten(0, -2), rows.flatten(0, -2)  # (rows, outputs), (rows, inputs)
+                of_rows = times(gradient, weight if ctx.is_transposed else weight.t())
+            gradient = gradient.flatten(0, -2)  # (rows, outputs)
             if needed[1]:
+                rows = rows.flatten(0, -2)  # (rows, inputs)
                 pair = (rows.t(), gradient.t()) if ctx.is_transposed else (gradient.t(), rows.t())
-                of_weight = multiply(*pair)
+                of_weight = times(*pair)
             if needed[2]:
                 of_bias = gradient.sum(0)
             return of_rows, of_weight, of_bias, None
 
-    def takes(rows: object, weight: object, bias: object) -> bool:
-        given = [each for each in (rows, weight, bias) if each is not None]
-        # Autocast rounds to half precision; quantised and sharded weights are of types of their own.
-        return (
-            all(isinstance(each, Tensor) and each.dtype == torch.float32 for each in given)
-            and all(each.device.type == "cpu" and each.layout == torch.strided for each in given)  # type: ignore[attr-defined]
-            and type(weight) in (Tensor, torch.nn.Parameter)
-            and weight.ndim == 2 and rows.ndim > 1 and rows.numel() > 0 and weight.numel() > 0  # type: ignore[attr-defined,union-attr]
-            and (bias is None or bias.ndim == 1)  # type: ignore[attr-defined]
-            and not torch.is_autocast_enabled("cpu")
-        )  # fmt: skip
-
     class LinearByOneDnn(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if is_there and not kwargs:
-                if func is linear and takes(*(given := (*args, None)[:3])):
+                given: tuple[Any, Any, Any] = (*args, None, None, None)[:3]
+                if func is linear and _is_plain_product(*given, False):
                     return Linear.apply(*given, False) if torch.is_grad_enabled() else multiply(*given)
                 # transformers' Conv1D, GPT-2's layers, whose weights are (inputs, outputs).
-                if func is torch.addmm and len(args) == 3 and takes(args[1], args[2], args[0]):
+                if func is torch.addmm and len(args) == 3 and _is_plain_product(args[1], args[2], args[0], True):
                     return Linear.apply(args[1], args[2], args[0], True)
             return func(*args, **(kwargs or {}))
 
     return LinearByOneDnn()
+
+
+def _is_plain_product(rows: Any, weight: Any, bias: Any, is_transposed: bool) -> bool:
+    """Whether oneDNN's operator does with these what PyTorch does."""
+    import torch
+
+    given = [rows, weight] if bias is None else [rows, weight, bias]
+    if torch.is_autocast_enabled("cpu") or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        return False  # Autocast rounds to half precision; quantised and sharded weights are of types of their own.
+    if not all(isinstance(each, torch.Tensor) and each.dtype == torch.float32 for each in given):
+        return False
+    if not all(each.device.type == "cpu" and each.layout == torch.strided for each in given):
+        return False
+    if weight.ndim != 2 or rows.ndim < 2 or rows.numel() == 0 or weight.numel() == 0:
+        return False
+    inputs, outputs = weight.shape if is_transposed else weight.shape[::-1]
+    # The operator reads a bias as if its numbers lay side by side.
+    is_bias_plain = bias is None or (bias.shape == (outputs,) and bias.is_contiguous())
+    return rows.shape[-1] == inputs and (rows.ndim == 2 or not is_transposed) and is_bias_plain
 
 
 def has_adapters(model: nn.Module) -> bool:

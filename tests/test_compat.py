@@ -120,3 +120,46 @@ def test_products_by_onednn_leave_other_types_alone() -> None:
         assert linear(rows[:0]).shape == (0, 48)
         assert linear(rows[0]).shape == (48,)
         assert linear.double()(rows.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bias", [torch.ones(1), torch.arange(3.0)[:1].expand(48), torch.linspace(0, 1, 96)[::2]])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_products_by_onednn_read_any_bias(bias: torch.Tensor, is_transposed: bool) -> None:
+    torch.manual_seed(0)
+    rows, weight = torch.randn(5, 64), torch.randn(48, 64, requires_grad=True)
+
+    def multiply() -> torch.Tensor:
+        if is_transposed:
+            return torch.addmm(bias, rows, weight.t())
+        return torch.nn.functional.linear(rows, weight, bias)
+
+    expected = multiply()
+    with linear_by_onednn():
+        torch.testing.assert_close(multiply(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_by_onednn_keep_no_rows_of_frozen_layers() -> None:
+    weight, start = torch.ones(48, 64), torch.ones(5, 64, requires_grad=True)
+    kept: list[torch.Size] = []
+    with linear_by_onednn(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        rows = start.clone()
+        output = torch.nn.functional.linear(rows, weight)
+        rows.zero_()  # which plain PyTorch allows: no gradient needs them
+        output.sum().backward()
+    assert kept == [weight.shape]
+    assert start.grad.eq(48).all()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_products_by_onednn_have_second_derivatives(power: int) -> None:
+    found = []
+    for products in (nullcontext(), linear_by_onednn()):
+        torch.manual_seed(0)
+        rows, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        with products:
+            (first,) = torch.autograd.grad(
+                torch.nn.functional.linear(rows, weight).pow(power).sum(), rows, create_graph=True
+            )
+            first.pow(2).sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

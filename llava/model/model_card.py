@@ -46,7 +46,7 @@ class ModelCard:
         front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True) if known else ""
         head = f"---\n{front}---\n" if front else ""
         parts = [f"## {heading}\n\n{text.strip()}\n" for heading, text in self.sections.items() if text.strip()]
-        body = "\n".join([f"# {self.title}\n", *parts])
+        body = "\n".join([f"# {one_line(self.title)}\n", *parts])
         return f"{head}{_MARK.format(_digest(head + body))}\n{body}"
 
     @classmethod
@@ -104,12 +104,29 @@ def write_card(folder: Path, card: ModelCard) -> bool:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(one_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def one_line(text: object) -> str:
+    """A text that begins no line of its own, and so no heading, list or table."""
+    return " ".join(str(text).split())
+
+
+def quote(name: object) -> str:
+    """A name from a file or a flag as code of Markdown, which it cannot end."""
+    return f"`{one_line(name).replace('`', chr(39))}`"
+
+
+def fence(language: str, text: str) -> str:
+    """A block of code, behind more backticks than there are in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    marks = "`" * max(longest + 1, 3)
+    return f"{marks}{language}\n{text.strip()}\n{marks}"
 
 
 def python(code: str) -> str:
     """A piece of Python as a block of Markdown."""
-    return f"```python\n{code.strip()}\n```"
+    return fence("python", code)
 
 
 def bare_name(source: object) -> str:

@@ -24,6 +24,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_media
 from llava.data.module import RunDataset
+from llava.messages import explain_error
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.types import MediaKind
@@ -45,6 +46,8 @@ ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_
 """Variables of the environment by which a user tells glibc what to keep."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """As malloc.h of glibc has them."""
+_FAILURES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, OSError, AssertionError)
+"""What a trial of parts may fail with."""
 _CGROUP_LIMIT, _CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
@@ -104,15 +107,20 @@ def report_memory(trainer: LlavaTrainer) -> None:
     """Print what a step is estimated to take at most, and warn where there is less.
 
     Nothing is said with DeepSpeed, which holds weights and states in ways of its own, and for data sets of a program's
-    own. Random states stay as they are.
+    own. Random states stay as they are. What cannot be estimated, such as parts of a program's own that are not made
+    for a trial, is said, and trained all the same.
     """
     if trainer.is_deepspeed_enabled or trainer.args.process_index:
         return
-    batch = find_largest_batch(trainer)
-    if batch is None:
+    try:
+        batch = find_largest_batch(trainer)
+        if batch is None:
+            return
+        estimate = estimate_memory(trainer, batch)
+        available = available_memory(trainer.args.device)
+    except _FAILURES as error:
+        logger.warning("how much memory a step takes cannot be told beforehand: %s", explain_error(error))
         return
-    estimate = estimate_memory(trainer, batch)
-    available = available_memory(trainer.args.device)
     print(f"{describe_memory(estimate, batch, 'held now')}; free: {show_bytes(available)}", flush=True)
     if estimate.to_come > available:
         logger.warning(

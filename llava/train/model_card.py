@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 from llava import __version__
 from llava.command import CommandParser, run_command
 from llava.io import read_json_lines
-from llava.model.model_card import CARD, LOADING, ModelCard, bare_name, is_generated, python, table, write_card
+from llava.model.model_card import (
+    CARD,
+    LOADING,
+    ModelCard,
+    bare_name,
+    fence,
+    is_generated,
+    python,
+    quote,
+    table,
+    write_card,
+)
 
 if TYPE_CHECKING:
     from llava.train.arguments import TrainingArguments
@@ -115,12 +126,12 @@ def _find_base(identity: RunIdentity | None) -> str:
 
 def _describe_model(config: Mapping[str, Any], base: str, total: Mapping[str, float], step: int) -> str:
     tower = config.get("mm_vision_tower")
-    seeing = f", with the vision model `{bare_name(tower)}`" if tower else ", for text alone"
+    seeing = f", with the vision model {quote(bare_name(tower))}" if tower else ", for text alone"
     seeing += f" and the resampler `{_resampler(config)}`" if tower and _resampler(config) else ""
     words = f" on {total['words']:,} words" if total["words"] else ""
     media = [f"{total[kind]:,} {kind}" for kind in ("images", "videos") if total[kind]]
     shown = f", with {' and '.join(media)}" if media else ""
-    begun = f", begun from `{base}`" if base else ""
+    begun = f", begun from {quote(base)}" if base else ""
     return (
         f"A language model of the kind `{config['model_type']}`{seeing}{begun}. Trained with llava {__version__} for "
         f"{step:,} step{'s' * (step != 1)}{words}{shown}, repeats included."
@@ -142,9 +153,9 @@ def _describe_loading(config: Mapping[str, Any], name: str, total: Mapping[str, 
     tower = config.get("mm_vision_tower")
     if tower and not config.get("mm_save_vision_tower"):
         text += (
-            f"\n\nThe vision model is not among the weights. It is read from `{bare_name(tower)}`, whose weights have "
-            f"the hash {str(config.get('mm_vision_tower_hash'))[:12]}; where it lies elsewhere, give its folder as "
-            "`vision_tower=`."
+            f"\n\nThe vision model is not among the weights. It is read from {quote(bare_name(tower))}, whose weights "
+            f"have the hash {str(config.get('mm_vision_tower_hash'))[:12]}; where it lies elsewhere, give its folder "
+            "as `vision_tower=`."
         )
     return text
 
@@ -155,7 +166,7 @@ def _describe_data(
     if not total["samples"]:
         return "What it was trained on was not counted."
     shown = [count for count in _COUNTS if total[count]]
-    rows = [[f"`{name}`", *_numbers(counts, shown)] for name, counts in presented.items()]
+    rows = [[quote(name), *_numbers(counts, shown)] for name, counts in presented.items()]
     if len(rows) > 1:
         rows.append(["all", *_numbers(total, shown)])
     text = table(["what was presented", *(count.replace("_", " ") for count in shown)], rows)
@@ -180,7 +191,7 @@ def _describe_recipe(identity: RunIdentity | None, step: int) -> str:
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         "Flags that differ from their defaults, as a file for `--config`; of files and folders the names alone.\n\n"
-        f"```yaml\n{yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)}```\n\n"
+        f"{fence('yaml', yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))}\n\n"
         f"Step {step:,} of {identity.length.get('steps', step):,}, {ranks} process{'es' * (ranks != 1)}, with {told}."
     )
 
@@ -296,7 +307,7 @@ def _describe_result(path: Path, shown: Path) -> str:
             (content.get("task", ""), f"{name}, {data}", _interval(score["value"], score["low"], score["high"]))
             for name, score in content.get("scores", {}).items()
         ]
-    return table(("task", "", "score [95 %]"), rows) + f"\n\nFrom `{shown.as_posix()}`." if rows else ""
+    return table(("task", "", "score [95 %]"), rows) + f"\n\nFrom {quote(shown.as_posix())}." if rows else ""
 
 
 def _interval(score: float | None, low: float | None, high: float | None) -> str:

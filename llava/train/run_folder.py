@@ -27,7 +27,7 @@ from llava.train.distributed import broadcast_from_rank0
 from llava.train.exposure_log import EXPOSURE_FILE
 from llava.train.nan_check import BAD_STEP_RUN
 from llava.train.run_lock import release_lock, take_lock
-from llava.train.run_report import RUN_REPORT
+from llava.train.run_report import RUN_REPORT, is_report_own
 from llava.train.run_starts import RUN_STARTS
 from llava.train.samples import SAMPLES_FILE, SAMPLES_FOLDER
 from llava.train.score_table import SCORE_FILES
@@ -187,6 +187,8 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
     folders += [path for path in folder.glob("bad_step-*") if (path / BAD_STEP_RUN).is_file()]
     folders += [folder / SAMPLES_FOLDER] if (folder / SAMPLES_FOLDER / SAMPLES_FILE).is_file() else []
     files = [path for pattern in _RUN_FILES for path in folder.glob(pattern) if path.is_file()]
+    if not is_report_own(folder):
+        files.remove(folder / RUN_REPORT)
     going = {path.resolve() for path in (*folders, *files)}
     for flag, source in sources.items():
         place = Path(source).resolve() if source else None

@@ -81,6 +81,7 @@ class RunReport(TrainerCallback):
     trainer: LlavaTrainer
     start: Start
     _has_begun: bool = False
+    _is_theirs: bool = False
     _lines: int = 0
     _has_failed: bool = False
     _written: float = -math.inf
@@ -91,7 +92,11 @@ class RunReport(TrainerCallback):
     ) -> None:
         self._has_begun, self._lines = True, 0
         with self._only_said():
+            self._is_theirs = True
+            if not is_report_own(self._folder):
+                raise ValueError(f"{self._folder / RUN_REPORT} is none of a run's, and stays as it is; move it away")
             add_start(self._folder, {**self.start, "step": state.global_step})
+            self._is_theirs = False
 
     def on_log(
         self,
@@ -136,7 +141,8 @@ class RunReport(TrainerCallback):
             kind: of the note with the status.
             status: how the run stands.
         """
-        if not self._has_begun:  # It has failed before its first step, and leaves nothing behind.
+        # It has failed before its first step, and leaves nothing behind; or there is a file of somebody's own.
+        if not self._has_begun or self._is_theirs:
             return
         began = time.monotonic()
         with self._only_said():
@@ -154,6 +160,14 @@ class RunReport(TrainerCallback):
             if not self._has_failed:
                 logger.warning("%s could not be written, the run goes on: %s", RUN_REPORT, explain_error(error))
             self._has_failed = True
+
+
+def is_report_own(folder: Path) -> bool:
+    """Whether the report of a folder is a run's, or there is none: a run writes down its start before its report."""
+    try:
+        return not (folder / RUN_REPORT).exists() or bool(read_starts(folder))
+    except ValueError:
+        return False
 
 
 def add_report(

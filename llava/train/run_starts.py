@@ -45,6 +45,7 @@ VARIABLES = (
 _SECRET_WORDS = ("token", "key", "secret", "password")
 _HIDDEN = "(hidden)"
 _ADDRESS = re.compile(r"(\w+://)[^/\s@]+@")
+_QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|signature|credential|sig)[^=&\s]*=)[^&\s]+", re.I)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _PACKAGES = ("accelerate", "datasets", "tokenizers", "safetensors", "av", "decord", "peft", "deepspeed", "bitsandbytes")
 _MOST_FILES = 5
@@ -119,7 +120,9 @@ def hide_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _without_password(text: str) -> str:
-    return _HUB_TOKEN.sub(_HIDDEN, _ADDRESS.sub(rf"\1{_HIDDEN}@", text))
+    for secret, shown in ((_ADDRESS, rf"\1{_HIDDEN}@"), (_QUERY, rf"\1{_HIDDEN}"), (_HUB_TOKEN, _HIDDEN)):
+        text = secret.sub(shown, text)
+    return text
 
 
 def list_settings(groups: Sequence[ModelArguments | DataArguments | TrainingArguments]) -> dict[str, str]:
@@ -197,7 +200,7 @@ def read_starts(folder: Path) -> list[Start]:
 def add_start(folder: Path, start: Start) -> None:
     """Add a line; one of step 0 is the first of a new run."""
     path = folder / RUN_STARTS
-    if start["step"] == 0:
+    if start["step"] == 0 and read_starts(folder):
         path.unlink(missing_ok=True)
     cut_unfinished_line(path)
     with path.open("ab") as file:

@@ -469,3 +469,45 @@ def test_openais_client(client: Client, media_dir: Path) -> None:
         asked.files.create(file=("a.png", bytes(2**20 + 1)), purpose="vision")
     assert caught.value.status_code == 413
     assert asked.files.delete(stored.id).deleted
+
+
+def _said(words: object = "Un uomo", **more: object) -> dict:
+    return {"model": "tiny", "messages": [{"role": "user", "content": words}], "max_tokens": 2, **more}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (_said(temperature=10**400), "temperature"),
+        (_said(max_tokens=10**400), "max_tokens"),
+        (_said(seed=-(10**400)), "seed"),
+        ({"model": "tiny", "messages": [{"role": [], "content": "a"}]}, "messages[0].role"),
+        ({"model": "tiny", "messages": [{"role": {}, "content": "a"}]}, "messages[0].role"),
+        (_said("a\ud800b"), "messages[0].content"),
+        (_said(**{"a\ud800": 1}), "a\ud800"),
+    ],
+)
+def test_odd_values_are_the_requests_fault(client: Client, body: dict, param: str) -> None:
+    status, answer = client.json("POST", "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, param), answer
+    assert len(answer["error"]["message"]) < 300
+
+
+def test_an_origin_that_cannot_be_read_is_another_pages(client: Client) -> None:
+    status, answer = client.json("GET", "/v1/models", Origin="http://[::1")
+    assert (status, answer["error"]["code"]) == (403, "wrong_origin")
+
+
+@pytest.mark.parametrize("names", [("Content-Length", "Transfer-Encoding"), ("Transfer-Encoding", "Content-Length")])
+def test_no_body_in_blocks_gets_around_the_limit(client: Client, names: tuple[str, str]) -> None:
+    values = {"Content-Length": "5", "Transfer-Encoding": "chunked"}
+    connection = http.client.HTTPConnection(client.host, timeout=20)
+    connection.putrequest("POST", "/v1/chat/completions")
+    for name in names:
+        connection.putheader(name, values[name])
+    connection.putheader("Content-Type", "application/json")
+    connection.endheaders()
+    data = json.dumps(_said()).encode()
+    connection.send(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+    assert connection.getresponse().status == 411
+    connection.close()

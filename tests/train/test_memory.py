@@ -137,3 +137,19 @@ def test_what_the_environment_says_of_memory_holds(
             monkeypatch.setenv(name, "glibc.malloc.mmap_threshold=131072")
         main(flags(gpt2_dir, tower_dir, mixed_data, tmp_path / str(number), max_steps=1))
     assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a part of one's own"), AssertionError(), IndexError("5"), ValueError()]
+)
+def test_what_cannot_be_estimated_stops_no_run(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(memory, "find_largest_batch", lambda _: LargestBatch(1, 4, 4, 4, 0, 0))
+    monkeypatch.setattr(memory, "estimate_memory", fail)
+    args = SimpleNamespace(process_index=0, device=torch.device("cpu"))
+    report_memory(SimpleNamespace(is_deepspeed_enabled=False, args=args))
+    assert "cannot be told beforehand" in caplog.text

@@ -16,7 +16,7 @@ from hub_stub import TOKEN, HubStub
 from huggingface_hub import constants
 
 from llava.model.export.__main__ import main as export
-from llava.model.model_card import CARD, ModelCard, bare_name, is_generated, write_card
+from llava.model.model_card import CARD, ModelCard, bare_name, fence, is_generated, quote, table, write_card
 from llava.train import model_card
 from llava.train.checkpoint import find_changes
 from llava.train.command_line import parse_arguments
@@ -224,3 +224,12 @@ def test_what_stands_in_the_way_is_said_first(words: list[str], hub: HubStub, tm
     assert cli(lambda: build_trainer(given)) == 2
     assert "give --save_vision_tower true" in capfd.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_names_of_files_write_no_part_of_a_card() -> None:
+    name = "a`b\n## Licence\n\nThe weights: mit.|x"
+    shown = table(["data"], [[quote(name)]])
+    assert shown == "| data |\n| --- |\n| `a'b ## Licence The weights: mit.\\|x` |"
+    assert fence("yaml", "a\n  ```\n") == "````yaml\na\n  ```\n````"
+    card = ModelCard(f"run {name}", {"license": "x"}, {"Data": shown})
+    assert re.findall("^#+ .*", card.to_markdown(), re.M) == ["# run a`b ## Licence The weights: mit.|x", "## Data"]

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,11 @@ def test_nothing_secret_is_written(run: Path) -> None:
         ("--api_key a b --max_tokens_per_batch 4096", "--api_key (hidden) (hidden) --max_tokens_per_batch 4096"),
         ("--ignore_keys a --data_path s3://me:pw@host/x", "--ignore_keys a --data_path s3://(hidden)@host/x"),
         ("python -m x hf_abcdefgh1234", "python -m x (hidden)"),
+        (
+            "--data_path https://h/x?a=1&X-Amz-Signature=abc&b=2",
+            "--data_path https://h/x?a=1&X-Amz-Signature=(hidden)&b=2",
+        ),
+        ("--run_name=https://h/x?token=abc", "--run_name=https://h/x?token=(hidden)"),
     ],
 )
 def test_secrets_of_a_command_line_are_hidden(given: str, shown: str) -> None:
@@ -216,3 +222,22 @@ def test_the_state_of_the_code_is_that_of_its_own_checkout(tmp_path: Path, monke
     assert describe_code.__wrapped__() == f"commit {commit} of branch work, with changes in own.txt"
     monkeypatch.setenv("PATH", os.devnull)
     assert describe_code.__wrapped__() == ""  # Without git nothing is known.
+
+
+@pytest.mark.parametrize("name", ["report.html", "run_starts.jsonl"])
+def test_a_file_of_somebodys_own_stays(name: str, tmp_path: Path, monkeypatch, caplog) -> None:
+    (tmp_path / name).write_text("mine\n")
+    monkeypatch.setattr(run_report, "build_page", lambda *_: "a page")
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), state=SimpleNamespace(global_step=0))
+    report = run_report.RunReport(trainer, run_starts.describe_start(None, ()))
+    report.on_train_begin(None, trainer.state, None)
+    report.write(run_report.GOOD, "")
+    assert (tmp_path / name).read_text() == "mine\n"
+    assert name in caplog.text
+    # Its own, or none, is written.
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        report.on_train_begin(None, trainer.state, None)
+        report.write(run_report.GOOD, "")
+        assert (tmp_path / "report.html").read_text() == "a page"
+        assert len(read_starts(tmp_path)) == 1

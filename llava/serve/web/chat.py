@@ -121,11 +121,12 @@ class _Fields:
         if value is None:
             return default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or (whole and not isinstance(value, int)) or not math.isfinite(cast(float, value)):
+        is_finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if not is_number or (whole and not isinstance(value, int)) or not is_finite:
             kind = "whole number" if whole else "number"
             raise ChatError(f"{name} must be a {kind}, found {value!r:.80}", name)
         if not least <= cast(float, value) <= most:
-            raise ChatError(f"{name} is {value}; it must be from {least:g} to {most:g}", name)
+            raise ChatError(f"{name} is {str(value)[:40]}; it must be from {least:g} to {most:g}", name)
         return cast(float, value)
 
     def check_rest(self) -> None:
@@ -219,13 +220,18 @@ def _parse_message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
         raise ChatError(f"{where} must be an object, found {value!r:.80}", where)
     role, content = value.get("role"), value.get("content")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ChatError(f"{where}.role is {role!r:.40}; known: {', '.join(_ROLES)}", f"{where}.role")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise ChatError(f"{where}.content must be a text or a list of parts, found {content!r:.80}", f"{where}.content")
     found = [_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(parts)]
     text = "\n".join(part for part in found if isinstance(part, str)).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.end]
+        raise ChatError(f"{where}.content has half a character ({half!r:.40})", f"{where}.content") from error
     try:
         # A question may speak of "<image>" and shows none by that.
         text = escape_placeholders(text)

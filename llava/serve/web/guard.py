@@ -57,7 +57,8 @@ width:100%;box-sizing:border-box;padding:.5em;margin:.3em 0}}p{{color:#b00020}}<
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> bytes:
     """An error as OpenAI's API has it."""
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+    # Of what a client sent, halves of characters may be in it.
+    return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 class Guard:
@@ -122,13 +123,13 @@ class Guard:
             if host not in self._hosts:
                 return 403, "this server answers to its own name alone; take 127.0.0.1 or localhost", "wrong_host"
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            if origin is not None and _place_of(origin) != headers.get("host", "").lower():
                 return 403, "another page's request is not answered", "wrong_origin"
         length = headers.get("content-length")
-        if length is None:
-            if "transfer-encoding" in headers:
-                return 411, "a request with a body needs a Content-Length", "length_required"
-        elif not length.isdecimal() or int(length) > self._max_bytes:
+        # In blocks it may be of any length, whatever a Content-Length beside them says.
+        if "transfer-encoding" in headers:
+            return 411, "a request with a body needs a Content-Length, and no Transfer-Encoding", "length_required"
+        if length is not None and (not length.isdecimal() or int(length) > self._max_bytes):
             most = self._max_bytes / 2**20
             return 413, f"the request has more than {most:.0f} MiB; --max_upload_mb sets the limit", "request_too_large"
         return None
@@ -205,6 +206,14 @@ def _host_of(header: str) -> str:
     """The name in a Host header, without its port and the brackets of IPv6."""
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _place_of(origin: str) -> str:
+    """Host and port of an Origin header; "" of one that has none, which is no host's."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 
