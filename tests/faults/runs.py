@@ -63,6 +63,7 @@ class ForkServer:
 
     def __init__(self, python: str = sys.executable) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        self.statuses: list[int] = []
         self.process = subprocess.Popen(
             [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -81,28 +82,55 @@ class ForkServer:
         folder.mkdir(parents=True, exist_ok=True)
         return self._ask({"argv": argv, "folder": str(folder), "hooks": hooks})
 
-    def wait(self, pid: int) -> int:
-        """A run's exit status; minus the signal's number if one killed it."""
-        return self._ask({"wait": pid})
+    def wait(self, pid: int, within: float = 600) -> int:
+        """A run's exit status; minus the signal's number if one killed it, as one does that takes more seconds."""
+        return self._ask({"wait": pid, "within": within})
 
     def run(self, argv: list[str], folder: Path, **hooks: Any) -> int:
         return self.wait(self.start(argv, folder, **hooks))
 
-    def run_ranks(self, argv: list[str], folder: Path, **hooks: Any) -> int:
-        """A run on two ranks, the first with the hooks; where it ends otherwise than well, the other is killed."""
+    def start_ranks(
+        self, argv: list[str], folder: Path, ranks: int = 2, each: dict[int, dict[str, Any]] | None = None, **hooks: Any
+    ) -> list[int]:
+        """Start a run on several ranks.
+
+        Args:
+            argv, folder: as for ``start``; all ranks have the same.
+            ranks: how many.
+            each: hooks of ranks, by number.
+            hooks: of the first rank, where ``each`` has none for it.
+
+        Returns:
+            The process id of each.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        first, second = (
-            self.start(argv, folder, environment={**common, "RANK": rank, "LOCAL_RANK": rank}, **more)
-            for rank, more in (("0", hooks), ("1", {}))
-        )
-        if status := self.wait(first):
-            os.kill(second, signal.SIGKILL)
-            self.wait(second)
-            return status
-        return self.wait(second)
+        size = str(ranks)
+        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = {0: hooks, **(each or {})}
+        return [
+            self.start(argv, folder, environment={**common, "RANK": str(i), "LOCAL_RANK": str(i)}, **own.get(i, {}))
+            for i in range(ranks)
+        ]
+
+    def wait_ranks(self, pids: list[int], within: float = 600) -> list[int]:
+        """The exit status of each rank, all of which end by themselves; what takes more seconds is killed."""
+        end = time.monotonic() + within
+        return [self.wait(pid, max(end - time.monotonic(), 0.1)) for pid in pids]
+
+    def run_ranks(self, argv: list[str], folder: Path, ranks: int = 2, **hooks: Any) -> int:
+        """A run on several ranks, the first with the hooks; where it ends otherwise than well, the others are killed.
+
+        ``statuses`` has the exit status of every rank afterwards, and this is the first that is not 0.
+        """
+        first, *others = self.start_ranks(argv, folder, ranks, **hooks)
+        self.statuses = [self.wait(first)]
+        if self.statuses[0]:
+            for pid in others:
+                os.kill(pid, signal.SIGKILL)
+        self.statuses += [self.wait(pid) for pid in others]
+        return next((status for status in self.statuses if status), 0)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -196,6 +224,7 @@ def train(
     moment: int | None = None,
     place: tuple[str, str, int] | None = None,
     inside: dict[str, Any] | None = None,
+    call: tuple[str, str, dict[str, Any]] | None = None,
     environment: dict[str, str] | None = None,
 ) -> int:
     """A whole run, recorded; its exit status.
@@ -205,6 +234,7 @@ def train(
         folder: for its record, and the number of its moments (``moments``), of the first rank's.
         moment, place: when it kills itself, see ``Moments``.
         inside: what ``signal_in`` takes.
+        call: a function of a module of tests/faults that is called before the run: module, name, and what it takes.
         environment: variables that are set before, of which a rank is made.
     """
     os.environ.update(environment or {})
@@ -214,10 +244,25 @@ def train(
     moments = count_moments(moment, place)
     if inside is not None:
         signal_in(**inside)
+    if call is not None:
+        module, name, given = call
+        getattr(importlib.import_module(module), name)(**given)
     status = cli(lambda: main(argv) and None)
     if os.environ.get("RANK", "0") == "0":
         (folder / "moments").write_text(str(moments.count))
     return status
+
+
+def wait_for(pid: int, within: float) -> int:
+    """The status of a child, as waitpid has it; it is killed when the seconds are over."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)  # Ends a stopped process as well.
+    return os.waitpid(pid, 0)[1]
 
 
 def serve() -> None:
@@ -230,8 +275,7 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:
-            _, status = os.waitpid(question["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), file=answers)
+            print(os.waitstatus_to_exitcode(wait_for(question["wait"], question["within"])), file=answers)
             continue
         pid = os.fork()
         if pid:
