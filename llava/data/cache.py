@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.io import lock_file, write_beside
+from llava.messages import shorten_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,13 @@ _CHECKSUM_BYTES = 4
 _BYTES_AT_ONCE = 1 << 22
 
 
+_MALFORMED = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, NotImplementedError, RecursionError,
+)  # fmt: skip
+"""What reading something else raises that has a checksum of its own: another version's form, or nobody's."""
+_WRITABLE_BY_OTHERS = 0o022
+
+
 class DamagedFileError(ValueError):
     """A file of the folder that is cut off, changed, of another version or of another user."""
 
@@ -40,11 +48,14 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
     """A mapped array of ``length`` numbers, computed if it is not there: NumPy's file, and behind it its CRC-32."""
     import numpy as np
 
+    # The name says what the numbers depend on: a file that was renamed is another's.
+    start = zlib.crc32(path.name.encode())
+
     def read_array() -> NDArray[Any]:
         # All of it is read once, which also brings it into the system's cache for the map below.
         content = path.read_bytes()
         checksum = int.from_bytes(content[-_CHECKSUM_BYTES:], "little")
-        if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES]) != checksum:
+        if zlib.crc32(memoryview(content)[:-_CHECKSUM_BYTES], start) != checksum:
             raise DamagedFileError("it is damaged")
         try:
             # NumPy reads no further than its header says: the checksum behind the numbers is none of them.
@@ -58,7 +69,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
     def write_array(part: Path) -> None:
         with part.open("wb") as file:
             np.save(file, compute().astype(dtype, copy=False), allow_pickle=False)
-        checksum = _compute_checksum(part, part.stat().st_size)
+        checksum = _compute_checksum(part, part.stat().st_size, start)
         with part.open("ab") as file:
             file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
@@ -70,7 +81,12 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
 
     def open_own() -> T:
         _check_own_file(path)
-        return open_file()
+        try:
+            return open_file()
+        except DamagedFileError:
+            raise
+        except _MALFORMED as error:
+            raise DamagedFileError(f"it cannot be read ({shorten_text(repr(error), 120)})") from error
 
     _check_own_folder(path.parent)
     # The usual case needs no lock: a file has its name only when it is complete.
@@ -78,6 +94,7 @@ def open_or_write(path: Path, open_file: Callable[[], T], write: Callable[[Path]
         return open_own()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_own_folder(path.parent)  # Somebody may have been faster.
         with _locked(path) as alone:
             # Another process may have written it while this one waited for the lock.
             try:
@@ -145,9 +162,8 @@ def read_footer(path: Path, version: int, origin: Mapping[str, str]) -> dict[str
     return content
 
 
-def _compute_checksum(path: Path, size: int) -> int:
-    """CRC-32 of the first bytes of a file."""
-    checksum = 0
+def _compute_checksum(path: Path, size: int, checksum: int = 0) -> int:
+    """CRC-32 of the first bytes of a file, behind those that ``checksum`` is of."""
     with path.open("rb") as file:
         while size > 0 and (piece := file.read(min(size, _BYTES_AT_ONCE))):
             size -= len(piece)
@@ -155,18 +171,66 @@ def _compute_checksum(path: Path, size: int) -> int:
     return checksum
 
 
-def _check_own_folder(folder: Path) -> None:
-    """A ValueError for a folder of another user, who could put anything into it."""
+def own_folder(folder: Path) -> Path:
+    """A folder that nobody else can write to: ``folder``, or one of this user's in it where it is shared.
+
+    Raises:
+        ValueError: it belongs to another user, who could put anything into it.
+    """
     try:
-        owner = folder.stat().st_uid
+        status = folder.stat()
     except OSError:
-        return  # It is made, or making it says what is wrong.
-    # In /tmp anybody can make a folder of the name that we would take.
-    if not _is_own(owner):
-        raise ValueError(
-            f"{folder}: the folder of indexes belongs to another user (number {owner}); give one of your own with "
-            "--data_cache_dir"
-        )
+        _check_own_folder(folder)  # A link of somebody else's, that leads nowhere yet.
+        return folder  # It is made, or making it says what is wrong.
+    if not hasattr(os, "geteuid") or (_is_own(status.st_uid) and not status.st_mode & _WRITABLE_BY_OTHERS):
+        _check_own_folder(folder)
+        return folder
+    # As /tmp: whoever writes to it, none can rename what is others'. And one of this user's, open to a group.
+    if _is_own(status.st_uid) or (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
+        own = folder / f"of-user-{os.geteuid()}"
+        with suppress(OSError):  # What is wrong is said when it is written to.
+            own.mkdir(mode=0o700, exist_ok=True)
+        _check_own_folder(own)
+        return own
+    raise _not_ours(folder, status.st_uid)
+
+
+def _check_own_folder(folder: Path) -> None:
+    """A ValueError for a folder of another user, who could put anything into it, or a link of one."""
+    # In /tmp anybody can make a folder, or a link, of the name that we would take.
+    for look in (Path.lstat, Path.stat):
+        try:
+            owner = look(folder).st_uid
+        except OSError:
+            continue  # It is made, or making it says what is wrong.
+        if not _is_own(owner):
+            raise _not_ours(folder, owner)
+
+
+def _not_ours(folder: Path, owner: int) -> ValueError:
+    return ValueError(
+        f"{folder}: the folder of indexes belongs to another user (number {owner}); give one of your own with "
+        "--data_cache_dir"
+    )
+
+
+def find_stranger(path: Path, folder: Path) -> str | None:
+    """What keeps a file of a folder that users may share from being believed; None if nothing does.
+
+    Whoever gives a folder trusts its owner: a file of theirs is believed, and one of this user's own, not that of a
+    third who could write there as well. Links lead where those who made them want, and are asked about likewise.
+    """
+    try:
+        looked = (path.lstat(), path.stat())
+        trusted = {folder.stat().st_uid, 0}
+    except OSError:
+        return None  # Reading it says what is wrong.
+    if not stat.S_ISREG(looked[1].st_mode):
+        return "is no file"
+    for status in looked:
+        if status.st_uid not in trusted and not _is_own(status.st_uid):
+            return f"belongs to a user (number {status.st_uid}) who is neither you nor the owner of its folder"
+    return None
 
 
 def _check_own_file(path: Path) -> None:

@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, SupportsInt, overload
 from llava.data.cache import append_footer, open_array, open_or_write, read_footer
 from llava.data.record_rows import RECORDS_AT_ONCE, load_media, load_record, make_batches, stored_types
 from llava.io import hash_json
+from llava.messages import shorten_text
 from llava.types import Media, Record
 
 if TYPE_CHECKING:
@@ -138,6 +139,13 @@ class RecordStore(RecordSequence):
             footer = Footer(**append_footer(path, asdict(footer)))
         return cls(data, footer)
 
+    def check(self) -> None:
+        """A ValueError for a table, or a footer, that is none of this library's, though its checksum is right."""
+        found = {one.name: one.type for one in self._table.schema}
+        rows = {*self.footer.faults, *self.footer.repeated, *self.footer.repeated.values()}
+        if found != stored_types() or not all(row in range(len(self)) for row in rows):
+            raise ValueError("its table is another")
+
     def __reduce__(self) -> tuple[type[RecordStore], tuple[Path | pa.Buffer, Footer]]:
         return RecordStore, (self._data, self.footer)
 
@@ -146,7 +154,13 @@ class RecordStore(RecordSequence):
 
     def _make_record(self, position: int) -> Record:
         # Parsed when it is asked for, by the worker that needs it.
-        return load_record(self._column[position].as_py())
+        try:
+            return load_record(self._column[position].as_py())
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise ValueError(
+                f"{self._data}: row {position + 1} is no record ({shorten_text(repr(error), 120)}); remove the file, "
+                "and it is made anew"
+            ) from error
 
     def media(self, rows: Sequence[int]) -> Iterator[list[Media]]:
         """The media of some rows; many times faster than the records themselves."""
@@ -369,10 +383,15 @@ def open_store(
         if _describe(file) != origin:
             raise ValueError(f"{file}: it changed while it was read; start again when it is complete")
 
-    content = open_or_write(path, partial(read_footer, path, VERSION, origin), write_index)
-    for name in ("faults", "repeated"):  # JSON has no keys but strings.
-        content[name] = {int(row): value for row, value in content[name].items()}
-    return RecordStore(path, Footer(**content))
+    def open_index() -> RecordStore:
+        content = read_footer(path, VERSION, origin)
+        for name in ("faults", "repeated"):  # JSON has no keys but strings.
+            content[name] = {int(row): value for row, value in content[name].items()}
+        store = RecordStore(path, Footer(**content))
+        store.check()
+        return store
+
+    return open_or_write(path, open_index, write_index)
 
 
 def _describe(file: Path) -> dict[str, str]:

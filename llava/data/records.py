@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, PLACEHOLDER, VISUAL_TOKEN
+from llava.data.cache import own_folder
 from llava.data.files import choose_rows, find_entries
 from llava.data.index import Mixture, Part, RecordStore, open_store
 from llava.data.media_files import ANIMATED_SUFFIXES, find_root, is_picture_name, read_media, temporary_folder
@@ -82,7 +83,7 @@ def read_records(
         ValueError: a file or a sample is not as ``docs/data.md`` describes; names file and sample.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
-    cache = Path(cache_dir) if cache_dir else None
+    cache = own_folder(Path(cache_dir)) if cache_dir else None
     parts: list[Part] = []
     drawn: Counter[str] = Counter()
     for entry in find_entries(paths, flag):

@@ -22,10 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
+from llava.data.cache import find_stranger
 from llava.data.feature_cache.digests import FOLDER as DIGESTS
 from llava.data.feature_cache.shards import SUFFIX, DamagedShardError, Kept, Shard, write_shard
 from llava.data.feature_cache.storage import Storage
 from llava.io import write_beside
+from llava.messages import shorten_text
 from llava.types import BadSampleError, FeatureEntry
 
 logger = logging.getLogger(__name__)
@@ -91,11 +93,13 @@ class FeatureCache:
             with write_beside(path, shared=True) as beside:
                 settings = {"version": _VERSION, "storage": wanted.kind, "pool": wanted.pool}
                 beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        if stranger := find_stranger(path, self.folder):
+            raise ValueError(f"{FLAG} {self.folder}: {path} {stranger}; give another folder")
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             version, found = told["version"], Storage(told["storage"], told["pool"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: is damaged ({error}); give another {FLAG}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: is damaged ({shorten_text(repr(error), 200)}); give another {FLAG}") from error
         if version != _VERSION:
             raise ValueError(f"{path}: another version of llava wrote it ({version}); give another {FLAG}")
         if wanted is not None and found != wanted:
@@ -119,6 +123,8 @@ class FeatureCache:
             if path.name in self.shards or path.name in self.damaged:
                 continue
             try:
+                if stranger := find_stranger(path, self.folder):
+                    raise DamagedShardError(f"{path}: it {stranger}")
                 shard = Shard.open(path)
             except DamagedShardError as error:
                 self._tell_damage(path, error)

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from llava.data.cache import find_stranger
 from llava.data.images import list_frames
 from llava.data.media_files import local_path
 from llava.io import append_json_lines, hash_file, read_json_lines
@@ -41,8 +42,11 @@ class Digests:
         self._known: dict[Signature, str] = {}
         self._file: Path | None = None
         self._process = 0
-        for path in sorted(folder.glob("*.jsonl")) if folder is not None else ():
-            self._known |= dict(_read(path))
+        if folder is None:
+            return
+        for path in sorted(folder.glob("*.jsonl")):
+            if find_stranger(path, folder.parent) is None:  # Not hashes that somebody else says files have.
+                self._known |= dict(_read(path))
 
     def of_media(self, media: Media) -> str:
         """SHA-256 of the bytes of an image or a clip; of the hashes of its pictures for one that is given as these.

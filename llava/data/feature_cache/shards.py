@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llava.data.feature_cache.storage import Storage
 from llava.io import hash_json, lock_file, write_beside
+from llava.messages import is_out_of_memory, shorten
 from llava.types import FeatureEntry
 
 SUFFIX = ".safetensors"
@@ -36,6 +38,25 @@ _HEADERS = 512
 
 class DamagedShardError(ValueError):
     """A shard that is cut off, changed or none at all; the message names the file and what is wrong."""
+
+
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError, RecursionError)
+"""What reading something else raises that has the checksums of a shard: torch says RuntimeError of most."""
+
+
+@contextmanager
+def _damage_of(path: Path, what: str) -> Iterator[None]:
+    """Within it, whatever the content of a file makes Python or torch raise says that the file is damaged."""
+    try:
+        yield
+    except DamagedShardError:
+        raise
+    except OSError as error:
+        raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from error
+    except _MALFORMED as error:
+        if is_out_of_memory(error):
+            raise
+        raise DamagedShardError(f"{path}: {what} damaged") from error
 
 
 @dataclass(frozen=True)
@@ -150,7 +171,7 @@ def read_header(path: Path, size: int, changed: int) -> Header:
     Raises:
         DamagedShardError: it is cut off, damaged or no shard.
     """
-    try:
+    with _damage_of(path, "its header is"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size, _MOST_HEADER):
@@ -159,21 +180,15 @@ def read_header(path: Path, size: int, changed: int) -> Header:
         metadata = header.pop("__metadata__")
         told = metadata.pop("checksum")
         if metadata["format"] != FORMAT:
-            raise DamagedShardError(f"{path}: another version of llava wrote it ({metadata['format']!r})")
+            raise DamagedShardError(f"{path}: another version of llava wrote it ({shorten(metadata['format'])})")
         if told != hash_json([metadata, header]):
             raise DamagedShardError(f"{path}: its header is damaged")
         about = json.loads(metadata["about"])
-    except OSError as error:
-        raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DamagedShardError):
-            raise
-        raise DamagedShardError(f"{path}: its header is damaged") from error
-    start = _LENGTH_BYTES + length
-    end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if size != end:
-        raise DamagedShardError(f"{path}: it has {size} bytes, and its header says {end}")
-    return Header(header, about["entries"], about["contexts"], start)
+        start = _LENGTH_BYTES + length
+        end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if size != end:
+            raise DamagedShardError(f"{path}: it has {size} bytes, and its header says {end}")
+        return Header(header, dict(about["entries"]), dict(about["contexts"]), start)
 
 
 @dataclass
@@ -192,12 +207,12 @@ class Shard:
     @classmethod
     def open(cls, path: Path) -> Shard:
         """Look into a shard; a DamagedShardError as from ``read_header``."""
-        try:
+        with _damage_of(path, "what it says of its entries is"):
             status = path.stat()
-        except OSError as error:
-            raise DamagedShardError(f"{path}: cannot be read: {error.strerror}") from error
-        header = read_header(path, status.st_size, status.st_mtime_ns)
-        counts = Counter(about["context"] for about in header.entries.values())
+            header = read_header(path, status.st_size, status.st_mtime_ns)
+            counts = Counter(about["context"] for about in header.entries.values())
+            if missing := counts.keys() - header.contexts.keys():
+                raise DamagedShardError(f"{path}: it lacks the settings of {len(missing)} of its entries")
         return cls(path, tuple(header.entries), header.contexts, counts, status.st_size, status.st_mtime_ns)
 
     def read(self, key: str, storage: Storage) -> tuple[FeatureEntry, Tensor]:
@@ -206,23 +221,24 @@ class Shard:
         Raises:
             DamagedShardError: the file is gone or shorter, or the entry's bytes are not those that were written.
         """
-        header = read_header(self.path, self.size, self.changed)
-        about = header.entries[key]
-        names = {"features": key} | ({"scale": key + SCALE} if key + SCALE in header.tensors else {})
-        kept = {name: self._tensor(header, of_file) for name, of_file in names.items()}
-        if key not in self._checked:
-            checksum = 0
-            for _, tensor in sorted(kept.items()):
-                checksum = zlib.crc32(_bytes_of(tensor), checksum)
-            if checksum != about["crc32"]:
-                raise DamagedShardError(f"{self.path}: the features of {key} are damaged (CRC-32)")
-            self._checked.add(key)
-        features = storage.decode(kept, _DTYPES[about["dtype"]], about["patches"])
-        # A tensor that shares the map would be handed on by a worker with all of the shard.
-        if features.data_ptr() == kept["features"].data_ptr():
-            features = features.clone()
-        size, times = tuple(about["size"]), tuple(about["times"])
-        return FeatureEntry(key, about["context"], about["kind"], size, times, about["duration"]), features
+        with _damage_of(self.path, f"the entry {key} is"):
+            header = read_header(self.path, self.size, self.changed)
+            about = header.entries[key]
+            names = {"features": key} | ({"scale": key + SCALE} if key + SCALE in header.tensors else {})
+            kept = {name: self._tensor(header, of_file) for name, of_file in names.items()}
+            if key not in self._checked:
+                checksum = 0
+                for _, tensor in sorted(kept.items()):
+                    checksum = zlib.crc32(_bytes_of(tensor), checksum)
+                if checksum != about["crc32"]:
+                    raise DamagedShardError(f"{self.path}: the features of {key} are damaged (CRC-32)")
+                self._checked.add(key)
+            features = storage.decode(kept, _DTYPES[about["dtype"]], about["patches"])
+            # A tensor that shares the map would be handed on by a worker with all of the shard.
+            if features.data_ptr() == kept["features"].data_ptr():
+                features = features.clone()
+            size, times = tuple(about["size"]), tuple(about["times"])
+            return FeatureEntry(key, about["context"], about["kind"], size, times, about["duration"]), features
 
     def _tensor(self, header: Header, name: str) -> Tensor:
         """A tensor of the map."""

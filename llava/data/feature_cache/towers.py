@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from llava.config import VisionConfig
+from llava.data.cache import find_stranger
 from llava.data.feature_cache.cache import TOWERS
 from llava.data.feature_cache.digests import FOLDER, Digests
 from llava.data.feature_cache.keys import describe_structure
@@ -30,7 +31,7 @@ class TowerRecords:
         """The hash of a tower's weights at a folder or hub name; None where it has not been seen yet."""
         try:
             path = self._path(source, vision)
-            if path is None:
+            if path is None or find_stranger(path, self.folder):
                 return None
             told = json.loads(path.read_text(encoding="utf-8"))
             return str(told["weights"]) if told["check"] == _check(path, told["weights"]) else None
