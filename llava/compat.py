@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache
@@ -383,7 +383,12 @@ def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object])
         del writer.save
 
 
-def restore_loop(trainer: Trainer, checkpoint: str, loss_meter: tuple[float, int, float] | None) -> None:
+def restore_loop(
+    trainer: Trainer,
+    checkpoint: str,
+    loss_meter: tuple[float, int, float] | None,
+    seed: Callable[[], None] | None = None,
+) -> None:
     """Let the loop, before its first step, stand where a checkpoint was written.
 
     Args:
@@ -391,7 +396,11 @@ def restore_loop(trainer: Trainer, checkpoint: str, loss_meter: tuple[float, int
         checkpoint: has the random states.
         loss_meter: the sum of losses since the last line of the log, the step of that line, and the sum of all losses
             logged, for the mean at the end; None leaves them at zero.
+        seed: begins the random numbers where the checkpoint's states are those of other ranks.
     """
+    vars(trainer).pop("_load_rng_state", None)  # A trainer may train twice.
+    if seed is not None:
+        trainer._load_rng_state = lambda checkpoint: seed()  # type: ignore[method-assign]
     # rng_state.pth, or rng_state_N.pth of rank N; one that is not there is passed over.
     trainer._load_rng_state(checkpoint)
     if loss_meter is not None:

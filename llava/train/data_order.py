@@ -22,6 +22,7 @@ from transformers.trainer_utils import seed_worker
 from llava.data.collator import SupervisedCollator
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, RankBatchSampler
 from llava.train.arguments import TrainingArguments
+from llava.train.elastic import advise
 from llava.train.evaluation import EvaluationLoader
 
 logger = logging.getLogger(__name__)
@@ -191,9 +192,17 @@ class TrainingData(TrainerCallback):
         else:
             raise ValueError(
                 f"the checkpoint stands at step {state['step']} of epoch {state['epoch']} of other data: "
-                f"{'; '.join(changes)}. Give what it was trained with, or --ignore_data_skip true to start an epoch of "
-                "the data as they are now"
+                f"{'; '.join(changes)}{self._advise(state['order']['step_size'])}. Give what it was trained with, or "
+                "--ignore_data_skip true to start an epoch of the data as they are now"
             )
+
+    def _advise(self, step_size: int) -> str:
+        """Behind an error: with which values a step has so many samples; nothing where it has."""
+        args = self.args
+        if step_size == self._order().step_size:
+            return ""
+        by_tokens = bool(args.max_tokens_per_batch)
+        return "; " + advise(step_size, args.world_size, args.per_device_train_batch_size, by_tokens)
 
 
 def fingerprint_of(order: DataOrder, dataset: object) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints
 from llava.train.data_order import DATA_STATE, TrainingData, describe_changes
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank
+from llava.train.elastic import say_other_split
 from llava.train.parts import part_of
 
 logger = logging.getLogger(__name__)
@@ -218,12 +219,13 @@ def check_resumed(
             logger.warning("%s has no %s: nothing tells whether the data are still its own", checkpoint, DATA_STATE)
     except ValueError as error:
         if not wrong:
-            raise
+            raise AgreedError(str(error)) from error
         wrong = [*wrong, str(error)]
     if wrong:
         raise AgreedError(explain_other_run(checkpoint, wrong))
     if found.allowed and is_first_rank():
         logger.info("going on from %s with changes: %s", checkpoint, "; ".join(found.allowed))
+    say_other_split(checkpoint, args, {} if identity is None else identity.fixed)
     return found
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from llava.model.loading import read_pretrained
 from llava.model.lora import has_adapters, load_adapter_weights, read_adapter_weights
 from llava.model.pretrained import describe_damage
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_from_ranks, is_first_rank
+from llava.train.elastic import saved_ranks, seed_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, Differences
 from llava.train.parts import put_in_force
 from llava.train.saving import LOSS_SINCE_LOG
@@ -253,21 +255,26 @@ class ResumeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Go on with random states and the losses since the last line of the log; make up for an evaluation."""
-        own = Path(self.checkpoint, LOSS_SINCE_LOG.format(rank=args.process_index))
-        if own.is_file():
-            # The next line of the log is a mean of losses before and after. train_loss, at the end, is that of new
-            # ones alone, so those from before count against themselves.
-            ranks = [json.loads(path.read_text("utf-8")) for path in own.parent.glob(LOSS_SINCE_LOG.format(rank="*"))]
-            stored = json.loads(own.read_text("utf-8"))
-            total = -sum(rank["sum"] for rank in ranks) / len(ranks)
-            meter = (stored["sum"], stored["last_logged_step"], total)
+        folder, rank, ranks = Path(self.checkpoint), args.process_index, args.world_size
+        saved = {
+            path.name: json.loads(path.read_text("utf-8")) for path in folder.glob(LOSS_SINCE_LOG.format(rank="*"))
+        }
+        same_ranks = saved_ranks(folder) == ranks
+        meter = None
+        if saved:
+            # The next line of the log is a mean over ranks, of losses before and after: on other ranks, each goes on
+            # from that mean. train_loss, at the end, is that of new losses alone, so those before count against it.
+            mean = sum(one["sum"] for one in saved.values()) / len(saved)
+            own = saved.get(LOSS_SINCE_LOG.format(rank=rank)) if same_ranks else None
+            last = next(iter(saved.values()))["last_logged_step"]
+            meter = (mean if own is None else own["sum"], last, -mean)
         else:
-            meter = None
             logger.warning(
-                "%s has no random states of rank %d: it is from another number of ranks, or from an earlier version, "
-                "and the run will not go on exactly as it would have", self.checkpoint, args.process_index
+                "%s does not have the losses since the last line of the log (an earlier version wrote it): the next "
+                "line has those of new steps alone", self.checkpoint,
             )  # fmt: skip
-        restore_loop(self.trainer, self.checkpoint, meter)
+        seed = None if same_ranks else partial(seed_rank, args.seed, state.global_step, rank, ranks)
+        restore_loop(self.trainer, self.checkpoint, meter, seed)
         # A run that was asked to stop has saved in place of the evaluation that its step was due.
         states = state.stateful_callbacks
         if isinstance(states, dict) and states.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):
