@@ -70,7 +70,7 @@ test-newest: $(NEWEST_INSTALLED) ## some of the tests on the newest transformers
 lint: $(INSTALLED) ## ruff and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck train_italian_video.sh .ci/run
+	$(BIN)/shellcheck train_italian_video.sh llava/train/slurm/train.sbatch .ci/run
 
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy

@@ -1,8 +1,9 @@
 #!/bin/bash
 #SBATCH --job-name=italian_video
 #SBATCH --output=logs/%x-%j.out
+#SBATCH --open-mode=append
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=48G
@@ -17,7 +18,8 @@
 #
 # It goes on from the last complete checkpoint in OUTPUT_DIR, if there is one and it is of this very run: another
 # learning rate, model or data file needs another OUTPUT_DIR (docs/running.md). On SIGUSR1, which Slurm sends two
-# minutes before the time is up, it saves a checkpoint and requeues its job (docs/running.md).
+# minutes before the time is up, it saves a checkpoint and requeues its job (docs/running.md). With sbatch --nodes=N it
+# trains on all of them (docs/slurm.md).
 #
 # Models at milestones of words, and their scores on Italian minimal pairs, are left in OUTPUT_DIR (docs/recipes.md).
 #
@@ -36,7 +38,7 @@
 #                 (default: none; docs/feature_cache.md)
 #   INSPECT       1 (default) looks at data, batches and model first, for a minute on the CPU, and trains nothing if the
 #                 run would be ruined (docs/inspect.md); 0 does not look
-#   NUM_GPUS      how many GPUs to use (default: all that are visible; 0 trains on the CPU)
+#   NUM_GPUS      how many GPUs to use, of each node (default: all that are visible; 0 trains on the CPU)
 #   PYTHON        python to run (default: the active environment's, else .venv's, else python3)
 #   EXTRA_ARGS    more arguments for the trainer, split at blanks
 #
@@ -211,6 +213,11 @@ if ((EXP_ID == 2)); then
 fi
 
 launcher=("$PYTHON")
+num_nodes=${SLURM_JOB_NUM_NODES:-1}
+if ((num_nodes > 1)); then
+    # A launcher on each node, with a process for each GPU.
+    launcher+=(-m llava.train.slurm --no_requeue --nproc_per_node "$((NUM_GPUS > 0 ? NUM_GPUS : 1))")
+fi
 if ((NUM_GPUS == 0)); then
     precision=fp32
     trainer+=(--use_cpu true)
@@ -219,16 +226,18 @@ if ((NUM_GPUS == 0)); then
     else
         echo "note: NUM_GPUS is 0; training on the CPU" >&2
     fi
-elif ((NUM_GPUS == 1)); then
+elif ((NUM_GPUS == 1 && num_nodes == 1)); then
     # One process drives one GPU, whatever else is visible.
     visible=${CUDA_VISIBLE_DEVICES:-0}
     export CUDA_VISIBLE_DEVICES=${visible%%,*}
 else
-    launcher+=(-m llava.train.launch --standalone --nproc_per_node "$NUM_GPUS")
+    if ((num_nodes == 1)); then
+        launcher+=(-m llava.train.launch --standalone --nproc_per_node "$NUM_GPUS")
+    fi
     if ((has_deepspeed)); then
         trainer+=(--deepspeed "$ROOT/llava/train/deepspeed/zero2.json")
     else
-        echo "note: deepspeed and ninja are not installed; $NUM_GPUS GPUs train with plain DDP" >&2
+        echo "note: deepspeed and ninja are not installed; $((NUM_GPUS * num_nodes)) GPUs train with plain DDP" >&2
     fi
 fi
 if [[ $precision != fp32 ]]; then
@@ -241,7 +250,9 @@ trainer+=(${extra[@]+"${extra[@]}"} "$@")
 command=("${launcher[@]}" -m llava.train.train "${trainer[@]}")
 
 mkdir -p "$ROOT/logs"
-echo "phase _$phase, $NUM_GPUS of $gpus_found GPUs, $precision:"
+on_nodes=
+((num_nodes == 1)) || on_nodes=" on each of $num_nodes nodes"
+echo "phase _$phase, $NUM_GPUS of $gpus_found GPUs$on_nodes, $precision:"
 printf '%q ' "${command[@]}"
 echo
 
@@ -298,8 +309,10 @@ if ((status == NOT_YET)) && [[ -f $OUTPUT_DIR/run_identity.json ]]; then
 fi
 if ((requeue && (status == PREEMPTED || status == NOT_YET))) && [[ -n ${SLURM_JOB_ID:-} ]]; then
     if command -v scontrol >/dev/null; then
-        echo "note: requeueing job $SLURM_JOB_ID, which goes on from its last checkpoint" >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        # One task of an array has the number of all of it.
+        job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+        echo "note: requeueing job ${job:-$SLURM_JOB_ID}, which goes on from its last checkpoint" >&2
+        scontrol requeue "${job:-$SLURM_JOB_ID}"
     fi
 fi
 exit "$status"

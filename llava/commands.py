@@ -51,6 +51,10 @@ COMMANDS = (
         ("", "italian_video --output my_run.yaml", "english_text --output my_run"),
     ),
     Command(
+        "init-slurm", "llava.train.slurm.init", LOOK, "write a script for sbatch: many nodes, requeued by itself",
+        ("", "--output captions.sbatch"),
+    ),
+    Command(
         "inspect", "llava.inspect", LOOK,
         "look at a run before it starts: data, batches, model, and what would ruin it",
         (
@@ -95,6 +99,15 @@ COMMANDS = (
             f"--nproc_per_node 4 -m llava train {_RUN} --output_dir output/run",
             "--standalone --nproc_per_node 2 -m llava train --deepspeed zero2 --config my_run.yaml "
             "--output_dir output/run",
+        ),
+    ),
+    Command(
+        "slurm", "llava.train.slurm", TRAIN,
+        "start a training on all nodes of a Slurm job, and requeue it when its time is up",
+        (
+            f"--nproc_per_node 4 -m llava train {_RUN} --output_dir output/run",
+            "--nproc_per_node gpu -m llava train --config my_run.yaml --output_dir output/run "
+            "--resume_from_checkpoint auto",
         ),
     ),
     Command(

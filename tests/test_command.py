@@ -176,6 +176,8 @@ COMMANDS = (
     "train.launch",
     "train.model_card",
     "train.replay",
+    "train.slurm",
+    "train.slurm.init",
     "train.train",
 )
 

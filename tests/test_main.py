@@ -79,7 +79,7 @@ def test_examples_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> No
                 _, rest = own.parse_known_args(words[1:] if words[:1] == ["build"] else words)
             rest = [str(RECIPES / "italian_video.yaml") if word == "my_run.yaml" else word for word in rest]
             parse_values(rest, optional=("data_path", "output_dir", "model_name_or_path"))
-        elif command.name == "launch":
+        elif command.name in ("launch", "slurm"):
             at = words.index("-m")
             assert all(word in parser._option_string_actions for word in words[:at] if word.startswith("--"))
             assert find_command(words[at + 2 :]) is not None

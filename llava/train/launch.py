@@ -7,10 +7,12 @@ ranks, and the status 85 of a run that was asked to stop comes out. The argument
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,15 +21,25 @@ from llava.command import CommandParser, program_name, run_command
 from llava.train.preemption import PREEMPTED
 
 PROGRAM = "python -m llava.train.launch"
+_PAUSE = 0.2  # seconds between two looks for ranks that are not started yet
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the ranks; their status 85 is this process's too, of other failures torchrun reports."""
+def main(argv: Sequence[str] | None = None, stop_at_term: bool = False) -> int:
+    """Run the ranks; their status 85 is this process's too, of other failures torchrun reports.
+
+    Args:
+        argv: torchrun's words; by default this process's.
+        stop_at_term: whether SIGTERM asks the ranks to stop as SIGUSR1 does, in place of torchrun's answer, which kills
+            ranks that take longer than 30 seconds to save.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):  # Further behind they may be the training's.
         read_parser().print_help()
         return 0
     signal.signal(signal.SIGUSR1, ask_ranks_to_stop)
+    if stop_at_term:
+        signal.signal(signal.SIGTERM, ask_ranks_to_stop)
+        words = ["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", *words]
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -45,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Whatever became of the ranks: it is no other for a signal now.
+        if stop_at_term:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 
@@ -78,16 +92,29 @@ def read_parser() -> CommandParser:
 
 
 def ask_ranks_to_stop(number: int, frame: FrameType | None) -> None:
-    """Pass a signal on to the ranks."""
-    for pid in find_ranks():
-        os.kill(pid, number)
+    """Pass a signal on to the ranks, as SIGUSR1, or once they are started."""
+    if not (ranks := find_ranks()):
+        # torchrun is being imported, or waits for other nodes: a signal that came now would be lost.
+        timer = threading.Timer(_PAUSE, ask_ranks_to_stop, (number, None))
+        timer.daemon = True
+        timer.start()
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
 
 
 def find_ranks() -> list[int]:
     """Ids of this process's children that are ranks: torchrun gives them their number in the environment."""
     # Of the main thread, which starts torchrun's ranks; this file is Linux's alone.
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    return [int(pid) for pid in children if b"\0LOCAL_RANK=" in b"\0" + _read_environment(pid)]
+
+
+def _read_environment(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # It has ended.
+        return b""
 
 
 if __name__ == "__main__":

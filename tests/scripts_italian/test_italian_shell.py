@@ -22,7 +22,7 @@ from llava.train.command_line import RECIPES, parse_arguments
 SETTINGS = (
     "EXP_ID", "MODEL_PATH", "VISION_MODEL", "DATA_PATH", "VIDEO_FOLDER", "OUTPUT_DIR", "NUM_GPUS", "EXTRA_ARGS",
     "FEATURE_CACHE", "INSPECT",
-    "OVERWRITE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_DIR", "VIRTUAL_ENV", "PYTHONPATH",
+    "OVERWRITE", "SLURM_RESTART_COUNT", "SLURM_SUBMIT_DIR", "SLURM_JOB_NUM_NODES", "VIRTUAL_ENV", "PYTHONPATH",
 )  # fmt: skip
 
 
@@ -70,11 +70,12 @@ def places(gpt2_dir: Path, tower_dir: Path, mixed_data: Path, tmp_path: Path) ->
 
 
 def test_shellcheck(script: Path) -> None:
+    template = ROOT / "llava" / "train" / "slurm" / "train.sbatch"
     beside = Path(sys.executable).with_name("shellcheck")
     program = str(beside) if beside.exists() else shutil.which("shellcheck")
     if program is None:
         pytest.skip("shellcheck is not installed")
-    result = subprocess.run([program, str(script)], capture_output=True, text=True, check=False)
+    result = subprocess.run([program, str(script), str(template)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 
@@ -137,6 +138,14 @@ def test_output_over_the_model_is_refused(script: Path, places: dict[str, Path])
         ("4 bf16 1", {}, ["llava.train.launch --standalone --nproc_per_node 4", "zero2.json"], ["note: deepspeed"]),
         ("4 bf16 0", {"NUM_GPUS": 2}, ["--nproc_per_node 2", "plain DDP"], ["--deepspeed"]),
         ("4 bf16 1", {"NUM_GPUS": 1}, ["ran: -m llava.train.train"], ["launch"]),
+        (
+            "4 bf16 1",
+            {"SLURM_JOB_NUM_NODES": 3},
+            ["ran: -m llava.train.slurm --no_requeue --nproc_per_node 4 -m llava.train.train", "zero2.json"],
+            ["launch"],
+        ),
+        ("4 bf16 1", {"SLURM_JOB_NUM_NODES": 2, "NUM_GPUS": 1}, ["slurm --no_requeue --nproc_per_node 1 -m"], []),
+        ("0 fp32 0", {"SLURM_JOB_NUM_NODES": 2}, ["--nproc_per_node 1 -m", "--use_cpu true"], ["--deepspeed"]),
         ("4 bf16 1", {"NUM_GPUS": 0}, ["--use_cpu true", "NUM_GPUS is 0"], ["--bf16"]),
         ("0 fp32 1", {}, ["--config italian_video.yaml", "no GPU found"], ["--bf16", "--fp16"]),
         ("1 bf16 1", {"VISION_MODEL": "facebook/dinov2-large"}, ["it will be downloaded"], ["error"]),
