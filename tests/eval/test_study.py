@@ -310,7 +310,10 @@ def test_list_and_slurm_script(folder: Path, capsys: pytest.CaptureFixture[str])
     script = Path("out/study.sbatch").read_text()
     assert "#SBATCH --array=2,3\n" in script
     assert "#SBATCH --gres=gpu:1\n" in script
-    assert "study.yaml --set rate=0.01 --cell" in script
+    assert 'study.yaml --set rate=0.01 --cell "$SLURM_ARRAY_TASK_ID"' in script
+    write_plan(slurm={"nodes": 2})
+    assert command.main(["study.yaml", "--sbatch"]) == 2
+    assert "slurm: nodes is 2, but a cell is trained on one node" in capsys.readouterr().err
 
 
 def test_random_weights_are_shared_by_variants_not_by_seeds(tmp_path: Path) -> None:

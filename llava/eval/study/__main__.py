@@ -41,14 +41,20 @@ def build_parser() -> CommandParser:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds")
     parser.add_argument("--cell", nargs="+", type=int, metavar="N", help="only these cells, by their number in --list")
+    parser.add_argument(
+        "--over", action="store_true", help="with --table: no training runs any more, what has no end was killed"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="list the cells and how far they are, and do nothing")
     what.add_argument("--dry_run", action="store_true", help="check everything, print all commands, and run nothing")
     what.add_argument("--prepare", action="store_true", help="run the steps before the first training only")
     what.add_argument("--table", action="store_true", help="make the tables of what is done, and train nothing")
     what.add_argument(
-        "--sbatch", action="store_true", help="write a Slurm array's script, study.sbatch, in --output_dir"
+        "--sbatch",
+        action="store_true",
+        help="write the scripts of a Slurm array, a task for each cell, and of the table behind it, in --output_dir",
     )
+    what.add_argument("--submit", action="store_true", help="write them and hand them to sbatch")
     return parser
 
 
@@ -94,16 +100,18 @@ def choose_cells(study: Study, args: argparse.Namespace) -> list[Cell]:
 def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) -> int:
     """What one call of the command does."""
     from llava.eval.study import cells as trainings
+    from llava.eval.study import progress, slurm
     from llava.eval.study.prepare import prepare
     from llava.eval.study.scoring import check_scoring
 
     if args.list:
-        print(format_list(study, cells))
+        print(progress.format_list(study, cells))
         return 0
     if args.table:
-        return print_tables(study)
-    if args.sbatch:
-        return write_sbatch(study, cells, args)
+        return print_tables(study, args.over)
+    if args.sbatch or args.submit:
+        slurm.write_scripts(study, cells, args.output_dir is not None, args.set, args.submit)
+        return 0
     checked = check_plan(study, cells)
     if args.dry_run:
         print_commands(study, cells)
@@ -120,7 +128,8 @@ def go_through(study: Study, cells: Sequence[Cell], args: argparse.Namespace) ->
     check_scoring(study, cells)
     for place, cell in enumerate(cells, 1):
         run_cell(study, cell, f"[{place}/{len(cells)}] {cell.name}")
-    return print_tables(study)
+    print_tables(study)  # Whatever has become of other cells: these are done.
+    return 0
 
 
 def lock_and_prepare(study: Study, cells: Sequence[Cell], prepare: Callable[[Study], None]) -> None:
@@ -222,21 +231,6 @@ def check_there(path: str, made: Sequence[str], where: str, may_be_name: bool = 
         raise ValueError(f"{where}: {path}: no such file or folder, and no step under 'prepare' makes it")
 
 
-def format_list(study: Study, cells: Sequence[Cell]) -> str:
-    """A line for each cell: number, variant, seed, how far it is."""
-    from llava.eval.study.cells import state
-    from llava.eval.study.scoring import FINAL, list_scored
-
-    width = max(len(cell.variant) for cell in cells) if cells else 0
-    lines = []
-    for cell in cells:
-        told = state(study, cell)
-        if told == "trained" and study.score is not None:
-            told = "scored" if FINAL in list_scored(study, cell) else "trained, not scored"
-        lines.append(f"{cell.number:>3}  {cell.variant:<{width}}  seed {cell.seed}  {told}")
-    return "\n".join(lines)
-
-
 def print_commands(study: Study, cells: Sequence[Cell]) -> None:
     for step in study.prepare:
         print(shlex.join(study.fill(word) for word in step.words))
@@ -250,49 +244,22 @@ def print_commands(study: Study, cells: Sequence[Cell]) -> None:
         print(shlex.join(["python", *study.train_command(cell)[1:]]))
 
 
-def print_tables(study: Study) -> int:
+def print_tables(study: Study, over: bool = False) -> int:
+    """Write and print the tables; the status is 1 where a cell has failed."""
+    from llava.eval.study.progress import format_unfinished, has_failed
     from llava.eval.study.table import CURVE_CHART, MARKDOWN, write_tables
 
-    print(write_tables(study), end="")
+    unfinished, status = format_unfinished(study, over), int(any(has_failed(study, cell, over) for cell in study.cells))
+    try:
+        print(write_tables(study), end="")
+    finally:  # Also where no cell is done, and there is no table.
+        if unfinished:
+            print(f"\n{unfinished}", flush=True)
     beside = "results.json and table.csv"
     if (study.output_dir / CURVE_CHART).is_file():
         beside = f"{CURVE_CHART}, {beside}"
     print(f"\n{study.output_dir / MARKDOWN}, with {beside} beside it", file=sys.stderr)
-    return 0
-
-
-def write_sbatch(study: Study, cells: Sequence[Cell], args: argparse.Namespace) -> int:
-    """Write the script of a Slurm array of which each task is a cell."""
-    path = study.output_dir / "study.sbatch"
-    # Training saves a checkpoint on SIGUSR1 and leaves with 85; the same task then goes on with it.
-    options = {"job-name": study.path.stem, "signal": "B:USR1@120", **study.slurm}
-    options["array"] = ",".join(str(cell.number) for cell in cells)
-    options.setdefault("output", f"{study.output_dir}/slurm-%A_%a.out")
-    rest = [f"--output_dir {shlex.quote(str(study.output_dir))}"] if args.output_dir else []
-    rest += [f"--set {shlex.join(args.set)}"] if args.set else []
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH --{name}={value}" for name, value in options.items()),
-        f"cd {shlex.quote(str(Path.cwd()))}",
-        "requeue=0",
-        f"{shlex.quote(sys.executable)} -m llava.eval.study {shlex.quote(str(study.path))} {' '.join(rest)} "
-        '--cell "$SLURM_ARRAY_TASK_ID" &',
-        "child=$!",
-        # Slurm itself requeues a job that it preempts; one that was cancelled stays so.
-        "trap 'requeue=1; kill -USR1 $child' USR1",
-        "trap 'kill -TERM $child' TERM",
-        # A signal ends a wait, not the child.
-        "wait $child; status=$?",
-        "while kill -0 $child 2>/dev/null; do wait $child; status=$?; done",
-        'if [ "$requeue" = 1 ] && [ "$status" -ne 0 ]; then',
-        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
-        "fi",
-        'exit "$status"',
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"sbatch {path}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

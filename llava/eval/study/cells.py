@@ -155,7 +155,7 @@ def train(study: Study, cell: Cell, start: Start, show: Callable[[str], None]) -
         print(f"$ {' '.join(words)}", file=file)
     status = start(words, log, study, show)
     note_attempt(folder, event="end", at=time.time(), status=status)
-    if status == STOPPED or -status in _signals():  # So early that it did not listen yet.
+    if status == STOPPED or -status in list_signals():  # So early that it did not listen yet.
         raise Stopped
     if status:
         raise ValueError(f"{study.path}: {cell.name}: its training ended with status {status}: {last_words(log)}")
@@ -241,7 +241,7 @@ def start_training(words: Sequence[str], log: Path, study: Study, show: Callable
     return process.returncode
 
 
-def _signals() -> list[int]:
+def list_signals() -> list[int]:
     """SIGTERM and, where the system has it, SIGUSR1."""
     return [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -253,7 +253,7 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _signals()}
+    before = {number: signal.signal(number, forward) for number in list_signals()}
     try:
         yield
     except KeyboardInterrupt:  # The terminal has sent it to the training as well.
