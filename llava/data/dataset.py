@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from llava import progress
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset_stats import (
@@ -130,7 +131,9 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     def __getitems__(self, indices: Sequence[int]) -> list[Example | BadSample]:
         """The samples of a batch, as ``self[index]`` gives each; a medium that several of them have is decoded once."""
         with self.decoding_once():
-            return [self[index] for index in indices]
+            examples = [self[index] for index in indices]
+        progress.note(progress.LOADING, ())
+        return examples
 
     @contextmanager
     def decoding_once(self) -> Iterator[None]:
@@ -144,6 +147,9 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     def load_example(self, record: Record) -> Example:
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         self.check_usable(record)
+        # What may take long, and hang, is said before: each clip has --decode_timeout, where there is one.
+        patience = (self.decode_timeout + progress.GRACE) * len(record.media) if self.decode_timeout else 0.0
+        progress.note(progress.DECODING if record.media else progress.READING, [record.id], patience=patience)
         media = self.load_media(record)
         ids, labels, exposure = self._encode(record, media)
         return Example(record.id, ids, labels, media, self._place(record, media), exposure.cut_tokens, exposure)

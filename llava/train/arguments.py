@@ -361,6 +361,7 @@ class TrainingArguments(SpeedArguments, ProgressArguments, transformers.Training
         )
         check_spelling(self)
         self._read_words()
+        self.prepare_reliability()
         # Checked before it: what transformers would fail on without naming a flag. After it: what it has read.
         asked_to_evaluate = self.do_eval
         with warnings.catch_warnings():

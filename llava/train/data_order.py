@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import seed_worker
 
+from llava import progress
 from llava.data.collator import SupervisedCollator
 from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, RankBatchSampler
 from llava.train.arguments import TrainingArguments
@@ -64,6 +66,12 @@ class TrainingLoader(DataLoader):
         return super().__iter__()
 
 
+def _start_worker(notes: Path | None, num_workers: int, rank: int, number: int) -> None:
+    # Without it the workers of all ranks would draw the same random numbers.
+    seed_worker(number, num_workers=num_workers, rank=rank)
+    progress.begin_worker(notes, number)
+
+
 @dataclass(eq=False)
 class TrainingData(TrainerCallback):
     """The order of the training data, this rank's batches of them, and the position in them.
@@ -102,8 +110,7 @@ class TrainingData(TrainerCallback):
         args = self.args
         # Not through accelerator.prepare, which fills the last batch up with samples that the epoch has had already.
         batches = self.build_batches()
-        # Without it the workers of all ranks would draw the same random numbers.
-        start_worker = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        start_worker = partial(_start_worker, progress.own_path(), args.dataloader_num_workers, args.process_index)
         return TrainingLoader(
             self.dataset,
             worker_init_fn=start_worker,

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import FrameType
 
 from llava.command import CommandParser, program_name, run_command
-from llava.train.preemption import PREEMPTED
+from llava.train.preemption import HUNG, PREEMPTED
 
 PROGRAM = "python -m llava.train.launch"
 _PAUSE = 0.2  # seconds between two looks for ranks that are not started yet
 
 
 def main(argv: Sequence[str] | None = None, stop_at_term: bool = False) -> int:
-    """Run the ranks; their status 85 is this process's too, of other failures torchrun reports.
+    """Run the ranks; their status 85 or 110 is this process's too, of other failures torchrun reports.
 
     Args:
         argv: torchrun's words; by default this process's.
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None, stop_at_term: bool = False) -> int:
         # is asked before it listens dies of the signal, and nothing is lost.
         if any(failure.exitcode in (PREEMPTED, -signal.SIGUSR1) for failure in error.failures.values()):
             return PREEMPTED
+        if any(failure.exitcode == HUNG for failure in error.failures.values()):
+            return HUNG  # The ranks have said why.
         raise
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Whatever became of the ranks: it is no other for a signal now.
@@ -71,7 +73,7 @@ def read_parser() -> CommandParser:
         prog=PROGRAM,
         usage="%(prog)s [--FLAG VALUE ...] -m MODULE [WORDS OF THE MODULE ...]",
         description="Start a training as several processes, a rank each: torchrun, with all its flags. SIGUSR1 goes to "
-        "the ranks, and the exit status 85 of a run that was asked to stop is this command's too.",
+        "the ranks. Their exit status 85, of a run that was asked to stop, and 110, of one that hung, are this one's",
     )
     spec = importlib.util.find_spec("torch")
     source = Path(spec.submodule_search_locations[0]) / "distributed" / "run.py" if spec else Path()  # type: ignore[index]

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 PREEMPTED = 85
 """Exit status of a run that was asked to stop and can be resumed (ERESTART's number on Linux)."""
 
+HUNG = 110
+"""Exit status of a run that the watchdog has ended, because no rank moved any more (ETIMEDOUT's number on Linux)."""
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """SIGTERM and, where the system has it, SIGUSR1."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from llava.train.reliability_arguments import ReliabilityArguments
+
 MILESTONES, STEPS = "milestones", "steps"
 """What ``--score_at`` may name; the second with a number: steps:500."""
 NO_TASKS = "none"
@@ -115,7 +117,7 @@ class SampleArguments:
 
 
 @dataclass
-class ProgressArguments(ScoringArguments, SampleArguments, CardArguments):
+class ProgressArguments(ScoringArguments, SampleArguments, CardArguments, ReliabilityArguments):
     """All of these groups."""
 
     # --- report of the run ---
@@ -128,6 +130,7 @@ class ProgressArguments(ScoringArguments, SampleArguments, CardArguments):
         self.check_scoring()
         self.check_card()
         self.check_samples()
+        self.check_reliability()
 
 
 def parse_score_times(words: list[str]) -> tuple[bool, list[int]]:

@@ -185,6 +185,7 @@ def clear_run(folder: Path, sources: Mapping[str, str | None]) -> None:
         )
     folders = [path for path in _list_saved(folder) if _is_checkpoint(path)]
     folders += [path for path in folder.glob("bad_step-*") if (path / BAD_STEP_RUN).is_file()]
+    folders += [path for path in folder.glob("hang-*") if any(path.glob("rank-*.txt"))]
     folders += [folder / SAMPLES_FOLDER] if (folder / SAMPLES_FOLDER / SAMPLES_FILE).is_file() else []
     files = [path for pattern in _RUN_FILES for path in folder.glob(pattern) if path.is_file()]
     if not is_report_own(folder):

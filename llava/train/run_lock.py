@@ -211,7 +211,7 @@ def _describe_process(job: str, restart: int) -> Holder:
         pid=pid,
         process_started=_process_start(pid),
         boot=_read_line(Path("/proc/sys/kernel/random/boot_id")),
-        namespace=_pid_namespace(),
+        namespace=pid_namespace(),
         job=job,
         restart=restart,
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -252,7 +252,8 @@ def _boot_time() -> float:
     return psutil.boot_time()
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
+    """Which processes this one sees: a container has its own; "" where unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - it is no path
     except OSError:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava import progress
 from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_media
 from llava.data.feature_cache.cache import FeatureCacheError
@@ -396,6 +397,7 @@ class SampleCallback(TrainerCallback):
             tokenizer: Any = trainer.processing_class
             captioner = Captioner(LoadedModel(trainer.model, tokenizer, trainer.model.vision, []), str(args.device))
             for number, watched in enumerate(self.watched):
+                progress.note(progress.SAMPLING, [watched.sample.id])
                 torch.manual_seed(args.seed + number)
                 answer = captioner.answer([watched.request], 1, **options)[0]
                 places = Prediction(answer.text, tuple(answer.boxes), tuple(answer.spans)).to_row()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from llava import progress
 from llava.compat import kept_out_of_checkpoints, save_training_state
 from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
@@ -237,9 +238,11 @@ class CheckpointWriter:
             AgreedError: one of them could not write; what was written is removed.
         """
         failure = WriteFailure()
-        with failure:
-            yield failure
-        if failures := gather_failures(failure.message):
+        with progress.doing(progress.SAVING):
+            with failure:
+                yield failure
+            failures = gather_failures(failure.message)
+        if failures:
             if self.trainer.args.should_save:
                 # Half of a save would take the room that the next attempt needs.
                 for left in (staging_of(folder), staging_of(folder / "model")):

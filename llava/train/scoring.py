@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava import progress
 from llava.eval.babylm.results import check_pictures
 from llava.eval.blind import BlindCheck
 from llava.eval.likelihood import Choice, Scorer
@@ -167,6 +168,7 @@ class ScoringCallback(TrainerCallback):
         ):
             for start in range(0, len(choices), at_once):
                 together = choices[start : start + at_once]
+                progress.note(progress.SCORING, (), event=True)
                 share = _score_share(self._scorer, together[rank::num_ranks], bar, trainer.stop_request)
                 # Every rank comes here, whatever became of its share: none waits for one that failed.
                 shares = gather_from_ranks(share)
@@ -249,6 +251,7 @@ def _score_share(scorer: Scorer, choices: Sequence[Choice], bar: tqdm, request: 
 
     def on_scored(number: int) -> None:
         bar.update(number)
+        progress.note(progress.SCORING)
         if request.is_asked:
             raise ScoringStopped
 

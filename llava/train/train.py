@@ -78,6 +78,7 @@ from llava.train.samples import add_samples, plan_samples
 from llava.train.score_plan import plan_scores
 from llava.train.scoring import add_scoring
 from llava.train.trainer import LlavaTrainer
+from llava.train.watchdog import watching
 from llava.types import SKIP
 
 __all__ = [
@@ -124,7 +125,7 @@ def train(trainer: LlavaTrainer) -> None:
     try:
         take_folder(trainer.args)
         if not take_finished(trainer):
-            with reporting(trainer):
+            with reporting(trainer), watching(trainer):
                 run(trainer)
         trainer.checkpoints.send_model()
     finally:

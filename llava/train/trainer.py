@@ -33,6 +33,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from llava import progress
 from llava.data.collator import model_inputs
 from llava.data.samplers import GROUPED, SEQUENTIAL
 from llava.model.grad_sync import UnusedVisionModules, trains_vision_alone
@@ -161,9 +162,13 @@ class LlavaTrainer(Trainer):
 
         Bad samples among them go into the log of bad samples, and those cut to the context are counted.
         """
+        progress.begin_step(self.state.global_step + 1)
         # All micro-batches of the step at once: the loss of each is divided by the number of tokens of all of them.
         with self.throughput.waiting():
             batches = list(islice(epoch_iterator, num_batches))
+        progress.note(
+            progress.COUNTING, [name for batch in batches for name in batch.get("sample_ids", ())], event=True
+        )
         if self.bad_sample_log is not None:
             num_used = sum(len(batch["sample_ids"]) for batch in batches)
             self.bad_sample_log.record(num_used, [bad for batch in batches for bad in batch.get("bad_samples", ())])
@@ -221,6 +226,8 @@ class LlavaTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss, smoothed in training, with logits only where they are predictions."""
+        phase = progress.FORWARD if self.meter is None else progress.EVALUATING
+        progress.note(phase, inputs.get("sample_ids", ()), event=True)
         if self.feature_log is not None:
             self.feature_log.begin(inputs)
         inputs = model_inputs(inputs)
