@@ -440,19 +440,3 @@ def gather_and_keep(parameters: Sequence[Any], modules: Iterable[Any]) -> None:
             parameter.ds_persist = True
     # Does nothing for those that are whole; which ones these are is the same on every rank.
     shared[0].all_gather(param_list=shared)
-
-
-def clone_store(seconds: float) -> Any:
-    """The store that the ranks have met by, over a connection of one's own, which waits so long for an answer.
-
-    A thread that shares the connection of the process group would wait behind whatever this waits for. There is no
-    public way to the store.
-    """
-    from datetime import timedelta
-
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    store: Any = _get_default_store()
-    store = store.clone()
-    store.set_timeout(timedelta(seconds=seconds))
-    return store

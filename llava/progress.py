@@ -103,6 +103,11 @@ def own_path() -> Path | None:
     return _Process.path
 
 
+def own_note() -> Note | None:
+    """What this process has noted last; None where it does not."""
+    return None if _Process.file is None else _Process.note
+
+
 def note(phase: str, samples: Sequence[str] | None = None, *, patience: float = 0.0, event: bool = False) -> None:
     """Note what this process does from here on.
 

@@ -31,13 +31,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava import progress
-from llava.io import write_beside
-from llava.progress import Note
 from llava.train.checkpoint import list_checkpoints
 from llava.train.distributed import broadcast_from_rank0, gather_from_ranks
 from llava.train.hang_report import Place, RankState, describe_hang, describe_rank, find_place, say_note
 from llava.train.preemption import HUNG
-from llava.train.run_lock import pid_namespace, release_all
+from llava.train.rank_notes import RankNotes, name_machine
+from llava.train.run_lock import release_all
 
 if TYPE_CHECKING:
     from llava.train.trainer import LlavaTrainer
@@ -91,16 +90,21 @@ def watching(trainer: LlavaTrainer) -> Iterator[None]:
         return
     token = broadcast_from_rank0(lambda: uuid.uuid4().hex)
     folder = Path(tempfile.gettempdir(), f"llava-run-{token}")
-    own = folder / f"rank-{args.process_index}"
+    own, machine = folder / f"rank-{args.process_index}", ""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         progress.begin(own)
+        machine = name_machine(folder)
     except OSError as error:
-        logger.warning("--hang_timeout: what this rank does cannot be noted in %s: %s", folder, error)
+        logger.warning("--hang_timeout: nothing is watched, as this rank cannot note what it does: %s", error)
     # A long start (lengths of all texts, weights) has no limit here: the exchanges between ranks have their own.
     progress.note("preparing", (), patience=UNLIMITED)
-    nodes = gather_from_ranks(_name_machine(folder))
-    watchdog = Watchdog(trainer, folder, args.process_index, nodes)
+    machines = gather_from_ranks(machine)
+    if "" in machines:
+        progress.end()
+        yield
+        return
+    watchdog = Watchdog(trainer, RankNotes(folder, args.process_index, machines))
     hook = trainer.model.register_forward_hook(note_backward)
     trainer.add_callback(NoteCallback())
     own_metrics = trainer.compute_metrics
@@ -121,14 +125,6 @@ def watching(trainer: LlavaTrainer) -> Iterator[None]:
             folder.rmdir()
 
 
-def _name_machine(folder: Path) -> str:
-    """The same text for ranks that see the same files and processes, another one for all others."""
-    with contextlib.suppress(OSError):
-        found = folder.stat()
-        return f"{socket.gethostname()} {pid_namespace()} {found.st_dev} {found.st_ino}"
-    return f"{socket.gethostname()} {uuid.uuid4().hex}"
-
-
 def _noting(compute: Callable[..., Any], patience: float) -> Callable[..., Any]:
     def noted(*words: Any, **named: Any) -> Any:
         progress.note("computing metrics", (), patience=patience)
@@ -143,35 +139,20 @@ class Watchdog:
 
     Attributes:
         trainer: of the run.
-        folder: the notes of this machine's ranks.
-        rank: of this process.
-        nodes: the machine of each rank.
+        notes: of all ranks.
     """
 
     trainer: LlavaTrainer
-    folder: Path
-    rank: int
-    nodes: list[str]
+    notes: RankNotes
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
-    _store: Any = None
-    _seen: dict[int, str] = field(default_factory=dict)
-    _notes: dict[int, Note] = field(default_factory=dict)
-    _workers: dict[int, list[Note]] = field(default_factory=dict)
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _leaving: bool = False
-    _bytes: int = 0
     _first_step: int = -1
 
     def start(self) -> None:
-        args = self.trainer.args
-        self.timeout = float(args.hang_timeout)
+        self.rank, self.timeout = self.notes.rank, float(self.trainer.args.hang_timeout)
         self.tick = min(_SLOWEST_TICK, self.timeout / 10)
-        self._local = [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
-        if len(self._local) < len(self.nodes):
-            from llava.compat import clone_store
-
-            self._store = clone_store(_GRACE)
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -189,107 +170,27 @@ class Watchdog:
 
     def _watch(self) -> None:
         idle, last = 0.0, time.monotonic()
-        longest = 2 * self.tick + (0 if self._store is None else 3 * _GRACE)
+        longest = 2 * self.tick + self.notes.slowest
         while not self._stop.wait(self.tick):
             now = time.monotonic()
             # What was longer than it should be, this process was stopped for, as the whole job may have been.
             idle, last = idle + min(now - last, longest), now
-            if self._look():
+            if self.notes.look():
                 idle = 0.0
-            declared = self._read_declared()
+            declared = self.notes.read_declared()
             if declared is not None or idle >= self._limit():
                 self._leave(declared, max(idle, self.timeout))
             # Where something holds the interpreter's lock this thread cannot speak, but this can.
             faulthandler.dump_traceback_later(1.5 * self.timeout + 60, file=2)
 
-    def _look(self) -> bool:
-        """Read the notes of all ranks; whether any has moved since the last time."""
-        moved = {rank: self._movement(rank) for rank in self._local}
-        own = self._notes.get(self.rank)
-        if own is not None and own.phase == progress.SAVING and self._has_moved_bytes():
-            (self.folder / f"rank-{self.rank}.bytes").write_text(str(self._bytes), encoding="utf-8")
-        if self._store is not None:
-            moved |= self._exchange(moved[self.rank])
-        changed = any(self._seen.get(rank) != state for rank, state in moved.items())
-        self._seen |= moved
-        return changed
-
-    def _movement(self, rank: int) -> str:
-        """What a rank of this machine and its workers have noted, as something that changes when they move."""
-        path = self.folder / f"rank-{rank}"
-        note = progress.read(path)
-        if note is None:
-            return "" if rank not in self._notes else "ended"
-        self._notes[rank] = note
-        counts, workers = [str(note.count)], []
-        for beside in sorted(self.folder.glob(f"{path.name}.*")):
-            if ".worker-" in beside.name and (worker := progress.read(beside)) is not None:
-                workers.append(worker)
-                counts.append(f"{worker.pid} {worker.count}")
-            elif beside.suffix == ".bytes":
-                counts.append(beside.read_text(encoding="utf-8"))
-        self._workers[rank] = workers
-        return " ".join(counts)
-
-    def _exchange(self, movement: str) -> dict[int, str]:
-        """Tell the other machines' ranks of this one, and hear of them."""
-        others = [rank for rank in range(len(self.nodes)) if rank not in self._local]
-        own = [vars(note) for note in (self._notes.get(self.rank, Note()), *self._workers.get(self.rank, []))]
-        try:
-            self._store.set(self._key(self.rank), json.dumps([movement, own]))
-            there = [rank for rank in others if self._store.check([self._key(rank)])]
-            told = self._store.multi_get([self._key(rank) for rank in there]) if there else []
-            heard = {rank: json.loads(text) for rank, text in zip(there, told, strict=True)}
-            for rank, (_, notes) in heard.items():
-                self._notes[rank], *self._workers[rank] = [Note(**note) for note in notes]
-        except (RuntimeError, ValueError) as error:  # The rank or the machine that keeps the store is gone or stopped.
-            logger.debug("the ranks' store does not answer: %s", error)
-            return {}
-        return {rank: moved for rank, (moved, _) in heard.items()}
-
-    def _key(self, name: object) -> str:
-        return f"{self.folder.name}/{name}"
-
-    def _has_moved_bytes(self) -> bool:
-        """Whether this process reads or writes files, which is what saving shows of itself."""
-        try:
-            counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-            moved = int(counts["rchar"]) + int(counts["wchar"])
-        except (OSError, ValueError, KeyError):  # No Linux: a save has as long as anything else.
-            return False
-        before, self._bytes = self._bytes, moved
-        return moved - before > _MOVED_BYTES
-
     def _limit(self) -> float:
         """Seconds without a move that are too many now."""
-        workers = [worker for own in self._workers.values() for worker in own]
-        patience = max((note.patience for note in (*self._notes.values(), *workers)), default=0.0)
         step = self.trainer.state.global_step
         self._first_step = step if self._first_step < 0 else self._first_step
         compiles = self.trainer.args.torch_compile and step < self._first_step + _COMPILED_STEPS
-        return max(self.timeout * (OPAQUE if compiles else 1), patience)
+        return max(self.timeout * (OPAQUE if compiles else 1), self.notes.patience())
 
     # Leaving.
-
-    def _read_declared(self) -> int | None:
-        """The step in which another rank has found the run hanging; None while it has not."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / "hang").read_text(encoding="utf-8"))
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError, ValueError):
-                if self._store.check([self._key("hang")]):
-                    return int(self._store.get(self._key("hang")))
-        return None
-
-    def _declare(self, step: int) -> int:
-        """Say that the run hangs; the step that the first one to say so has named."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError, ValueError):
-                step = int(self._store.compare_set(self._key("hang"), "", str(step)))
-        with contextlib.suppress(OSError), (self.folder / "hang").open("x", encoding="utf-8") as file:
-            file.write(str(step))
-        declared = self._read_declared()
-        return step if declared is None else declared
 
     def _leave(self, declared: int | None, idle: float) -> None:
         """Write what this rank does, wait until the others have done so, let one speak, and end the process."""
@@ -298,7 +199,11 @@ class Watchdog:
                 return
             self._leaving = True
         try:
-            step = self._declare(max(note.step for note in self._notes.values())) if declared is None else declared
+            step = (
+                self.notes.declare(max(note.step for note in self.notes.latest.values()))
+                if declared is None
+                else declared
+            )
             hang = Path(str(self.trainer.args.output_dir), f"hang-{step}")
             place = find_place(self._main)
             if not within(lambda: self._write_own(hang, place)):
@@ -313,15 +218,15 @@ class Watchdog:
             else:
                 text = f"error: rank {self.rank}: this run hangs, {say_note(states[self.rank])}; see {hang}"
             within(lambda: _say(text))
-            if self.rank == min(set(answered) & set(self._local)):
+            if self.rank == min(set(answered) & set(self.notes.local)):
                 within(lambda: self._end_silent(states, hang))
-            self._meet("told", answered)
+            self.notes.meet("told", answered, _GRACE)
             within(release_all)
             for child in multiprocessing.active_children():  # One that hangs would stay.
                 child.kill()
-            if self.rank == min(set(answered) & set(self._local)):
+            if self.rank == min(set(answered) & set(self.notes.local)):
                 time.sleep(0.2)  # The others have read by then that they may go.
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.notes.folder, ignore_errors=True)
         finally:
             os._exit(HUNG)  # The thread that trains waits for something that never comes.
 
@@ -329,7 +234,7 @@ class Watchdog:
         """Write what this rank does and its stacks, and those of its workers, to its file."""
         hang.mkdir(parents=True, exist_ok=True)
         with (hang / f"rank-{self.rank}.txt").open("wb") as file:
-            state = RankState(self._notes[self.rank], self._workers.get(self.rank, []), place)
+            state = RankState(self.notes.latest[self.rank], self.notes.workers.get(self.rank, []), place)
             file.write(describe_rank(self.rank, state, socket.gethostname()).encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -337,34 +242,36 @@ class Watchdog:
                 if hasattr(signal, "SIGUSR2") and child.pid in {worker.pid for worker in state.workers}:
                     os.kill(child.pid, signal.SIGUSR2)  # See progress.begin_worker.
             time.sleep(0.3)
-            for path in sorted(self.folder.glob(f"rank-{self.rank}.stack-*")):
+            for path in sorted(self.notes.folder.glob(f"rank-{self.rank}.stack-*")):
                 if text := path.read_bytes():
                     file.write(f"\nworker {path.suffix.rpartition('-')[2]}\n".encode() + text)
 
     def _gather(self, place: Place) -> dict[int, RankState]:
         """What all ranks say of themselves, once they have, or time is up."""
-        self._post("place", json.dumps([place.text, place.waits]))
+        self.notes.post("place", json.dumps([place.text, place.waits]))
         end = time.monotonic() + _GRACE
         while True:
-            told = {rank: text for rank in self._notes if (text := self._read_post("place", rank)) is not None}
-            silent = {rank: self._find_silence(rank) for rank in self._notes if rank not in told}
+            told = {
+                rank: text for rank in self.notes.latest if (text := self.notes.read_post("place", rank)) is not None
+            }
+            silent = {rank: self._find_silence(rank) for rank in self.notes.latest if rank not in told}
             if time.monotonic() > end or all(silent.values()):
                 break
             time.sleep(0.02)
-        self._look()
+        self.notes.look()
         return {
             rank: RankState(
                 note,
-                self._workers.get(rank, []),
+                self.notes.workers.get(rank, []),
                 Place(*json.loads(told[rank])) if rank in told else None,
                 silent.get(rank) or "it does not answer",
             )
-            for rank, note in sorted(self._notes.items())
+            for rank, note in sorted(self.notes.latest.items())
         }
 
     def _find_silence(self, rank: int) -> str | None:
         """Why a rank of this machine cannot answer; None where nothing is known of it."""
-        if rank not in self._local:
+        if rank not in self.notes.local:
             return None
         process = self._find_process(rank)
         if process is None:
@@ -374,7 +281,7 @@ class Watchdog:
 
     def _find_process(self, rank: int) -> psutil.Process | None:
         """The process of a rank of this machine; None where it is none any more."""
-        note = self._notes[rank]
+        note = self.notes.latest[rank]
         try:
             process = psutil.Process(note.pid)
             # A process that began after the last note is another one of the same number.
@@ -385,7 +292,7 @@ class Watchdog:
 
     def _end_silent(self, states: dict[int, RankState], hang: Path) -> None:
         """End the ranks of this machine that did not answer, which would keep their GPU, and say in their files why."""
-        for rank in self._local:
+        for rank in self.notes.local:
             if rank in states and states[rank].place is None and (process := self._find_process(rank)) is not None:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -397,31 +304,6 @@ class Watchdog:
         if last is None:
             return "There is no checkpoint to go on from yet"
         return f"The last whole checkpoint is {last}; --resume_from_checkpoint auto goes on from it"
-
-    def _meet(self, name: str, ranks: list[int]) -> None:
-        """Wait for ranks to come here, for a while."""
-        self._post(name, "")
-        end = time.monotonic() + _GRACE
-        while time.monotonic() < end and any(self._read_post(name, rank) is None for rank in ranks):
-            time.sleep(0.01)
-
-    def _post(self, name: str, text: str) -> None:
-        """Leave a text for the other ranks."""
-        with contextlib.suppress(OSError), write_beside(self.folder / f"{name}-{self.rank}") as beside:
-            beside.write_text(text, encoding="utf-8")
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(self._key(f"{name}-{self.rank}"), text)
-
-    def _read_post(self, name: str, rank: int) -> str | None:
-        if rank in self._local:
-            with contextlib.suppress(OSError):
-                return (self.folder / f"{name}-{rank}").read_text(encoding="utf-8")
-            return None
-        with contextlib.suppress(RuntimeError):
-            if self._store.check([self._key(f"{name}-{rank}")]):
-                return str(self._store.get(self._key(f"{name}-{rank}")).decode())
-        return None
 
 
 def within(act: Callable[[], object], seconds: float = _GRACE) -> bool:

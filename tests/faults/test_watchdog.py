@@ -19,6 +19,7 @@ from llava.progress import Note
 from llava.train.checkpoint import list_checkpoints
 from llava.train.hang_report import Place, RankState, blame
 from llava.train.preemption import HUNG
+from llava.train.rank_notes import RankNotes
 from llava.train.watchdog import UNLIMITED, Watchdog
 
 TIMEOUT = 2.5
@@ -140,7 +141,7 @@ def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     trainer: Any = SimpleNamespace(args=args, state=SimpleNamespace(global_step=0))
     progress.begin(tmp_path / "rank-0")
     progress.note(progress.BETWEEN)
-    own = Watchdog(trainer, tmp_path, 0, ["here"])
+    own = Watchdog(trainer, RankNotes(tmp_path, 0, ["here"]))
     own.start()
     yield SimpleNamespace(fired=fired, args=args, state=trainer.state)
     own.stop()
