@@ -313,7 +313,7 @@ class Mixture(RecordSequence):
         """One of ``record_rows.NUMBERS``, int32 (records,); zero at the turns and media of bad samples."""
         import numpy as np
 
-        return np.concatenate([part.store.numbers(name)[np.asarray(part.rows)] for part in self.parts])
+        return np.concatenate([part.store.numbers(name)[np.asarray(part.rows, np.int64)] for part in self.parts])
 
     def media(self) -> Iterator[tuple[int, list[Media]]]:
         """The media of each good sample that has some, with its index; no record is made for them."""
@@ -323,7 +323,7 @@ class Mixture(RecordSequence):
         for part, end in zip(self.parts, self._ends, strict=True):
             start = end - len(part.rows)
             of_part = places[slice(*np.searchsorted(places, [start, end]))]  # Those of this part, from its start on.
-            rows = np.asarray(part.rows)[of_part - start].tolist()
+            rows = np.asarray(part.rows, np.int64)[of_part - start].tolist()
             for place, row, media in zip(of_part.tolist(), rows, part.store.media(rows), strict=True):
                 if row not in part.faults:
                     yield place, media

@@ -34,7 +34,11 @@ _ROWS_AT_ONCE = 64
 """Of a table, whose rows may hold pictures."""
 _LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
 _decode = json.JSONDecoder().raw_decode
+_BOM = "\ufeff"
+"""The mark that some editors begin a file with."""
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER_GOES_ON = re.compile(r"(?:\.|[eE][+-]?)?")
+"""What may be left of a window behind a number that the window ends in: "1." is read as 1 and a point."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def _decode_line(line: bytes, where: str) -> PlainText | ValueError:
     if len(line) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; break it into lines, one text in each")
     try:
-        return PlainText(line.decode("utf-8-sig").strip())
+        return PlainText(line.decode().removeprefix(_BOM).strip())
     except UnicodeDecodeError as error:
         return ValueError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8")
 
@@ -251,7 +255,7 @@ def parse_line(data: bytes, where: str) -> Any:
     if len(data) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")
     try:
-        text = data.removeprefix(codecs.BOM_UTF8).decode()
+        text = data.decode().removeprefix(_BOM)
         with suppress(json.JSONDecodeError):  # Space around a value is looked for only where there is some.
             value, end = _decode(text)
             if end == len(text) or text[end:] in ("\n", "\r\n"):
@@ -357,8 +361,8 @@ class _Text:
             except RecursionError as error:
                 raise ValueError(f"{self._path}: not a sample: brackets within brackets without end") from error
             else:
-                # A number that ends with the window may go on behind it.
-                if end < len(self._buffer) or not self._read_on():
+                # A number that ends with the window, or with a point there, may go on behind it.
+                if not _NUMBER_GOES_ON.fullmatch(self._buffer, end) or not self._read_on():
                     found = self._buffer[self._position : self._position + end - start]
                     self._position += end - start
                     return value, found
@@ -386,18 +390,21 @@ class _Text:
 
 
 def _decode_chunks(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    start = 0
+    # Not utf-8-sig, which counts the bytes of an error without the mark, and reads over half a mark.
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start, is_first = 0, True
     with _open(path) as (file, advance):
         while True:
             chunk = file.read(_BYTES_AT_ONCE)
             advance(len(chunk))
             held_back = len(decoder.getstate()[0])  # Bytes of a character that the last chunk cut in two.
             try:
-                yield decoder.decode(chunk, final=not chunk)
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 position = start - held_back + error.start
                 raise ValueError(f"{path}: not UTF-8 (byte {position}); save it as UTF-8") from error
+            yield text.removeprefix(_BOM) if is_first else text
+            is_first = is_first and not text
             if not chunk:
                 return
             start += len(chunk)
