@@ -18,7 +18,7 @@ NEWEST_TESTS := tests/test_compat.py tests/test_documents.py tests/model/test_ba
 # Tests start hundreds of processes, and both jobs have files of tests in common: what one has compiled, all read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install install-newest install-web demo picture demo-grounding test test-newest lint types docs clean
+.PHONY: help install install-newest install-web demo picture demo-grounding test test-newest fuzz lint types docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,10 @@ install-web: $(INSTALLED) ## add to .venv what the page of llava serve and its t
 test-newest: $(NEWEST_INSTALLED) ## some of the tests on the newest transformers (constraints-newest.txt)
 	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(NEWEST_TESTS)
 
+# Of tests/fuzz, all cases: CI runs a slice of them. Failures are kept in .hypothesis and tried first the next time.
+fuzz: $(INSTALLED) ## 10,000 cases of hostile input, about 15 minutes on two cores
+	$(BIN)/python -m pytest -p tests.fuzz.fuzzing --hypothesis-profile offline $(PARALLEL) tests/fuzz
+
 lint: $(INSTALLED) ## ruff and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,4 +85,4 @@ docs: $(INSTALLED) ## write docs/models.md, docs/flags.md and docs/commands.md f
 	$(BIN)/python -m llava.inspect.commands > docs/commands.md
 
 clean: ## remove .venv and what demo and tests left
-	rm -rf $(VENV) $(NEWEST) demo_output demo_grounding_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) demo_output demo_grounding_output .pytest_cache .hypothesis .mypy_cache .ruff_cache

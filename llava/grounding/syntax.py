@@ -22,9 +22,9 @@ SPAN_AXES: tuple[Axis, ...] = ("TEMP", "TEMP")
 
 COORDINATE_PLACEHOLDER = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(INPUT|OUTPUT)>")
 """Any placeholder of a coordinate; its first group is the axis."""
-_BIN = re.compile(r"<(TEMP|HEIGHT|WIDTH)-(\d{3})>")
+_BIN = re.compile(r"<(TEMP|HEIGHT|WIDTH)-([0-9]{3})>")
 _LOCATED = re.compile(
-    r"\[\s*(?:<WIDTH-\d{3}>\s*<HEIGHT-\d{3}>\s*){2}\]|\{\s*(?:<TEMP-\d{3}>\s*){2}\}"
+    r"\[\s*(?:<WIDTH-[0-9]{3}>\s*<HEIGHT-[0-9]{3}>\s*){2}\]|\{\s*(?:<TEMP-[0-9]{3}>\s*){2}\}"
 )  # fmt: skip
 
 Positions = Sequence[float | None]
@@ -98,8 +98,10 @@ def parse_places(text: str, grounding: GroundingConfig, positions: Positions | N
         numbers = []
         for match in _BIN.finditer(text, located.start(), located.end()):
             known = None if positions is None else positions[order[match.start()]]
-            # Bin i of N stands for i / (N - 1), the inverse of ``coordinates.locate``.
-            numbers.append(int(match[2]) / (grounding.num_bins(match[1]) - 1) if known is None else known)
+            # Bin i of N stands for i / (N - 1), the inverse of ``coordinates.locate``. A bin that is none of the N,
+            # which a model can only spell letter by letter, counts as the last: nothing lies outside of the picture.
+            last = grounding.num_bins(match[1]) - 1
+            numbers.append(min(int(match[2]) / last, 1.0) if known is None else known)
         # In the text's order, which is x1 y1 x2 y2, and start, end.
         places.append(Box(*numbers) if located.group()[0] == "[" else TimeSpan(*numbers))
     return places

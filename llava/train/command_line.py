@@ -193,8 +193,14 @@ def _recipe_words(path: Path, parser: CommandParser) -> tuple[list[str], list[st
         raise ValueError(f"--config {path}: expected names and values, found {type(recipe).__name__}")
     words: list[str] = []
     for key, value in recipe.items():
-        if value is not None:
-            words += [f"--{key}", *(map(_as_word, value) if isinstance(value, list) else [_as_word(value)])]
+        if value is None:
+            continue
+        values = [_as_word(item) for item in (value if isinstance(value, list) else [value])]
+        if flag := next((word for word in values if word.startswith("--")), None):
+            raise ValueError(
+                f"{path}: {shorten(key)} has the value {shorten(flag)}, which reads as a flag; give another"
+            )
+        words += [f"--{key}", *values]
     words, notes = translate(parser.rename(words))
     flags = [word[2:] for word in words if word.startswith("--")]
     for flag in flags:

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
@@ -27,9 +29,7 @@ _COMMON: dict[str, Any] = {
     "print_blob": True,
 }
 settings.register_profile("ci", derandomize=True, database=None, **_COMMON)
-settings.register_profile(
-    OFFLINE, database=DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples"), **_COMMON
-)
+settings.register_profile(OFFLINE, database=DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples"), **_COMMON)
 if settings.get_current_profile_name() == "default":
     settings.load_profile("ci")
 
@@ -78,3 +78,30 @@ def attempt(run: Callable[..., Any], *words: Any, **named: Any) -> Any:
 def names(error: ValueError, *one_of: str) -> bool:
     """Whether what a user is shown names a file, a sample or a flag."""
     return any(name in str(error) for name in one_of)
+
+
+# As a plugin of pytest: how many cases each target had.
+
+_COUNTS = re.compile(r"(\d+) passing, (\d+) failing, and (\d+) invalid test cases")
+_counted: dict[str, tuple[int, int]] = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Hypothesis hangs its statistics on reports, through which they also come from other processes."""
+    if (statistics := vars(report).get("_hypothesis_stats")) and report.when == "call":
+        found = _COUNTS.findall(statistics)
+        _counted[report.nodeid] = (
+            sum(int(passing) for passing, _, _ in found),
+            sum(int(failing) for _, failing, _ in found),
+        )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each target, and their sum."""
+    if _counted:
+        terminalreporter.section("cases")
+        for target, (passing, failing) in sorted(_counted.items()):
+            terminalreporter.write_line(f"{passing + failing:6} {failing:6} failed  {target}")
+        total, failed = (sum(numbers) for numbers in zip(*_counted.values(), strict=True))
+        terminalreporter.write_line(f"{total + failed:6} {failed:6} failed  in all")

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 _SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "[INST]", "</s>", "<s>", "<0x41>",
-    "USER: ", "ASSISTANT: ", "{text}", "{eos}", "{{ 7 * 7 }}", "{% for %}", "@@turn0@@", "@@turn1@@", "\\", "<", "<image",
-    "image>", "▁", "Ġ", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\u200b", "\ufeff", "\x00", "\x1b[31m", "\x7f",
-    "e\u0301", "ﷺ", "\U0001f600", "\U0001f469\u200d\U0001f4bb", "\u202e", "𝔞", "ß", "İ", "perché", "gatto", "una stella",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "[INST]", "</s>", "<s>",
+    "<0x41>", "USER: ", "ASSISTANT: ", "{text}", "{eos}", "{{ 7 * 7 }}", "{% for %}", "@@turn0@@", "@@turn1@@", "\\",
+    "<", "<image", "image>", "▁", "Ġ", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\u200b",
+    "\ufeff", "\x00", "\x1b[31m", "\x7f", "e\u0301", "ﷺ", "\U0001f600", "\U0001f469\u200d\U0001f4bb", "\u202e", "𝔞",
+    "ß", "İ", "perché", "gatto", "una stella",
 )  # fmt: skip
 _COORDINATES = ("<WIDTH-INPUT>", "<HEIGHT-OUTPUT>", "<TEMP-INPUT>", "[<WIDTH-OUTPUT><HEIGHT-OUTPUT>]", "<WIDTH-012>")
 _MEDIA = ("<image>", "<video>", "\\<image>", "\\<video>", "\\\\<image>", "<im_start>", "<im_patch>", "<vid_end>")
@@ -24,28 +25,30 @@ words = st.one_of(
 plain_texts = st.lists(words, max_size=7).map("".join)
 """Texts without media, visual tokens and coordinates (by the filter of whoever needs to be sure)."""
 any_texts = st.lists(st.one_of(words, st.sampled_from(_COORDINATES + _MEDIA + _BROKEN)), max_size=7).map("".join)
-long_texts = st.tuples(st.sampled_from(("a", "gatto ", "\n", "<|endoftext|>", "é", "\U0001f600 ")), st.integers(1, 20_000)).map(
-    lambda pair: (pair[0] * pair[1])[:60_000]
-)
+long_texts = st.tuples(
+    st.sampled_from(("a", "gatto ", "\n", "<|endoftext|>", "é", "\U0001f600 ")), st.integers(1, 20_000)
+).map(lambda pair: (pair[0] * pair[1])[:60_000])
 
 numbers = st.one_of(
     st.integers(-3, 10), st.integers(), st.floats(), st.sampled_from((10**400, -(10**30), 2**63, 1e308, 0.1, 1.0, -0.0))
 )
 _KEYS = (
     "id", "conversations", "messages", "conversation", "image", "images", "video", "videos", "from", "value", "role",
-    "content", "type", "text", "image_url", "url", "bytes", "path", "variables", "meta", "split", "fps", "source", "frames",
-    "temporal_input_locations", "spatial_width_output_locations", "Image", "img_path", "label", "data",
+    "content", "type", "text", "image_url", "url", "bytes", "path", "variables", "meta", "split", "fps", "source",
+    "frames", "temporal_input_locations", "spatial_width_output_locations", "Image", "img_path", "label", "data",
 )  # fmt: skip
 _VALUES = (
-    "human", "gpt", "user", "assistant", "system", "a.png", "b.mp4", "../c.png", "/etc/passwd", "data:image/png;base64,AA==",
-    "data:image/png;base64,A", "http://x/y.png", "file:///a.png", "<image>", "<video>", "text", "image", "image_url", "",
+    "human", "gpt", "user", "assistant", "system", "a.png", "b.mp4", "../c.png", "/etc/passwd",
+    "data:image/png;base64,AA==", "data:image/png;base64,A", "http://x/y.png", "file:///a.png", "<image>", "<video>",
+    "text", "image", "image_url", "",
 )  # fmt: skip
 leaves = st.one_of(st.none(), st.booleans(), numbers, st.sampled_from(_VALUES), any_texts)
 
 
 def _grow(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
     return st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(_KEYS), st.text(max_size=4)), inner, max_size=5)
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.one_of(st.sampled_from(_KEYS), st.text(max_size=4)), inner, max_size=5),
     )
 
 
@@ -55,10 +58,13 @@ _turns = st.lists(
     st.fixed_dictionaries(
         {},
         optional={
-            "from": st.sampled_from(("human", "gpt", "system", "User")), "role": st.sampled_from(("user", "assistant")),
-            "value": st.one_of(any_texts, json_values), "content": st.one_of(any_texts, json_values),
-            "image": st.one_of(st.just("a.png"), json_values), "weight": numbers,
-        },  # fmt: skip
+            "from": st.sampled_from(("human", "gpt", "system", "User")),
+            "role": st.sampled_from(("user", "assistant")),
+            "value": st.one_of(any_texts, json_values),
+            "content": st.one_of(any_texts, json_values),
+            "image": st.one_of(st.just("a.png"), json_values),
+            "weight": numbers,
+        },
     ),
     max_size=3,
 )
@@ -67,15 +73,22 @@ loose_samples = st.one_of(
     st.fixed_dictionaries(
         {"conversations": st.one_of(_turns, _turns, json_values)},
         optional={
-            "id": st.one_of(st.text(max_size=5), numbers, st.none()), "image": st.one_of(st.just("a.png"), json_values),
-            "video": st.one_of(st.just("b.mp4"), st.lists(st.sampled_from(("a.png", "b.mp4")), max_size=3), json_values),
+            "id": st.one_of(st.text(max_size=5), numbers, st.none()),
+            "image": st.one_of(st.just("a.png"), json_values),
+            "video": st.one_of(
+                st.just("b.mp4"), st.lists(st.sampled_from(("a.png", "b.mp4")), max_size=3), json_values
+            ),
             "variables": st.dictionaries(
                 st.sampled_from(("temporal_input_locations", "spatial_width_input_locations", "x")),
-                st.one_of(st.lists(numbers, max_size=3), json_values), max_size=2,
+                st.one_of(st.lists(numbers, max_size=3), json_values),
+                max_size=2,
             ),
             "meta": st.one_of(st.fixed_dictionaries({}, optional={"split": json_values, "fps": leaves}), json_values),
-            "source": leaves, "messages": _turns, "frames": json_values, "caption": any_texts,
-        },  # fmt: skip
+            "source": leaves,
+            "messages": _turns,
+            "frames": json_values,
+            "caption": any_texts,
+        },
     ),
 )
 """Samples that are mostly wrong, in the ways of people and of attackers."""
@@ -110,7 +123,9 @@ def conversations(draw: DrawFn) -> list[tuple[str, list[tuple[str, str]]]]:
         joined = "".join(f"<{kind}>" if kind != "text" else words for kind, words in pieces)
         free = "".join(words for kind, words in pieces if kind == "text")
         # What two texts make together, or a text and a placeholder, is no longer what the pieces are.
-        if joined.count("<image>") + joined.count("<video>") != sum(kind != "text" for kind, _ in pieces) or not is_free(free):
+        if joined.count("<image>") + joined.count("<video>") != sum(
+            kind != "text" for kind, _ in pieces
+        ) or not is_free(free):
             pieces = [piece for piece in pieces if piece[0] != "text"]
         turns.append((("user", "assistant")[place % 2], pieces))
     return turns
@@ -136,8 +151,8 @@ def spelled(draw: DrawFn, turns: list[tuple[str, list[tuple[str, str]]]]) -> dic
             turn[text_key] = [
                 {"type": "text", "text": words} if kind == "text"
                 else draw(st.sampled_from((
-                    {"type": kind, kind: words}, {"type": kind, "path": words}, {"type": f"{kind}_url", f"{kind}_url": {"url": words}},
-                    {kind: words},
+                    {"type": kind, kind: words}, {"type": kind, "path": words}, {kind: words},
+                    {"type": f"{kind}_url", f"{kind}_url": {"url": words}},
                 )))
                 for kind, words in pieces
             ]  # fmt: skip
@@ -158,7 +173,9 @@ def spelled(draw: DrawFn, turns: list[tuple[str, list[tuple[str, str]]]]) -> dic
             sample[kind] = draw(st.sampled_from((None, [])))
     sample[draw(st.sampled_from(("conversations", "messages", "conversation")))] = written
     if draw(st.booleans()):
-        sample[draw(st.sampled_from(("caption_language", "language", "score")))] = draw(st.one_of(st.integers(), st.text(max_size=3)))
+        sample[draw(st.sampled_from(("caption_language", "language", "score")))] = draw(
+            st.one_of(st.integers(), st.text(max_size=3))
+        )
     return sample
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llava.constants import VISUAL_TOKENS
 from llava.data.formats.base import CHAT, FORMATS, Format, Segment, split_at_spans, visual_ids
+from llava.messages import shorten_text
 from llava.types import Role, Turn
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class ConversationFormat(Format):
 
     def check(self, turns: Sequence[Turn]) -> None:
         roles = [turn.role for turn in turns]
+        if not roles:
+            raise ValueError("there are no turns; a conversation has one or more")
         start = int(roles[:1] == ["system"])
         for i, role in enumerate(roles[start:]):
             expected = ("user", "assistant")[i % 2]
@@ -306,8 +309,9 @@ class ChatFormat(ConversationFormat):
         messages = [{"role": role, "content": text} for role, text in zip(roles, stand_ins, strict=True)]
         try:
             rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._whose()} refuses turns of {', '.join(roles)}: {error}; {_REMEDY}") from error
+        except (jinja2.TemplateError, *_ERRORS_OF_TEMPLATES) as error:
+            said = shorten_text(str(error), 300) or type(error).__name__
+            raise ValueError(f"{self._whose()} refuses turns of {', '.join(roles)}: {said}; {_REMEDY}") from error
         return self._cut(rendered, stand_ins, roles)
 
     def _cut(self, rendered: str, stand_ins: Sequence[str], roles: Sequence[Role]) -> list[str]:
@@ -327,4 +331,9 @@ class ChatFormat(ConversationFormat):
         return f"the chat template of the tokenizer of {self.tokenizer.name_or_path!r}"
 
 
+_ERRORS_OF_TEMPLATES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What a template, which is a program of a stranger's, may raise beside Jinja's own errors."""
 _REMEDY = "mend the samples or the template, or give --version a named format"
