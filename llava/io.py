@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from llava.messages import shorten, shorten_text
+from llava.storage import naming
 
 if TYPE_CHECKING:
     import yaml
@@ -37,7 +38,8 @@ def write_beside(path: Path, *, durable: bool = True, shared: bool = False) -> I
     """
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
     try:
-        yield beside
+        with naming(path):  # What is written to a file that is open fails without a name.
+            yield beside
         if durable:
             sync(beside)
         beside.replace(path)
@@ -70,7 +72,8 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network disks cannot, and need not.
             raise
@@ -87,6 +90,14 @@ def append_json_lines(file: BinaryIO, rows: Iterable[Mapping[str, object]], *, d
     if durable:
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """A file that lines are appended to, made with its folder where it is missing; errors of writing name it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), path.open("ab") as file:
+        yield file
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -120,7 +131,7 @@ def cut_unfinished_line(path: Path) -> None:
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

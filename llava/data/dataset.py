@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,10 +30,11 @@ from llava.data.formats import PLAIN_LM, Format, build_format
 from llava.data.formats.base import ContextError, label_segments
 from llava.data.images import read_image_size
 from llava.data.media import load_media
-from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
+from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_mounted
 from llava.data.placeholders import add_time_instruction, clips_of, expand_placeholders, in_reading_order, stand_in
 from llava.data.words import count_kept_words, cut_exposure, expose
 from llava.grounding.samples import move_to_square
+from llava.storage import StorageError, read_again
 from llava.types import (
     ERROR,
     NO_COORDINATES,
@@ -120,7 +121,7 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         self.check_model(record)  # Outside of the try: a model without vision is no sample's fault.
         try:
             return self.load_example(record)
-        except FeatureCacheError:
+        except (FeatureCacheError, StorageError):
             raise  # No sample is to blame.
         except ValueError as error:
             bad = BadSample.from_error(record, error)
@@ -201,12 +202,19 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
             return self._decoded[key]
         decoded: VisualInput | MediaError
         try:
-            decoded = load_media(media, vision, split, self.decode_timeout, self.limits, self.features)
+            decoded = read_again(partial(self._load, media, vision, split), media.path)
         except MediaError as error:
             decoded = error
         if self._decoded is not None:
             self._decoded[key] = decoded
         return decoded
+
+    def _load(self, media: Media, vision: VisionConfig, split: tuple[int, int] | None) -> VisualInput:
+        try:
+            return load_media(media, vision, split, self.decode_timeout, self.limits, self.features)
+        except MediaError:
+            check_mounted(media)
+            raise
 
     def _place(self, record: Record, media: Sequence[VisualInput]) -> Coordinates:
         """The coordinates of a record in the tower's square; none for a model to which placeholders are words."""

@@ -30,6 +30,7 @@ from llava.data.images import AnimatedPicture, FrameFiles, is_picture_file, list
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file
 from llava.data.video import Video, frame_rate, is_constant, last_frame_seconds, open_video
 from llava.data.worker_pool import READY, start_python, take_standard_output
+from llava.storage import find_cause, says_io_error
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ def decode_frames(request: FrameRequest) -> Frames:
     Raises:
         MediaError: the file is missing, broken, cut off, too large or no video, or ends before ``split`` does.
     """
+    try:
+        return _decode(request)
+    except MediaError as error:
+        if not says_io_error(error):
+            raise
+        # The disk may do better, and this file, which may as well be damaged, be read now.
+        return _decode(request)
+
+
+def _decode(request: FrameRequest) -> Frames:
     with _open_clip(request) as clip:
         while True:
             times = clip.times
@@ -200,7 +211,7 @@ class DecoderProcess:
             raise self._crashed(request)
         reply = json.loads(header)
         if "error" in reply:
-            raise MediaError(reply["error"])
+            raise MediaError(reply["error"]) from (OSError(*reply["cause"]) if reply["cause"] else None)
         # Read straight into the array: frames of gigabytes are not held twice.
         pixels = np.empty(reply.pop("pixels"), np.uint8)
         if self._replies.readinto(pixels.data.cast("B")) < pixels.nbytes:  # type: ignore[attr-defined]
@@ -313,9 +324,11 @@ def _answer(request: FrameRequest, replies: BinaryIO) -> None:
         frames = decode_frames(request)
         header = vars(frames) | {"pixels": frames.pixels.shape}
     except MediaError as error:
-        header = {"error": str(error)}
+        cause = find_cause(error)
+        told = None if cause is None else (cause.errno, cause.strerror, cause.filename or request.path)
+        header = {"error": str(error), "cause": told}
     except MemoryError:
-        header = {"error": f"{request.path}: its frames do not fit into memory"}
+        header = {"error": f"{request.path}: its frames do not fit into memory", "cause": None}
     replies.write(json.dumps(header).encode() + b"\n")
     if frames is not None:
         replies.write(np.ascontiguousarray(frames.pixels).data)

@@ -28,6 +28,7 @@ from llava.data.cache import append_footer, open_array, open_or_write, read_foot
 from llava.data.record_rows import RECORDS_AT_ONCE, load_media, load_record, make_batches, stored_types
 from llava.io import hash_json
 from llava.messages import shorten_text
+from llava.storage import naming
 from llava.types import Media, Record
 
 if TYPE_CHECKING:
@@ -401,7 +402,7 @@ def _describe(file: Path) -> dict[str, str]:
     # Size and time do not tell: an editor or rsync may keep both. Hashing takes a second for 5 GB in memory.
     hasher = xxhash.xxh3_128()
     hasher.update(f".\0{file.stat().st_size}\0".encode())
-    with file.open("rb", buffering=0) as stream:
+    with naming(file), file.open("rb", buffering=0) as stream:
         while piece := stream.read(_BYTES_AT_ONCE):
             hasher.update(piece)
     return {"path": os.path.realpath(file), "hash": hasher.hexdigest()}

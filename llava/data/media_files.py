@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import os
@@ -13,12 +14,13 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
 from llava.io import write_beside
+from llava.storage import read_again
 from llava.types import Media, MediaKind, Record
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(data|file):")
@@ -84,6 +86,21 @@ def check_file(path: str) -> tuple[str, int]:
     return path, status.st_size
 
 
+def check_mounted(media: Media) -> None:
+    """An OSError of the storage for a file that is not there because all of its folder of media is gone."""
+    root = media.path[: media.root]
+    if root and not os.path.lexists(media.path) and not _has_files(root):
+        raise OSError(errno.ENODEV, "the folder of media is gone, or empty; is its disk mounted?", root)
+
+
+def _has_files(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
 def find_missing(records: Sequence[Record]) -> list[str]:
     """What is wrong with the first file of each sample that is not there or empty, in the order of the samples.
 
@@ -114,7 +131,7 @@ def _find_unusable(chunk: Sequence[tuple[int, Media]]) -> list[tuple[int, str]]:
         try:
             # A folder of frames is looked into when it is decoded.
             if not (media.kind == "video" and os.path.isdir(media.path)):
-                check_file(media.path)
+                read_again(partial(check_file, media.path), media.path)
         except MediaError as error:
             found.append((index, str(error)))
     return found

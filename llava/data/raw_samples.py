@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from llava.storage import naming
+
 TEXT_SUFFIXES = (".txt", ".train", ".dev", ".test")
 """Of files with a text a line; the last three are BabyLM's. They may be compressed: .txt.gz."""
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -276,7 +278,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, Callable[[int], Any]]]:
     """A file, and what to call with the number of bytes that were read of it."""
     from tqdm import tqdm
 
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         # None: shown on a terminal, not in a log.

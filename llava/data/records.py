@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -25,6 +26,7 @@ from llava.data.spellings import CONVERSATION_KEYS, HABITS, name_type, read_raw,
 from llava.data.worker_pool import map_blocks, serve
 from llava.grounding.samples import parse_variables
 from llava.io import num_cores
+from llava.storage import read_again
 from llava.types import ERROR, Media, MediaKind, Record, Role, Turn
 
 if TYPE_CHECKING:
@@ -122,15 +124,18 @@ def read_records(
 
 def _open_file(path: str, settings: dict[str, Any], cache: Path | None, on_bad_sample: str) -> RecordStore:
     """The records of one data file, from its index or newly parsed; ``settings`` are arguments of ``parse_record``."""
-    notes = _new_notes()  # Counted as samples are read, kept with the index.
 
-    def read() -> Iterator[pa.RecordBatch]:
+    def open_file() -> RecordStore:
+        notes = _new_notes()  # Counted as samples are read, kept with the index.
+        return open_store(Path(path), cache, settings, partial(read, notes), notes)
+
+    def read(notes: Notes) -> Iterator[pa.RecordBatch]:
         processes = min(num_cores(), _MOST_PROCESSES)
         if processes > 1 and can_be_cut(path) and Path(path).stat().st_size >= _LONG_FILE:
             return _read_in_parallel(path, settings, on_bad_sample, notes, processes)
         return make_batches(_parse_all(read_samples(path, keep_errors=True), settings, on_bad_sample, notes))
 
-    return open_store(Path(path), cache, settings, read, notes)
+    return read_again(open_file, path)
 
 
 def _new_notes() -> Notes:

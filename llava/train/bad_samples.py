@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.io import append_json_lines, cut_unfinished_line, read_json_lines
+from llava.io import append_json_lines, appending, cut_unfinished_line, read_json_lines
 from llava.types import BadSample
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class BadSampleLog(TrainerCallback):
         for sample in new.values():
             # A name from a data file may hold halves of characters, which no terminal can be sent.
             logger.warning("skipped %s", str(sample).encode("utf-8", "backslashreplace").decode())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with appending(self.path) as file:
             append_json_lines(file, (sample.to_json(with_data_file=True) for sample in new.values()))
 
     def _too_many(self) -> ValueError:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +24,7 @@ from llava.io import hash_file, sync, write_json
 from llava.messages import shorten_text
 from llava.model.model_card import CARD
 from llava.model.pretrained import UNSAFE_WEIGHTS
+from llava.storage import read_again
 from llava.train.arguments import TrainingArguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0
 
@@ -162,14 +164,15 @@ def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified
         folder = Path(str(asked))
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give one, or auto for the last one")
-        if damage := find_damage(folder, take_unverified):
+        if damage := read_again(partial(find_damage, folder, take_unverified), folder):
             raise ValueError(
                 f"--resume_from_checkpoint {asked}: {damage}; give another, or auto for the last complete one"
             )
         return str(asked)
     skipped = []
     for folder in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(folder, take_unverified)
+        # One that cannot be read now is not damaged: the run would go back to an older one for no reason.
+        damage = read_again(partial(find_damage, folder, take_unverified), folder)
         if damage is None:
             logger.info("resuming from %s", folder)
             return str(folder)
@@ -301,7 +304,8 @@ def clear_leftovers(output_dir: str | Path) -> None:
         staged = left / left.name.removeprefix(_STAGING)
         folder = left.with_name(staged.name)
         # Checksums are written last, but may themselves be whole while the disk lost other files: all are read.
-        if (staged / CHECKSUMS).is_file() and not folder.exists() and find_damage(staged) is None:
+        whole = partial(read_again, partial(find_damage, staged), staged)
+        if (staged / CHECKSUMS).is_file() and not folder.exists() and whole() is None:
             logger.info("%s was complete when the run before this was ended: kept as %s", left, folder)
             _rename(staged, folder)
         else:

@@ -18,7 +18,7 @@ from accelerate.utils import reduce
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.io import append_json_lines, read_json_lines, write_beside
+from llava.io import append_json_lines, appending, read_json_lines, write_beside
 from llava.train.preemption import StopRequest
 from llava.types import EXPOSURE_COUNTS
 
@@ -136,8 +136,7 @@ class ExposureLog(TrainerCallback):
         if state.is_world_process_zero:
             line = {"step": state.global_step, "event": event, **more, **describe(total.sum(0))}
             line["sources"] = {name: describe(counts) for name, counts in zip(self.sources, total, strict=True)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            with appending(self.path) as file:
                 append_json_lines(file, [line])
 
     def on_train_begin(

@@ -24,7 +24,7 @@ import torch
 
 import llava
 from llava.eval import list_versions
-from llava.io import append_json_lines, cut_unfinished_line, num_cores, read_json_lines
+from llava.io import append_json_lines, appending, cut_unfinished_line, num_cores, read_json_lines
 from llava.messages import shorten_text
 from llava.train.command_line import PROGRAM, read_variables
 
@@ -203,5 +203,5 @@ def add_start(folder: Path, start: Start) -> None:
     if start["step"] == 0 and read_starts(folder):
         path.unlink(missing_ok=True)
     cut_unfinished_line(path)
-    with path.open("ab") as file:
+    with appending(path) as file:
         append_json_lines(file, [start])

@@ -32,7 +32,7 @@ from llava.eval.annotations.captions import build_sample, split_media
 from llava.eval.engine import Captioner, Request
 from llava.eval.store import EvalSample, Numbers, Prediction, Reference
 from llava.geometry import Box, TimeSpan
-from llava.io import append_json_lines, cut_unfinished_line, read_json_lines, write_beside
+from llava.io import append_json_lines, appending, cut_unfinished_line, read_json_lines, write_beside
 from llava.messages import explain_error, shorten, shorten_text
 from llava.model.loading import LoadedModel
 from llava.train.distributed import broadcast_from_rank0
@@ -318,7 +318,7 @@ class SampleLog:
                 folder.mkdir(exist_ok=True)
                 name = re.sub(r"[^\w.-]+", "_", row["id"], flags=re.ASCII)[:60]
                 sample.draw(row).save(folder / f"{number:02d}_{name}.jpg", quality=85)
-        with self.path.open("ab") as file:
+        with appending(self.path) as file:
             append_json_lines(file, rows)
         self.rows = [*self.rows, *rows]
 

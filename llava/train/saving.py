@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -38,6 +34,7 @@ from llava.train.checkpoint import (
     store_best,
 )
 from llava.train.data_order import DATA_STATE, TrainingData
+from llava.train.disk_errors import WriteFailure, explain_failures, free_bytes, is_write_error
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_failures
 from llava.train.exposure_log import EXPOSURE_STATE, ExposureLog
 from llava.train.hub import HubTarget
@@ -343,84 +340,3 @@ class CheckpointWriter:
                 "%s: %s bytes are free on its disk, and %d more checkpoints and the model take about %s; make room, or "
                 "keep fewer with --save_total_limit", folder, f"{free:,}", more, f"{model + more * checkpoint:,}"
             )  # fmt: skip
-
-
-# Files that cannot be written: recognised as such, kept until all ranks meet, and said with what helps.
-
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_HINTS = {
-    errno.EIO: "the disk fails to write (I/O error): look at it, or give another folder",
-    errno.EROFS: "the disk is mounted read-only: mount it for writing, or give another folder",
-    errno.EACCES: "writing there is not allowed: check the permissions of the folder, or give another one",
-    errno.EPERM: "writing there is not allowed: check the permissions of the folder, or give another one",
-    errno.ENOENT: "something that was just written, or the folder itself, is gone: see that no other run and no "
-    "cleaning job uses this folder",
-    errno.ENOTDIR: "something on the way to it is a file, not a folder",
-    errno.EMFILE: "this process has too many files open: raise the limit (ulimit -n)",
-    errno.ENFILE: "the system has too many files open",
-    errno.ENAMETOOLONG: "its name is too long: give a shorter --output_dir",
-    errno.ETIMEDOUT: "the network disk did not answer: look at it, or give another folder",
-}
-if hasattr(errno, "ESTALE"):
-    _HINTS[errno.ESTALE] = "the network disk has lost the folder: mount it anew"
-_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
-
-
-class WriteFailure(contextlib.AbstractContextManager):
-    """Keeps the first error of writing, instead of letting it out: the other ranks wait at the next meeting.
-
-    Attributes:
-        message: of the error, None while there was none.
-    """
-
-    def __init__(self) -> None:
-        self.message: str | None = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None or not is_write_error(error):
-            return False
-        self.message = self.message or str(error).partition("\n")[0]
-        return True
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether a file could not be written: each library that writes a checkpoint says it in its own way."""
-    if isinstance(error, OSError | SafetensorError):
-        return True
-    text = str(error)
-    if isinstance(error, RuntimeError):  # torch.save
-        return "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text
-    return type(error) is Exception and "(os error" in text  # tokenizers
-
-
-def explain_failures(folder: Path, failures: list[str], needed: int, kept: str, about_to_go: int = 0) -> str:
-    """The one error that a save which failed ends the run with.
-
-    Args:
-        folder: what could not be written.
-        failures: of the ranks.
-        needed: bytes that it takes.
-        kept: what there still is to go on from.
-        about_to_go: bytes on that disk that the run gives back when it ends.
-    """
-    numbers = {int(found[1] or found[2]) for text in failures for found in _IN_TEXT.finditer(text)}
-    free = free_bytes(folder) + about_to_go
-    said = f"{folder} could not be written: {'; '.join(failures)}"
-    # Who does not say what went wrong (torch.save) has in most cases found no room.
-    if numbers & _FULL or not numbers:
-        return (
-            f"{said}. About {needed:,} bytes are needed, {free:,} are free on that disk (a quota may allow less); "
-            f"{kept}. Make room, or save less with --save_total_limit, and go on with --resume_from_checkpoint auto"
-        )
-    hints = "; ".join(dict.fromkeys(_HINTS[number] for number in sorted(numbers) if number in _HINTS))
-    hints = hints[:1].upper() + hints[1:] if hints else "Mend that"
-    return f"{said}. {hints}; {kept}. Then go on with --resume_from_checkpoint auto"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder, which need not exist yet."""
-    # disk_usage needs a folder that is there: the nearest one above tells the disk.
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
-    return shutil.disk_usage(existing).free

@@ -60,6 +60,7 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.bad_samples import BAD_SAMPLES_FILE, BadSampleLog
 from llava.train.checkpoint import find_checkpoint, is_auto, reading_checkpoint
 from llava.train.command_line import parse_arguments, read_variables
+from llava.train.disk_errors import explaining_disk_errors
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
 from llava.train.engines import leave_out_faulty_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
@@ -138,7 +139,7 @@ def run(trainer: LlavaTrainer) -> None:
     """The training itself, in a folder that is this run's."""
     checkpoint = find_checkpoint(trainer.args)
     # From here a signal is noted and answered with a checkpoint; just before, it ended the process at once.
-    with trainer.stop_request, reading_checkpoint(checkpoint):
+    with trainer.stop_request, reading_checkpoint(checkpoint), explaining_disk_errors(trainer.args.output_dir):
         if trainer.args.device.type == "cpu" and not read_variables(ALLOCATOR_VARIABLES):
             keep_freed_memory()
         report_memory(trainer)

@@ -59,10 +59,15 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 class ForkServer:
-    """Starts runs quickly, and waits for them or ends them."""
+    """Starts runs quickly, and waits for them or ends them.
 
-    def __init__(self, python: str = sys.executable) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    Args:
+        python: the program.
+        **more: variables of its environment, and so of all runs.
+    """
+
+    def __init__(self, python: str = sys.executable, **more: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | more
         self.statuses: list[int] = []
         self.process = subprocess.Popen(
             [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava.train.checkpoint import choose_checkpoint, find_damage
-from llava.train.saving import WriteFailure
+from llava.train.disk_errors import WriteFailure
 from llava.train.train import cli, main
 
 ROOT = Path(__file__).parents[2]

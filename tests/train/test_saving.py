@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from llava.train import saving
-from llava.train.saving import explain_failures
+from llava.train.disk_errors import explain_failures
 from llava.train.train import cli, main
 from llava.train.trainer import LlavaTrainer
 

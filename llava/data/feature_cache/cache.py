@@ -17,6 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llava.data.feature_cache.shards import SUFFIX, DamagedShardError, Kept, Sha
 from llava.data.feature_cache.storage import Storage
 from llava.io import write_beside
 from llava.messages import shorten_text
+from llava.storage import find_cause, read_again
 from llava.types import BadSampleError, FeatureEntry
 
 logger = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ class FeatureCache:
             try:
                 if stranger := find_stranger(path, self.folder):
                     raise DamagedShardError(f"{path}: it {stranger}")
-                shard = Shard.open(path)
+                shard = read_again(partial(Shard.open, path), path)
             except DamagedShardError as error:
                 self._tell_damage(path, error)
                 continue
@@ -136,6 +138,8 @@ class FeatureCache:
         return found
 
     def _tell_damage(self, path: Path, error: DamagedShardError) -> None:
+        if find_cause(error) is not None:  # It is whole, for all that is known: whoever asks may try again.
+            raise error
         if self.strict:
             raise FeatureCacheError(f"{error}; remove it, and build it again") from error
         if path.name not in self.damaged:

@@ -14,6 +14,7 @@ from llava.data.feature_cache.cache import FLAG, FeatureCache, FeatureCacheError
 from llava.data.feature_cache.digests import FOLDER, Digests
 from llava.data.feature_cache.keys import KeyMaker, TowerRun, find_differences
 from llava.data.media_files import DEFAULT_LIMITS, MediaError
+from llava.storage import find_cause
 from llava.types import FeatureEntry, Media, VisualInput
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,16 @@ class RunFeatures:
         return None if self.cache.storage.is_exact(self.dtype) else str(self.cache.storage)
 
     def key_of(self, media: Media, split: tuple[int, int] | None) -> str | None:
-        """The key of an image or a clip as its file is now; None where it cannot be read, of which decoding tells."""
+        """The key of an image or a clip as its file is now; None where it cannot be read, of which decoding tells.
+
+        Raises:
+            OSError: of storage that fails. A file without a key would be one without features.
+        """
         try:
             return self.keys.key_of(media, split, self.digests.of_media(media))
-        except (OSError, MediaError):
+        except (OSError, MediaError) as error:
+            if find_cause(error) is not None:
+                raise
             return None
 
     def load(self, media: Media, split: tuple[int, int] | None, decode: Callable[[], VisualInput]) -> VisualInput:
