@@ -75,8 +75,8 @@ def read_again(read: Callable[[], Result], name: str | os.PathLike[str]) -> Resu
             if pause is None:
                 raise StorageError(
                     f"{said} (tried {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s). Its disk or server fails: see "
-                    "that it answers, or put this file there again if it alone cannot be read; then start again (a run goes "
-                    "on with --resume_from_checkpoint auto)"
+                    "that it answers, or put this file there again if it alone cannot be read; then start again (a run "
+                    "goes on with --resume_from_checkpoint auto)"
                 ) from error
             logger.warning("%s; tried again in %g s", said, pause)
             time.sleep(pause)
