@@ -10,11 +10,10 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -350,37 +349,15 @@ def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextM
     Returns:
         What ``restore_loop`` needs beside: the sum of losses that no line of the log has yet, and the last line's step.
     """
+    from llava.compat_deepspeed import forgiving_engine
+
     # optimizer.pt and scheduler.pt, or DeepSpeed's folder global_stepN; then scaler.pt (fp16) and rng_state*.pth.
-    with failure, _forgiving_engine(trainer, failure):
+    with failure, forgiving_engine(trainer, failure):
         trainer._save_optimizer_and_scheduler(folder)
     with failure:
         trainer._save_scaler(folder)
         trainer._save_rng_state(folder)
     return trainer._tr_loss.item(), trainer._globalstep_last_logged
-
-
-@contextmanager
-def _forgiving_engine(trainer: Trainer, failure: AbstractContextManager[object]) -> Iterator[None]:
-    """Let ``failure`` keep the errors of DeepSpeed's files, which its engine writes between meetings of its own."""
-    if not trainer.is_deepspeed_enabled:
-        yield
-        return
-    engine: Any = trainer.model_wrapped
-    writer = engine.checkpoint_engine
-    save = writer.save
-
-    def save_forgiving(state_dict: object, path: str) -> None:  # By these names its engine calls it.
-        with failure:
-            save(state_dict, path)
-            return
-        Path(path).unlink(missing_ok=True)  # Room for the small files that follow.
-
-    writer.save = save_forgiving
-    try:
-        yield
-    finally:
-        # An attribute of the object; the method of its class is there again.
-        del writer.save
 
 
 def restore_loop(
@@ -415,28 +392,3 @@ def evaluate_as_due(trainer: Trainer) -> None:
     epoch = trainer.state.epoch or 0
     assert trainer.model is not None
     trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())
-
-
-def gather_and_keep(parameters: Sequence[Any], modules: Iterable[Any]) -> None:
-    """Let all ranks of ZeRO-3 gather parameters at once, and keep them whole until the optimizer's step.
-
-    DeepSpeed gathers what a module needs when it runs, which must be in the same order on every rank, and a rank
-    without media does not run the vision modules at all. ``ds_status`` marks a parameter that is shared out,
-    ``ds_persist`` one that stays whole from its first use to the optimizer's step.
-
-    Args:
-        parameters: those not shared out are left alone.
-        modules: that hold them, whose own hooks of DeepSpeed are removed.
-    """
-    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
-    if not shared:
-        return
-    if not all(parameter.ds_persist for parameter in shared):
-        for module in modules:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
-                    del hooks[key]
-        for parameter in shared:
-            parameter.ds_persist = True
-    # Does nothing for those that are whole; which ones these are is the same on every rank.
-    shared[0].all_gather(param_list=shared)

@@ -22,6 +22,7 @@ FOUNDATION = {
     "config",
     "grounding",
     "compat",
+    "compat_deepspeed",
     "messages",
     "progress",
     "command",
@@ -35,7 +36,8 @@ FOUNDATION = {
 }
 MAY_IMPORT = {
     "constants": set(),
-    "compat": set(),
+    "compat": {"compat_deepspeed"},
+    "compat_deepspeed": set(),
     "registry": set(),
     "types": set(),
     "geometry": set(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as integration
 
-from llava.compat import gather_and_keep
+from llava.compat_deepspeed import gather_and_keep
 from llava.model.coordinates import COORDINATES
 from llava.model.grad_sync import is_distributed
 from llava.model.llava_arch import LlavaMetaForCausalLM

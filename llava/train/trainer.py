@@ -65,6 +65,7 @@ from llava.train.preemption import EvaluationStopped, ScoringStopped, StopReques
 from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
 from llava.train.saving import CheckpointWriter
 from llava.train.throughput import ThroughputMeter, count_targets
+from llava.train.zero_shares import load_other_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class LlavaTrainer(Trainer):
         compile_decoder(self)
         if self.is_deepspeed_enabled:
             gather_added_together(self.model)
+            load_other_ranks()
         # transformers' smoother takes the labels from the model: its loss knows neither that they are shifted, nor
         # coordinates, nor experts. compute_loss asks the model for a smoothed loss instead.
         self.label_smoother = None

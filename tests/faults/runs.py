@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,9 @@ def serve() -> None:
         status = 1
         try:
             status = train(question["argv"], folder, **question["hooks"])
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from llava.data.samplers import GROUPED, STRATEGIES, DataOrder, RankBatchSampler
 from llava.train import resuming
 from llava.train.checkpoint import find_damage, list_checkpoints
-from llava.train.elastic import advise
+from llava.train.elastic import Split, advise
 from llava.train.train import cli, main
 
 STEPS = 8
@@ -59,7 +60,7 @@ def flags(gpt2_dir: Path, tower_dir: Path, media_dir: Path):
     def line(output: Path, leg: Leg, **changes: object) -> list[str]:
         values = {
             "model_name_or_path": gpt2_dir, "vision_tower": tower_dir, "data_path": data, "output_dir": output,
-            "max_steps": STEPS, "per_device_train_batch_size": leg.batch, "report_to": "none", "save_steps": 1,
+            "max_steps": STEPS, "per_device_train_batch_size": leg.batch, "report_to": "none", "save_steps": 2,
             "gradient_accumulation_steps": leg.accumulation, "learning_rate": 3e-3, "logging_steps": 3,
             "adam_epsilon": 1e-4, "use_cpu": "true", "disable_tqdm": "true", "resume_from_checkpoint": "auto",
             "save_total_limit": 2, **changes,
@@ -100,14 +101,20 @@ def last_step(output: Path) -> int:
     return max((int(f.name.split("-")[1]) for f in list_checkpoints(output) if find_damage(f) is None), default=0)
 
 
-def train(server: ForkServer, flags, whole: Path, folder: Path, legs: list[Leg], **changes: object) -> Path:
-    """A run in several starts, each but the last killed at random behind its second step; its output folder."""
-    output, trained, chance = folder / "out", dict[int, list[str]](), random.Random(len(legs))
+def train(
+    server: ForkServer, flags, whole: Path, folder: Path, legs: list[Leg], seed: int = 0, **changes: object
+) -> Path:
+    """A run in several starts, each but the last killed at random: in a step, or in the midst of a save.
+
+    Returns:
+        Its output folder.
+    """
+    output, trained, chance = folder / "out", dict[int, list[str]](), random.Random(seed)
     for number, leg in enumerate(legs):
-        place, first = folder / f"leg-{number}", last_step(output)
-        method = chance.choice(("training_step", "_get_grad_norm", "_save_rng_state"))
-        kill = {"method": method, "step": first + 2, "number": signal.SIGKILL}
-        hooks = {} if number == len(legs) - 1 else {"inside": kill}
+        place, first, hooks = folder / f"leg-{number}", last_step(output), dict[str, object]()
+        if number < len(legs) - 1:
+            method, later = chance.choice([("training_step", 3), ("_get_grad_norm", 3), ("_save_rng_state", 4)])
+            hooks = {"inside": {"method": method, "step": first + later, "number": signal.SIGKILL}}
         status = server.run_ranks(flags(output, leg, **changes), place, ranks=leg.ranks, **hooks)
         assert status == (-signal.SIGKILL if hooks else 0), said(place)[-3000:]
         own = sequence(place, leg.ranks)
@@ -130,12 +137,44 @@ def assert_same(output: Path, whole: Path) -> None:
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights | others) < ROUNDING
 
 
-def test_ddp(server: ForkServer, flags, whole: Path, tmp_path: Path) -> None:
-    legs = [Leg(4, 1), Leg(2, 1, 2), Leg(1, 4), Leg(2, 2)]
-    assert_same(train(server, flags, whole, tmp_path, legs), whole)
+FOUR_TWO_ONE_TWO = [Leg(4, 1), Leg(2, 1, 2), Leg(1, 4), Leg(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "legs"),
+    [
+        ("ddp", FOUR_TWO_ONE_TWO),
+        ("zero1", [Leg(2, 2), Leg(1, 2, 2)]),
+        ("zero2", [Leg(1, 4), Leg(2, 1, 2)]),
+        ("zero3", [Leg(4, 1), Leg(1, 4), Leg(2, 2)]),
+    ],
+    ids=["ddp", "zero1", "zero2", "zero3"],
+)
+def test_other_ranks_go_on(
+    server: ForkServer, flags, whole: Path, tmp_path: Path, engine: str, legs: list[Leg]
+) -> None:
+    changes = {} if engine == "ddp" else {"deepspeed": engine}
+    if changes:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    assert_same(train(server, flags, whole, tmp_path, legs, **changes), whole)
     warned = [line for line in said(tmp_path / "leg-1").splitlines() if "is not the same bit for bit" in line]
     assert len(warned) == 1
-    assert "2 ranks x batch 1 x accumulation 2 in place of 4 ranks x batch 1 x accumulation 1" in warned[0]
+    assert f"with {describe(legs[1])} in place of {describe(legs[0])}: every step has the same samples" in warned[0]
+
+
+def describe(leg: Leg) -> str:
+    return str(Split(*leg))
+
+
+@pytest.mark.skipif(
+    "LLAVA_ELASTIC_RUNS" not in os.environ, reason="set LLAVA_ELASTIC_RUNS to a number of runs an engine"
+)
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_many_runs(server: ForkServer, flags, whole: Path, tmp_path: Path, engine: str) -> None:
+    """By hand: 4 -> 2 -> 1 -> 2 ranks with every engine, killed at other moments in each run."""
+    changes = {} if engine == "ddp" else {"deepspeed": engine}
+    for seed in range(int(os.environ["LLAVA_ELASTIC_RUNS"])):
+        assert_same(train(server, flags, whole, tmp_path / str(seed), FOUR_TWO_ONE_TWO, seed, **changes), whole)
 
 
 @pytest.mark.parametrize("units", [{}, {"pack_length": 40}, {"max_tokens": 40}], ids=["samples", "packs", "tokens"])
@@ -176,7 +215,7 @@ def test_values_that_fit(before: int, now: tuple[int, int], by_tokens: bool, adv
 
 
 def test_another_size_of_a_step_is_refused_with_values_that_fit(flags, whole: Path, capfd) -> None:
-    argv = flags(whole, Leg(1, 3), resume_from_checkpoint=whole / "checkpoint-7")
+    argv = flags(whole, Leg(1, 3), resume_from_checkpoint=whole / "checkpoint-8")
     assert cli(lambda: main(argv)) == 2
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "samples of a step was 4, is 3" in error
