@@ -39,6 +39,8 @@ from llava.train.train import build_trainer
 from llava.train.trainer import LlavaTrainer
 
 STEPS = 4
+FLAGS: dict[str, tuple[str, ...]] = {"fp32": (), "bf16": ("--bf16", "true"), "fp32_onednn": ("--onednn", "true")}
+"""Flags of each precision; the last is float32 with the products of training by oneDNN."""
 LIVE, FILL, CACHED = "live", "fill", "cached"
 
 
@@ -90,7 +92,9 @@ class StepClock(TrainerCallback):
         self._last = now
 
 
-def build(folder: Path, sizes: Sizes, kind: str, bf16: bool, cache: Path, *more: str) -> tuple[LlavaTrainer, StepClock]:
+def build(
+    folder: Path, sizes: Sizes, kind: str, precision: str, cache: Path, *more: str
+) -> tuple[LlavaTrainer, StepClock]:
     """A trainer for one epoch."""
     clock = StepClock()
     values: dict[str, object] = {
@@ -99,10 +103,10 @@ def build(folder: Path, sizes: Sizes, kind: str, bf16: bool, cache: Path, *more:
         "mm_perceiver_latents": sizes.latents, "mm_perceiver_latents_fast": sizes.latents_fast,
         "mm_resampler_width": sizes.resampler_width, "num_frames": sizes.num_frames, "num_train_epochs": 1,
         "per_device_train_batch_size": sizes.batch, "use_cpu": "true", "save_strategy": "no", "report_to": "none",
-        "logging_steps": 1, "disable_tqdm": "true", "decode_timeout": 0, "bf16": str(bf16).lower(),
+        "logging_steps": 1, "disable_tqdm": "true", "decode_timeout": 0,
         "overwrite_output_dir": "true", "dataloader_num_workers": 0,
     }  # fmt: skip
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))] + [*FLAGS[precision]]
     if kind != LIVE:
         words += [
             "--feature_cache",
@@ -120,15 +124,14 @@ def run(*args: Any) -> tuple[list[float], list[float]]:
     return clock.steps[1:], losses
 
 
-def measure(folder: Path, sizes: Sizes, bf16: bool, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, sizes: Sizes, precision: str, rounds: int) -> dict[str, Any]:
     """All of one precision."""
-    name = "bf16" if bf16 else "fp32"
     times: dict[str, list[float]] = {kind: [] for kind in (LIVE, FILL, CACHED)}
     losses: dict[str, list[float]] = {}
     for i in range(rounds):
-        cache = folder / f"cache-{name}-{i}"
+        cache = folder / f"cache-{precision}-{i}"
         for kind in (LIVE, FILL, CACHED):
-            steps, losses[kind] = run(folder, sizes, kind, bf16, cache)
+            steps, losses[kind] = run(folder, sizes, kind, precision, cache)
             times[kind] += steps
     medians = {kind: statistics.median(steps) for kind, steps in times.items()}
     found: dict[str, Any] = {
@@ -137,23 +140,23 @@ def measure(folder: Path, sizes: Sizes, bf16: bool, rounds: int) -> dict[str, An
         "steps_measured": len(times[LIVE]),
         "losses_are_live_ones": {kind: losses[kind] == losses[LIVE] for kind in (FILL, CACHED)},
         "live_losses": losses[LIVE],
-        "read_batch_milliseconds": read_times(folder, sizes, bf16, cache),
+        "read_batch_milliseconds": read_times(folder, sizes, precision, cache),
         "largest_difference_of_a_loss": {},
     }
     print(json.dumps(found, indent=1), file=sys.stderr, flush=True)
-    for storage in ("int8",) if bf16 else ("bf16", "int8"):
-        kept = folder / f"cache-{name}-{storage}"
-        _, inexact = run(folder, sizes, FILL, bf16, kept, "--feature_cache_storage", storage)
+    for storage in ("int8",) if precision == "bf16" else ("bf16", "int8"):
+        kept = folder / f"cache-{precision}-{storage}"
+        _, inexact = run(folder, sizes, FILL, precision, kept, "--feature_cache_storage", storage)
         pairs = zip(inexact, losses[LIVE], strict=True)
         found["largest_difference_of_a_loss"][storage] = max(abs(a - b) for a, b in pairs)
     return found
 
 
-def read_times(folder: Path, sizes: Sizes, bf16: bool, cache: Path) -> dict[str, float]:
+def read_times(folder: Path, sizes: Sizes, precision: str, cache: Path) -> dict[str, float]:
     """CPU milliseconds to read a batch in memory's reach, as a worker does: decoded, and from the cache."""
     found = {}
     for kind in (LIVE, CACHED):
-        trainer, _ = build(folder, sizes, kind, bf16, cache)
+        trainer, _ = build(folder, sizes, kind, precision, cache)
         dataset: Any = trainer.train_dataset
         taken = []
         for i in range(16):
@@ -166,17 +169,17 @@ def read_times(folder: Path, sizes: Sizes, bf16: bool, cache: Path) -> dict[str,
     return found
 
 
-def peak_memory(folder: Path, is_quick: bool, kind: str, bf16: bool, cache: Path) -> float:
+def peak_memory(folder: Path, is_quick: bool, kind: str, precision: str, cache: Path) -> float:
     """GiB that a process of its own reaches."""
     words = [sys.executable, __file__, "--memory-of", kind, str(folder), str(cache)]
-    words += ["--quick"] if is_quick else []
-    done = subprocess.run([*words, *(["--bf16"] if bf16 else [])], stdout=subprocess.PIPE, text=True, check=True)
+    words += ["--precision", precision, *(["--quick"] if is_quick else [])]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def print_peak(folder: Path, cache: Path, kind: str, bf16: bool, sizes: Sizes) -> None:
+def print_peak(folder: Path, cache: Path, kind: str, precision: str, sizes: Sizes) -> None:
     """Train two steps and print the peak of this process, in GiB."""
-    trainer, _ = build(folder, sizes, kind, bf16, cache, "--max_steps", "2")
+    trainer, _ = build(folder, sizes, kind, precision, cache, "--max_steps", "2")
     with mock.patch.object(llava_arch, "supervised_loss", full_loss) if kind == LIVE else nullcontext():
         trainer.train()
     # Not getrusage, whose peak a process inherits from the one that began it.
@@ -191,8 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="clips of a step (default 4)")
     parser.add_argument("--steps", type=int, help="steps of an epoch (default 4)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
-    parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", nargs="+", default=list(FLAGS), choices=list(FLAGS))
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -200,7 +202,7 @@ def main() -> None:
     steps = args.steps or STEPS
     if args.memory_of:
         kind, folder, cache = args.memory_of
-        print_peak(Path(folder), Path(cache), kind, args.bf16, sizes)
+        print_peak(Path(folder), Path(cache), kind, args.precision[0], sizes)
         return
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     result |= {"machine": describe_machine(), "batch": sizes.batch}
@@ -208,10 +210,9 @@ def main() -> None:
         folder = Path(temporary)
         write_parts(folder, sizes, steps)
         for precision in args.precision:
-            bf16 = precision == "bf16"
-            found = measure(folder, sizes, bf16, args.rounds)
+            found = measure(folder, sizes, precision, args.rounds)
             cache = folder / f"cache-{precision}-0"
-            peaks = {kind: peak_memory(folder, args.quick, kind, bf16, cache) for kind in (LIVE, CACHED)}
+            peaks = {kind: peak_memory(folder, args.quick, kind, precision, cache) for kind in (LIVE, CACHED)}
             found["peak_gib"] = {LIVE: round(peaks[LIVE], 2), CACHED: round(peaks[CACHED], 2)}
             found["peak_cached_over_live"] = round(peaks[CACHED] / peaks[LIVE], 3)
             result[precision] = found

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from train_step import QUICK, RECIPE, Sizes, build_tokenizer, build_vision, describe_machine
@@ -49,15 +50,26 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+class Cost(NamedTuple):
+    """Of one run: CPU seconds, and pages of memory that the system had to clear for it."""
+
+    seconds: float
+    faults: float
+
+
+def alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Cost]:
+    """The medians of each."""
+    taken: dict[str, list[Cost]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.process_time()
+            faults, start = count_faults(), time.process_time()
             run()
-            taken[name].append(time.process_time() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+            taken[name].append(Cost(time.process_time() - start, count_faults() - faults))
+    return {name: Cost(*map(statistics.median, zip(*costs, strict=True))) for name, costs in taken.items()}
+
+
+def count_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
@@ -73,8 +85,8 @@ def measure_tower(sizes: Sizes, repeats: int) -> dict[str, dict[str, float]]:
                 tower.encode(tower.prepare(frames))
 
         runs: dict[str, Callable[[], Any]] = {"plain": plain, "as the library": lambda frames=frames: tower(frames)}
-        for name, seconds in alternate(runs, repeats).items():
-            found[name][str(number)] = round(seconds / number, 4)
+        for name, cost in alternate(runs, repeats).items():
+            found[name][str(number)] = round(cost.seconds / number, 4)
     return found
 
 
@@ -94,13 +106,13 @@ def build_language_model(sizes: Sizes, attention: str, dropout: float, fused: bo
 def measure_language_model(
     sizes: Sizes, repeats: int, bf16: bool, is_kept: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """CPU microseconds a token, by the number of rows and by their length."""
+    """CPU microseconds a token and page faults a step, by the number of rows and by their length."""
     models = {name: build_language_model(sizes, **kind) for name, kind in KINDS.items()}
     by_rows = [(rows, LENGTH) for rows in BATCHES]
-    shapes = {} if is_kept else {RETURNED: by_rows}
-    if is_kept:
-        shapes = {"rows": by_rows, "length": [(1, length) for length in CONTEXTS]}
-    found: dict[str, dict[str, dict[str, float]]] = {axis: {name: {} for name in KINDS} for axis in shapes}
+    by_length = [(1, length) for length in CONTEXTS]
+    shapes = {"rows": by_rows, "length": by_length} if is_kept else {RETURNED: by_rows}
+    axes = [*shapes, *(f"{axis}: page faults a step" for axis in shapes)]
+    found: dict[str, dict[str, dict[str, float]]] = {axis: {name: {} for name in KINDS} for axis in axes}
     for axis, sized in shapes.items():
         for rows, length in sized:
             ids = torch.randint(0, sizes.vocabulary, (rows, length))  # (rows, length)
@@ -112,8 +124,10 @@ def measure_language_model(
                 model.zero_grad()
 
             runs = {name: lambda model=model, step=step: step(model) for name, model in models.items()}
-            for name, seconds in alternate(runs, repeats).items():
-                found[axis][name][str(length if axis == "length" else rows)] = round(1e6 * seconds / ids.numel(), 1)
+            size = str(length if axis == "length" else rows)
+            for name, cost in alternate(runs, repeats).items():
+                found[axis][name][size] = round(1e6 * cost.seconds / ids.numel(), 1)
+                found[f"{axis}: page faults a step"][name][size] = cost.faults
             print(axis, rows, length, {name: list(found[axis][name].values())[-1] for name in KINDS}, file=sys.stderr)
     return found
 

@@ -40,7 +40,7 @@ def print_case(name: str, folder: Path, is_quick: bool) -> None:
     """Train two steps and print the estimate and the peak of this process, in GiB."""
     torch.set_num_threads(1)
     words = [word for flag, value in CASES[name].items() for word in (f"--{flag}", value)]
-    trainer, _ = build(folder, QUICK if is_quick else RECIPE, LIVE, False, folder, "--max_steps", "2", *words)
+    trainer, _ = build(folder, QUICK if is_quick else RECIPE, LIVE, "fp32", folder, "--max_steps", "2", *words)
     batch = find_largest_batch(trainer)
     assert batch is not None
     estimated = estimate_memory(trainer, batch).total
