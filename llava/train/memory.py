@@ -135,7 +135,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors on a CPU have freed for the next ones, in place of returning it to the system.
 
     From 32 MiB on each tensor is otherwise mapped anew, and the system clears all of its pages: a step of 8 rows spends
-    14 to 19 % of its time on that (``benchmarks/growth.json``). ``ALLOCATOR_VARIABLES`` in the environment say otherwise.
+    14 to 19 % of its time on it (``benchmarks/growth.json``). ``ALLOCATOR_VARIABLES`` of the environment say otherwise.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
