@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llava.data.feature_cache.run import RunFeatures
+    from llava.data.staging import StagedMedia
 
 _MOST_NAMED = 5
 DecodingKey = tuple[Media, tuple[int, int] | None]
@@ -87,6 +88,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
     """What coordinates are to the model; None for one without them."""
     features: RunFeatures | None = None
     """Features of the tower, which take the place of decoded media where there are any."""
+    staged: StagedMedia | None = None
+    """Copies of the media on a disk of this machine, which are read in their place."""
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in ON_BAD_SAMPLE:
@@ -201,8 +204,10 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         decoded: VisualInput | MediaError
+        load = partial(self._load, vision=vision, split=split)
+        read = partial(load, media) if self.staged is None else partial(self.staged.load, media, load)
         try:
-            decoded = read_again(partial(self._load, media, vision, split), media.path)
+            decoded = read_again(read, media.path)
         except MediaError as error:
             decoded = error
         if self._decoded is not None:

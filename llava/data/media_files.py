@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from llava.io import write_beside
+from llava.messages import shorten_text
 from llava.storage import read_again
 from llava.types import Media, MediaKind, Record
 
@@ -99,6 +100,13 @@ def _has_files(folder: str) -> bool:
             return next(entries, None) is not None
     except OSError:
         return False
+
+
+def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
+    """A ValueError for a folder of media that is not there."""
+    for flag, folder in (("image_folder", image_folder), ("video_folder", video_folder)):
+        if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111
+            raise ValueError(f"--{flag} {shorten_text(folder, 200)}: no such folder")
 
 
 def find_missing(records: Sequence[Record]) -> list[str]:

@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_flags(own: argparse.Namespace, values: dict[str, Any]) -> None:
     """A ValueError for flags that need each other, and for paths that are not there."""
     from llava.data.files import find_entries
+    from llava.data.media_files import check_media_folders
     from llava.model.pretrained import read_config
-    from llava.train.train import check_media_folders
 
     if (own.init_from_backbone or own.inspect_weights) and not own.backbone_model:
         raise ValueError("--init_from_backbone and --inspect_weights need --backbone_model PATH")

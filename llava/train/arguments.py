@@ -30,7 +30,7 @@ from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
 from llava.train.milestones import parse_milestones, parse_words
 from llava.train.progress_arguments import ProgressArguments
-from llava.train.speed_arguments import FeatureCacheArguments, SpeedArguments
+from llava.train.speed_arguments import SpeedArguments, StagingArguments
 from llava.train.transformers_flags import check_flags, check_spelling
 from llava.types import ERROR, ON_BAD_SAMPLE
 
@@ -174,7 +174,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments(FeatureCacheArguments):
+class DataArguments(StagingArguments):
     """Which data, and how media and text are read."""
 
     # --- data ---

@@ -36,6 +36,7 @@ from llava.data.feature_cache.keys import frames_at_most
 from llava.data.feature_cache.run import RunFeatures
 from llava.data.feature_cache.shards import SUFFIX, Kept, remove_unfinished
 from llava.data.feature_cache.storage import Storage
+from llava.data.media_files import check_media_folders
 from llava.data.module import documents_of, make_supervised_data_module
 from llava.io import num_cores
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -45,7 +46,7 @@ from llava.train.feature_cache import check_feature_cache, set_up_features
 from llava.train.feature_errors import storage_table
 from llava.train.feature_plan import Item, ItemMedia, Plan, Share, make_plan
 from llava.train.parts import set_up_parts
-from llava.train.train import check_media_folders, choose_format, choose_max_length, load_from_arguments
+from llava.train.train import choose_format, choose_max_length, load_from_arguments
 from llava.types import ERROR, BadSample, VisualInput
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _FREE_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "push_", "ddp_", "fsdp", "torch_compile", "deepspeed", "include_",
     "trackio_", "gradient_checkpointing", "activation_checkpointing", "per_device_", "dataloader_", "max_image_",
-    "max_video_", "max_bad_", "check_", "throughput_", "score_", "card_", "sample_",
+    "max_video_", "max_bad_", "check_", "throughput_", "score_", "card_", "sample_", "stage_",
 )  # fmt: skip
 _FREE = {
     "gradient_accumulation_steps", "report_to", "run_name", "project", "disable_tqdm", "prediction_loss_only",

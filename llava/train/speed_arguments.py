@@ -5,6 +5,7 @@ They are written as ``arguments.py`` says, and checked here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llava.data.feature_cache.storage import STORAGES
@@ -48,6 +49,31 @@ class FeatureCacheArguments:
                 raise ValueError(
                     f"--feature_cache_storage is {self.feature_cache_storage!r}; known: {', '.join(STORAGES)}"
                 )
+
+
+@dataclass(kw_only=True)
+class StagingArguments(FeatureCacheArguments):
+    """Whether media are copied to a disk of each machine first, or features take their place."""
+
+    # --- images and videos ---
+    stage_media: str | None = None
+    """A folder on a local disk of each machine, to which the images and clips of the run are copied before its first
+    step, by one process a machine, and read from there; the next run takes the copies of what has not changed
+    (docs/slurm.md)."""
+    stage_timeout: float = 1800.0
+    """Seconds after which the other processes of a machine give up waiting for the one of --stage_media, if it copies
+    nothing in them."""
+
+    def check_feature_cache(self) -> None:
+        """A ValueError for flags that do not go together."""
+        super().check_feature_cache()
+        if self.stage_media is not None and self.feature_cache is not None:
+            raise ValueError(
+                "--stage_media: with --feature_cache images and clips are read once at most, and a copy saves nothing; "
+                "leave it out"
+            )
+        if not 0 < self.stage_timeout < math.inf:
+            raise ValueError(f"--stage_timeout is {self.stage_timeout}; it is a number of seconds above 0")
 
 
 @dataclass

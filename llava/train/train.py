@@ -36,7 +36,6 @@ if __name__ == "__main__":
 # From here on imports take seconds: torch, transformers and, through them, much else.
 import atexit
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +47,10 @@ from llava.command import FAILED, INTERRUPTED, check_output_folder, errors_of_us
 from llava.data.feature_cache.run import RunFeatures
 from llava.data.formats import Format, build_format
 from llava.data.formats.base import preprocess_plain_lm
+from llava.data.media_files import check_media_folders
 from llava.data.module import DataModule, make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
-from llava.messages import explain_error, is_out_of_memory, shorten_text
+from llava.messages import explain_error, is_out_of_memory
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel, load_model
 from llava.model.lora import is_adapter_folder
@@ -78,6 +78,7 @@ from llava.train.run_report import add_report, reporting
 from llava.train.samples import add_samples, plan_samples
 from llava.train.score_plan import plan_scores
 from llava.train.scoring import add_scoring
+from llava.train.staging import stage_media
 from llava.train.trainer import LlavaTrainer
 from llava.train.watchdog import watching
 from llava.types import SKIP
@@ -194,6 +195,7 @@ def build_trainer(
         score_plan = plan_scores(training_args, model, tokenizer) if training_args.wants_scores else None
         data, max_length = build_data(loaded, data_args, training_args, features)
         check_and_report(loaded, data, max_length, model_args, data_args, training_args)
+        stage_media(data, data_args, training_args)
         samples = None
         if training_args.sample_every is not None:
             samples = plan_samples(training_args, data_args, data, loaded, max_length, features)
@@ -286,13 +288,6 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, training_a
         model_args.vision_tower = locate_model(model_args.vision_tower, "--vision_tower")
     if not training_args.do_train:  # No training data are read.
         data_args.data_path = []
-
-
-def check_media_folders(image_folder: str | None, video_folder: str | None) -> None:
-    """A ValueError for a folder of media that is not there."""
-    for flag, folder in (("image_folder", image_folder), ("video_folder", video_folder)):
-        if folder and not os.path.isdir(os.path.expanduser(folder)):  # noqa: PTH111
-            raise ValueError(f"--{flag} {shorten_text(folder, 200)}: no such folder")
 
 
 def load_from_arguments(

@@ -56,6 +56,7 @@ def test_two_nodes_are_asked_to_stop_requeued_once_and_go_on(
     assert main(["--output", str(script)]) == 0
     settings = {
         "CONFIG": str(recipe), "OUTPUT_DIR": str(output), "RANKS": "2", "PYTHON": warm_python,
+        "STAGE_DIR": str(tmp_path / "local"),
         "PYTHON_EXEC": warm_python, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
 
@@ -77,6 +78,7 @@ def test_two_nodes_are_asked_to_stop_requeued_once_and_go_on(
     assert [line for line in cluster.calls if "requeue" in line] == ["scontrol requeue 4711"]
     steps = int(first.split("stopped after step ")[1].split()[0])
 
+    assert first.count("0 files of media") == 1, "one process of a machine copies"
     again = submit(1)
     assert again.wait(120) == 0, log.read_text()[-3000:]
     assert log.read_text().startswith(first), "the second start's lines are behind the first's"
