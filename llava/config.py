@@ -16,6 +16,7 @@ from typing import Any
 from llava.constants import AXES, VISUAL_TOKENS, Axis
 from llava.geometry import DEFAULT_PINPOINTS, FLAT, AnyRes, Letterbox
 from llava.registry import PartSettings
+from llava.setting_ranges import check_kinds, check_ranges
 from llava.token_layout import ProjectorSettings, ResamplerSettings, TokenLayout, build_layout
 from llava.types import MediaKind
 
@@ -25,6 +26,9 @@ DEFAULT_BINS = 100
 _MOST_BINS = 1000
 """Bins are numbered with three digits."""
 MEAN_PADDING, BLACK_PADDING = "mean", "black"
+_PLAIN_FLAGS = ("num_frames", "video_fps", "frames_upbound", "add_time_instruction", "image_aspect_ratio",
+                "image_grid_pinpoints", "vision_tower", "save_vision_tower", "patches_per_side")  # fmt: skip
+"""Fields whose flags have no prefix."""
 _UNBOUNDED_FRAMES = 32
 """Frames that a video counts with, before it is opened, where nothing bounds them."""
 
@@ -138,6 +142,10 @@ class VisionConfig:
     """The most frames that one video can have; an estimate where ``frames_upbound`` is 0 (see ``is_bounded``)."""
 
     def __post_init__(self) -> None:
+        names = {
+            item.name: f"--{item.name}" if item.name in _PLAIN_FLAGS else f"mm_{item.name}" for item in fields(self)
+        }
+        check_kinds(self, names)
         for name in ("num_frames", "patches_per_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -147,6 +155,7 @@ class VisionConfig:
             raise ValueError(f"--frames_upbound is {self.frames_upbound}; it must be at least 0, which sets no bound")
         if self.image_padding not in (MEAN_PADDING, BLACK_PADDING):
             raise ValueError(f"mm_image_padding is {self.image_padding!r}; known: {MEAN_PADDING}, {BLACK_PADDING}")
+        check_ranges(self, names)
         # Without the computed fields below, which are made of these.
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
         layout = build_layout(settings)
@@ -261,11 +270,13 @@ class GroundingConfig:
     """Bins of all axes; 0 without tables."""
 
     def __post_init__(self) -> None:
+        check_kinds(self, _GROUNDING_ENTRIES)
         if self.mode not in (LAPE, PLACEHOLDER):
             raise ValueError(f"--grounding is {self.mode!r}; known: {', '.join(GROUNDING_MODES)}")
         for name in ("num_temporal", "num_spatial"):
             if not 2 <= getattr(self, name) <= _MOST_BINS:
                 raise ValueError(f"--{name}_tokens is {getattr(self, name)}; it must be 2 to {_MOST_BINS}")
+        check_ranges(self, _GROUNDING_ENTRIES)
         # Frozen for callers, computed once: both are asked for at every step.
         object.__setattr__(self, "has_tables", self.mode == LAPE)
         object.__setattr__(self, "total_bins", self.num_temporal + 2 * self.num_spatial if self.has_tables else 0)

@@ -22,6 +22,7 @@ from llava.model.classes import build_config, check_loaded, choose_classes
 from llava.model.convert.foreign import ForeignCheckpoint
 from llava.model.convert.report import ConversionReport
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.loading_errors import check_sizes, one_line_errors
 from llava.model.lora import is_adapter_folder, load_adapters, read_base
 from llava.model.multimodal_encoder.base import describe_tower
 from llava.model.multimodal_encoder.lazy import FindTowerHash, put_lazy_tower
@@ -72,6 +73,7 @@ class LoadedModel:
             )
 
 
+@one_line_errors
 def load_model(
     model_name_or_path: str,
     *,
@@ -140,6 +142,7 @@ def load_model(
     if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
     source = find_weights(path, model_base)
+    check_sizes(stored, source, name)
     known = set(tokenizer.get_vocab()) if source == path else fit_to_base(config_dict, tokenizer, source, path)
     if vision is not None:  # Before the model is built: bins have to be the last, and their first id is a setting.
         vision, coordinates = add_tokens(tokenizer, vision, coordinates)

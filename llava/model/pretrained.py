@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llava.messages import list_names, shorten, shorten_text
 from llava.model.backbones import known_types
+from llava.model.loading_errors import check_counts, check_files
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def locate_model(name_or_path: str, flag: str) -> str:
         raise ValueError(f"{flag} is empty; give the folder of a model, or leave the flag out")
     path = os.path.expanduser(name_or_path)  # noqa: PTH111 (Path's raises for a user that there is not)
     if os.path.isdir(path):
+        check_files(path, flag)
         return path
     if os.path.exists(path):  # noqa: PTH110
         raise ValueError(f"{flag} {shorten(name_or_path)} is a file; give the folder that it lies in")
@@ -145,6 +147,7 @@ def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[s
     if not isinstance(settings, dict) or not settings:
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
     _check_quantization(settings, f"{flag} {name_or_path!r}")
+    check_counts(settings, f"{flag} {name_or_path!r}")
     if settings.get("model_type") is None:
         name = os.path.basename(os.path.normpath(name_or_path)).lower()
         if not any(hint in name for hint in ("gpt2", "bambi")):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llava.compat import linear_by_onednn
 from llava.config import VisionConfig
+from llava.model.loading_errors import check_counts
 from llava.model.pretrained import foreign_code_note, forget_implementations, locate_model
 from llava.registry import PLUGIN_HINT, Registry
 
@@ -168,12 +169,13 @@ def _read_config(source: str) -> PretrainedConfig:
         settings, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(source, error) from error
+    check_counts(settings, f"--vision_tower {source!r}")
     # timm's own configurations have no model_type, and transformers cannot even read them without timm.
     if settings.get("model_type") == "timm_wrapper" or "pretrained_cfg" in settings:
         require_timm()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError, StrictDataclassError) as error:
         if note := foreign_code_note(settings):
             raise ValueError(
                 f"--vision_tower {source!r} has the unknown type {settings.get('model_type')!r}{note}"

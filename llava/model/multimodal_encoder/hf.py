@@ -24,6 +24,7 @@ from transformers.image_utils import (
 )
 
 from llava.config import VisionConfig
+from llava.model.loading_errors import check_counts
 from llava.model.multimodal_encoder.base import TOWERS, TowerDescription, VisionTower
 from llava.model.pretrained import (
     NOT_JUST_TENSORS,
@@ -61,7 +62,9 @@ class HuggingFaceTower(VisionTower):
 
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__(vision)
-        self.vision_tower = self.build_model(build_config(vision))
+        config = build_config(vision)
+        check_grid(vision, config)
+        self.vision_tower = self.build_model(config)
 
     @classmethod
     def describe(cls, source: str, config: PretrainedConfig) -> TowerDescription:
@@ -184,7 +187,21 @@ def build_config(vision: VisionConfig) -> PretrainedConfig:
     # Without the dtype its files were written in: the tower gets that of the model around it.
     settings = {name: value for name, value in vision.vision_config.items() if name != "dtype"}
     settings = drop_remote_kernels(settings, vision.vision_tower)
+    check_counts(settings, f"the vision tower {vision.vision_tower!r}")
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def check_grid(vision: VisionConfig, config: PretrainedConfig) -> None:
+    """A ValueError where a model's visual settings say another grid or width than its tower's configuration."""
+    of_tower = f"the tower {vision.vision_tower!r}"
+    patch = square_side(config.patch_size, vision.vision_tower, "patch_size")
+    if vision.image_size // patch != vision.patches_per_side:
+        raise ValueError(
+            f"mm_patches_per_side is {vision.patches_per_side}, but {of_tower} makes {vision.image_size // patch} of "
+            f"{vision.image_size} pixels (mm_image_size), in patches of {patch}; take config.json as it was written"
+        )
+    if vision.hidden_size != config.hidden_size:
+        raise ValueError(f"mm_hidden_size is {vision.hidden_size}, but {of_tower} is {config.hidden_size} wide")
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
+from llava.messages import shorten
 from llava.registry import PLUGIN_HINT, Registry
 from llava.token_layout import PROJECTOR_SETTINGS, PoolerSettings
 
@@ -23,6 +24,7 @@ PROJECTORS: Registry[Builder] = Registry("projector", PROJECTOR_SETTINGS)
 
 MLP_NAMES = ("mlpNx_gelu", "mlpNx_resMx_gelu (N, M >= 1)")
 
+_MOST_LAYERS = 64
 _MLP_NAME = re.compile(r"mlp([1-9]\d*)x(?:_res([1-9]\d*)x)?_gelu")
 
 
@@ -91,9 +93,18 @@ class MlpShape(NamedTuple):
 
 
 def parse_mlp(name: str) -> MlpShape | None:
-    """What a name like ``mlp2x_gelu`` or ``mlp2x_res2x_gelu`` asks for, or None for another name."""
-    match = _MLP_NAME.fullmatch(name)
-    return MlpShape(int(match.group(1)), int(match.group(2) or 0)) if match else None
+    """What a name like ``mlp2x_gelu`` or ``mlp2x_res2x_gelu`` asks for, or None for another name.
+
+    Raises:
+        ValueError: it asks for more layers than a projector may have.
+    """
+    if (match := _MLP_NAME.fullmatch(name)) is None:
+        return None
+    if max(map(len, match.groups(default=""))) > 3 or max(map(int, match.groups(default="0"))) > _MOST_LAYERS:
+        raise ValueError(
+            f"--mm_projector_type is {shorten(name)}; it may have {_MOST_LAYERS} layers and blocks at most"
+        )
+    return MlpShape(int(match.group(1)), int(match.group(2) or 0))
 
 
 def build_mlp(input_size: int, output_size: int, shape: MlpShape, width: int | None = None) -> nn.Module:
