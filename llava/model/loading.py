@@ -141,8 +141,7 @@ def load_model(
     coordinates = choose_grounding(trained, grounding, num_temporal_tokens, num_spatial_tokens, vision is not None)
     if weights_from is not None and (quantization is not None or is_adapter_folder(path)):
         raise ValueError(f"parameters of {weights_from!r} cannot be copied under adapters or into k bits")
-    source = find_weights(path, model_base)
-    check_sizes(stored, source, name)
+    check_sizes(stored, source := find_weights(path, model_base), name)
     known = set(tokenizer.get_vocab()) if source == path else fit_to_base(config_dict, tokenizer, source, path)
     if vision is not None:  # Before the model is built: bins have to be the last, and their first id is a setting.
         vision, coordinates = add_tokens(tokenizer, vision, coordinates)
