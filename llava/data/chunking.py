@@ -258,7 +258,7 @@ class ChunkedDataset(RearrangedDataset[D]):
         records, length = self.documents.records, int(self._first_chunks[-1]) + 1
         if not isinstance(records, Mixture):
             return self._count_begun()
-        key = [1, *describe_lengths(self.documents), self.documents.max_length]
+        key = [2, *describe_lengths(self.documents), self.documents.max_length]
         return records.computed("begun", key, np.int32, self._count_begun, length=length)
 
     def _count_begun(self) -> NDArray[np.int32]:

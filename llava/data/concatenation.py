@@ -160,7 +160,7 @@ class ConcatenatedDataset(RearrangedDataset[D]):
         records = self.documents.records
         if not isinstance(records, Mixture):
             return self._count_begun().reshape(2, -1)
-        key = [1, *describe_lengths(self.documents), self.documents.max_length]
+        key = [2, *describe_lengths(self.documents), self.documents.max_length]
         length = 2 * self._num_windows
         return records.computed("windows", key, np.int32, self._count_begun, length=length).reshape(2, -1)
 
@@ -183,6 +183,7 @@ class ConcatenatedDataset(RearrangedDataset[D]):
                     ids = self._tokens[int(self._offsets[text]) :][:inside]
                     kept = min(count_begun(documents.tokenizer, ids), sum(of_turns))
                     behind = behind + np.array([kept, count_answers(of_turns, turns, kept)])
+                behind = np.maximum(behind, before)  # See count_begun: a longer beginning may read as fewer words.
                 begun[:, file.first_window + window] = behind - before
                 before = behind
         return begun.ravel()

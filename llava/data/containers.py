@@ -241,8 +241,7 @@ def _check_elements(file: _Reader, start: int, end: int) -> list[tuple[int, int]
         length, start = _element_size(file, start + num_bytes)
         if length is None and not is_cluster:
             break
-        # The parts of a cluster that does not say its length follow like parts of the segment.
-        if is_cluster and length is not None:
+        if is_cluster and length is not None:  # the parts of others follow like those of the segment
             clusters.append((start, start + length))
         start += length or 0
         file.check_end(start)
@@ -254,8 +253,9 @@ def _element_size(file: _Reader, start: int) -> tuple[int | None, int]:
 
     The length is None where it is not known, which all ones say; a file that ends within it is cut off.
     """
-    first = file.number(start, 1, "big")
-    num_bytes = 9 - first.bit_length() if first else 8
+    if not (first := file.number(start, 1, "big")):  # no length begins so: the id before it was copied last
+        file.check_hole(start)
+    num_bytes = min(9 - first.bit_length(), 8)
     file.check_end(start + num_bytes)
     unknown = (1 << 7 * num_bytes) - 1
     value = file.number(start, num_bytes, "big") & unknown

@@ -114,7 +114,14 @@ def _ends_before_zeros(data: bytes) -> bool:
         return data.rstrip(b"\0").endswith(_JPEG_END)
     if data.startswith(b"qoif"):
         return data.rstrip(b"\0").endswith(_QOI_END)
-    return True
+    return not _is_run_length_coded(data)
+
+
+def _is_run_length_coded(data: bytes) -> bool:
+    """Whether a file ends with runs of a length and a value, of which none is zeros alone: a PCX, an SGI or a TGA."""
+    if data[:1] == b"\n" and data[2:3] == b"\1":  # A PCX, behind which a palette may stand, with unused colours.
+        return len(data) < 769 or data[-769] != 12
+    return data[:3] == b"\x01\xda\1" or (data[1:2] in (b"\0", b"\1") and data[2:3] in (b"\t", b"\n", b"\x0b"))
 
 
 def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:

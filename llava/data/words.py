@@ -66,7 +66,8 @@ def count_begun(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | NDArray
     # One token more is decoded, so that the end of a word that has begun before is not taken for a word.
     before = max(start - 1, 0)
     begun = _count(_decode(tokenizer, ids[before:]))
-    return begun - (_count(_decode(tokenizer, ids[before:start])) if start else 0)
+    # Half a character reads as a word, and as none once the other half is there, where it is white space.
+    return max(begun - (_count(_decode(tokenizer, ids[before:start])) if start else 0), 0)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | NDArray[np.int32]) -> str:
