@@ -12,10 +12,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 LOADING = "waiting for its data"
 READING = "reading"
@@ -132,6 +132,11 @@ def begin_step(step: int) -> None:
     """Note that this process asks for the samples of a step."""
     _Process.note.step, _Process.note.place = step, 0
     note(LOADING, (), event=True)
+
+
+def note_batches(phase: str, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Note an event, with the samples of some batches."""
+    note(phase, [sample for batch in batches for sample in batch.get("sample_ids", ())], event=True)
 
 
 @contextlib.contextmanager

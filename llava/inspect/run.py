@@ -25,7 +25,7 @@ from llava.messages import explain_error
 from llava.model.loading import LoadedModel
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command_line import build_group, parse_values
-from llava.train.engines import leave_out_faulty_kernels
+from llava.train.engines import choose_kernels
 from llava.train.report import check_and_report, report_words
 from llava.train.run_folder import prepare_folder
 from llava.train.score_plan import plan_scores
@@ -107,7 +107,7 @@ def build_run(run: InspectedRun, findings: Findings) -> None:
     if run.given:
         flags = ", ".join(f"--{name} {value}" for name, value in run.given.items())
         findings.note("inspection", f"looked at on the CPU, in float32 and without {flags}")
-    leave_out_faulty_kernels()
+    choose_kernels()
     said = io.StringIO()
     with hearing(findings), contextlib.redirect_stdout(said):
         try:

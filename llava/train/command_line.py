@@ -149,6 +149,12 @@ def read_variables(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def set_variables(values: Mapping[str, str]) -> None:
+    """Set variables of the environment that are not set, for libraries that know no other way."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def read_array_task() -> tuple[int, int] | None:
     """Which task of how many this process is in a Slurm array, counted from 0; None outside of one."""
     number, first, count = (

@@ -23,6 +23,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from llava.compat import linear_by_onednn
 from llava.messages import shorten, shorten_text
+from llava.train.command_line import set_variables
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
@@ -75,14 +76,24 @@ def _check_precision(args: TrainingArguments) -> None:
         raise ValueError("--tf32 needs a GPU of NVIDIA's Ampere generation or newer; leave it out")
 
 
-def leave_out_faulty_kernels() -> None:
-    """Keep PyTorch from cuDNN's attention, whose gradients are NaN on Hopper GPUs in half precision.
+def choose_kernels(deterministic: bool = False) -> None:
+    """Keep PyTorch from kernels whose gradients are wrong and, where that is asked for, from those that vary.
+
+    cuDNN's attention gives NaN on Hopper GPUs in half precision.
 
     With a mask, at lengths of 64 more than a multiple of 128, where a row has low logits: PyTorch 2.11 and later
     (github.com/pytorch/pytorch/issues/196678). A run on an H100 met it at its step 125. Another of the kernels that
     PyTorch chooses from takes its place.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if not deterministic:
+        return
+    # cuBLAS reads the first when it is first used, and transformers' flash attention the second.
+    set_variables({"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"})
+    torch.use_deterministic_algorithms(True)
+    # It would fill what is allocated and not written yet, which nothing here reads.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def check_flash_attention() -> None:

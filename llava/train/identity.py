@@ -51,7 +51,7 @@ _FREE = {
     "video_folder", "on_bad_sample", "decode_timeout", "max_bad_share", "output_dir", "world_size", "versions",
     "chat_template_path", "milestones", "milestone_optimizer", "feature_cache", "feature_cache_fill",
     "feature_cache_strict", "peak_flops", "fused_gelu", "onednn", "num_samples", "run_report",
-    "hang_timeout",
+    "hang_timeout", "verify_steps", "deterministic",
 }  # fmt: skip
 """Flags that may change: with the same data in the same order they leave what is learned as it is, or nearly so."""
 

@@ -113,7 +113,7 @@ class NanCheck:
         num_items = None if self._num_items is None else float(self._num_items)
         losses = [float(loss) for loss in self._losses]
         batch = RankBatch(step, self.rank, self._batches, losses, norm, num_items, self._random_states)
-        remedy = self._leave(Path(self.output_dir, f"bad_step-{step}"), batch)
+        remedy = self.leave(Path(self.output_dir, f"bad_step-{step}"), batch)
         ranks = gather_from_ranks((losses, batch.sample_ids))
         # The first rank names everybody's samples, the others their own: the logs of ranks may be files apart.
         shown = range(len(ranks)) if self.rank == 0 else [self.rank]
@@ -124,7 +124,7 @@ class NanCheck:
             f"The weights are those before this step. {remedy}; --stop_on_bad_numbers false goes on regardless"
         )
 
-    def _leave(self, folder: Path, batch: RankBatch) -> str:
+    def leave(self, folder: Path, batch: RankBatch) -> str:
         """Write the batch and the model, and say what to do with them; all ranks come through here together."""
         # A full disk must not keep a rank from the others, which wait for it to save a sharded model.
         trouble: Exception | None = None

@@ -62,7 +62,7 @@ from llava.train.checkpoint import find_checkpoint, is_auto, reading_checkpoint
 from llava.train.command_line import parse_arguments, read_variables
 from llava.train.disk_errors import explaining_disk_errors
 from llava.train.distributed import AgreedError, broadcast_from_rank0, is_first_rank, leave_process_group, loading_whole
-from llava.train.engines import leave_out_faulty_kernels
+from llava.train.engines import choose_kernels
 from llava.train.evaluation import evaluate_last, plan_evaluation
 from llava.train.feature_cache import FeatureLog, check_feature_cache, find_tower, set_up_features
 from llava.train.hub import check_model, prepare_hub
@@ -179,7 +179,7 @@ def build_trainer(
     """
     model_args, data_args, training_args = parse_arguments(argv)
     # Flags first, then folders, then weights and data: what is found soonest is said soonest.
-    leave_out_faulty_kernels()
+    choose_kernels(training_args.deterministic)
     plan_evaluation(training_args, bool(data_args.eval_data_path), compute_metrics is not None)
     check_start(model_args, data_args, training_args)
     hub = prepare_hub(training_args) if training_args.push_to_hub and training_args.do_train else None

@@ -65,6 +65,7 @@ from llava.train.preemption import EvaluationStopped, ScoringStopped, StopReques
 from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
 from llava.train.saving import CheckpointWriter
 from llava.train.throughput import ThroughputMeter, count_targets
+from llava.train.verification import add_verification
 from llava.train.zero_shares import load_other_ranks
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class LlavaTrainer(Trainer):
         logs = [log for log in (bad_sample_log, feature_log) if log is not None]
         for callback in (*own, self.grad_norms, FirstStepsCallback(), *logs):
             self.add_callback(callback)
+        self.verifier = add_verification(self)
 
     # Data.
 
@@ -168,9 +170,7 @@ class LlavaTrainer(Trainer):
         # All micro-batches of the step at once: the loss of each is divided by the number of tokens of all of them.
         with self.throughput.waiting():
             batches = list(islice(epoch_iterator, num_batches))
-        progress.note(
-            progress.COUNTING, [name for batch in batches for name in batch.get("sample_ids", ())], event=True
-        )
+        progress.note_batches(progress.COUNTING, batches)
         if self.bad_sample_log is not None:
             num_used = sum(len(batch["sample_ids"]) for batch in batches)
             self.bad_sample_log.record(num_used, [bad for batch in batches for bad in batch.get("bad_samples", ())])
@@ -212,7 +212,7 @@ class LlavaTrainer(Trainer):
         if self.nan_check is not None:
             self.nan_check.begin(inputs, num_items_in_batch)
         with choose_products(self.args.onednn):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = self.verifier.compute(super().training_step, model, inputs, num_items_in_batch)
         if self.nan_check is not None:
             self.nan_check.add_loss(loss)
         if inputs.get("sample_ids") == []:
@@ -228,8 +228,7 @@ class LlavaTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss, smoothed in training, with logits only where they are predictions."""
-        phase = progress.FORWARD if self.meter is None else progress.EVALUATING
-        progress.note(phase, inputs.get("sample_ids", ()), event=True)
+        progress.note_batches(progress.FORWARD if self.meter is None else progress.EVALUATING, [inputs])
         if self.feature_log is not None:
             self.feature_log.begin(inputs)
         inputs = model_inputs(inputs)

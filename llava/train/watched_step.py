@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def load_run_model(folder: Path, settings: RunSettings, device: torch.device, vi
 
 
 def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: torch.device) -> bool:
-    """Run the micro-batches of a rank, as the step did; whether a loss or a gradient is not finite."""
+    """Run the micro-batches of a rank twice, as the step did; whether a number is not finite, or the two differ."""
     print(f"step {batch.step}, {describe_samples(batch.sample_ids, batch.rank)}")
     # The states of before the first micro-batch; the later ones draw what comes after, so all run, in their order.
     set_random_states(batch.random_states, device)
@@ -72,17 +74,26 @@ def replay(model: nn.Module, batch: RankBatch, settings: RunSettings, device: to
         run_step = _step(model, micro_batch, batch.num_items, settings, device)
         # The run sums gradients over micro-batches; here each is looked at alone.
         model.zero_grad()
-        with watch_activations(model) as activations:
+        with watch_activations(model) as activations, tracing(model) as first:
             loss = run_step()
         print(f"  micro-batch {i}: loss {float(loss)} (in the run {batch.losses[i]})")
         print_names("modules with values that are not finite, in the order they ran", activations)
         gradients = bad_names((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         print_names("gradients that are not finite", gradients)
+        after = random_states(device)
+        set_random_states(before, device)
+        model.zero_grad()
+        with tracing(model) as second:
+            run_step()
+        set_random_states(after, device)
+        difference = first.first_difference(second)
+        if difference is not None:
+            print(f"    computed again, the first bits that differ are those of the {difference}")
         if gradients:
             # The same dropout once more, this time under anomaly detection, which is slow.
             set_random_states(before, device)
             print_first_bad_operation(run_step)
-        found = found or bool(gradients) or not bool(loss.isfinite())
+        found = found or bool(gradients) or not bool(loss.isfinite()) or difference is not None
     return found
 
 
@@ -140,6 +151,91 @@ def watch_activations(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Trace:
+    """What a pass has computed, as checksums of its bits in their order: outputs of modules, then gradients."""
+
+    names: list[str] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.names.append(name)
+        self.sums.append(checksum(tensor))
+
+    def first_difference(self, other: Trace) -> str | None:
+        """The first thing that another computation of the same has otherwise; None where all bits are alike."""
+        for name, here in zip(self.names, other.names, strict=False):
+            if name != here:
+                return name
+        if len(self.names) != len(other.names):
+            return max(self.names, other.names, key=len)[min(len(self.names), len(other.names))]
+        if not self.sums:
+            return None
+        device = self.sums[0].device
+        sums, others = (torch.stack([one.to(device) for one in trace.sums]) for trace in (self, other))
+        different = (sums != others).nonzero().flatten().tolist()  # The one wait for the device.
+        return self.names[different[0]] if different else None
+
+
+@contextmanager
+def tracing(model: nn.Module, outside: nn.Module | None = None, gradients: bool = True) -> Iterator[Trace]:
+    """Within it, a pass leaves the checksums of what its modules return and of the gradients that it gives.
+
+    Args:
+        model: that runs.
+        outside: a module within which none is looked at.
+        gradients: whether those of parameters are looked at, each before it is added to others or exchanged.
+    """
+    trace = Trace()
+    left_out = set() if outside is None else set(outside.modules())
+
+    def look(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: object, output: object) -> None:
+            for tensor in _tensors(output):
+                trace.add(f"output of {name} ({type(module).__name__})", tensor)
+
+        return hook
+
+    # Of modules that hold others the last one's output is theirs, or shows in what comes next.
+    handles = [
+        module.register_forward_hook(look(name or "model", module))
+        for name, module in model.named_modules()
+        if module not in left_out and next(module.children(), None) is None
+    ]
+    if gradients:
+        handles += [
+            parameter.register_hook(partial(_add_gradient, trace, name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_gradient(trace: Trace, name: str, gradient: Tensor) -> None:
+    trace.add(f"gradient of {name}", gradient)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """A number of 64 bits that another one has if any single bit of a tensor is flipped; on its device, without a wait.
+
+    Beside the sum of the words, the sum of their squares, so that two changes which cancel out are seen as well.
+    """
+    words = tensor.detach().contiguous().flatten()
+    size = words.numel() * words.element_size()
+    if size % 8 == 0 and words.data_ptr() % 8 == 0:
+        words = words.view(torch.int64)
+    else:
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size())
+        words = (torch.view_as_real(words) if width is None else words.view(width)).to(torch.int64)
+    total = words.sum()
+    return total + (words * words).sum() * 0x9E3779B1
 
 
 def _tensors(value: object) -> list[Tensor]:
