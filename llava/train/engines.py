@@ -23,7 +23,6 @@ from transformers import TrainingArguments, get_scheduler
 
 from llava.compat import linear_by_onednn
 from llava.messages import shorten, shorten_text
-from llava.train.command_line import set_variables
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
@@ -88,6 +87,8 @@ def choose_kernels(deterministic: bool = False) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not deterministic:
         return
+    from llava.train.command_line import set_variables  # It knows the arguments, which know this file.
+
     # cuBLAS reads the first when it is first used, and transformers' flash attention the second.
     set_variables({"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"})
     torch.use_deterministic_algorithms(True)
