@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava.train.distributed import AgreedError, gather_failures, gather_from_ranks
 from llava.train.nan_check import RankBatch, build_nan_check, describe_samples, random_states, set_random_states
 from llava.train.watched_step import Trace, checksum, tracing
-
-if TYPE_CHECKING:
-    from llava.train.trainer import LlavaTrainer
 
 _MOST_NAMED = 5
 
@@ -47,7 +44,7 @@ class Verification(TrainerCallback):
         every: steps from one verified step to the next; 0 verifies none.
     """
 
-    trainer: LlavaTrainer
+    trainer: Any  # a LlavaTrainer, whose file imports this one
     every: int
     _first: int | None = None
     _differences: list[str] = field(default_factory=list)
@@ -281,7 +278,7 @@ class Verification(TrainerCallback):
         return _sum_all(held)
 
 
-def add_verification(trainer: LlavaTrainer) -> Verification:
+def add_verification(trainer: Any) -> Verification:
     """What verifies the steps of a trainer, among its callbacks where ``--verify_steps`` asks for it."""
     verification = Verification(trainer, trainer.args.verify_steps or 0)
     if verification.every:
@@ -293,7 +290,7 @@ def add_verification(trainer: LlavaTrainer) -> Verification:
 class _State:
     """What a pass changes beside gradients: random numbers and buffers, as they are when this is made."""
 
-    trainer: LlavaTrainer
+    trainer: Any
 
     def __post_init__(self) -> None:
         self.random = random_states(self.trainer.args.device)
