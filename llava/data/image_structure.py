@@ -30,6 +30,8 @@ _ZEROS = bytes(256)
 # More than the bytes with which encoders fill up the last of a WebP's data.
 _WEBP_NEEDED = 32
 _JP2, _JP2_CODE = b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"
+_LONGEST_WALK = 1 << 24
+"""Bytes that are looked at one by one, in two seconds at most."""
 _QOI_END = bytes(7) + b"\1"
 _NO_DELAY = 0.1
 """Seconds that a frame is shown whose file says 0, as viewers have it."""
@@ -114,14 +116,31 @@ def _ends_before_zeros(data: bytes) -> bool:
         return data.rstrip(b"\0").endswith(_JPEG_END)
     if data.startswith(b"qoif"):
         return data.rstrip(b"\0").endswith(_QOI_END)
-    return not _is_run_length_coded(data)
+    if data[:1] == b"\n" and data[2:3] == b"\1" and len(data) <= _LONGEST_WALK:
+        return not data[: _pcx_end(data)].endswith(_ZEROS)
+    if data.startswith(b"\x01\xda\1"):
+        return not data[: _sgi_end(data)].endswith(_ZEROS)
+    return True
 
 
-def _is_run_length_coded(data: bytes) -> bool:
-    """Whether a file ends with runs of a length and a value, of which none is zeros alone: a PCX, an SGI or a TGA."""
-    if data[:1] == b"\n" and data[2:3] == b"\1":  # A PCX, behind which a palette may stand, with unused colours.
-        return len(data) < 769 or data[-769] != 12
-    return data[:3] == b"\x01\xda\1" or (data[1:2] in (b"\0", b"\1") and data[2:3] in (b"\t", b"\n", b"\x0b"))
+def _pcx_end(data: bytes) -> int:
+    """Where the pixels of a PCX end: runs of a length and a value, of which none is zeros alone."""
+    top, bottom = struct.unpack_from("<H2xH", data, 6)
+    planes, line = struct.unpack_from("<BH", data, 65)
+    missing, at = planes * line * (bottom - top + 1), 128
+    while missing > 0:
+        is_run = data[at] >= 0xC0
+        missing -= data[at] & 0x3F if is_run else 1
+        at += 2 if is_run else 1
+    return at
+
+
+def _sgi_end(data: bytes) -> int:
+    """Where the last row of an SGI with runs of pixels ends: behind the header a table has the place of each."""
+    _, height, channels = struct.unpack_from(">HHH", data, 6)
+    number = height * channels
+    places = struct.unpack_from(f">{2 * number}I", data, 512)
+    return max(map(sum, zip(places[:number], places[number:], strict=True)), default=len(data))
 
 
 def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from numpy.typing import NDArray
 from strategies import damaged
 
 from tests.data.clips import copy_packets, encode
@@ -101,10 +102,26 @@ def write_pictures(shared: Path | None) -> Files:
         except (KeyError, OSError, ValueError):  # This Pillow writes no such files.
             continue
         found[name] = file.getvalue()
+    found["rle.sgi"] = write_sgi(np.asarray(colours))
     if shared is not None:
         photo = min((shared / "image" / "coco_boxes").glob("*.jpg"), key=lambda path: path.stat().st_size)
         found["photo.jpg"] = photo.read_bytes()
     return found
+
+
+def write_sgi(pixels: NDArray[np.uint8]) -> bytes:
+    """An SGI with runs of pixels, which Pillow does not write; each row of each channel is stored as it is, in runs."""
+    height, width, channels = pixels.shape
+    rows = [
+        b"".join(bytes([0x80 | len(row[i : i + 100])]) + row[i : i + 100] for i in range(0, width, 100)) + b"\0"
+        for channel in range(channels)
+        for row in (pixels[y, :, channel].tobytes() for y in range(height - 1, -1, -1))
+    ]
+    header = struct.pack(">HBBHHHHII", 0x01DA, 1, 1, 3, width, height, channels, 0, 255).ljust(512, b"\0")
+    start = 512 + 8 * len(rows)
+    places = [start + sum(map(len, rows[:i])) for i in range(len(rows))]
+    table = struct.pack(f">{2 * len(rows)}I", *places, *map(len, rows))
+    return header + table + b"".join(rows)
 
 
 # Parts of files, as (start, end) of each, with what gives a part another length.
