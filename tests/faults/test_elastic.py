@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from llava.data.samplers import GROUPED, STRATEGIES, DataOrder, RankBatchSampler
 from llava.train import resuming
 from llava.train.checkpoint import find_damage, list_checkpoints
-from llava.train.elastic import Split, advise
+from llava.train.elastic import Split, advise, say_other_split
 from llava.train.train import cli, main
 
 STEPS = 8
@@ -63,7 +63,7 @@ def flags(gpt2_dir: Path, tower_dir: Path, media_dir: Path):
             "max_steps": STEPS, "per_device_train_batch_size": leg.batch, "report_to": "none", "save_steps": 2,
             "gradient_accumulation_steps": leg.accumulation, "learning_rate": 3e-3, "logging_steps": 3,
             "adam_epsilon": 1e-4, "use_cpu": "true", "disable_tqdm": "true", "resume_from_checkpoint": "auto",
-            "save_total_limit": 2, **changes,
+            "save_total_limit": 2, "milestones": "100,250", **changes,
         }  # fmt: skip
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
@@ -125,8 +125,9 @@ def train(
 
 
 def assert_same(output: Path, whole: Path) -> None:
-    """Words are the same, losses and weights within rounding."""
-    assert (output / "exposure.jsonl").read_bytes() == (whole / "exposure.jsonl").read_bytes()
+    """Words are the same, at milestones too, losses and weights within rounding."""
+    for name in ("exposure.jsonl", "chck_100/exposure.json", "chck_250/exposure.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
     expected = losses(whole)
     assert len(losses(output)) == len(expected) == STEPS
     for one, other in zip(losses(output), expected, strict=True):
@@ -220,6 +221,31 @@ def test_another_size_of_a_step_is_refused_with_values_that_fit(flags, whole: Pa
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "samples of a step was 4, is 3" in error
     assert "1 rank fits with --per_device_train_batch_size 2 --gradient_accumulation_steps 2" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "router", "line"),
+    [
+        ({"world_size": 4, "gradient_accumulation_steps": 1}, 0, None),
+        ({}, 0, "2 ranks x batch 1 x accumulation 2 in place of 4 ranks x batch 1 x accumulation 1: every step has"),
+        ({}, 0.1, "; the experts' balance is taken over other micro-batches"),
+        ({"average_tokens_across_devices": False}, 0, "; --average_tokens_across_devices false weighs tokens by ranks"),
+        ({"resume_changed": True}, 0, "in place of 4 ranks x batch 1 x accumulation 1: what is not the same"),
+        ({"max_tokens_per_batch": 9, "world_size": 4, "gradient_accumulation_steps": 1,
+          "per_device_train_batch_size": 7}, 0, None),
+    ],
+    ids=["as before", "ranks", "experts", "by ranks", "another run", "by tokens"],
+)  # fmt: skip
+def test_what_another_split_changes_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict, router: float, line: str | None
+) -> None:
+    before = {"world_size": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    (tmp_path / "run_identity.json").write_text(json.dumps({"fixed": {}, "free": before, "length": {}}))
+    now = {"world_size": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    others = {"max_tokens_per_batch": None, "resume_changed": False, "ignore_data_skip": False}
+    args: Any = SimpleNamespace(**{**now, **others, "average_tokens_across_devices": True, **changes})
+    say_other_split(tmp_path, args, {"router_aux_loss_coef": router})
+    assert [line in record.getMessage() for record in caplog.records] == ([] if line is None else [True])
 
 
 @pytest.mark.parametrize(("saved", "ranks", "expected"), [(4, 4, [1, 2, 3, 10]), (4, 2, [4, 4]), (1, 2, [1, 1])])
