@@ -49,7 +49,8 @@ TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_sp
 
 
 SLOWEST = (
-    "train/test_mixed_ranks.py", "train/test_training.py", "faults/test_kill.py", "train/test_data_order.py",
+    "train/test_mixed_ranks.py", "train/test_training.py", "faults/test_elastic.py", "faults/test_kill.py",
+    "train/test_data_order.py",
     "scripts_italian/test_italian_shell.py", "model/test_llava_arch.py", "data/test_video_frames.py",
     "model/language_model/test_families.py", "eval/test_eval_run.py", "train/test_feature_cache_training.py",
     "model/language_model/test_alternating.py", "faults/test_early_signals.py", "model/test_lora.py",

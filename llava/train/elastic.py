@@ -21,6 +21,9 @@ from llava.train.distributed import is_first_rank
 
 logger = logging.getLogger(__name__)
 
+_BY_SHARE = {"stable_adamw", "grokadamw"}
+"""Optimizers whose step of a weight depends on others of its tensor, which under ZeRO is a rank's share."""
+
 
 class Split(NamedTuple):
     """How the samples of a step, packs or batches by tokens are dealt: their number is the product."""
@@ -82,6 +85,9 @@ def say_other_split(checkpoint: Path, args: TrainingArguments, settings: Mapping
         others.append("the experts' balance is taken over other micro-batches")
     if not args.average_tokens_across_devices and before.ranks != now.ranks:
         others.append("--average_tokens_across_devices false weighs tokens by ranks")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.deepspeed and optim in _BY_SHARE and before.ranks != now.ranks:
+        others.append(f"--optim {optim} limits a step by a norm over each rank's share of the weights")
     same = "every step has the same samples in the same order, and words are counted on; "
     if args.resume_changed or args.ignore_data_skip:  # The data may be others.
         same = ""

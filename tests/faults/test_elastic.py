@@ -230,11 +230,12 @@ def test_another_size_of_a_step_is_refused_with_values_that_fit(flags, whole: Pa
         ({}, 0, "2 ranks x batch 1 x accumulation 2 in place of 4 ranks x batch 1 x accumulation 1: every step has"),
         ({}, 0.1, "; the experts' balance is taken over other micro-batches"),
         ({"average_tokens_across_devices": False}, 0, "; --average_tokens_across_devices false weighs tokens by ranks"),
+        ({"optim": "stable_adamw", "deepspeed": "zero2"}, 0, "; --optim stable_adamw limits a step by a norm over"),
         ({"resume_changed": True}, 0, "in place of 4 ranks x batch 1 x accumulation 1: what is not the same"),
         ({"max_tokens_per_batch": 9, "world_size": 4, "gradient_accumulation_steps": 1,
           "per_device_train_batch_size": 7}, 0, None),
     ],
-    ids=["as before", "ranks", "experts", "by ranks", "another run", "by tokens"],
+    ids=["as before", "ranks", "experts", "by ranks", "by share", "another run", "by tokens"],
 )  # fmt: skip
 def test_what_another_split_changes_is_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict, router: float, line: str | None
@@ -242,7 +243,13 @@ def test_what_another_split_changes_is_one_line(
     before = {"world_size": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     (tmp_path / "run_identity.json").write_text(json.dumps({"fixed": {}, "free": before, "length": {}}))
     now = {"world_size": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    others = {"max_tokens_per_batch": None, "resume_changed": False, "ignore_data_skip": False}
+    others = {
+        "optim": "adamw_torch",
+        "deepspeed": None,
+        "max_tokens_per_batch": None,
+        "resume_changed": False,
+        "ignore_data_skip": False,
+    }
     args: Any = SimpleNamespace(**{**now, **others, "average_tokens_across_devices": True, **changes})
     say_other_split(tmp_path, args, {"router_aux_loss_coef": router})
     assert [line in record.getMessage() for record in caplog.records] == ([] if line is None else [True])

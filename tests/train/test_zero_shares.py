@@ -64,6 +64,7 @@ def write(stage: int, ranks: int) -> dict[str, dict[str, Any]]:
                 "base_optimizer_state": base, "partition_count": [ranks] * len(SIZES),
                 "group_paddings": [len(w) - k for w, k in zip(weights, kept, strict=True)],
             }  # fmt: skip
+        own |= {"loss_scaler": "a scaler of fp16", "dynamic_loss_scale": True, "overflow": False}
         files[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": own}
         model = {"param_shapes": [shapes(sizes) for sizes in SIZES], "dp_world_size": ranks}
         if stage == 3:
