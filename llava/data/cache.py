@@ -152,7 +152,7 @@ def read_footer(path: Path, version: int, origin: Mapping[str, str]) -> dict[str
         raise DamagedFileError("its end is damaged")
     content: dict[str, Any] = json.loads(text)
     if content["version"] != version:
-        raise DamagedFileError("another version of llava wrote it")
+        raise DamagedFileError(f"another version of llava wrote it (form {content['version']}, here {version})")
     if content["size"] != size - tail - length:
         raise DamagedFileError("its length is wrong")
     if _compute_checksum(path, content["size"]) != content["checksum"]:

@@ -24,6 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
+from llava import __version__
 from llava.data.cache import append_footer, open_array, open_or_write, read_footer
 from llava.data.record_rows import RECORDS_AT_ONCE, load_media, load_record, make_batches, stored_types
 from llava.io import hash_json
@@ -348,8 +349,10 @@ class Mixture(RecordSequence):
         """
         if self.cache_dir is None:
             return compute().astype(dtype, copy=False)
-        # The key is in the name: other settings have a file of their own beside it.
-        path = self.cache_dir / f"{name}-{hash_json([self.fingerprint, *key], _HASH_DIGITS)}.npy"
+        # The key is in the name: other settings have a file of their own beside it, and so has each release, which may
+        # count otherwise.
+        made_from = [__version__, self.fingerprint, *key]
+        path = self.cache_dir / f"{name}-{hash_json(made_from, _HASH_DIGITS)}.npy"
         return open_array(path, len(self) if length is None else length, dtype, compute)
 
 

@@ -191,7 +191,7 @@ def fit_frames(frames: Tensor, vision: VisionConfig) -> Tensor:
     """
     # The same letterbox moves coordinates, so that a box stays on its thing.
     box = vision.letterbox((frames.shape[1], frames.shape[2]))
-    is_cut = min(box.top, box.left) < 0
+    is_cut = max(box.height, box.width) > box.side
     if is_cut and box.height * box.width > _MOST_RESIZED * box.side**2:
         return torch.stack([_resize_centre(frame, box) for frame in frames])
     fitted = resize(frames.permute(0, 3, 1, 2), box.height, box.width)  # (frames, 3, box.height, box.width)

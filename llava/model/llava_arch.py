@@ -47,6 +47,7 @@ from llava.model.multimodal_projector.projectors import build_projector
 from llava.model.multimodal_resampler import build_resampler
 from llava.model.packing import PackLengths, run_decoder
 from llava.model.visual import ViewMerger, encode_visual, splice
+from llava.stored_forms import MODEL
 from llava.types import MediaKind
 
 if TYPE_CHECKING:  # What the mixin for a decoder is mixed into; at run time each backbone brings its own.
@@ -378,6 +379,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        MODEL.check(model.config.to_dict(), f"config.json of {model.config.name_or_path or 'this model'}")
         if model.vision is not None:
             # Loading replaces parameters, and with them what the structure said about gradients.
             model.get_model().vision_tower.requires_grad_(False)
@@ -411,6 +413,7 @@ class LlavaMetaForCausalLM(MultimodalGeneration, ModulesFilledLater):
             # DeepSpeed copies what is tied, and a file would hold the embeddings twice.
             tied = self.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        self.config.update(MODEL.stamp)
         if not has_adapters(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         elif is_main_process:

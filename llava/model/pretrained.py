@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from llava.messages import list_names, shorten, shorten_text
 from llava.model.backbones import known_types
 from llava.model.loading_errors import check_counts, check_files
+from llava.stored_forms import MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ def read_config(name_or_path: str, flag: str = "--model_name_or_path") -> dict[s
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json: {error}") from error
     if not isinstance(settings, dict) or not settings:
         raise ValueError(f"{flag} {name_or_path!r} has no readable config.json")
+    MODEL.check(settings, f"{flag} {os.path.join(path, 'config.json')}")
     _check_quantization(settings, f"{flag} {name_or_path!r}")
     check_counts(settings, f"{flag} {name_or_path!r}")
     if settings.get("model_type") is None:

@@ -25,6 +25,7 @@ from llava.messages import shorten_text
 from llava.model.model_card import CARD
 from llava.model.pretrained import UNSAFE_WEIGHTS
 from llava.storage import read_again
+from llava.stored_forms import MODEL, TRAINING_STATE
 from llava.train.arguments import TrainingArguments
 from llava.train.distributed import AgreedError, broadcast_from_rank0
 
@@ -164,6 +165,7 @@ def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified
         folder = Path(str(asked))
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint {asked}: no such folder; give one, or auto for the last one")
+        check_forms(folder)
         if damage := read_again(partial(find_damage, folder, take_unverified), folder):
             raise ValueError(
                 f"--resume_from_checkpoint {asked}: {damage}; give another, or auto for the last complete one"
@@ -171,6 +173,7 @@ def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified
         return str(asked)
     skipped = []
     for folder in reversed(list_checkpoints(output_dir)):
+        check_forms(folder)
         # One that cannot be read now is not damaged: the run would go back to an older one for no reason.
         damage = read_again(partial(find_damage, folder, take_unverified), folder)
         if damage is None:
@@ -186,6 +189,20 @@ def choose_checkpoint(asked: str | None, output_dir: str | Path, take_unverified
         )
     logger.info("no checkpoint in %s: starting anew", output_dir)
     return None
+
+
+def check_forms(folder: Path) -> None:
+    """A ValueError for a checkpoint of another release whose files would be read as something else, or not at all."""
+    # The last two as exposure_log and data_order name them, which import this file.
+    for name, form in (
+        ("config.json", MODEL), (RUN_IDENTITY, TRAINING_STATE), ("data_state.json", TRAINING_STATE),
+        ("exposure.json", TRAINING_STATE),
+    ):  # fmt: skip
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # What is not there or damaged is found when the checksums are compared.
+        form.check(content, str(folder / name))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -25,6 +25,7 @@ from llava.io import hash_file, hash_json
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
+from llava.stored_forms import TRAINING_STATE
 from llava.token_layout import NO_RESAMPLER
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import RUN_IDENTITY, list_checkpoints
@@ -136,8 +137,8 @@ class RunIdentity:
         path = folder / RUN_IDENTITY
         if not path.is_file():
             return None
+        content = TRAINING_STATE.read(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             return RunIdentity(**{field.name: dict(content[field.name]) for field in fields(RunIdentity)})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error

@@ -22,6 +22,7 @@ from llava.io import write_beside, write_json
 from llava.model.lora import has_adapters
 from llava.model.model_card import write_card
 from llava.model.quantization import count_weights
+from llava.stored_forms import TRAINING_STATE
 from llava.train.checkpoint import (
     CHECKSUMS,
     RUN_IDENTITY,
@@ -113,7 +114,7 @@ class CheckpointWriter:
         return (
             before is not None
             and [before.fixed, before.length] == mine
-            and counted == {"step": self.trainer.state.global_step, **exposure}
+            and counted == {**TRAINING_STATE.stamp, "step": self.trainer.state.global_step, **exposure}
             and with_optimizer >= self.trainer.args.milestone_optimizer
         )
 
@@ -142,7 +143,8 @@ class CheckpointWriter:
                     path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")
             if args.should_save:
                 self._write_state(staged)
-                write_json(staged / EXPOSURE_STATE, {"step": self.trainer.state.global_step, **exposure})
+                counted = {**TRAINING_STATE.stamp, "step": self.trainer.state.global_step, **exposure}
+                write_json(staged / EXPOSURE_STATE, counted)
                 if failure.message is None:  # It reads config.json, which may be cut off.
                     self._write_card(staged, folder.name, exposure)
         with self._writing(folder):
@@ -166,9 +168,12 @@ class CheckpointWriter:
         state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"] |= self.stop_request.evaluation_due
         self._write_trainer_state(staged / TRAINER_STATE_NAME)
         data_state = self.data.state(state.global_step)
-        (staged / DATA_STATE).write_text(json.dumps(data_state), encoding="utf-8")
+        (staged / DATA_STATE).write_text(json.dumps({**TRAINING_STATE.stamp, **data_state}), encoding="utf-8")
+        self._write_identity(staged)
+
+    def _write_identity(self, folder: Path) -> None:
         if self.identity is not None:
-            write_json(staged / RUN_IDENTITY, vars(self.identity), sort_keys=True)
+            write_json(folder / RUN_IDENTITY, {**TRAINING_STATE.stamp, **vars(self.identity)}, sort_keys=True)
 
     def _write_trainer_state(self, path: Path) -> None:
         """Write the trainer's state, in which the best checkpoint is named within the run's folder."""
@@ -198,9 +203,9 @@ class CheckpointWriter:
             if args.should_save:
                 replace_files(staged, folder)
                 finished = 0 < state.max_steps <= state.global_step
-                if self.identity is not None and finished and folder.samefile(args.output_dir):
+                if finished and folder.samefile(args.output_dir):
                     # Behind the weights: beside a model it says that the run is finished.
-                    write_json(folder / RUN_IDENTITY, vars(self.identity), sort_keys=True)
+                    self._write_identity(folder)
                 self._write_card(folder, "", exposure)
 
     def write_final_card(self) -> None:

@@ -25,18 +25,18 @@ from torch import Tensor
 
 from llava.data.cache import find_stranger
 from llava.data.feature_cache.digests import FOLDER as DIGESTS
-from llava.data.feature_cache.shards import SUFFIX, DamagedShardError, Kept, Shard, write_shard
+from llava.data.feature_cache.shards import SUFFIX, DamagedShardError, Kept, OtherFormError, Shard, write_shard
 from llava.data.feature_cache.storage import Storage
 from llava.io import write_beside
 from llava.messages import shorten_text
 from llava.storage import find_cause, read_again
+from llava.stored_forms import FEATURE_CACHE
 from llava.types import BadSampleError, FeatureEntry
 
 logger = logging.getLogger(__name__)
 
 SETTINGS, TOWERS = "cache.json", "towers"
 FLAG = "--feature_cache"
-_VERSION = 1
 _SETTLED_NS = 2 * 10**9
 """Nanoseconds after a change of a folder from which on the next one has another time."""
 
@@ -93,17 +93,19 @@ class FeatureCache:
             if others := [path.name for path in self.folder.iterdir() if not path.name.startswith(own)]:
                 raise ValueError(f"{FLAG} {self.folder}: is no feature cache, and holds {others[0]}; give another")
             with write_beside(path, shared=True) as beside:
-                settings = {"version": _VERSION, "storage": wanted.kind, "pool": wanted.pool}
+                settings = {**FEATURE_CACHE.stamp, "storage": wanted.kind, "pool": wanted.pool}
                 beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         if stranger := find_stranger(path, self.folder):
             raise ValueError(f"{FLAG} {self.folder}: {path} {stranger}; give another folder")
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            version, found = told["version"], Storage(told["storage"], told["pool"])
+        except (ValueError, RecursionError):
+            told = None
+        FEATURE_CACHE.check(told, str(path))
+        try:
+            found = Storage(told["storage"], told["pool"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: is damaged ({shorten_text(repr(error), 200)}); give another {FLAG}") from error
-        if version != _VERSION:
-            raise ValueError(f"{path}: another version of llava wrote it ({version}); give another {FLAG}")
         if wanted is not None and found != wanted:
             raise ValueError(f"{FLAG} {self.folder} keeps features as {found}, not as {wanted}; give another folder")
         return found
@@ -140,6 +142,8 @@ class FeatureCache:
     def _tell_damage(self, path: Path, error: DamagedShardError) -> None:
         if find_cause(error) is not None:  # It is whole, for all that is known: whoever asks may try again.
             raise error
+        if isinstance(error, OtherFormError):
+            raise FeatureCacheError(f"{error}; upgrade llava, or give another {FLAG}") from error
         if self.strict:
             raise FeatureCacheError(f"{error}; remove it, and build it again") from error
         if path.name not in self.damaged:

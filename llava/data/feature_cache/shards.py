@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from llava import __version__
 from llava.data.feature_cache.storage import Storage
 from llava.io import hash_json, lock_file, write_beside
 from llava.messages import is_out_of_memory, shorten
@@ -57,6 +58,10 @@ def _damage_of(path: Path, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise DamagedShardError(f"{path}: {what} damaged") from error
+
+
+class OtherFormError(DamagedShardError):
+    """A shard of a form that this release does not know, and that is not to be removed for it."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,10 @@ def read_header(path: Path, size: int, changed: int) -> Header:
         metadata = header.pop("__metadata__")
         told = metadata.pop("checksum")
         if metadata["format"] != FORMAT:
-            raise DamagedShardError(f"{path}: another version of llava wrote it ({shorten(metadata['format'])})")
+            raise OtherFormError(
+                f"{path}: a newer release of llava wrote it ({shorten(metadata['format'])}; llava {__version__} reads "
+                f"{FORMAT})"
+            )
         if told != hash_json([metadata, header]):
             raise DamagedShardError(f"{path}: its header is damaged")
         about = json.loads(metadata["about"])
