@@ -220,7 +220,7 @@ def write_inputs(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    words = "<unk> <end> un gatto dorme cane guarda la strada casa rossa".split()
+    words = ["<unk>", "<end>", "un", "gatto", "dorme", "cane", "guarda", "la", "strada", "casa", "rossa"]
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", eos_token="<end>", bos_token="<end>")
