@@ -6,8 +6,9 @@ needs them, for example ``llava.model`` or ``llava.train.train``.
 
 from llava.compat import hush_imports
 from llava.compat_llava import install_old_modules
+from llava.constants import RELEASE
 
-__version__ = "0.1.0"
+__version__ = RELEASE
 
 hush_imports()
 install_old_modules()

@@ -3,6 +3,9 @@
 import re
 from typing import Literal
 
+RELEASE = "0.1.0"
+"""Of this library: ``llava.__version__``, and that of pyproject.toml."""
+
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss (the default of PyTorch's cross entropy)."""
 

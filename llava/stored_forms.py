@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava import __version__
+from llava.constants import RELEASE
 from llava.messages import shorten
 
 
@@ -65,12 +65,12 @@ class StoredForm:
         if found > self.version:
             raise ValueError(
                 f"{where}: a newer release of llava wrote this {self.name} (version {found} of its form; llava "
-                f"{__version__} reads up to {self.version}): upgrade llava, or {self.remedy}"
+                f"{RELEASE} reads up to {self.version}): upgrade llava, or {self.remedy}"
             )
         if found < self.oldest:
             raise ValueError(
                 f"{where}: an older release of llava wrote this {self.name} (version {found} of its form; llava "
-                f"{__version__} reads {self.oldest} to {self.version}): take that release, or {self.remedy}"
+                f"{RELEASE} reads {self.oldest} to {self.version}): take that release, or {self.remedy}"
             )
 
 

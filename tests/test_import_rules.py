@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "completion": {"commands", "command"},
     "__main__": {"commands", "command"},
     "storage": {"types"},
-    "stored_forms": {"messages"},
+    "stored_forms": {"constants", "messages"},
     "io": {"messages", "storage"},
     "draw": {"geometry"},
     "chart": {"draw", "html"},

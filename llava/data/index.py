@@ -24,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, overload
 
-from llava import __version__
+from llava.constants import RELEASE
 from llava.data.cache import append_footer, open_array, open_or_write, read_footer
 from llava.data.record_rows import RECORDS_AT_ONCE, load_media, load_record, make_batches, stored_types
 from llava.io import hash_json
@@ -351,7 +351,7 @@ class Mixture(RecordSequence):
             return compute().astype(dtype, copy=False)
         # The key is in the name: other settings have a file of their own beside it, and so has each release, which may
         # count otherwise.
-        made_from = [__version__, self.fingerprint, *key]
+        made_from = [RELEASE, self.fingerprint, *key]
         path = self.cache_dir / f"{name}-{hash_json(made_from, _HASH_DIGITS)}.npy"
         return open_array(path, len(self) if length is None else length, dtype, compute)
 

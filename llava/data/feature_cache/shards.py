@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llava import __version__
+from llava.constants import RELEASE
 from llava.data.feature_cache.storage import Storage
 from llava.io import hash_json, lock_file, write_beside
 from llava.messages import is_out_of_memory, shorten
@@ -186,7 +186,7 @@ def read_header(path: Path, size: int, changed: int) -> Header:
         told = metadata.pop("checksum")
         if metadata["format"] != FORMAT:
             raise OtherFormError(
-                f"{path}: a newer release of llava wrote it ({shorten(metadata['format'])}; llava {__version__} reads "
+                f"{path}: a newer release of llava wrote it ({shorten(metadata['format'])}; llava {RELEASE} reads "
                 f"{FORMAT})"
             )
         if told != hash_json([metadata, header]):
