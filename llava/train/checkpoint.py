@@ -27,6 +27,7 @@ from llava.model.pretrained import UNSAFE_WEIGHTS
 from llava.storage import read_again
 from llava.stored_forms import MODEL, TRAINING_STATE
 from llava.train.arguments import TrainingArguments
+from llava.train.checkpoint_contents import find_malformed, find_unlisted
 from llava.train.distributed import AgreedError, broadcast_from_rank0
 
 logger = logging.getLogger(__name__)
@@ -242,10 +243,12 @@ def find_damage(folder: Path, take_unverified: bool = False) -> str | None:
         if not _has_optimizer(folder):
             return "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
         logger.warning("%s has no %s: taken as it is, which --resume_changed asks for", folder, CHECKSUMS)
-        return None
+        return find_malformed(folder)
     if damage := find_changes(folder):
         return damage
-    return None if _has_optimizer(folder) else "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+    if not _has_optimizer(folder):
+        return "its optimizer's state is missing (optimizer.pt and scheduler.pt)"
+    return find_malformed(folder)
 
 
 def find_changes(folder: Path) -> str | None:
@@ -253,8 +256,10 @@ def find_changes(folder: Path) -> str | None:
     try:
         listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {CHECKSUMS} is damaged"
+    if (unlisted := find_unlisted(folder, listed)) is not None:
+        return unlisted
     # Names and sizes first: a file that was cut short shows without reading gigabytes for their hashes.
     for path, (size, _) in expected.items():
         if not path.is_file():

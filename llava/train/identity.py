@@ -140,7 +140,7 @@ class RunIdentity:
         content = TRAINING_STATE.read(path)
         try:
             return RunIdentity(**{field.name: dict(content[field.name]) for field in fields(RunIdentity)})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def compare(self, before: RunIdentity, data_may_change: bool = False) -> Differences:

@@ -27,6 +27,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import read_pretrained
 from llava.model.lora import has_adapters, load_adapter_weights, read_adapter_weights
 from llava.model.pretrained import describe_damage
+from llava.train.checkpoint_contents import check_moments, check_schedule, reading_state
 from llava.train.distributed import AgreedError, broadcast_from_rank0, gather_from_ranks, is_first_rank
 from llava.train.elastic import saved_ranks, seed_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, Differences
@@ -186,11 +187,19 @@ def load_optimizer(trainer: Trainer, checkpoint: str, changes: Differences | Non
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if changes.names & OPTIMIZER_SETTINGS:
         logger.warning("the optimizer's state is not that of this optimizer any more, and begins anew")
-        scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-    else:
-        if not deepspeed:  # Its engine has read its own files already, and was strict about them.
-            broadcast_from_rank0(lambda: check_optimizer_state(optimizer, checkpoint))
+        with reading_state(checkpoint, SCHEDULER_NAME):
+            check_schedule(scheduler, checkpoint)
+            scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+    elif deepspeed:  # Its engine has read its own files already, and was strict about them.
         load(checkpoint)
+    else:
+        with reading_state(checkpoint, OPTIMIZER_NAME):
+            broadcast_from_rank0(lambda: check_optimizer_state(optimizer, checkpoint))
+        with reading_state(checkpoint, SCHEDULER_NAME):
+            check_schedule(scheduler, checkpoint)
+        with reading_state(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
+            load(checkpoint)
+            check_moments(optimizer)
     if not (changes.names or changes.rescheduled):
         return
     put_in_force(optimizer, scheduler, settings)
@@ -274,7 +283,8 @@ class ResumeCallback(TrainerCallback):
                 "line has those of new steps alone", self.checkpoint,
             )  # fmt: skip
         seed = None if same_ranks else partial(seed_rank, args.seed, state.global_step, rank, ranks)
-        restore_loop(self.trainer, self.checkpoint, meter, seed)
+        with reading_state(self.checkpoint, "rng_state*.pth"):
+            restore_loop(self.trainer, self.checkpoint, meter, seed)
         # A run that was asked to stop has saved in place of the evaluation that its step was due.
         states = state.stateful_callbacks
         if isinstance(states, dict) and states.get("TrainerControl", {}).get("args", {}).get("should_evaluate"):

@@ -31,7 +31,8 @@ def write_checkpoint(output: Path, step: int, finalized: bool = True) -> Path:
     (folder / "global_step").mkdir(parents=True)
     for name in ("model.safetensors", "rng_state.pth", "global_step/shard.pt"):
         (folder / name).write_bytes(f"{name} {step}".encode() * 100)
-    (folder / "trainer_state.json").write_text("{}")
+    state = {"global_step": step, "max_steps": step, "num_train_epochs": 1, "log_history": []}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     if finalized:
         write_checksums(folder)
     return folder
