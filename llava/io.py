@@ -66,6 +66,16 @@ def _encode(value: str) -> bytes:
     return f"{value}\n".encode("utf-8", "backslashreplace")
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; a name that is too long, or that none can have, is the name of none."""
+    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises over such names)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file or folder, as ``is_file``."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the list of the files in a folder, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.data.raw_samples import TABLE_SUFFIXES, TEXT_SUFFIXES, check_data_file, suffix_of
-from llava.io import read_yaml
+from llava.io import is_file, is_there, read_yaml
 from llava.messages import list_names
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def expand_braces(pattern: str, name: str) -> list[str]:
     Raises:
         ValueError: braces that do not match, or an alternative that is empty; begins with ``name``.
     """
-    if not ("{" in pattern or "}" in pattern) or Path(pattern).exists():
+    if not ("{" in pattern or "}" in pattern) or is_there(pattern):
         return [pattern]
     pieces = _GROUP.split(pattern)  # text, group, text, group, text
     if any("{" in piece or "}" in piece for piece in pieces):
@@ -119,7 +119,7 @@ def _find_files(pattern: str, name: str) -> list[str]:
 
 def _expand_wildcards(pattern: str, name: str) -> list[str]:
     """The files of a pattern with ``*``, ``?`` or ``**``, in the order of their names; any other path is itself."""
-    if not glob.has_magic(pattern) or Path(pattern).exists():
+    if not glob.has_magic(pattern) or is_there(pattern):
         return [pattern]
     if not (found := sorted(glob.glob(pattern, recursive=True))):  # noqa: PTH207
         raise ValueError(f"{name}: no file has such a name")
@@ -149,11 +149,11 @@ def _load_from_hub(asked: str, name: str) -> list[str]:
 def _open_folder(path: str, name: str) -> list[str]:
     """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, the corpora in another folder, or a file."""
     state = Path(path, "state.json")
-    if Path(path, "dataset_dict.json").is_file():
+    if is_file(Path(path, "dataset_dict.json")):
         splits = sorted(file.parent.name for file in Path(path).glob("*/state.json"))
         raise ValueError(f"{name}: holds several splits; give one of them: {', '.join(f'{path}/{s}' for s in splits)}")
-    if not state.is_file():
-        return _list_corpora(path, name) if Path(path).is_dir() else [path]
+    if not is_file(state):
+        return _list_corpora(path, name) if os.path.isdir(path) else [path]
     try:
         files = [str(Path(path, entry["filename"])) for entry in json.loads(state.read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -183,8 +183,8 @@ def _list_corpora(folder: str, name: str) -> list[str]:
 def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
     """The entries of a YAML mixture."""
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{flag} {path}: {'not a file' if file.exists() else 'no such file'}")
+    if not is_file(file):
+        raise ValueError(f"{flag} {path}: {'not a file' if is_there(file) else 'no such file'}")
     content = read_yaml(file, path)
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
         raise ValueError(f"{path}: expected datasets, a list of entries with a json_path each, found {content!r:.80}")

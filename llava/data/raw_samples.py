@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from llava.io import is_file, is_there
 from llava.storage import naming
 
 TEXT_SUFFIXES = (".txt", ".train", ".dev", ".test")
@@ -59,8 +60,8 @@ def suffix_of(path: str | Path) -> str:
 def check_data_file(path: str, name: str) -> None:
     """A ValueError, beginning with ``name``, if a path is no data file that can be read."""
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{name}: {'not a file' if file.exists() else 'no such file'}")
+    if not is_file(file):
+        raise ValueError(f"{name}: {'not a file' if is_there(file) else 'no such file'}")
     if suffix_of(file) not in KNOWN_SUFFIXES:
         known = f"{', '.join(KNOWN_SUFFIXES)}, and .yaml for a mixture"
         raise ValueError(f"{name}: unknown kind of file {suffix_of(file)!r}; known: {known}")

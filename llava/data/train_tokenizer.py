@@ -12,6 +12,7 @@ from typing import IO
 from llava.command import CommandParser, check_output_folder, run_command
 from llava.data.placeholders import remove_placeholders
 from llava.data.raw_samples import TEXT_SUFFIXES
+from llava.io import is_file
 from llava.types import Record
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,7 +72,7 @@ def train(paths: Sequence[str], output_dir: str, vocab_size: int, min_frequency:
         raise ValueError(f"--min_frequency is {min_frequency}; it must be at least 1")
     check_output_folder(output_dir, "--output_dir", empty=True)
     for path in paths:
-        if not Path(path).is_file():
+        if not is_file(path):
             raise ValueError(f"--data {path}: no such file")
     # Stops at the first text.
     if not any(True for path in paths for _ in read_texts(path)):

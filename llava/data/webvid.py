@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from llava.command import CommandParser, check_output_folder, run_command
-from llava.io import append_json_lines, write_beside, write_json
+from llava.io import append_json_lines, is_file, write_beside, write_json
 
 ID, FOLDER, URL = "videoid", "page_dir", "contentUrl"
 
@@ -120,7 +120,7 @@ def read_rows(path: str, caption: str) -> list[Row]:
         ValueError: no such file, another kind of file, a broken line, a missing column, or no rows.
     """
     file = Path(path)
-    if not file.is_file():
+    if not is_file(file):
         raise ValueError(f"--rows {path}: no such file")
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if file.suffix not in readers:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.command import FAILED, CommandParser, rename_flags
-from llava.io import read_yaml
+from llava.io import is_file, read_yaml
 from llava.messages import shorten
 from llava.registry import import_plugins
 from llava.train.family_flags import FAMILY
@@ -185,10 +185,10 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
     if recipe is None:
         return None, rest
     for path in (Path(recipe), RECIPES / recipe):
-        if path.is_file():
+        if is_file(path):
             return path, rest
     shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
-    what = "a folder, not a recipe" if Path(recipe or "-").is_dir() else "no such file"
+    what = "a folder, not a recipe" if os.path.isdir(recipe) else "no such file"
     raise ValueError(f"--config {shorten(recipe)}: {what}; recipes that come with llava: {shipped}")
 
 

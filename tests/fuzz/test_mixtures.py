@@ -148,6 +148,7 @@ _GROUPS = st.lists(st.text("ab.%{}x ", max_size=3), max_size=4)
 @cases(offline=300, in_ci=50)
 @given(st.lists(st.one_of(st.text("ab/.{}%s!", max_size=3), _GROUPS), max_size=5))
 @example(["{}", ["a", "b"]])
+@example([[f"part-{i:03}" for i in range(60)], ".json"])  # longer than the name of a file may be
 def test_braces_stand_for_every_choice(pieces):
     pattern = "".join(piece if isinstance(piece, str) else f"{{{','.join(piece)}}}" for piece in pieces)
     found = attempt(expand_braces, pattern, "--data_path x")

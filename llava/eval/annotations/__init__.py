@@ -13,6 +13,7 @@ from llava.eval.annotations.entries import MediaFolders, read_entries
 from llava.eval.annotations.expressions import AUTO, BOX_FORMATS, read_expressions
 from llava.eval.annotations.videos import is_st_align, read_moments, read_tubes
 from llava.eval.store import EvalSample
+from llava.io import is_file, is_there
 
 __all__ = ["BOX_FORMATS", "MediaFolders", "read_annotations"]
 
@@ -65,8 +66,8 @@ def read_annotations(
 
 def _check_file(file: str) -> None:
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"--data {file}: {'not a file' if path.exists() else 'no such file'}")
+    if not is_file(path):
+        raise ValueError(f"--data {file}: {'not a file' if is_there(path) else 'no such file'}")
     if path.suffix in _PICKLES:
         raise ValueError(
             f"--data {file}: a pickle runs whatever code it holds and is not read; where you trust it, write what it "
