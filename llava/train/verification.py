@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava.train.distributed import AgreedError, gather_failures, gather_from_ranks
 from llava.train.nan_check import RankBatch, build_nan_check, describe_samples, random_states, set_random_states
-from llava.train.watched_step import Trace, checksum, tracing
+from llava.train.watched_step import Trace, as_words, checksum, tracing
 
 _MOST_NAMED = 5
 
@@ -152,14 +152,15 @@ class Verification(TrainerCallback):
     def _tracing(self, gradients: bool = True) -> contextlib.AbstractContextManager[Trace]:
         # Hooks within a compiled decoder would have it compiled anew.
         outside = self.trainer.model.get_model() if self.trainer.args.torch_compile else None
-        return tracing(self.trainer.model, outside, gradients)
+        # One process looks at all of its gradients when the pass is over, see _close.
+        return tracing(self.trainer.model, outside, gradients and self._is_distributed)
 
     def _close(self, trace: Trace, loss: Tensor, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Add to a trace what is known once the backward pass is over."""
         if not self._is_distributed:
-            for name, p in trained:
+            for name, p in reversed(trained):  # About as the backward pass comes to them.
                 if p.grad is not None:
-                    trace.add(f"accumulated gradient of {name}", p.grad)
+                    trace.add(f"gradient of {name}", p.grad)
         trace.add("loss", loss)
 
     @contextlib.contextmanager
@@ -190,8 +191,9 @@ class Verification(TrainerCallback):
             return
         self._meet(keeps_batch=not self.trainer.is_deepspeed_enabled)
         if not self.trainer.is_deepspeed_enabled:
-            named = self._trained_names()
-            self._gradients = _sum_all((f"gradient of {named[p]}", p.grad) for p in named if p.grad is not None)
+            if self._is_distributed:
+                named = self._trained_names()
+                self._gradients = _sum_all((f"gradient of {named[p]}", p.grad) for p in named if p.grad is not None)
             self._before = _take_state(_raw(optimizer))
 
     def on_optimizer_step(  # type: ignore[override]
@@ -200,17 +202,17 @@ class Verification(TrainerCallback):
         if not self._batches:
             return
         trainer = self.trainer
-        held = self._sum_held(optimizer)
         if self._before and not trainer.accelerator.optimizer_step_was_skipped:
-            _put_state(_raw(optimizer), self._before)
-            _raw(optimizer).step()
-            again = self._sum_held(optimizer)
-            if wrong := [name for name in held if held[name] != again.get(name)]:
+            raw, names = _raw(optimizer), {id(p): name for p, name in self._trained_names().items()}
+            _swap_state(raw, self._before)
+            raw.step()
+            if wrong := _find_differences(raw, self._before, names):
                 self._differences.append(f"the optimizer's step computed twice differs in {_name(wrong)}")
         frozen = self._sum_frozen()
         if wrong := [name for name, value in frozen.items() if self._frozen.get(name, value) != value]:
             self._differences.append(f"what does not train has changed since the start: {_name(wrong)}")
-        self._compare_ranks(self._gradients | held | frozen)
+        if self._is_distributed:
+            self._compare_ranks(self._gradients | self._sum_held(optimizer) | frozen)
         self._meet(keeps_batch=False)
         self._batches, self._losses, self._before, self._gradients = [], [], [], {}
 
@@ -331,24 +333,46 @@ def _copy(value: object) -> Any:
 
 
 @torch.no_grad()
-def _put_state(optimizer: torch.optim.Optimizer, taken: Sequence[Mapping[str, Any]]) -> None:
-    """Let an optimizer and its parameters be as they were when their state was taken."""
+def _swap_state(optimizer: torch.optim.Optimizer, taken: Sequence[dict[str, Any]]) -> None:
+    """Let an optimizer and its parameters be as they were when their state was taken, which becomes what they were."""
     for group, before in zip(optimizer.param_groups, taken, strict=True):
+        now = {key: value for key, value in group.items() if key != "params"}
         group.update(before["numbers"])
-        for p, (value, own) in zip(group["params"], before["parameters"], strict=True):
+        before["numbers"] = now
+        for i, (p, (value, own)) in enumerate(zip(group["params"], before["parameters"], strict=True)):
             if value is not None:
-                p.copy_(value)
-            if own is None:
-                optimizer.state.pop(p, None)
+                _swap(p, value)
+            if own is None:  # It had none yet, and gets a new one.
+                before["parameters"][i] = value, optimizer.state.pop(p, None)
                 continue
             state = optimizer.state[p]
-            for key in set(state) - set(own):
-                del state[key]
-            for key, kept in own.items():
-                if isinstance(kept, Tensor):
-                    state[key].copy_(kept)
+            for key in set(state) | set(own):
+                if isinstance(kept := own.get(key), Tensor):
+                    _swap(state[key], kept)
                 else:
-                    state[key] = kept
+                    state[key], own[key] = kept, state.get(key)
+
+
+def _swap(one: Tensor, other: Tensor) -> None:
+    between = one.clone()
+    one.copy_(other)
+    other.copy_(between)
+
+
+def _find_differences(
+    optimizer: torch.optim.Optimizer, taken: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+) -> list[str]:
+    """What of an optimizer's state, and then of its parameters, has other bits than what was taken."""
+    moments, parameters = [], []
+    for group, before in zip(optimizer.param_groups, taken, strict=True):
+        for p, (value, own) in zip(group["params"], before["parameters"], strict=True):
+            name, state = names.get(id(p), "a parameter"), optimizer.state.get(p, {})
+            for key, kept in sorted((own or {}).items()):
+                if isinstance(kept, Tensor) and not torch.equal(as_words(kept), as_words(state[key])):
+                    moments.append(f"{key} of {name}")
+            if value is not None and not torch.equal(as_words(p), as_words(value)):
+                parameters.append(f"parameter {name}")
+    return moments + parameters
 
 
 def _sum_all(named: Any) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -221,21 +221,41 @@ def _add_gradient(trace: Trace, name: str, gradient: Tensor) -> None:
     trace.add(f"gradient of {name}", gradient)
 
 
+_COLUMNS = 4096
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """Odd numbers of 64 bits, always the same, without a random number of anybody else's."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-(2**62), 2**62, (_COLUMNS,), generator=generator)
+    return (2 * numbers + 1).to(device)
+
+
+def as_words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as a row of integers, in 64 bits where they fit."""
+    words = tensor.detach().contiguous().flatten()
+    if words.numel() * words.element_size() % 8 == 0 and words.data_ptr() % 8 == 0:
+        return words.view(torch.int64)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size())
+    return torch.view_as_real(words).view(torch.int64) if width is None else words.view(width)
+
+
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
     """A number of 64 bits that another one has if any single bit of a tensor is flipped; on its device, without a wait.
 
-    Beside the sum of the words, the sum of their squares, so that two changes which cancel out are seen as well.
+    A sum of its words, each times a number of its place: changes that cancel out in a plain sum are seen as well, where
+    they do not lie 4096 words apart.
     """
-    words = tensor.detach().contiguous().flatten()
-    size = words.numel() * words.element_size()
-    if size % 8 == 0 and words.data_ptr() % 8 == 0:
-        words = words.view(torch.int64)
-    else:
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size())
-        words = (torch.view_as_real(words) if width is None else words.view(width)).to(torch.int64)
-    total = words.sum()
-    return total + (words * words).sum() * 0x9E3779B1
+    words, weights = as_words(tensor), _weights(tensor.device)
+    if len(words) > _COLUMNS:
+        rows = len(words) // _COLUMNS * _COLUMNS
+        sums = words[:rows].view(-1, _COLUMNS).sum(0, dtype=torch.int64)  # (columns,)
+        if rest := len(words) - rows:
+            sums[:rest] += words[rows:]
+        words = sums
+    return (words * weights[: len(words)]).sum()
 
 
 def _tensors(value: object) -> list[Tensor]:
