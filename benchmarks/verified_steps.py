@@ -39,7 +39,7 @@ from llava.train.rank_notes import RankNotes
 from llava.train.train import build_trainer
 from llava.train.verification import Verification
 
-SIZES = {"small": (2, 64, 2000, 2), "recipe": (12, 768, 30_000, 2)}
+SIZES = {"small": (2, 64, 2000, 4), "recipe": (12, 768, 30_000, 8)}
 """Layers and width of the language model, its vocabulary, and samples of a batch."""
 KINDS = ("plain", "verified", "deterministic")
 WORDS = 60

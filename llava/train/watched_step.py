@@ -198,11 +198,11 @@ def tracing(model: nn.Module, outside: nn.Module | None = None, gradients: bool 
 
         return hook
 
-    # Of modules that hold others the last one's output is theirs, or shows in what comes next.
+    # Modules with parameters of their own: what others make of these shows in the next one's output.
     handles = [
         module.register_forward_hook(look(name or "model", module))
         for name, module in model.named_modules()
-        if module not in left_out and next(module.children(), None) is None
+        if module not in left_out and next(module.parameters(recurse=False), None) is not None
     ]
     if gradients:
         handles += [

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from llava.train import launch
 from llava.train.checkpoint import find_damage, list_checkpoints
-from llava.train.preemption import PREEMPTED
+from llava.train.preemption import HUNG, PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,10 +64,16 @@ def await_steps(process: subprocess.Popen[bytes], output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "status"), [([PREEMPTED, -signal.SIGTERM], PREEMPTED), ([-signal.SIGUSR1], PREEMPTED), ([1, -9], None)]
+    ("statuses", "status"),
+    [
+        ([PREEMPTED, -signal.SIGTERM], PREEMPTED),
+        ([-signal.SIGUSR1], PREEMPTED),
+        ([-signal.SIGKILL, HUNG], HUNG),
+        ([1, -9], None),
+    ],
 )
 def test_status(statuses: list[int], status: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The status of ranks that were asked to stop; other failures are torchrun's to report."""
+    """The status of ranks that were asked to stop, or hung; other failures are torchrun's to report."""
     failures = {rank: ProcessFailure(rank, 0, code, "nowhere") for rank, code in enumerate(statuses)}
 
     def fail(argv: list[str]) -> None:

@@ -155,6 +155,23 @@ def test_a_checksum_sees_what_a_sum_does_not() -> None:
         main(["--verify_steps", "0", "--model_name_or_path", "x", "--data_path", "y", "--output_dir", "z"])
 
 
+def test_deterministic_kernels(flags: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they are the same kernels; what a GPU must be told is told."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "before")  # So that it is put back.
+        monkeypatch.delenv(name)
+    try:
+        main(flags(deterministic="true", verify_steps=None, max_steps=1))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 # A bit that flips on one of several ranks.
 
 
