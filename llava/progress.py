@@ -79,15 +79,21 @@ def begin(path: Path) -> None:
     _Process.path, _Process.note = path, Note(pid=os.getpid())
 
 
-def begin_worker(path: Path | None, number: int) -> None:
-    """Note from now on as a worker process, beside the file of the process that has started it (None: nothing)."""
+def begin_worker(path: Path | None, loader: str, number: int) -> None:
+    """Note from now on as a worker process of a loader, beside the file of the process that has started it.
+
+    Args:
+        path: that file; None where that process notes nothing.
+        loader: what the worker loads.
+        number: of the worker.
+    """
     if path is None:
         return
     with contextlib.suppress(OSError):  # Without notes its samples are not named, and it works all the same.
-        begin(path.with_name(f"{path.name}.worker-{number}"))
+        begin(path.with_name(f"{path.name}.worker-{loader}-{number}"))
         if hasattr(signal, "SIGUSR2"):
             # Without Python's own machinery, so that it answers from wherever it is.
-            _Process.dump = path.with_name(f"{path.name}.stack-{number}").open("wb")
+            _Process.dump = path.with_name(f"{path.name}.stack-{loader}-{number}").open("wb")
             faulthandler.register(signal.SIGUSR2, file=_Process.dump, all_threads=True)
 
 

@@ -69,7 +69,7 @@ class TrainingLoader(DataLoader):
 def _start_worker(notes: Path | None, num_workers: int, rank: int, number: int) -> None:
     # Without it the workers of all ranks would draw the same random numbers.
     seed_worker(number, num_workers=num_workers, rank=rank)
-    progress.begin_worker(notes, number)
+    progress.begin_worker(notes, "training", number)
 
 
 @dataclass(eq=False)
@@ -297,7 +297,8 @@ def build_evaluation_loader(
         len(dataset), args.eval_batch_size * args.world_size, strategy, lengths=read_lengths(dataset, strategy)
     )
     batches = RankBatchSampler(order, args.eval_batch_size, 1, args.world_size, args.process_index)
-    return EvaluationLoader(dataset, **loading_options(args, batches, collate))
+    start_worker = partial(progress.begin_worker, progress.own_path(), "evaluation")
+    return EvaluationLoader(dataset, worker_init_fn=start_worker, **loading_options(args, batches, collate))
 
 
 def loading_options(args: TrainingArguments, batches: RankBatchSampler, collate: Callable[..., Any]) -> dict[str, Any]:

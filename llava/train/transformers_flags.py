@@ -273,7 +273,7 @@ TOPICS: dict[str, dict[str, Flag]] = {
             "tensors, contexts and sequences are not split over ranks here; leave it out", "",
             lambda value, args: value is not None),
         **_all("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_backend"),
-        "ddp_timeout": _works("seconds", _above_0()),
+        "ddp_timeout": _works("seconds (default: 600 more than `--hang_timeout`, and at least 1800)", _above_0()),
         "ddp_find_unused_parameters": _works("false by default: every trainable parameter takes part in every step"),
         "ddp_static_graph": _refused(
             "the graph of a step depends on which ranks have images or videos; leave it out", "true"),

@@ -175,13 +175,22 @@ class Watchdog:
             now = time.monotonic()
             # What was longer than it should be, this process was stopped for, as the whole job may have been.
             idle, last = idle + min(now - last, longest), now
-            if self.notes.look():
+            if self._look():
                 idle = 0.0
             declared = self.notes.read_declared()
             if declared is not None or idle >= self._limit():
                 self._leave(declared, max(idle, self.timeout))
-            # Where something holds the interpreter's lock this thread cannot speak, but this can.
-            faulthandler.dump_traceback_later(1.5 * self.timeout + 60, file=2)
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # Standard error is closed.
+                # Where something holds the interpreter's lock this thread cannot speak, but this can.
+                faulthandler.dump_traceback_later(1.5 * self.timeout + 60, file=2)
+
+    def _look(self) -> bool:
+        """Whether any rank has moved; also where that cannot be told, as nothing is to be ended for it."""
+        try:
+            return self.notes.look()
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            logger.debug("--hang_timeout: the notes of the ranks cannot be read: %s", error)
+            return True
 
     def _limit(self) -> float:
         """Seconds without a move that are too many now."""
@@ -244,7 +253,7 @@ class Watchdog:
             time.sleep(0.3)
             for path in sorted(self.notes.folder.glob(f"rank-{self.rank}.stack-*")):
                 if text := path.read_bytes():
-                    file.write(f"\nworker {path.suffix.rpartition('-')[2]}\n".encode() + text)
+                    file.write(f"\nworker of {path.suffix.partition('-')[2]}\n".encode() + text)
 
     def _gather(self, place: Place) -> dict[int, RankState]:
         """What all ranks say of themselves, once they have, or time is up."""

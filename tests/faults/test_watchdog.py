@@ -163,7 +163,7 @@ def test_what_is_slow_and_moves_is_none(watchdog: Any, tmp_path: Path, case: str
         if case == "notes":
             progress.note(progress.EVALUATING)
         elif case == "a worker's notes":
-            (tmp_path / "rank-0.worker-1").write_text(json.dumps(vars(Note(count=count))))
+            (tmp_path / "rank-0.worker-training-1").write_text(json.dumps(vars(Note(count=count))))
         elif case == "a save that writes":
             (tmp_path / "weights").write_bytes(bytes(1 << 18))
         time.sleep(0.05)
