@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import shutil
 import socket
 import time
 import uuid
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 STORE_TIMEOUT = 10.0
 """Seconds that the store may take to answer."""
 
+FOLDER = "llava-run-"
+"""What the name of a run's folder of notes begins with."""
+_KEPT = 30 * 24 * 3600.0  # seconds that such a folder may lie without a note
 _MOVED_BYTES = 1 << 16  # that a process reads and writes between two looks, where it saves
 
 
@@ -179,6 +184,15 @@ class RankNotes:
 
     def _key(self, name: object) -> str:
         return f"{self.folder.name}/{name}"
+
+
+def clear_old(place: Path) -> None:
+    """Remove what runs that were killed have left of their notes."""
+    for folder in place.glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest > _KEPT and os.access(folder, os.W_OK):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_machine(folder: Path) -> str:

@@ -252,7 +252,7 @@ class Verification(TrainerCallback):
         if keeps_batch:
             batch = RankBatch(self.step, rank, self._batches, self._losses, None, self._num_items, self._random)
             folder = Path(str(trainer.args.output_dir), f"bad_step-{self.step}")
-            kept = f" {build_nan_check(trainer).leave(folder, batch)};"
+            kept = f" {build_nan_check(trainer).leave(folder, batch)}."
         raise VerificationError(
             f"step {self.step} is not what it should be (--verify_steps): {'; '.join(failures)}. Samples of the step: "
             f"{samples}.{kept} Go on from the last checkpoint, without the device if it is to blame"

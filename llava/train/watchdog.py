@@ -35,7 +35,7 @@ from llava.train.checkpoint import list_checkpoints
 from llava.train.distributed import broadcast_from_rank0, gather_from_ranks
 from llava.train.hang_report import Place, RankState, describe_hang, describe_rank, find_place, say_note
 from llava.train.preemption import HUNG
-from llava.train.rank_notes import RankNotes, name_machine
+from llava.train.rank_notes import FOLDER, RankNotes, clear_old, name_machine
 from llava.train.run_lock import release_all
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def watching(trainer: LlavaTrainer) -> Iterator[None]:
         yield
         return
     token = broadcast_from_rank0(lambda: uuid.uuid4().hex)
-    folder = Path(tempfile.gettempdir(), f"llava-run-{token}")
+    folder = Path(tempfile.gettempdir(), f"{FOLDER}{token}")
     own, machine = folder / f"rank-{args.process_index}", ""
     try:
+        clear_old(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
         progress.begin(own)
         machine = name_machine(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from llava.progress import Note
 from llava.train.checkpoint import list_checkpoints
 from llava.train.hang_report import Place, RankState, blame
 from llava.train.preemption import HUNG
-from llava.train.rank_notes import RankNotes
+from llava.train.rank_notes import RankNotes, clear_old
 from llava.train.watchdog import UNLIMITED, Watchdog
 
 TIMEOUT = 2.5
@@ -129,7 +130,7 @@ def test_a_worker_of_the_only_rank_that_hangs(server: ForkServer, flags: Line, t
 
 @pytest.fixture
 def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """One of a run of this process, with half a second; ``fired`` says whether it would have ended it."""
+    """One of a run of this process, with less than a second; ``fired`` says whether it would have ended it."""
     fired = threading.Event()
 
     def leave(self: Watchdog, declared: int | None, idle: float) -> None:
@@ -137,13 +138,13 @@ def watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         self._stop.set()
 
     monkeypatch.setattr(Watchdog, "_leave", leave)
-    args = SimpleNamespace(hang_timeout=0.5, torch_compile=False)
+    args = SimpleNamespace(hang_timeout=0.8, torch_compile=False)
     trainer: Any = SimpleNamespace(args=args, state=SimpleNamespace(global_step=0))
     progress.begin(tmp_path / "rank-0")
     progress.note(progress.BETWEEN)
     own = Watchdog(trainer, RankNotes(tmp_path, 0, ["here"]))
     own.start()
-    yield SimpleNamespace(fired=fired, args=args, state=trainer.state)
+    yield SimpleNamespace(fired=fired, args=args, own=own)
     own.stop()
     progress.end()
 
@@ -157,7 +158,7 @@ def test_what_is_slow_and_moves_is_none(watchdog: Any, tmp_path: Path, case: str
     watchdog.args.torch_compile = case == "compiling"
     phase = progress.SAVING if case == "a save that writes" else progress.LOADING
     progress.note(phase, patience=UNLIMITED if case == "patience" else 0.0)
-    end, count = time.monotonic() + 1.2, 0
+    end, count = time.monotonic() + 1.4, 0
     while time.monotonic() < end:
         count += 1
         if case == "notes":
@@ -170,9 +171,28 @@ def test_what_is_slow_and_moves_is_none(watchdog: Any, tmp_path: Path, case: str
     assert not watchdog.fired.is_set()
 
 
+def test_time_in_which_a_job_was_suspended_does_not_count(watchdog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, jump = time.monotonic, [0.0]
+    watchdog.own.timeout = 20.0
+    monkeypatch.setattr(time, "monotonic", lambda: real() + jump[0])
+    assert not watchdog.fired.wait(0.2)
+    jump[0] = 1000.0
+    assert not watchdog.fired.wait(0.5)
+
+
 def test_a_save_that_writes_nothing_is_a_hang(watchdog: Any) -> None:
     progress.note(progress.SAVING)
     assert watchdog.fired.wait(5)
+
+
+def test_notes_of_killed_runs_go_after_a_month(tmp_path: Path) -> None:
+    for name, age in (("llava-run-old", 40), ("llava-run-new", 2), ("other", 40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-0").write_text("{}")
+        for path in (tmp_path / name / "rank-0", tmp_path / name):
+            os.utime(path, (time.time() - age * 86400,) * 2)
+    clear_old(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-run-new", "other"]
 
 
 def test_who_is_to_blame() -> None:
