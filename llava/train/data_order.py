@@ -26,6 +26,7 @@ from llava.data.samplers import BY_LENGTH, BY_MODALITY, SEQUENTIAL, DataOrder, R
 from llava.train.arguments import TrainingArguments
 from llava.train.elastic import advise
 from llava.train.evaluation import EvaluationLoader
+from llava.train.loader_workers import end_without_batches, explaining_ends
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,19 @@ class TrainingLoader(DataLoader):
         if self.persistent_workers and self._iterator is not None:
             # As torch draws one where it starts workers: a run that is resumed here starts them, and must go on alike.
             torch.empty((), dtype=torch.int64).random_()
-        return super().__iter__()
+        return explaining_ends(super().__iter__())
 
 
 def _start_worker(notes: Path | None, num_workers: int, rank: int, number: int) -> None:
+    end_without_batches()
     # Without it the workers of all ranks would draw the same random numbers.
     seed_worker(number, num_workers=num_workers, rank=rank)
     progress.begin_worker(notes, "training", number)
+
+
+def _start_evaluation_worker(notes: Path | None, number: int) -> None:
+    end_without_batches()
+    progress.begin_worker(notes, "evaluation", number)
 
 
 @dataclass(eq=False)
@@ -297,7 +304,7 @@ def build_evaluation_loader(
         len(dataset), args.eval_batch_size * args.world_size, strategy, lengths=read_lengths(dataset, strategy)
     )
     batches = RankBatchSampler(order, args.eval_batch_size, 1, args.world_size, args.process_index)
-    start_worker = partial(progress.begin_worker, progress.own_path(), "evaluation")
+    start_worker = partial(_start_evaluation_worker, progress.own_path())
     return EvaluationLoader(dataset, worker_init_fn=start_worker, **loading_options(args, batches, collate))
 
 

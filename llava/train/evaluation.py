@@ -23,6 +23,7 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.dataset_stats import count_cut_tokens, count_media
 from llava.model.grad_sync import is_distributed
 from llava.model.loss import RowCounts
+from llava.train.loader_workers import explaining_ends
 from llava.train.throughput import count_targets
 from llava.types import BadSample
 
@@ -48,7 +49,7 @@ class EvaluationLoader(DataLoader, DataLoaderStateMixin):
         self.begin()
         try:
             # One batch is held back, so that of each it is known whether it is the last.
-            batches = super().__iter__()
+            batches = explaining_ends(super().__iter__())
             upcoming = next(batches, None)
             while upcoming is not None:
                 batch, upcoming = upcoming, next(batches, None)

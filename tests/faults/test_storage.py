@@ -59,7 +59,9 @@ def start(server: ForkServer, gpt2_dir: Path, tower_dir: Path, media_dir: Path, 
     data.write_text(json.dumps(samples))
     data.with_name("texts.json").write_text(json.dumps([samples[2], samples[5]]))
 
-    def run(folder: Path, *rules: str, texts: bool = False, **changes: object) -> tuple[Path, int, list[str]]:
+    def run(
+        folder: Path, *rules: str, texts: bool = False, hook: str = "shorten_pauses", **changes: object
+    ) -> tuple[Path, int, list[str]]:
         seeing = {"vision_tower": tower_dir, "mm_resampler_type": "spatial_pool", "num_frames": 2}
         values = {
             "model_name_or_path": gpt2_dir, "data_path": data.with_name("texts.json") if texts else data,
@@ -69,7 +71,7 @@ def start(server: ForkServer, gpt2_dir: Path, tower_dir: Path, media_dir: Path, 
             **({} if texts else seeing), **changes,
         }  # fmt: skip
         line = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        hooks = {"environment": {"FAULTY_DISK": "\n".join(rules)}, "call": ["storage_hooks", "shorten_pauses", {}]}
+        hooks = {"environment": {"FAULTY_DISK": "\n".join(rules)}, "call": ["storage_hooks", hook, {}]}
         status = server.run(line, folder, **hooks)
         return folder / "out", status, (folder / "said").read_text().splitlines()
 
