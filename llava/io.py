@@ -213,6 +213,16 @@ def check_keys(node: yaml.MappingNode, name: str) -> None:
         lines[key.tag, key.value] = line
 
 
+def user_folder(name: str) -> str:
+    """A folder below this user's home; for one that has none (in a container, say), one for temporary files."""
+    path = os.path.expanduser(os.path.join("~", name))  # noqa: PTH111 (Path's raises where there is no home)
+    if not path.startswith("~"):
+        return path
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"llava-user-{os.getuid() if hasattr(os, 'getuid') else 0}")
+
+
 # What operating systems differ in: locks on files, and how many cores a process may use.
 
 _FAR = 1 << 40

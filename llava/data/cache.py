@@ -262,4 +262,9 @@ def _locked(path: Path) -> Iterator[bool]:
         os.close(lock)
         raise OSError(f"{name} is no file")
     with os.fdopen(lock, "r+b") as file:
-        yield lock_file(file, wait=True)
+        try:
+            alone = lock_file(file, wait=False)
+        except BlockingIOError:
+            logger.info("waiting for another process, which is writing %s", path)
+            alone = lock_file(file, wait=True)
+        yield alone

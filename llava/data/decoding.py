@@ -9,6 +9,8 @@ Takes no torch, which the second process would load for nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import importlib.util
 import json
 import os
@@ -204,9 +206,12 @@ class DecoderProcess:
         except BrokenPipeError:
             header = b""
         except TimeoutError as error:
+            cause: OSError = error
+            if _waits_for_a_disk(self._process.pid):  # The file is not to blame, and nor is the decoder.
+                cause = OSError(errno.ETIMEDOUT, f"its disk gave nothing within {timeout:g} s", request.path)
             self._process.kill()  # First: whoever still waits for its reply then has it.
             self.end()
-            raise MediaError(f"{request.path}: decoding it takes longer than --decode_timeout {timeout:g} s") from error
+            raise MediaError(f"{request.path}: decoding it takes longer than --decode_timeout {timeout:g} s") from cause
         if not header.endswith(b"\n"):
             raise self._crashed(request)
         reply = json.loads(header)
@@ -250,17 +255,30 @@ class DecoderProcess:
     def end(self, patience: float = 0.0) -> int:
         """End the process, by force after ``patience`` seconds, and give its exit status."""
         self.forget()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_GRACE)
+        return -getattr(
+            signal, "SIGKILL", signal.SIGTERM
+        )  # It waits for a disk, which no signal ends, and will go when that answers.
 
     def forget(self) -> None:
         """Close this process's ends of the pipes."""
         for pipe in (self._requests, self._replies):
             with contextlib.suppress(BrokenPipeError):  # a request that was never read
                 pipe.close()
+
+
+def _waits_for_a_disk(pid: int) -> bool:
+    """Whether a thread of a process is in the system's hands, which a disk has not answered; False where not told."""
+    # /proc/PID/task/THREAD/stat: number, (name), state, ...; D is an uninterruptible wait.
+    for stat in glob.glob(f"/proc/{pid}/task/*/stat"):  # noqa: PTH207
+        with contextlib.suppress(OSError), open(stat, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            if file.read().rpartition(")")[2].split()[:1] == ["D"]:
+                return True
+    return False
 
 
 _own: DecoderProcess | None = None

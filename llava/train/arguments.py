@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +24,7 @@ from llava.data.chunking import NONE, TEXT_CHUNKING
 from llava.data.formats import CHAT, FORMATS, PLAIN_LM
 from llava.data.media_files import MediaLimits
 from llava.data.samplers import RANDOM, STRATEGIES
+from llava.io import user_folder
 from llava.model.lora import LoraSettings, check_peft
 from llava.model.quantization import Quantization
 from llava.train.engines import check_machine, check_optimization
@@ -239,7 +239,7 @@ class DataArguments(StagingArguments):
     """Seconds that decoding one video may take before its sample is bad; 0: as long as it likes."""
 
     def __post_init__(self) -> None:
-        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        caches = os.environ.get("XDG_CACHE_HOME") or user_folder(".cache")
         self.data_cache_dir = self.data_cache_dir or os.path.join(caches, "llava-babylm")
         if self.plain_lm and self.version not in (None, PLAIN_LM):
             raise ValueError(

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,9 +50,18 @@ def answer_at_once(words: Sequence[str]) -> int | None:
     if any(word in ("-h", "--help") for word in words):
         _help_parser().print_help()
         return 0
-    if (wrong := explain_unknown_flag(words)) is not None:
+    if (wrong := explain_unknown_flag(words) or _find_no_temporary_folder()) is not None:
         print(f"error: {wrong}", file=sys.stderr)
         return FAILED
+    return None
+
+
+def _find_no_temporary_folder() -> str | None:
+    """What is wrong where no folder takes temporary files, without which torch cannot even be imported."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        return f"{error.strerror}; give TMPDIR a folder that can be written to"
     return None
 
 

@@ -110,6 +110,30 @@ def take_lock(folder: Path, job: str = "", restart: int = 0) -> None:
     _held[key] = here
 
 
+def check_lock(folder: str | Path) -> None:
+    """See that a folder is still this process's, before something of worth is written there; without a lock, nothing.
+
+    A lock that somebody has removed is written again.
+
+    Raises:
+        ValueError: another run has the folder now; names it.
+    """
+    folder = Path(folder)
+    mine = _held.get(folder.resolve())
+    if mine is None or mine.pid != os.getpid():
+        return
+    path = folder / LOCK
+    holder = _read(path)
+    if holder is None and not path.exists() and _create(path, mine):
+        logger.warning("%s was removed while this run writes to the folder; it is there again", path)
+    elif holder is not None and holder.token != mine.token:
+        raise ValueError(
+            f"--output_dir {folder} was taken by another run ({holder}) while this one was training there: {LOCK} was "
+            "removed, or taken for that of a run that is gone. This run ends, and leaves the folder to that one; give "
+            "one of them another folder"
+        )
+
+
 def release_lock(folder: str | Path) -> None:
     """Give back this process's lock of a folder; without one, nothing happens."""
     folder = Path(folder)
@@ -129,7 +153,7 @@ def release_all() -> None:
 
 
 def _say_in_use(folder: Path, path: Path, holder: Holder, here: Holder) -> str:
-    if holder.host == here.host and holder.namespace == here.namespace:
+    if holder.host == here.host and holder.namespace == here.namespace and holder.boot == here.boot:
         remedy = "wait for it, end it, or give another folder"
     else:
         remedy = (

@@ -43,7 +43,7 @@ from llava.train.identity import RunIdentity
 from llava.train.milestones import Milestone
 from llava.train.model_card import CardSettings, describe_run, in_seconds
 from llava.train.preemption import StopRequest
-from llava.train.run_lock import LOCK
+from llava.train.run_lock import LOCK, check_lock
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,7 @@ class CheckpointWriter:
             to_go_on: whether a run is to go on from it, which takes the optimizer and the random states.
         """
         trainer, args = self.trainer, self.trainer.args
+        broadcast_from_rank0(lambda: check_lock(str(args.output_dir)))
         trainer.store_flos()
         exposure = self.exposure.state()
         staging = staging_of(folder)
@@ -196,6 +197,7 @@ class CheckpointWriter:
     def write_model(self, folder: Path) -> None:
         """Write the model to a folder, where an older one stays whole until this one is."""
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        broadcast_from_rank0(lambda: check_lock(str(args.output_dir)))
         staged, exposure = staging_of(folder / "model"), self.exposure.state()
         with self._writing(folder):
             trainer.save_model(str(staged), _internal_call=True)

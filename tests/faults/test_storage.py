@@ -7,20 +7,38 @@ them as it is told to: in Python's own code, in decoders, and where torch and sa
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ITALIAN, turns
 from runs import ForkServer, losses, trained_on
 
+from llava import storage
+from llava.data import decoding
+from llava.data.dataset import SupervisedDataset
+from llava.data.decoding import FrameRequest
+from llava.data.feature_cache.cache import FeatureCache
+from llava.data.feature_cache.shards import DamagedShardError, Kept
+from llava.data.feature_cache.storage import Storage
+from llava.data.media_files import MediaError
+from llava.data.records import read_records
+from llava.train.arguments import DataArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import find_damage, list_checkpoints
-from llava.train.run_lock import LOCK
+from llava.train.command_line import answer_at_once
+from llava.train.run_lock import LOCK, check_lock, release_lock, take_lock
+from llava.train.saving import CheckpointWriter
+from llava.train.train import main
+from llava.types import BadSample, Example, FeatureEntry
 
 ALWAYS = "1|999|0"
 
@@ -168,3 +186,142 @@ def test_a_report_that_cannot_be_written_ends_no_run(start, tmp_path: Path) -> N
     _, status, said = start(tmp_path, rule("write", "/run_starts.jsonl", errno.ENOSPC), texts=True, max_steps=1)
     assert status == 0
     assert any("run_starts.jsonl: No space left on device" in line and "the run goes on" in line for line in said)
+
+
+def test_no_folder_for_temporary_files_ends_the_run(start, tmp_path: Path) -> None:
+    """Batches travel through a socket there: one that cannot was dropped, and waited for without an end."""
+    _, status, said = start(
+        tmp_path, texts=True, dataloader_num_workers=1, hang_timeout=60, hook="lose_temporary_folder"
+    )
+    assert status == 2
+    assert "DataLoader worker" in find_error(said)
+    assert any("TMPDIR" in line and "/no/such/folder" in line for line in said)
+
+
+def test_no_folder_for_temporary_files_at_the_start(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def find_none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    assert answer_at_once(["--max_steps", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: No usable temporary directory found in ['/tmp']; give TMPDIR")
+
+
+def test_a_user_without_a_home_has_a_folder_for_indexes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # As where nothing tells whose process this is.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    arguments = DataArguments(data_path=["data.json"])
+    assert arguments.data_cache_dir == str(tmp_path / f"llava-user-{os.getuid()}" / "llava-babylm")
+
+
+def test_a_folder_that_another_run_has_taken_is_left_to_it(gpt2_dir, mixed_data, tmp_path, monkeypatch) -> None:
+    """Somebody has removed the lock, and another run has begun there: the first one writes no more checkpoints."""
+    output, write = tmp_path / "out", CheckpointWriter.write_checkpoint
+    (tmp_path / "texts.json").write_text(json.dumps([{"id": "a", "conversations": turns("", ITALIAN[0])}]))
+
+    def robbed(self: CheckpointWriter) -> None:
+        if self.trainer.state.global_step == 2:
+            content = json.loads((output / LOCK).read_text())
+            (output / LOCK).write_text(json.dumps(content | {"host": "another-node", "token": "theirs"}))
+        write(self)
+
+    monkeypatch.setattr(CheckpointWriter, "write_checkpoint", robbed)
+    values = {
+        "model_name_or_path": gpt2_dir, "data_path": tmp_path / "texts.json", "output_dir": output, "max_steps": 3,
+        "save_steps": 1, "report_to": "none", "use_cpu": "true", "disable_tqdm": "true",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"was taken by another run \(process .* on another-node"):
+        main([word for name, value in values.items() for word in (f"--{name}", str(value))])
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-1"]
+    assert json.loads((output / LOCK).read_text())["token"] == "theirs"
+
+
+def test_a_lock_that_was_removed_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_lock(tmp_path)
+    assert not (tmp_path / LOCK).exists()
+    take_lock(tmp_path)
+    content = (tmp_path / LOCK).read_text()
+    (tmp_path / LOCK).unlink()
+    check_lock(tmp_path)
+    assert (tmp_path / LOCK).read_text() == content
+    assert "was removed while this run writes" in caplog.text
+    release_lock(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Sleeper:
+    """Stands for a decoder process that gives no answer."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.stdin, self.stdout = io.BytesIO(), os.fdopen(os.pipe()[0], "rb")
+        self.killed = False
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, patience: float) -> int:
+        raise subprocess.TimeoutExpired("python", patience)  # No signal ends what waits for a disk.
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_disk_that_hangs_is_no_fault_of_the_clip(monkeypatch: pytest.MonkeyPatch, on_disk: bool) -> None:
+    process = object.__new__(decoding.DecoderProcess)
+    process._process = sleeper = Sleeper()
+    process._requests, process._replies = sleeper.stdin, sleeper.stdout
+    monkeypatch.setattr(decoding, "_waits_for_a_disk", lambda pid: on_disk)
+    with pytest.raises(MediaError, match="longer than --decode_timeout") as caught:
+        process.decode(FrameRequest("clip.mp4", 2), 0.05)
+    assert sleeper.killed
+    cause = storage.find_cause(caught.value)
+    assert (cause is not None) == on_disk
+    assert cause is None or (cause.errno, cause.filename) == (errno.ETIMEDOUT, "clip.mp4")
+
+
+def test_a_folder_of_media_that_is_gone_is_no_bad_sample(
+    load_tiny, media_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    folder = tmp_path / "media"
+    folder.mkdir()
+    shutil.copy(media_dir / "a.png", folder)
+    samples = [{"id": str(i), "image": "a.png", "conversations": turns("<image>", ITALIAN[i])} for i in range(2)]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    records = read_records(str(tmp_path / "data.json"), image_folder=str(folder), on_bad_sample="skip")
+    loaded = load_tiny()
+    dataset = SupervisedDataset(records, loaded.tokenizer, loaded.vision, 512, on_bad_sample="skip")
+    assert isinstance(dataset[0], Example)
+    (folder / "a.png").rename(folder / "b.png")
+    assert isinstance(dataset[0], BadSample)  # The file alone.
+    shutil.rmtree(folder)
+    with pytest.raises(storage.StorageError, match="the folder of media is gone, or empty; is its disk mounted"):
+        dataset[0]
+
+
+def test_a_worker_sends_its_storage_error_whole() -> None:
+    """torch makes the error of a worker anew, from its type and a text with a traceback."""
+    text = "Caught StorageError in DataLoader worker process 0.\nTraceback\nllava.storage.StorageError: a.png: gone\n"
+    assert str(storage.StorageError(text)) == "a.png: gone"
+
+
+def test_features_on_a_disk_that_fails_are_not_called_damaged(tmp_path: Path, monkeypatch, caplog) -> None:
+    entry = FeatureEntry("key", "context", "image", (4, 4), (0.0,), 0.0)
+    cache = FeatureCache(tmp_path, Storage("fp32"))
+    cache.add("one", [Kept.of(entry, torch.ones(1, 4, 8), cache.storage)], {"context": {}})
+    cache = FeatureCache(tmp_path)
+    stat, fail = Path.stat, [True]
+
+    def stale(self: Path, **more: bool) -> os.stat_result:
+        if self.suffix == ".safetensors" and fail:
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return stat(self, **more)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(DamagedShardError, match="Stale file handle") as caught:
+        cache.read("key")
+    assert storage.find_cause(caught.value) is not None
+    fail.clear()
+    assert cache.read("key") is not None
+    assert "damaged" not in caplog.text
