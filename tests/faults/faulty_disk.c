@@ -4,7 +4,10 @@
    calls of that kind whose path has that part, the FIRST to the LAST (from 1 on; counted in each process) fail with
    that error, after so many milliseconds; error 0 lets them through. Calls are open (for reading), create (for
    writing), read, write, sync, rename, link and stat. The variable is read at each call, so a forked process can be
-   told something else; as long as it is not set, nothing happens. */
+   told something else; as long as it is not set, nothing happens.
+
+   With the variable FAULTY_CLOCK the time of day jumps by days, to and fro, each time that it is asked for. Clocks that
+   only go forward are left alone. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -147,6 +150,17 @@ int renameat(int before, const char *from, int after, const char *to) {
 int link(const char *from, const char *to) {
     FAIL_WITH(fault("link", to), -1);
     return REAL(link)(from, to);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static __thread int asked;
+    static __thread __typeof__(&clock_gettime) real;
+    if (real == NULL)
+        real = REAL(clock_gettime);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME && result == 0 && getenv("FAULTY_CLOCK") != NULL)
+        now->tv_sec += (asked++ % 2 ? 3 : -2) * 86400L;
+    return result;
 }
 
 #define STAT(name, type) \

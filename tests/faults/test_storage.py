@@ -35,6 +35,7 @@ from llava.train.arguments import DataArguments
 from llava.train.bad_samples import BAD_SAMPLES_FILE
 from llava.train.checkpoint import find_damage, list_checkpoints
 from llava.train.command_line import answer_at_once
+from llava.train.loader_workers import explaining_ends
 from llava.train.run_lock import LOCK, check_lock, release_lock, take_lock
 from llava.train.saving import CheckpointWriter
 from llava.train.train import main
@@ -78,7 +79,12 @@ def start(server: ForkServer, gpt2_dir: Path, tower_dir: Path, media_dir: Path, 
     data.with_name("texts.json").write_text(json.dumps([samples[2], samples[5]]))
 
     def run(
-        folder: Path, *rules: str, texts: bool = False, hook: str = "shorten_pauses", **changes: object
+        folder: Path,
+        *rules: str,
+        texts: bool = False,
+        hook: str = "shorten_pauses",
+        clock: bool = False,
+        **changes: object,
     ) -> tuple[Path, int, list[str]]:
         seeing = {"vision_tower": tower_dir, "mm_resampler_type": "spatial_pool", "num_frames": 2}
         values = {
@@ -89,7 +95,8 @@ def start(server: ForkServer, gpt2_dir: Path, tower_dir: Path, media_dir: Path, 
             **({} if texts else seeing), **changes,
         }  # fmt: skip
         line = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        hooks = {"environment": {"FAULTY_DISK": "\n".join(rules)}, "call": ["storage_hooks", hook, {}]}
+        environment = {"FAULTY_DISK": "\n".join(rules)} | ({"FAULTY_CLOCK": "1"} if clock else {})
+        hooks = {"environment": environment, "call": ["storage_hooks", hook, {}]}
         status = server.run(line, folder, **hooks)
         return folder / "out", status, (folder / "said").read_text().splitlines()
 
@@ -325,3 +332,58 @@ def test_features_on_a_disk_that_fails_are_not_called_damaged(tmp_path: Path, mo
     fail.clear()
     assert cache.read("key") is not None
     assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_skipped(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Taken for damaged, it would send the run back to an older one, without a word that anybody reads."""
+    from llava.train import checkpoint
+
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    hash_file, broken = checkpoint.hash_file, [1, 2]
+
+    def fail(path: Path) -> str:
+        if broken and "checkpoint-3" in str(path) and path.name == "model.safetensors":
+            broken.pop()
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_file(path)
+
+    monkeypatch.setattr(checkpoint, "hash_file", fail)
+    with pytest.raises(
+        storage.StorageError, match=r"checkpoint-3/model.safetensors: Input/output error \(tried 2"
+    ):
+        checkpoint.choose_checkpoint("auto", undisturbed)
+    broken.append(1)
+    assert checkpoint.choose_checkpoint("auto", undisturbed) == str(undisturbed / "checkpoint-3")
+    assert "skipping" not in caplog.text
+
+
+@pytest.mark.parametrize(("signal", "why"), [("Bus error", "mapped"), ("Killed", "memory"), ("", "stands before this")])
+def test_what_ended_a_loading_process_is_said(signal: str, why: str) -> None:
+    def load() -> Iterator[int]:
+        yield 1
+        said = f"is killed by signal: {signal}. It is possible that" if signal else "exited unexpectedly"
+        raise RuntimeError(f"DataLoader worker (pid 7) {said}")
+
+    batches = explaining_ends(load())
+    assert next(batches) == 1
+    with pytest.raises(ValueError, match=rf"^DataLoader worker \(pid 7\) .*{why}.*--resume_from_checkpoint auto$"):
+        next(batches)
+    with pytest.raises(RuntimeError, match="something else"):
+        next(explaining_ends(iter_error()))
+
+
+def iter_error() -> Iterator[int]:
+    raise RuntimeError("something else")
+    yield 1
+
+
+def test_a_clock_that_jumps_changes_nothing(start, undisturbed: Path, tmp_path: Path) -> None:
+    """By days, to and fro, each time that anybody asks."""
+    output, status, said = start(tmp_path, clock=True, save_total_limit=2)
+    assert status == 0, said
+    assert trained_on(tmp_path) == trained_on(undisturbed.parent)
+    assert losses(output) == losses(undisturbed)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2", "checkpoint-3"]
+    assert not (output / LOCK).exists()
