@@ -350,9 +350,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_skipped(
         return hash_file(path)
 
     monkeypatch.setattr(checkpoint, "hash_file", fail)
-    with pytest.raises(
-        storage.StorageError, match=r"checkpoint-3/model.safetensors: Input/output error \(tried 2"
-    ):
+    with pytest.raises(storage.StorageError, match=r"checkpoint-3/model.safetensors: Input/output error \(tried 2"):
         checkpoint.choose_checkpoint("auto", undisturbed)
     broken.append(1)
     assert checkpoint.choose_checkpoint("auto", undisturbed) == str(undisturbed / "checkpoint-3")
