@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.data.json_text import parse_json
 from llava.data.raw_samples import TABLE_SUFFIXES, TEXT_SUFFIXES, check_data_file, suffix_of
 from llava.io import is_file, is_there, read_yaml
 from llava.messages import list_names
@@ -155,7 +155,7 @@ def _open_folder(path: str, name: str) -> list[str]:
     if not is_file(state):
         return _list_corpora(path, name) if os.path.isdir(path) else [path]
     try:
-        files = [str(Path(path, entry["filename"])) for entry in json.loads(state.read_bytes())["_data_files"]]
+        files = [str(Path(path, entry["filename"])) for entry in parse_json(state.read_bytes(), "JSON")["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: its state.json is not one of datasets' save_to_disk: {error!r}") from error
     if outside := [file for file in files if Path(file).parent != Path(path)]:

@@ -14,11 +14,12 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from llava.data.json_text import BOM, LONG_NUMBER, RepeatedKeyError, decode_value, parse_json
 from llava.io import is_file, is_there
 from llava.storage import naming
 
@@ -35,10 +36,6 @@ _LONG_FILE = 1 << 26
 _BLOCK_BYTES, _MOST_PIECES = 1 << 20, 4096
 _ROWS_AT_ONCE = 64
 """Of a table, whose rows may hold pictures."""
-_LONG_NUMBER = "has a whole number of thousands of digits; put it in quotes if it is a name"
-_decode = json.JSONDecoder().raw_decode
-_BOM = "\ufeff"
-"""The mark that some editors begin a file with."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER_GOES_ON = re.compile(r"(?:\.|[eE][+-]?)?")
 """What may be left of a window behind a number that the window ends in: "1." is read as 1 and a point."""
@@ -86,6 +83,8 @@ def read_samples(path: str, keep_errors: bool = False) -> Iterator[tuple[Any, st
             yield sample, f"{file.name}, line {number}"
     elif file.suffix == ".json":
         for number, sample in enumerate(iterate_list(file), start=1):
+            if isinstance(sample, ValueError) and not keep_errors:
+                raise sample
             yield sample, f"{file.name}, sample {number}"
     elif suffix_of(file).removesuffix(".gz") in TEXT_SUFFIXES:
         for number, text in read_texts(file):
@@ -171,7 +170,7 @@ def read_block(path: str, block: bytes) -> Iterator[tuple[Any, str]]:
         if suffix == ".jsonl":
             yield parse_line(piece, f"{path}, line {place}"), f"{name}, line {place}"
         elif suffix == ".json":
-            yield json.loads(piece.decode()), f"{name}, sample {place}"
+            yield _parse(piece, f"{path}, sample {place}"), f"{name}, sample {place}"
         elif place < 0:
             yield ValueError(piece.decode("utf-8", "surrogateescape")), f"{name}, line {-place}"
         else:
@@ -200,7 +199,8 @@ def _read_table(path: Path) -> Iterator[object]:
         for batch in batches:
             for start in range(0, len(batch), _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
+        # The last three are what Python makes of damaged texts, dates and names.
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
 
 
@@ -239,7 +239,7 @@ def _decode_line(line: bytes, where: str) -> PlainText | ValueError:
     if len(line) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; break it into lines, one text in each")
     try:
-        return PlainText(line.decode().removeprefix(_BOM).strip())
+        return PlainText(line.decode().removeprefix(BOM).strip())
     except UnicodeDecodeError as error:
         return ValueError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8")
 
@@ -257,21 +257,14 @@ def parse_line(data: bytes, where: str) -> Any:
     """The value of a line, or the ValueError that says what is wrong with it."""
     if len(data) > LONGEST_SAMPLE:
         return ValueError(f"{where}: longer than {LONGEST_SAMPLE} bytes; a sample is one line, with its media in files")
+    return _parse(data, where)
+
+
+def _parse(data: bytes, where: str) -> Any:
     try:
-        text = data.decode().removeprefix(_BOM)
-        with suppress(json.JSONDecodeError):  # Space around a value is looked for only where there is some.
-            value, end = _decode(text)
-            if end == len(text) or text[end:] in ("\n", "\r\n"):
-                return value
-        return json.loads(text)
-    except UnicodeDecodeError as error:
-        return ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8")
-    except json.JSONDecodeError as error:
-        return ValueError(f"{where}: not JSON: {error}")
-    except RecursionError:
-        return ValueError(f"{where}: not a sample: brackets within brackets without end")
+        return parse_json(data, where)
     except ValueError as error:
-        return ValueError(f"{where}: {_LONG_NUMBER}") if "integer string" in str(error) else error
+        return error
 
 
 @contextmanager
@@ -289,12 +282,13 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, Callable[[int], Any]]]:
 
 
 def iterate_list(path: Path) -> Iterator[Any]:
-    """The elements of the list that a UTF-8 file holds.
+    """The elements of the list that a UTF-8 file holds; in the place of one that has a key twice, a ValueError.
 
     Raises:
         ValueError: the file is empty, not UTF-8, not JSON or not a list; names the file and the line.
     """
-    return (value for value, _ in _iterate_elements(path))
+    for number, (value, _) in enumerate(_iterate_elements(path), start=1):
+        yield ValueError(f"{path}, sample {number}: {value}") if isinstance(value, RepeatedKeyError) else value
 
 
 def _iterate_elements(path: Path) -> Iterator[tuple[Any, str]]:
@@ -324,7 +318,6 @@ class _Text:
         self._chunks = _decode_chunks(path)
         # The text before the position has been read; so many line ends came before the buffer.
         self._buffer, self._position, self._lines = "", 0, 0
-        self._decoder = json.JSONDecoder()
 
     def skip_space(self) -> bool:
         """Go to the next character that is no white space; False at the end of the file."""
@@ -353,14 +346,14 @@ class _Text:
         while True:
             start = self._position
             try:
-                value, end = self._decoder.raw_decode(self._buffer, start)
+                value, end = decode_value(self._buffer, start)
             except json.JSONDecodeError as error:
                 # Perhaps only the window ends here.
                 if len(self._buffer) - start > LONGEST_SAMPLE or not self._read_on():
                     raise self.error(error.msg, error.pos - start) from error
             except ValueError as error:
                 # As JSONDecodeError is one too, this stands behind it. Nothing else is wrong with a file of JSON.
-                raise ValueError(f"{self._path}: line {self._line()}: {_LONG_NUMBER}") from error
+                raise ValueError(f"{self._path}: line {self._line()}: {LONG_NUMBER}") from error
             except RecursionError as error:
                 raise ValueError(f"{self._path}: not a sample: brackets within brackets without end") from error
             else:
@@ -406,7 +399,7 @@ def _decode_chunks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 position = start - held_back + error.start
                 raise ValueError(f"{path}: not UTF-8 (byte {position}); save it as UTF-8") from error
-            yield text.removeprefix(_BOM) if is_first else text
+            yield text.removeprefix(BOM) if is_first else text
             is_first = is_first and not text
             if not chunk:
                 return

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from llava.command import CommandParser, check_output_folder, run_command
+from llava.data.json_text import parse_json
 from llava.io import append_json_lines, is_file, write_beside, write_json
 
 ID, FOLDER, URL = "videoid", "page_dir", "contentUrl"
@@ -148,15 +148,12 @@ def _read_csv(file: Path, needed: Collection[str]) -> Iterator[Row]:
 
 
 def _read_jsonl(file: Path, needed: Collection[str]) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"--rows {file}, line {number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
+            row = parse_json(line, where)
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
             _check_columns(row, needed, where)

@@ -86,15 +86,20 @@ _COUNTS = re.compile(r"(\d+) passing, (\d+) failing, and (\d+) invalid test case
 _counted: dict[str, tuple[int, int]] = {}
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Hang the numbers of a target on its last report, with which they also come from other processes."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.when == "teardown" and (statistics := getattr(item, "hypothesis_statistics", "")):
+        found = [(int(passing), int(failing)) for passing, failing, _ in _COUNTS.findall(statistics)]
+        report.user_properties.append(("cases", [sum(numbers) for numbers in zip(*found, strict=True)]))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Hypothesis hangs its statistics on reports, through which they also come from other processes."""
-    if (statistics := vars(report).get("_hypothesis_stats")) and report.when == "call":
-        found = _COUNTS.findall(statistics)
-        _counted[report.nodeid] = (
-            sum(int(passing) for passing, _, _ in found),
-            sum(int(failing) for _, failing, _ in found),
-        )
+    for name, value in report.user_properties:
+        if name == "cases" and report.when == "teardown" and value:
+            _counted[report.nodeid] = tuple(value)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -147,8 +147,8 @@ def cut_off(content: bytes, length: int, with_zeros: bool) -> bytes:
     return content[:length]
 
 
-_OPEN_ENDED = (".ts", ".mpg", ".flv", ".wmv")
-"""Containers that may end behind any packet: a shorter recording of theirs is whole."""
+_OPEN_ENDED = (".ts", ".mpg", ".flv", ".wmv", "_fragments.mp4")
+"""Containers that may end behind any packet or fragment: a shorter recording of theirs is whole."""
 _STORED = ("rgb.bmp", "rgb.ppm", "rgb.tga", "rgb.tif", "rgb.sgi")
 """Pictures whose pixels are stored as they are."""
 

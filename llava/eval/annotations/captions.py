@@ -49,9 +49,9 @@ def _read_coco(content: Mapping[str, object], file: str, folders: MediaFolders) 
     captions: dict[object, list[str]] = {}
     for entry in list_entries(content, "annotations", file):
         # COCO has five captions an image, each an annotation of its own.
-        captions.setdefault(entry.first("image_id"), []).append(entry.text("caption"))
+        captions.setdefault(entry.key("image_id"), []).append(entry.text("caption"))
     for image in list_entries(content, "images", file):
-        if image.first("id") not in captions:
+        if image.key("id") not in captions:
             raise image.error(f"no annotation has its id {image.first('id')!r}")
         media = folders.find(image.text("file_name"), "image", image)
         reference = Reference(captions=tuple(captions[image.first("id")]))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from llava.data.json_text import parse_json
 from llava.data.media_files import find_media, find_root
 from llava.data.raw_samples import read_samples
 from llava.geometry import Box, TimeSpan
+from llava.messages import shorten
 from llava.types import Media, MediaKind
 
 SENTENCE_KEYS = ("expression", "sent", "sents", "sentence", "sentences", "caption", "captions", "query", "text")
@@ -62,6 +63,13 @@ class Entry:
     def first(self, *names: str) -> object:
         """The value of the first of several keys that is there; None without any."""
         return next((self.values[name] for name in names if name in self), None)
+
+    def key(self, *names: str) -> object:
+        """What entries refer to each other by, under the first of several keys that is there; None without any."""
+        value = self.first(*names)
+        if isinstance(value, list | dict):
+            raise self.error(f"{_listed(names)} must be a number or a text, found {shorten(value)}")
+        return value
 
     def identity(self, otherwise: object) -> str:
         # Benchmarks name them in many ways; without any the place in the file will do.
@@ -137,12 +145,8 @@ def read_object(path: str) -> dict[str, object] | None:
     data = Path(path).read_bytes()
     if not data.lstrip().startswith(b"{"):
         return None
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    content: dict[str, object] = parse_json(data, path)
+    return content
 
 
 def read_lines(path: str) -> Iterator[tuple[str, str]]:
@@ -179,7 +183,8 @@ def check_span(start: float, end: float, entry: Entry) -> TimeSpan:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number."""
     # True is an int to Python, and NaN a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Whole numbers of JSON may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _as_list(value: object) -> list[object]:

@@ -98,10 +98,10 @@ def _read_refs(refs: Sequence[Entry], instances: Mapping[str, Mapping[str, objec
     boxes: dict[object, Entry] = {}
     for file, content in instances.items():
         # Looked up by id: instances.json has them in no order.
-        images |= {entry.values.get("id"): entry for entry in list_entries(content, "images", file)}
-        boxes |= {entry.values.get("id"): entry for entry in list_entries(content, "annotations", file)}
+        images |= {entry.key("id"): entry for entry in list_entries(content, "images", file)}
+        boxes |= {entry.key("id"): entry for entry in list_entries(content, "annotations", file)}
     for ref in refs:
-        annotation, image = boxes.get(ref.first("ann_id")), images.get(ref.first("image_id"))
+        annotation, image = boxes.get(ref.key("ann_id")), images.get(ref.key("image_id"))
         # Another split's instances.json is the usual reason.
         if annotation is None or image is None:
             missing, name = ("annotation", "ann_id") if annotation is None else ("image", "image_id")
@@ -121,10 +121,10 @@ def _read_refs(refs: Sequence[Entry], instances: Mapping[str, Mapping[str, objec
 def _read_captioned(file: str, images: Sequence[Entry], content: Mapping[str, object]) -> Iterator[_Expression]:
     """Each image has the words of one box, whose annotation has the image's id."""
     boxes = {
-        entry.first("image_id", "id"): entry.numbers(4, "bbox") for entry in list_entries(content, "annotations", file)
+        entry.key("image_id", "id"): entry.numbers(4, "bbox") for entry in list_entries(content, "annotations", file)
     }
     for image in images:
-        if image.first("id") not in boxes:
+        if image.key("id") not in boxes:
             raise image.error(f"no annotation has its id {image.first('id')!r}")
         numbers = boxes[image.first("id")]
         name, sentence = image.text("file_name"), image.text("caption")

@@ -176,6 +176,15 @@ def _read_moment_rows(rows: Sequence[Entry]) -> Iterator[_Moment]:
 
 def _read_length_table(file: str) -> dict[str, float]:
     """A table with a column of names and one of lengths, such as ``Charades_v1_test.csv``."""
+    try:
+        return _read_length_rows(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{file}: not CSV: {error}") from error
+
+
+def _read_length_rows(file: str) -> dict[str, float]:
     with Path(file).open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines)
         columns = table.fieldnames or []
