@@ -44,7 +44,7 @@ printf 'localhost\\n127.0.0.1\\n'
 """
 
 SBATCH = """#!{python} -IS
-import os, re, subprocess, sys
+import os, re, shlex, subprocess, sys
 
 cluster = os.environ["CLUSTER"]
 words = sys.argv[1:]
@@ -52,7 +52,9 @@ with open(cluster + "/calls", "a") as calls:
     print("sbatch", *words, file=calls)
 while words[0].startswith("-"):
     words.pop(0)
-options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", open(words[0]).read(), re.M))
+given = re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", open(words[0]).read(), re.M)
+# As sbatch reads it: a blank ends a value, and behind # is a comment, but for what is quoted.
+options = {{name: shlex.split(value, comments=True)[0] for name, value in given}}
 number = 100 + sum(line.startswith("sbatch") for line in open(cluster + "/calls"))
 for task in options["array"].split(",") if "array" in options else [None]:
     environment = {{**os.environ, "SLURM_JOB_ID": str(number * 10 + int(task or 0)), "SLURM_JOB_NUM_NODES": "1"}}
@@ -60,7 +62,8 @@ for task in options["array"].split(",") if "array" in options else [None]:
     if task is not None:
         environment |= {{"SLURM_ARRAY_JOB_ID": name, "SLURM_ARRAY_TASK_ID": task}}
         name += "_" + task
-    log = options["output"].replace("%A", str(number)).replace("%a", str(task)).replace("%j", str(number))
+    named = {{"%A": str(number), "%a": str(task), "%j": str(number), "%%": "%"}}
+    log = re.sub("%[Aaj%]", lambda found: named[found[0]], options["output"])
     for restart in range(3):
         before = open(cluster + "/calls").read().count("requeue " + name + "\\n")
         with open(log, "a" if options.get("open-mode") == "append" else "w") as file:

@@ -128,8 +128,8 @@ class RankNotes:
     def _has_moved_bytes(self) -> bool:
         """Whether this process reads or writes files, which is what saving shows of itself."""
         try:
-            counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-            moved = int(counts["rchar"]) + int(counts["wchar"])
+            # Without what this thread has read itself: the notes of a machine's ranks and workers are more than that.
+            moved = _count_bytes("self") - _count_bytes("thread-self")
         except (OSError, ValueError, KeyError):  # No Linux: a save has as long as anything else.
             return False
         before, self._bytes = self._bytes, moved
@@ -193,6 +193,12 @@ def clear_old(place: Path) -> None:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - newest > _KEPT and os.access(folder, os.W_OK):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _count_bytes(whose: str) -> int:
+    """Bytes that have been read and written by this process, or by this thread."""
+    counts = dict(line.split(": ") for line in Path(f"/proc/{whose}/io").read_text().splitlines())
+    return int(counts["rchar"]) + int(counts["wchar"])
 
 
 def name_machine(folder: Path) -> str:

@@ -235,8 +235,10 @@ def _weights(device: torch.device) -> Tensor:
 def as_words(tensor: Tensor) -> Tensor:
     """The bits of a tensor as a row of integers, in 64 bits where they fit."""
     words = tensor.detach().contiguous().flatten()
-    if words.numel() * words.element_size() % 8 == 0 and words.data_ptr() % 8 == 0:
-        return words.view(torch.int64)
+    if words.numel() * words.element_size() % 8 == 0:
+        # By its size alone: the same bits give the same words wherever in memory they begin.
+        is_aligned = words.data_ptr() % 8 == 0 and words.storage_offset() * words.element_size() % 8 == 0
+        return (words if is_aligned else words.clone()).view(torch.int64)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size())
     return torch.view_as_real(words).view(torch.int64) if width is None else words.view(width)
 

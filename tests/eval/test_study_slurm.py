@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -97,6 +98,24 @@ def test_an_array_of_six_cells_ends_with_a_table_of_the_two_that_failed(
     script = Path("out/table.sbatch").read_text()
     assert "#SBATCH --account=x\n" in script
     assert "gres" not in script
+
+
+def test_names_with_blanks_are_those_of_the_files(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    """A blank, the beginning of a comment and Slurm's own letters in the name of a folder."""
+    out = 'my "50%A" runs #1'
+    study = yaml.safe_load(Path("study.yaml").read_text())
+    Path("my study.yaml").write_text(
+        yaml.safe_dump({**study, "output_dir": out, "seeds": [3], "variants": {"a": None}})
+    )
+    assert command.main(["my study.yaml", "--submit"]) == 0
+    assert cluster.calls[-1] == f"sbatch --parsable --dependency=afterany:101 {out}/table.sbatch"
+    logs = sorted(path.name for path in Path(out).glob("slurm-*"))
+    assert logs == ["slurm-101_0.out", "slurm-table-102.out"]
+    assert "a, seed 3: done" in Path(out, logs[0]).read_text()
+    capsys.readouterr()
+    assert command.main(["my study.yaml", "--sbatch"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f"$array {shlex.quote(out + '/table.sbatch')}")
 
 
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,9 @@ def test_time_in_which_a_job_was_suspended_does_not_count(watchdog: Any, monkeyp
     assert not watchdog.fired.wait(0.5)
 
 
-def test_a_save_that_writes_nothing_is_a_hang(watchdog: Any) -> None:
+def test_a_save_that_writes_nothing_is_a_hang(watchdog: Any, tmp_path: Path) -> None:
+    for number in range(40):  # To read what the processes of a machine note is not to save.
+        (tmp_path / f"rank-0.worker-training-{number}").write_text(json.dumps(vars(Note(count=1))).ljust(4096))
     progress.note(progress.SAVING)
     assert watchdog.fired.wait(5)
 

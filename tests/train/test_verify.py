@@ -150,6 +150,13 @@ def test_a_checksum_sees_what_a_sum_does_not() -> None:
     swapped[5] -= 1  # The same sum.
     assert checksum(swapped) != checksum(values)
     assert checksum(values.bfloat16()) == checksum(values.bfloat16().clone())
+    for dtype in (torch.float32, torch.bfloat16):  # Parts of a buffer, a mapped file: not where words of 64 bits begin.
+        for first in range(1, 5):
+            part = values.to(dtype)[first : first + 96]
+            assert checksum(part) == checksum(part.clone()), (dtype, first)
+    mapped = torch.frombuffer(bytearray(68), dtype=torch.uint8)
+    mapped = mapped[(4 - mapped.data_ptr()) % 8 :][:64].view(torch.float32)  # Begins in the midst of such a word.
+    assert checksum(torch.frombuffer(mapped.numpy(), dtype=torch.float32)[1:9]) == 0
     with pytest.raises(ValueError, match="--verify_steps is 0; it must be at least 1"):
         main(["--verify_steps", "0", "--model_name_or_path", "x", "--data_path", "y", "--output_dir", "z"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -41,15 +42,17 @@ def write_scripts(study: Study, cells: Sequence[Cell], named: bool, changed: Seq
     # Training saves a checkpoint on SIGUSR1 and leaves with 85; the task is requeued and goes on with it.
     options = {"job-name": study.path.stem, "signal": "B:USR1@120", "requeue": "", "open-mode": "append", **study.slurm}
     options["array"] = ",".join(str(cell.number) for cell in cells)
-    options.setdefault("output", f"{study.output_dir}/slurm-%A_%a.out")
+    logs = str(study.output_dir).replace("%", "%%")  # Behind a single one Slurm reads a letter of its own.
+    options.setdefault("output", f"{logs}/slurm-%A_%a.out")
     task = [words[0], "-m", "llava.train.slurm", *words[1:]]
     write_text(array, _script(options, f'exec {shlex.join(task)} --cell "$SLURM_ARRAY_TASK_ID"'))
     options = {"job-name": f"{study.path.stem}-table", "time": "00:15:00"}
     options |= {name: study.slurm[name] for name in _OF_TABLE if name in study.slurm}
-    options["output"] = f"{study.output_dir}/slurm-table-%j.out"
+    options["output"] = f"{logs}/slurm-table-%j.out"
     write_text(table, _script(options, f"exec {shlex.join(words)} --table --over"))
     if not submit:
-        print(f"array=$(sbatch --parsable {array}) && sbatch --dependency=afterany:$array {table}")
+        of_array, of_table = (shlex.quote(str(script)) for script in (array, table))
+        print(f"array=$(sbatch --parsable {of_array}) && sbatch --dependency=afterany:$array {of_table}")
         return
     number = _sbatch("--parsable", str(array)).partition(";")[0]  # Behind it a cluster may be named.
     last = _sbatch("--parsable", f"--dependency=afterany:{number}", str(table)).partition(";")[0]
@@ -59,8 +62,15 @@ def write_scripts(study: Study, cells: Sequence[Cell], named: bool, changed: Seq
 
 def _script(options: dict[str, str], command: str) -> str:
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in options.items()]
+    lines += [f"#SBATCH --{name}={_quote(value)}" if value else f"#SBATCH --{name}" for name, value in options.items()]
     return "\n".join([*lines, f"cd {shlex.quote(str(Path.cwd()))}", command]) + "\n"
+
+
+def _quote(value: str) -> str:
+    """A value as sbatch reads it in a script: a blank would end it, and what is behind # would be left out."""
+    if not re.search(r"""[\s#"'\\]""", value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _sbatch(*words: str) -> str:
