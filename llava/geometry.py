@@ -178,6 +178,8 @@ PATCH_MERGE_TYPES = (FLAT, SPATIAL_UNPAD)
 DEFAULT_PINPOINTS = "(1x2),(2x1),(2x2),(3x1),(1x3)"
 
 _PAIR = re.compile(r"[(\[]\s*(\d+)\s*([x,])\s*(\d+)\s*[)\]]")
+_MOST_PINPOINTS = 1000
+_LONGEST_PINPOINTS = 100_000
 _ASPECT_RATIO = re.compile(rf"{ANYRES}(?:_max_([1-9]\d*))?")
 _SHRINK_FROM = 1.1
 """LLaVA-OneVision shrinks a grid whose sides are more than this times too long; see ``AnyRes.without_excess``."""
@@ -220,14 +222,20 @@ def parse_pinpoints(text: str, side: int) -> tuple[Size, ...]:
     Raises:
         ValueError: another form, an empty canvas, or pixels that are no multiple of ``side``.
     """
+    if len(text) > _LONGEST_PINPOINTS:
+        raise ValueError(
+            f"--image_grid_pinpoints has {len(text):,} characters; at most {_MOST_PINPOINTS:,} canvases are tried"
+        )
     # What is left of the text when each pair is a #: a list "#,#" or a range "#,...,#".
     shape = _PAIR.sub("#", re.sub(r"\s", "", text)).strip("[]()")
     pairs = [(int(width), int(height), unit) for width, unit, height in _PAIR.findall(text)]
     if re.fullmatch(r"#,\.\.\.,#", shape) and pairs[0][2] == pairs[1][2] == "x":
         # As LLaVA-NeXT counts them: the number of rows changes fastest, and of equal canvases the first is taken.
         (first, low, _), (last, high, _) = pairs
+        _check_pinpoints(max(last + 1 - first, 0) * max(high + 1 - low, 0))
         grids = [Size(rows, columns) for columns in range(first, last + 1) for rows in range(low, high + 1)]
     elif re.fullmatch(r"#(,#)*,?", shape):
+        _check_pinpoints(len(pairs))
         uneven = [(width, height) for width, height, unit in pairs if unit == "," and (width % side or height % side)]
         if uneven:
             raise ValueError(
@@ -243,6 +251,14 @@ def parse_pinpoints(text: str, side: int) -> tuple[Size, ...]:
             "a range such as (1x1),...,(6x6), or pixels such as [[224, 448], [448, 224]]"
         )
     return tuple(grids)
+
+
+def _check_pinpoints(number: int) -> None:
+    if number > _MOST_PINPOINTS:
+        raise ValueError(
+            f"--image_grid_pinpoints stands for {number:.3g} canvases, of which each image would try every one; give "
+            f"at most {_MOST_PINPOINTS:,}"
+        )
 
 
 def fit_into(picture: tuple[int, int], canvas: tuple[int, int], round_up: bool = False) -> Size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
@@ -176,13 +177,22 @@ def read_yaml(path: Path, name: str) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        loader = UniqueKeyLoader(text)
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_YAML + 1)
+        if len(content) > _LARGEST_YAML:
+            raise YamlSizeError(f"{name}: has more than {_LARGEST_YAML:,} bytes, which no settings have; is it data?")
+        loader = UniqueKeyLoader(content.decode("utf-8-sig"))
         try:
-            return loader.get_single_data()
+            if (node := loader.get_single_node()) is None:
+                return None
+            if _count_nodes(node, {}) > _MOST_NODES:
+                raise YamlSizeError(
+                    f"{name}: its aliases (*name) stand for more than {_MOST_NODES:,} values; write less"
+                )
+            return loader.construct_document(node)
         finally:
             loader.dispose()
-    except DuplicateKeyError:
+    except (DuplicateKeyError, YamlSizeError):
         raise
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
@@ -192,6 +202,24 @@ def read_yaml(path: Path, name: str) -> Any:
         raise ValueError(f"{name}: not YAML that can be read: brackets within brackets") from error
     except (yaml.YAMLError, ValueError) as error:  # A number of 5,000 digits, or the 31st of April.
         raise ValueError(f"{name}: not YAML: {shorten_text(str(error), 300)}") from error
+
+
+_LARGEST_YAML = 1 << 22
+_MOST_NODES = 200_000
+
+
+class YamlSizeError(ValueError):
+    """A YAML file that is too large, or becomes so with its aliases."""
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node is, each alias counted as all that it stands for; infinite where it stands in itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # Until it is known: whoever meets it within itself meets this.
+        parts = node.value if isinstance(node.value, list) else []
+        pairs = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in pairs)
+    return known[id(node)]
 
 
 class DuplicateKeyError(ValueError):

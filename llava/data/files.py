@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from llava.data.json_text import parse_json
 from llava.data.raw_samples import TABLE_SUFFIXES, TEXT_SUFFIXES, check_data_file, suffix_of
 from llava.io import is_file, is_there, read_yaml
-from llava.messages import list_names
+from llava.messages import list_names, shorten, shorten_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +40,8 @@ HUB = "hub:"
 """What stands before the name of a data set of the hub."""
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|citation|requirements)\b", re.IGNORECASE)
 """Names of files that only speak of those beside them."""
+_MOST_FILES = 10_000
+_LONGEST_PATTERN = 100_000
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _SAMPLING = re.compile(r"(all|(?:first|end|random):(\d+|\d+(?:\.\d+)?%))")
 _ENTRY_KEYS = ("json_path", "sampling_strategy", "source", "data_folder")
@@ -93,6 +95,10 @@ def expand_braces(pattern: str, name: str) -> list[str]:
     Raises:
         ValueError: braces that do not match, or an alternative that is empty; begins with ``name``.
     """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"{shorten_text(name, 200)}: has {len(pattern):,} characters; give a folder, or a pattern with *"
+        )
     if not ("{" in pattern or "}" in pattern) or is_there(pattern):
         return [pattern]
     pieces = _GROUP.split(pattern)  # text, group, text, group, text
@@ -103,6 +109,11 @@ def expand_braces(pattern: str, name: str) -> list[str]:
         if "" in group:
             empty = f"alternative {group.index('') + 1} of {{{written}}}"
             raise ValueError(f"{name}: {empty} is empty; write prefix{{a,b}}.json")
+    if (number := math.prod(map(len, groups))) > _MOST_FILES:
+        raise ValueError(
+            f"{name}: its braces stand for {number:,} files, and at most {_MOST_FILES:,} are read; give a folder, or a "
+            "pattern with *"
+        )
     return ["{}".join(pieces[::2]).format(*choice) for choice in product(*groups)]
 
 
@@ -187,7 +198,9 @@ def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
         raise ValueError(f"{flag} {path}: {'not a file' if is_there(file) else 'no such file'}")
     content = read_yaml(file, path)
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), list) or not content["datasets"]:
-        raise ValueError(f"{path}: expected datasets, a list of entries with a json_path each, found {content!r:.80}")
+        raise ValueError(
+            f"{path}: expected datasets, a list of entries with a json_path each, found {shorten(content)}"
+        )
     _check_keys(content, ("datasets",), path)
     for number, entry in enumerate(content["datasets"], start=1):
         yield _parse_entry(entry, file.absolute().parent, f"{path}, entry {number}")
@@ -196,15 +209,15 @@ def _read_mixture(path: str, flag: str) -> Iterator[DataEntry]:
 def _parse_entry(entry: object, home: Path, name: str) -> DataEntry:
     """An entry of a mixture whose relative paths start from ``home``."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{name}: expected json_path and its settings, found {entry!r:.80}")
+        raise ValueError(f"{name}: expected json_path and its settings, found {shorten(entry)}")
     _check_keys(entry, _ENTRY_KEYS, name)
     given = entry.get("json_path")
     patterns = [given] if isinstance(given, str) else given
     if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise ValueError(f"{name}: json_path must be a path or a list of paths, found {given!r}")
+        raise ValueError(f"{name}: json_path must be a path or a list of paths, found {shorten(given)}")
     for key in ("source", "data_folder"):
         if not isinstance(entry.get(key), str | None):
-            raise ValueError(f"{name}: {key} must be the name of a folder, found {entry[key]!r}")
+            raise ValueError(f"{name}: {key} must be the name of a folder, found {shorten(entry[key])}")
     # "first:10%" matches as ("first:10%", "10%"), "all" as ("all", None).
     sampling = entry.get("sampling_strategy", "all")
     match = _SAMPLING.fullmatch(sampling) if isinstance(sampling, str) else None
@@ -212,7 +225,7 @@ def _parse_entry(entry: object, home: Path, name: str) -> DataEntry:
     if not Fraction(amount.rstrip("%")) > 0 or (amount.endswith("%") and Fraction(amount[:-1]) > 100):
         raise ValueError(
             f"{name}: sampling_strategy must be all, first:N, end:N or random:N, where N is at least 1 or up to 100%, "
-            f"found {sampling!r}"
+            f"found {shorten(sampling)}"
         )
 
     def place(path: str) -> str:
@@ -235,7 +248,7 @@ def _check_keys(found: Mapping[object, object], known: Collection[str], name: st
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{name}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{name}: unknown key {shorten(key)}; {hint}")
 
 
 def count_samples(sampling: str, available: int) -> int:

@@ -12,6 +12,8 @@ from llava.config import VisionConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, ESCAPED_PLACEHOLDER, PLACEHOLDER, VISUAL_TOKEN
 from llava.types import Media, MediaKind, Turn, VisualInput
 
+_MOST_TOKENS = 1 << 20
+
 T = TypeVar("T")
 Shown = TypeVar("Shown", Media, VisualInput)
 
@@ -78,10 +80,16 @@ def expand_placeholders(
     # Both are used up from left to right as placeholders are met, over all turns.
     sizes = _one_for_each(DEFAULT_IMAGE_TOKEN, shown, image_sizes, None)
 
+    written = 0
+
     def write_spans(match: re.Match[str]) -> str:
-        if match.group() == DEFAULT_IMAGE_TOKEN:
-            return layout.text("image", image_size=next(sizes))
-        return layout.text("video", next(frames))
+        nonlocal written
+        is_image = match.group() == DEFAULT_IMAGE_TOKEN
+        spans = layout.spans("image", image_size=next(sizes)) if is_image else layout.spans("video", next(frames))
+        written += sum(span.length for span in spans)
+        if written > _MOST_TOKENS:  # Before they are written, which would take gigabytes.
+            raise ValueError(f"its images and videos take more than {_MOST_TOKENS:,} tokens, which no context holds")
+        return "".join(span.text for span in spans)
 
     return [Turn(turn.role, PLACEHOLDER.sub(write_spans, turn.text)) for turn in turns]
 

@@ -36,6 +36,9 @@ _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _LONGEST_ID = 1000
+_LONGEST_TEXT = 4_000_000
+"""Characters: what is longer takes a tokenizer gigabytes and minutes, and at 60 MB ends the process."""
+_MOST_MEDIA = 10_000
 _LONG_FILE = 1 << 24
 """Bytes from which on a file is worth the start of other processes, a third of a second each."""
 _MOST_PROCESSES = 8
@@ -265,6 +268,7 @@ def parse_record(
     turns = tuple(_parse_turns(raw.turns, where))
     text = " ".join([turn.text for turn in turns])
     shown = placeholder_kinds(text)
+    _check_amount(len(text), sum(map(len, raw.media.values())), where)
     clips = _gather_frames(raw.media["video"], shown.count("video"), where)
     frame_rate = _parse_frame_rate(sample.get("meta"), clips, where)
     media = [read(value, "image") for value in raw.media["image"]]
@@ -304,8 +308,20 @@ def _read_column(sample: Mapping[str, object], column: str, source: str) -> Plai
 
 def _make_text(text: str, source: str) -> Record:
     """The record of a text: a turn of the assistant's, in which a placeholder is a word like others."""
+    _check_amount(len(text), 0, source)
     turns = _parse_turns([("assistant", PLACEHOLDER.sub(lambda match: "\\" + match.group(), text))], source)
     return Record(_parse_id(None, source), tuple(turns), source=source)
+
+
+def _check_amount(num_characters: int, num_media: int, where: str) -> None:
+    """A ValueError for a sample that would take gigabytes before anything of it is cut."""
+    if num_characters > _LONGEST_TEXT:
+        raise ValueError(
+            f"{where}: its text has {num_characters:,} characters, and a sample has at most {_LONGEST_TEXT:,}; write "
+            "it as several samples"
+        )
+    if num_media > _MOST_MEDIA:
+        raise ValueError(f"{where}: has {num_media:,} images and videos, and a sample has at most {_MOST_MEDIA:,}")
 
 
 def _parse_id(value: object, source: str) -> str:

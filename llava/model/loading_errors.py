@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -31,6 +32,8 @@ _OF_FILES = (
 _SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja")
 _MOST_OF = {"layer": 1_000, "expert": 10_000, "num_labels": 100_000}
 """The most of whole numbers in a ``config.json`` that are counts of modules, by a part of their names."""
+_MOST_STEPS = 200
+_MOST_GROWTH = 64
 _AT_LEAST_ONE = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 _FEWEST_BYTES = 0.5
 """Bytes of a weight in a file, at least: 4 bits."""
@@ -81,6 +84,35 @@ def check_files(folder: str, flag: str) -> None:
     for entry in entries:
         if entry.name.endswith(_SUFFIXES) and not entry.is_file() and not entry.is_dir() and Path(entry.path).exists():
             raise ValueError(f"{flag} {shorten(folder)}: {shorten(entry.name)} is a pipe or a device, not a file")
+
+
+def check_steps(folder: str, where: str) -> None:
+    """A ValueError for a ``tokenizer.json`` whose steps would make texts many times as long, and so end the process.
+
+    Args:
+        folder: of the tokenizer; a name on the hub, or one without the file, passes.
+        where: how the error begins.
+    """
+    try:
+        content = json.loads(Path(folder, "tokenizer.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # Loading it says what is wrong.
+    for part in ("normalizer", "decoder") if isinstance(content, dict) else ():
+        steps, growth = [content.get(part)], 1.0
+        for number, step in enumerate(steps):
+            if number > _MOST_STEPS:
+                raise ValueError(f"{where} has more than {_MOST_STEPS} steps in its {part}")
+            if not isinstance(step, dict):
+                continue
+            for name in ("normalizers", "decoders"):
+                steps += step[name] if isinstance(step.get(name), list) else []
+            pattern, text = step.get("pattern"), str(step.get("content", step.get("prepend", "")))
+            given = pattern.get("String") if isinstance(pattern, dict) else None
+            growth *= max(len(text) / max(len(given), 1) if isinstance(given, str) else len(text), 1.0)
+        if growth > _MOST_GROWTH:
+            raise ValueError(
+                f"{where} may make texts {growth:.3g} times as long in its {part}; it is none to train with"
+            )
 
 
 def check_counts(settings: Mapping[str, Any], where: str) -> None:

@@ -18,6 +18,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from llava.config import GroundingConfig, VisionConfig
 from llava.constants import VISUAL_TOKENS
 from llava.grounding.syntax import COORDINATE_PLACEHOLDERS, bin_tokens
+from llava.model.loading_errors import check_steps
 from llava.model.pretrained import foreign_code_note, locate_model
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
     Attention never depends on padding ids here: masks are made from lengths. ``flag`` is what an error calls the path.
     """
     path = locate_model(name_or_path, flag)
+    check_steps(path, f"{flag}: the tokenizer of {name_or_path!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (AttributeError, TypeError, KeyError, StrictDataclassError) as error:  # JSON, but of another kind.

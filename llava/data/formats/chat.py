@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llava.constants import VISUAL_TOKENS
 from llava.data.formats.base import CHAT, FORMATS, Format, Segment, split_at_spans, visual_ids
+from llava.data.formats.template_limits import TemplateLimitError, check_template, run_bounded
 from llava.messages import shorten_text
 from llava.types import Role, Turn
 
@@ -299,6 +300,13 @@ class ChatFormat(ConversationFormat):
                 f"--version {CHAT} needs a chat template, and the tokenizer of {tokenizer.name_or_path!r} has none; "
                 f"give --version one of: {named}"
             )
+        templates = tokenizer.chat_template
+        try:
+            for template in templates.values() if isinstance(templates, dict) else [templates]:
+                check_template(str(template))
+        except TemplateLimitError as error:
+            whose = f"the chat template of the tokenizer of {tokenizer.name_or_path!r}"
+            raise ValueError(f"{whose} is not run: {error}; {_REMEDY}") from error
         super().__init__(tokenizer)
         self.fingerprint += f" {tokenizer.chat_template}"
 
@@ -308,7 +316,7 @@ class ChatFormat(ConversationFormat):
         stand_ins = [f"@@turn{i}@@" for i in range(len(roles))]
         messages = [{"role": role, "content": text} for role, text in zip(roles, stand_ins, strict=True)]
         try:
-            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            rendered = str(run_bounded(lambda: self.tokenizer.apply_chat_template(messages, tokenize=False)))
         except (jinja2.TemplateError, *_ERRORS_OF_TEMPLATES) as error:
             said = shorten_text(str(error), 300) or type(error).__name__
             raise ValueError(f"{self._whose()} refuses turns of {', '.join(roles)}: {said}; {_REMEDY}") from error
