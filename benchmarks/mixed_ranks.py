@@ -6,7 +6,7 @@ A schedule fixes the samples of every micro-batch of every rank. "tv i / t t" is
 a text and a video, then an image; rank 1 has two micro-batches of one text each. ``t`` is text, ``i``
 an image, ``v`` and ``w`` are videos of three and of two frames, ``-`` is a batch without samples.
 
-Each engine (DDP, ZeRO-1, ZeRO-2, ZeRO-3) trains a tiny model through 20 steps that are chosen to be
+Each engine (DDP, ZeRO-1, ZeRO-2, ZeRO-3, FSDP2) trains a tiny model through 20 steps that are chosen to be
 awkward, with some ways to build and to train a model; one process does the same over the same samples.
 Reported are the largest difference of any final weight and how far training has moved the weights.
 
@@ -56,7 +56,7 @@ from llava.train.train import build_trainer
 from llava.types import NO_COORDINATES, Batch, Coordinates, Example, VisualInput
 
 ROOT = Path(__file__).parents[1]
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 RANKS = 2
 ALLOWED_DIFFERENCE = 1e-5
 
@@ -120,7 +120,9 @@ class Job:
         values = {
             **_FLAGS, "model_name_or_path": self.model, "vision_tower": self.tower, "output_dir": self.output,
             "data_path": Path(self.model) / "data.json", "max_steps": len(self.schedule),
-            "gradient_accumulation_steps": num_micro_batches, "deepspeed": None if engine in (None, "ddp") else engine,
+            "gradient_accumulation_steps": num_micro_batches,
+            "deepspeed": engine if engine and engine.startswith("zero") else None,
+            "fsdp": "true" if engine == "fsdp" else None,
             **self.flags,
         }  # fmt: skip
         if self.tower is None:
@@ -211,7 +213,9 @@ def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
 
 
 def _digest(*tensors: Tensor) -> str:
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    # Of FSDP's tensors each rank has a share.
+    own = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in own)).hexdigest()
 
 
 def train(job: Job, engine: str | None) -> None:

@@ -392,3 +392,25 @@ def evaluate_as_due(trainer: Trainer) -> None:
     epoch = trainer.state.epoch or 0
     assert trainer.model is not None
     trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())
+
+
+@cache
+def shard_on_cpu() -> None:
+    """From here on accelerate takes FSDP for ranks on CPUs too.
+
+    It does so for GPUs and other accelerators alone, and would train ranks on CPUs with DDP without a word (1.15).
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    make = AcceleratorState.__init__
+
+    def make_sharding(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            # Every further AcceleratorState takes it from there.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = make_sharding  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.train.preemption import EvaluationStopped, StopRequest
+from llava.train.sharding import whole
 
 FIRST_STEPS = 10
 """Steps that are logged one by one, whatever ``--logging_steps`` says."""
@@ -69,7 +70,7 @@ class GradNorms(TrainerCallback):
             own = gradients.setdefault(group.get("part", ""), [])
             own += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         if len(gradients) > 1:
-            self._norms = {part: torch.nn.utils.get_total_norm(own) for part, own in gradients.items() if own}
+            self._norms = {part: whole(torch.nn.utils.get_total_norm(own)) for part, own in gradients.items() if own}
 
     def add_to(self, logs: dict[str, float]) -> None:
         """Add the norms of the newest step to the line of its loss."""

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from llava.compat import linear_by_onednn
+from llava.compat import linear_by_onednn, shard_on_cpu
 from llava.messages import shorten, shorten_text
+from llava.train.sharding_flags import check_fsdp
 
 EXTRAS = ("tensorboard", "wandb", "trackio")
 """Trackers that an extra of this package installs."""
@@ -47,6 +49,9 @@ def check_machine(args: TrainingArguments, attention: str | None, launched: bool
     if args.report_to is None:
         args.report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else ["none"]
     _check_trackers(args.report_to)
+    if args.fsdp:
+        check_fsdp(args, launched)
+        shard_on_cpu()
     if args.deepspeed:
         args.deepspeed = find_deepspeed_config(args.deepspeed)
         check_deepspeed_config(args.deepspeed)
@@ -193,17 +198,21 @@ def _check_launcher(launched: bool) -> None:
         raise ValueError("--deepspeed needs the deepspeed package: pip install 'llava-babylm[deepspeed]'")
 
 
-def check_engine(state: AcceleratorState) -> None:
+def check_engine(state: AcceleratorState, fsdp: object = None) -> None:
     """Refuse what ``accelerate launch`` asks for in the environment, past this library's flags.
 
     Args:
         state: of accelerate.
+        fsdp: what ``--fsdp`` asks for.
 
     Raises:
-        ValueError: it asks for FSDP, or for a configuration of DeepSpeed that ``check_deepspeed_config`` refuses.
+        ValueError: it asks for FSDP, or for a configuration of DeepSpeed that ``check_deepspeed_config`` refuses; or
+            FSDP was asked for here, and accelerate would train without it.
     """
-    if getattr(state, "fsdp_plugin", None) is not None:
-        raise ValueError("accelerate's environment asks for FSDP, which is not available; see --deepspeed zero3")
+    if getattr(state, "fsdp_plugin", None) is not None and not fsdp:
+        raise ValueError("accelerate's environment asks for FSDP; give --fsdp true instead, which is checked")
+    if fsdp and not state.is_fsdp2:
+        raise ValueError(f"--fsdp: accelerate {accelerate.__version__} would train without it here; leave it out")
     # The configuration may also come from accelerate's own file, which no flag names.
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None:

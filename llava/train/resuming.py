@@ -33,6 +33,7 @@ from llava.train.elastic import saved_ranks, seed_rank
 from llava.train.identity import OPTIMIZER_SETTINGS, Differences
 from llava.train.parts import put_in_force
 from llava.train.saving import LOSS_SINCE_LOG
+from llava.train.sharding import shares_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load_weights(model: LlavaMetaForCausalLM, folder: str) -> None:
             load_adapter_weights(model, folder)
         else:
             for state in _read_states(model, folder):
-                model.load_state_dict(state, strict=False)
+                model.load_state_dict(shares_of(state, model), strict=False)
     except ValueError as error:
         failure = str(error)
     # A rank whose file alone is bad must not leave the others waiting for it in the first step.
@@ -243,6 +244,16 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: str) -> 
                 if of_torch and name in _MOMENTS and moment.shape != parameter.shape:
                     shapes = f"{tuple(moment.shape)}, in this run {tuple(parameter.shape)}"
                     raise ValueError(f"{path}: {name} of parameter {place} (group {number}) is {shapes}{advice}")
+
+
+def say_finished(folder: str | None, steps: int) -> None:
+    """Say that nothing is left to train of a run."""
+    if is_first_rank():
+        print(
+            f"the run in {folder} is finished: all of its {steps} steps were trained before, and nothing is left to "
+            "train",
+            flush=True,
+        )
 
 
 # --- the moment of a checkpoint -----------------------------------------------------------------------

@@ -46,7 +46,7 @@ from llava.train.budget import WordBudget, counting_flag
 from llava.train.callbacks import FirstStepsCallback, GradNorms, StopCallback
 from llava.train.checkpoint import find_best
 from llava.train.data_order import TrainingData, build_evaluation_loader, choose_collator
-from llava.train.distributed import broadcast_from_rank0, gather_added_together, is_first_rank
+from llava.train.distributed import broadcast_from_rank0, gather_added_together
 from llava.train.engines import check_engine, choose_products, compile_decoder
 from llava.train.evaluation import (
     NOT_PREDICTIONS,
@@ -62,8 +62,9 @@ from llava.train.identity import Differences, check_resumed
 from llava.train.nan_check import NanCheck, build_nan_check
 from llava.train.parts import build_optimizer
 from llava.train.preemption import EvaluationStopped, ScoringStopped, StopRequest
-from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights
+from llava.train.resuming import ResumeCallback, check_weights, load_optimizer, load_weights, say_finished
 from llava.train.saving import CheckpointWriter
+from llava.train.sharding import prepare_sharding, whole, whole_states
 from llava.train.throughput import ThroughputMeter, count_targets
 from llava.train.verification import add_verification
 from llava.train.zero_shares import load_other_ranks
@@ -102,7 +103,8 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        check_engine(self.accelerator.state)  # Accelerate has read what its launcher asks for in the environment.
+        check_engine(self.accelerator.state, self.args.fsdp)
+        prepare_sharding(self)
         compile_decoder(self)
         if self.is_deepspeed_enabled:
             gather_added_together(self.model)
@@ -357,15 +359,7 @@ class LlavaTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._say_finished()
-
-    def _say_finished(self) -> None:
-        if is_first_rank():
-            print(
-                f"the run in {self.args.output_dir} is finished: all of its {self.state.max_steps} steps were trained "
-                "before, and nothing is left to train",
-                flush=True,
-            )
+        say_finished(self.args.output_dir, self.state.max_steps)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model in a folder, where an older one stays whole until this one is."""
@@ -413,7 +407,7 @@ class LlavaTrainer(Trainer):
             if self.word_budget.begin(self.args, self.state.global_step):
                 self.state.max_steps = self.state.global_step
             if self.state.global_step >= self.state.max_steps:
-                self._say_finished()
+                say_finished(self.args.output_dir, self.state.max_steps)
                 return num_train_epochs, 0  # No epoch is left; transformers would take one step more.
             self.add_callback(ResumeCallback(self, resume_from_checkpoint))
         else:
@@ -434,11 +428,16 @@ class LlavaTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Settings that flags have changed since then are to be in force, not the checkpoint's.
         if checkpoint is not None:
-            load_optimizer(self, checkpoint, self._changes, super()._load_optimizer_and_scheduler)
+            with whole_states(self, to_save=False):
+                load_optimizer(self, checkpoint, self._changes, super()._load_optimizer_and_scheduler)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with whole_states(self, to_save=True):  # As without FSDP.
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # The last thing before the optimizer's step, and the only one that is given the norm.
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = whole(super()._get_grad_norm(model, grad_norm))
         if self.nan_check is not None:
             self.nan_check.check(grad_norm, self.state.global_step + 1)
         return grad_norm

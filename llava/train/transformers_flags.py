@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.command import read_json_object
+from llava.train.sharding_flags import GIVEN as SHARDING
+from llava.train.sharding_flags import find_unknown_setting
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -277,8 +279,22 @@ TOPICS: dict[str, dict[str, Flag]] = {
         "ddp_find_unused_parameters": _works("false by default: every trainable parameter takes part in every step"),
         "ddp_static_graph": _refused(
             "the graph of a step depends on which ranks have images or videos; leave it out", "true"),
-        "fsdp": _refused("FSDP is not available; --deepspeed zero3 shares weights out to ranks", "full_shard"),
-        "fsdp_config": _refused("FSDP is not available; see --deepspeed", '{"version":2}'),
+        "fsdp": _works(
+            "true: weights, gradients and optimizer shared out to ranks (FSDP2); checkpoints are those of DDP "
+            "(docs/reliability.md, Engines)",
+            Refusal(lambda value, args: bool(value) and value not in SHARDING,
+                    "known: true (or full_shard, its older name); other ways to share out have not been tried",
+                    "shard_grad_op"),
+        ),
+        "fsdp_config": _works(
+            "a JSON object with version (2), reshard_after_forward and transformer_layer_cls_to_wrap, which is by "
+            "default the model's own",
+            Refusal(lambda value, args: value and not args.fsdp, "it was given without --fsdp; add --fsdp true",
+                    '{"version":2}'),
+            Refusal(lambda value, args: find_unknown_setting(value),
+                    "of it version (2 alone), reshard_after_forward and transformer_layer_cls_to_wrap may be given",
+                    '{"version":1} --fsdp true'),
+        ),
         "deepspeed": _works(
             "zero1, zero2, zero3, zero3_offload or a file of your own, without optimizer and scheduler"),
         **_all("use_cpu"),

@@ -83,8 +83,11 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
 
 def test_what_accelerate_launch_asks_for_is_refused_too() -> None:
     check_engine(SimpleNamespace())
-    with pytest.raises(ValueError, match="asks for FSDP, which is not available"):
+    with pytest.raises(ValueError, match="accelerate's environment asks for FSDP; give --fsdp true instead"):
         check_engine(SimpleNamespace(fsdp_plugin=object()))
+    with pytest.raises(ValueError, match=r"--fsdp: accelerate .* would train without it here"):
+        check_engine(SimpleNamespace(fsdp_plugin=None, is_fsdp2=False), fsdp=True)
+    check_engine(SimpleNamespace(fsdp_plugin=object(), is_fsdp2=True), fsdp=True)
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {}})
     with pytest.raises(ValueError, match="has a section 'optimizer'"):
         check_engine(SimpleNamespace(deepspeed_plugin=plugin))

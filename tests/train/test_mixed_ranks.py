@@ -45,11 +45,11 @@ def jobs(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory):
     return build
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_an_engine_on_two_ranks_does_what_one_process_does(
     ranks: ModuleType, jobs, engine: str, warm_python: str
 ) -> None:
-    if engine != "ddp":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     alone, own = jobs("alone"), {name: job for name, job in jobs(engine).items() if name in JOBS.get(engine, (name,))}
     ranks.launch(engine, list(own.values()), python=warm_python)
