@@ -97,7 +97,10 @@ class RankNotes:
         # Its own it has at hand, whatever became of the file.
         note = progress.own_note() if rank == self.rank else progress.read(path)
         if note is None:
-            return "ended" if rank in self.latest else ""
+            if rank not in self.latest:
+                return ""
+            self.latest[rank].patience = 0.0  # Nobody waits for a rank that has ended.
+            return "ended"
         self.latest[rank] = note
         counts, workers = [str(note.count)], []
         for beside in sorted(self.folder.glob(f"{path.name}.*")):

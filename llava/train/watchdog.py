@@ -258,12 +258,14 @@ class Watchdog:
 
     def _gather(self, place: Place) -> dict[int, RankState]:
         """What all ranks say of themselves, once they have, or time is up."""
-        self.notes.post("place", json.dumps([place.text, place.waits]))
+        own = json.dumps([place.text, place.waits])
+        self.notes.post("place", own)
         end = time.monotonic() + _GRACE
         while True:
             told = {
                 rank: text for rank in self.notes.latest if (text := self.notes.read_post("place", rank)) is not None
             }
+            told[self.rank] = own  # Also where no file can be written any more.
             silent = {rank: self._find_silence(rank) for rank in self.notes.latest if rank not in told}
             if time.monotonic() > end or all(silent.values()):
                 break
