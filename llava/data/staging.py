@@ -62,7 +62,8 @@ class StagedMedia:
 
     def place(self, path: str) -> str:
         """Where the copy of a file lies, whether there is one or not."""
-        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:40]
+        # Also of what can be the name of no file: whoever opens it says so, of its sample.
+        name = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:40]
         suffix = Path(path).suffix
         return os.path.join(self.folder, name[:2], name + (suffix if _SUFFIX.fullmatch(suffix) else ""))
 
@@ -286,7 +287,7 @@ class _Copier:
         try:
             check_links(media)
             stamp = None if os.path.isdir(path) else _stamp(path)
-        except (OSError, MediaError):  # Whoever opens it says so.
+        except (OSError, ValueError):  # Whoever opens it says so.
             stamp = None
         known = self._index.get(copy.name)
         if stamp is not None and known is not None and known[0] == stamp:

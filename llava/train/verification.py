@@ -55,6 +55,7 @@ class Verification(TrainerCallback):
     _before: list[dict[str, Any]] = field(default_factory=list)
     _gradients: dict[str, int] = field(default_factory=dict)
     _frozen: dict[str, int] = field(default_factory=dict)
+    _summed: dict[str, int] = field(default_factory=dict)  # gradients as the micro-batches so far have left them
 
     @property
     def step(self) -> int:
@@ -94,6 +95,7 @@ class Verification(TrainerCallback):
         if trainer.is_deepspeed_enabled:
             return self._compute_forward_twice(run, model, inputs, num_items)
         trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+        self._check_summed(trained)
         # Ranks sum their gradients in the last micro-batch: what a rank has added to them itself is seen by hooks.
         earlier = [] if self._is_distributed else [None if p.grad is None else p.grad.clone() for _, p in trained]
         state = _State(trainer)
@@ -115,9 +117,18 @@ class Verification(TrainerCallback):
         after.restore()
         for (_, p), gradient in zip(trained, gradients, strict=True):
             p.grad = gradient
+        # What ranks have exchanged, they compare before the optimizer's step.
+        self._summed = {} if trainer.accelerator.sync_gradients else _sum_gradients(trained)
         self._losses.append(float(loss))
         self._note_difference(traces)
         return loss
+
+    def _check_summed(self, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """Note what has become of gradients since the micro-batch before, on which nothing else works."""
+        now = _sum_gradients(trained) if self._summed else {}
+        if wrong := [name for name, value in self._summed.items() if now.get(name) != value]:
+            at = len(self._batches) - 1
+            self._differences.append(f"before micro-batch {at} the sum of those before it has changed: {_name(wrong)}")
 
     def _compute_forward_twice(
         self, run: Callable[[], Tensor], model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
@@ -193,7 +204,7 @@ class Verification(TrainerCallback):
         if not self.trainer.is_deepspeed_enabled:
             if self._is_distributed:
                 named = self._trained_names()
-                self._gradients = _sum_all((f"gradient of {named[p]}", p.grad) for p in named if p.grad is not None)
+                self._gradients = _sum_gradients([(name, p) for p, name in named.items()])
             self._before = _take_state(_raw(optimizer))
 
     def on_optimizer_step(  # type: ignore[override]
@@ -385,6 +396,10 @@ def _sum_all(named: Any) -> dict[str, int]:
     for names in by_device.values():
         found |= dict(zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True))
     return {name: found[name] for name in sums}
+
+
+def _sum_gradients(trained: Sequence[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    return _sum_all((f"gradient of {name}", p.grad) for name, p in trained if p.grad is not None)
 
 
 def _name(names: Sequence[str]) -> str:

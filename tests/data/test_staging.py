@@ -144,6 +144,31 @@ def test_what_cannot_be_copied_is_read_where_it_lies(
         assert not Path(staged.place(str(data.parent / name))).exists()
 
 
+def test_what_is_the_name_of_no_file_is_a_bad_sample_as_ever(data: Path, local: Path, visual_tokenizer, copied) -> None:
+    samples = json.loads(data.read_text())
+    for sample, name in zip([one for one in samples if "image" in one], ("\ud800.png", "a\0.png"), strict=False):
+        sample["image"] = name
+    data.write_text(json.dumps(samples))
+    staged = stage(data, local)
+    datasets = [dataset_of(data, visual_tokenizer, one, on_bad_sample="skip") for one in (None, staged)]
+    bad = [[reason for i in range(7) if (reason := getattr(one[i], "reason", ""))] for one in datasets]
+    assert bad[0] == bad[1]
+    assert len(bad[0]) == 2
+
+
+def test_a_clip_that_is_tried_twice_is_waited_for_twice(
+    data: Path, local: Path, visual_tokenizer, copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[float] = []
+    monkeypatch.setattr(
+        "llava.progress.note", lambda phase, samples=None, *, patience=0.0, event=False: said.append(patience)
+    )
+    for staged in (None, stage(data, local)):
+        clips = dataset_of(data, visual_tokenizer, staged, decode_timeout=60.0)
+        clips[next(i for i in range(7) if len(clips.records[i].media) == 1)]
+    assert said == [70, 140]
+
+
 def test_a_file_that_changes_while_it_is_copied_is_left(
     data: Path, local: Path, copied, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

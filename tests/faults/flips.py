@@ -51,6 +51,10 @@ class Flip(TrainerCallback):
         elif self.what == "tower":
             flip(next(model.get_vision_tower().parameters()).data)
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.what == "summed gradient" and state.global_step == self.step - 1:
+            flip(dict(model.named_parameters())[NAME].grad)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.what == "exchanged gradient" and state.global_step == self.step - 1:
             flip(dict(model.named_parameters())[NAME].grad)

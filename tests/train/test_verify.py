@@ -102,6 +102,11 @@ def test_a_bit_of_a_pass_is_found_before_the_weights_take_it(
         assert loss == before
 
 
+def test_a_gradient_that_changes_between_micro_batches_is_found(flags: Line) -> None:
+    error = stop(flags, "summed gradient", gradient_accumulation_steps=2)
+    assert f"before micro-batch 1 the sum of those before it has changed: gradient of {NAME}. Samples" in error
+
+
 def test_a_frozen_weight_that_changes_is_found(flags: Line) -> None:
     error = stop(flags, "tower")
     assert "what does not train has changed since the start: parameter transformer.vision_tower" in error
