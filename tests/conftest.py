@@ -56,6 +56,7 @@ SLOWEST = (
     "model/language_model/test_alternating.py", "faults/test_early_signals.py", "model/test_lora.py",
     "model/test_backbones.py", "train/test_transformers_flags.py", "train/test_resuming.py",
     "train/test_predictions.py", "model/test_packing.py", "faults/test_two_rank_runs.py",
+    "faults/test_storage.py",
 )  # fmt: skip
 """Files that take 8 s or more: they are run first, so that no process waits for them."""
 

@@ -35,6 +35,7 @@ from llava.geometry import Box, TimeSpan
 from llava.io import append_json_lines, appending, cut_unfinished_line, read_json_lines, write_beside
 from llava.messages import explain_error, shorten, shorten_text
 from llava.model.loading import LoadedModel
+from llava.storage import naming
 from llava.train.distributed import broadcast_from_rank0
 from llava.train.scoring import looking_only
 from llava.types import Record, Turn
@@ -317,7 +318,9 @@ class SampleLog:
             if sample.frames:
                 folder.mkdir(exist_ok=True)
                 name = re.sub(r"[^\w.-]+", "_", row["id"], flags=re.ASCII)[:60]
-                sample.draw(row).save(folder / f"{number:02d}_{name}.jpg", quality=85)
+                picture = folder / f"{number:02d}_{name}.jpg"
+                with naming(picture):
+                    sample.draw(row).save(picture, quality=85)
         with appending(self.path) as file:
             append_json_lines(file, rows)
         self.rows = [*self.rows, *rows]

@@ -155,7 +155,6 @@ WRITES = {
     "exposure": (rule("write", "/exposure.jsonl", errno.ENOSPC, "2|9|0"), "exposure.jsonl: No space left on device"),
     "optimizer": (rule("write", "/checkpoint-2/optimizer", errno.ESTALE), "or the disk may fail"),
     "sync": (rule("sync", "/checkpoint-2/config.json", errno.EIO), "config.json"),
-    "name": (rule("rename", "/out/checkpoint-2", errno.ESTALE), "The network disk has lost the folder"),
 }  # fmt: skip
 
 
