@@ -36,6 +36,7 @@ class Holder:
         job, restart: the scheduler's number of the job, and how often it was requeued; "" and 0 without one.
         since: when the lock was taken, as a time of day.
         token: of this lock alone.
+        machine: the number of the system's installation; "" where unknown. Two machines may have one name.
     """
 
     host: str
@@ -47,6 +48,7 @@ class Holder:
     restart: int
     since: str
     token: str
+    machine: str = ""
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -57,7 +59,7 @@ class Holder:
         if self.job and self.job == here.job and self.restart < here.restart:
             return True  # The scheduler starts a job again only when its processes are gone.
         # Of processes on other machines nothing is known.
-        if self.host != here.host:
+        if self.host != here.host or (self.machine and here.machine and self.machine != here.machine):
             return False
         if self.boot and here.boot and self.boot != here.boot:
             return datetime.fromisoformat(self.since).timestamp() < _boot_time()
@@ -153,7 +155,8 @@ def release_all() -> None:
 
 
 def _say_in_use(folder: Path, path: Path, holder: Holder, here: Holder) -> str:
-    if holder.host == here.host and holder.namespace == here.namespace and holder.boot == here.boot:
+    known = ("host", "namespace", "boot", "machine")
+    if all(getattr(holder, name) == getattr(here, name) for name in known):
         remedy = "wait for it, end it, or give another folder"
     else:
         remedy = (
@@ -202,7 +205,8 @@ def _read(path: Path) -> Holder | None:
     """Who holds a lock; None where there is none, or none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**{field.name: content[field.name] for field in fields(Holder)})
+        entries = {"machine": "", **content}  # Earlier releases did not write it.
+        return Holder(**{field.name: entries[field.name] for field in fields(Holder)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -240,6 +244,7 @@ def _describe_process(job: str, restart: int) -> Holder:
         restart=restart,
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
+        machine=_read_line(Path("/etc/machine-id")),
     )
 
 

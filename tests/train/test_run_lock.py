@@ -163,6 +163,26 @@ def test_a_lock_from_before_a_reboot_is_stale(tmp_path: Path, since: str, gone: 
             take_lock(tmp_path)
 
 
+@pytest.mark.parametrize(("machine", "gone"), [("own", True), ("", True), ("another", False), (None, True)])
+def test_another_machine_of_the_same_name_is_no_reboot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str | None, gone: bool
+) -> None:
+    """Cloud machines and containers may all be called localhost; a lock of an earlier release says nothing of it."""
+    read_line = run_lock._read_line
+    monkeypatch.setattr(run_lock, "_read_line", lambda p: "own" if p.name == "machine-id" else read_line(p))
+    write_lock(tmp_path, boot="another", since="2001-01-01T00:00:00+00:00", machine=machine)
+    if machine is None:
+        content = json.loads((tmp_path / LOCK).read_text())
+        del content["machine"]
+        (tmp_path / LOCK).write_text(json.dumps(content))
+    if gone:
+        take_lock(tmp_path)
+        release_lock(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=r"in use by another run .*cannot be seen from here"):
+            take_lock(tmp_path)
+
+
 def test_a_lock_that_cannot_be_read_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_TRIES", 2)
     (tmp_path / LOCK).write_text("{")

@@ -28,6 +28,7 @@ else:
     sys.path.append(str(Path(__file__).parents[1] / "faults"))
 from runs import ForkServer
 
+from llava.constants import RELEASE
 from llava.data.cache import DamagedFileError, append_footer, read_footer
 from llava.data.feature_cache.cache import FeatureCache, FeatureCacheError
 from llava.model.loading import load_model
@@ -174,6 +175,11 @@ def test_an_older_form_is_read_as_long_as_it_is_known() -> None:
         ValueError, match=r"config.json: an older release .*version 1 of its form; llava .* reads 2 to 3"
     ):
         form.check({}, "config.json")
+
+
+def test_errors_name_this_release() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'\nversion = "{RELEASE}"\n' in project
 
 
 def test_a_newer_model_is_refused(gpt2_dir: Path, load_tiny, tmp_path: Path) -> None:
