@@ -149,7 +149,7 @@ def note_batches(phase: str, batches: Sequence[Mapping[str, Any]]) -> None:
 def doing(phase: str, *, patience: float = 0.0) -> Iterator[None]:
     """Note a phase, and when it is over the one before."""
     before = _Process.note.phase
-    note(phase, patience=patience, event=True)
+    note(phase, (), patience=patience, event=True)  # Samples that were noted before have no part in it.
     yield
     note(before, event=True)
 

@@ -77,13 +77,12 @@ def find_place(thread: int) -> Place:
 def say_note(state: RankState) -> str:
     """What a rank does: "in the forward pass (step 3, samples 'a', 'b')"."""
     note = state.note
-    busy = [worker for worker in state.workers if worker.phase in _WORKING]
-    if note.phase == progress.LOADING and busy:
+    # Of a step that has its samples, a worker that is busy works on later ones: it hangs beside.
+    about = f", {_say_samples(note.samples)}" if note.samples else ""
+    if busy := [worker for worker in state.workers if worker.phase in _WORKING]:
         oldest = min(busy, key=lambda worker: worker.since)
         age = max(time.time() - oldest.since, 0)
-        about = f", for {age:.0f} s a worker has been {oldest.phase} {_say_samples(oldest.samples)}"
-    else:
-        about = f", {_say_samples(note.samples)}" if note.samples else ""
+        about += f", for {age:.0f} s a worker has been {oldest.phase} {_say_samples(oldest.samples)}"
     return f"{note.phase} (step {note.step}{about})"
 
 

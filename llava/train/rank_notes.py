@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from llava import progress
@@ -105,8 +106,9 @@ class RankNotes:
         counts, workers = [str(note.count)], []
         for beside in sorted(self.folder.glob(f"{path.name}.*")):
             if ".worker-" in beside.name and (worker := progress.read(beside)) is not None:
-                workers.append(worker)
                 counts.append(f"{worker.pid} {worker.count}")
+                if psutil.pid_exists(worker.pid):  # One that was ended in the midst of a sample hangs no more.
+                    workers.append(worker)
             elif beside.suffix == ".bytes":
                 with contextlib.suppress(OSError):
                     counts.append(beside.read_text(encoding="utf-8"))

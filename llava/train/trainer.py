@@ -273,7 +273,7 @@ class LlavaTrainer(Trainer):
         self.meter = meter = EvaluationMeter()
         self.gather_function = meter.gather_rows
         try:
-            with counting_rows(meter.row_counts):
+            with counting_rows(meter.row_counts), progress.doing(progress.EVALUATING):
                 output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             self.meter = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from runs import ForkServer
 from llava import progress
 from llava.progress import Note
 from llava.train.checkpoint import list_checkpoints
-from llava.train.hang_report import Place, RankState, blame
+from llava.train.hang_report import Place, RankState, blame, say_note
 from llava.train.preemption import HUNG
 from llava.train.rank_notes import RankNotes, clear_old
 from llava.train.watchdog import UNLIMITED, Watchdog
@@ -195,6 +197,25 @@ def test_notes_of_killed_runs_go_after_a_month(tmp_path: Path) -> None:
             os.utime(path, (time.time() - age * 86400,) * 2)
     clear_old(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-run-new", "other"]
+
+
+def test_a_worker_that_hangs_is_named_whatever_its_rank_does(tmp_path: Path) -> None:
+    """Also in an evaluation, whose batch before has its samples in the note of the rank."""
+    progress.begin(tmp_path / "rank-0")
+    try:
+        progress.note_batches(progress.FORWARD, [{"sample_ids": ["a"]}])
+        with progress.doing(progress.EVALUATING):
+            ended = subprocess.Popen(["true"])
+            ended.wait()
+            for pid, sample in ((os.getpid(), "b"), (ended.pid, "c")):
+                note = Note(phase=progress.DECODING, samples=[sample], since=time.time() - 60 - pid, pid=pid)
+                (tmp_path / f"rank-0.worker-evaluation-{sample}").write_text(json.dumps(vars(note)))
+            notes = RankNotes(tmp_path, 0, ["here"])
+            notes.look()
+            said = say_note(RankState(notes.latest[0], notes.workers[0]))
+    finally:
+        progress.end()
+    assert re.fullmatch(r"evaluating \(step \d+, for \d+ s a worker has been decoding sample 'b'\)", said)
 
 
 def test_who_is_to_blame() -> None:

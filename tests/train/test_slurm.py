@@ -156,6 +156,16 @@ def test_mistakes_are_one_line(cluster: Cluster, words: str, settings: dict[str,
     assert said.count("\n") == 1
 
 
+def test_what_variables_say_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert Job.read().num_nodes == 2, "its older name"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match=r"srun has started this 4 times .* without srun"):
+        Job.read()
+
+
 def test_jobs_that_share_a_node_meet_at_other_ports() -> None:
     first, second = find_port(12), find_port(13)
     assert first != second

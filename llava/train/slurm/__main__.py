@@ -37,7 +37,7 @@ _TRIES = 16
 _TIMEOUT = 60.0  # of scontrol, in seconds
 _VARIABLES = (
     "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_ARRAY_JOB_ID",
-    "SLURM_ARRAY_TASK_ID", "PYTHON_EXEC",
+    "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "SLURM_STEP_NUM_TASKS", "PYTHON_EXEC",
 )  # fmt: skip
 
 
@@ -64,10 +64,18 @@ class Job:
         number = given.get("SLURM_JOB_ID", "")
         if not number.isdigit():
             return Job()
+        tasks = given.get("SLURM_STEP_NUM_TASKS", "")
+        if tasks.isdigit() and int(tasks) > 1:
+            # Each would start a whole training, on all nodes.
+            raise ValueError(
+                f"srun has started this {tasks} times (SLURM_STEP_NUM_TASKS), and it starts the ranks of all nodes "
+                "itself: let the job's script start it once, without srun, with --nproc_per_node for a node's ranks; "
+                "or, if that variable comes from where the job was submitted, unset it"
+            )
         array, task = given.get("SLURM_ARRAY_JOB_ID", ""), given.get("SLURM_ARRAY_TASK_ID", "")
         # One task of an array has the array's number, which would mean all of them.
         name = f"{array}_{task}" if array and task else number
-        nodes = given.get("SLURM_JOB_NUM_NODES", "1")
+        nodes = given.get("SLURM_JOB_NUM_NODES", given.get("SLURM_NNODES", "1"))
         if not nodes.isdigit() or not int(nodes):
             raise ValueError(f"SLURM_JOB_NUM_NODES is {shorten(nodes)}, expected a number of nodes")
         return Job(int(number), name, given.get("SLURM_JOB_NODELIST", ""), int(nodes))
