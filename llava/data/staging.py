@@ -37,7 +37,8 @@ Loaded = TypeVar("Loaded")
 FLAG = "--stage_media"
 INDEX, LOCK, PROGRESS = "staged.jsonl", "lock", "progress.json"
 _SUFFIX = re.compile(r"\.\w{1,10}")
-_BLOCK = 64 << 10
+_BLOCK, _NUM_BLOCKS = 64 << 10, 3
+"""Bytes of a block of a checksum, and how many it has."""
 _PIECE = 4 << 20
 _SPARE = 64 << 20
 """Bytes that stay free on the disk, where more than media are written."""
@@ -319,6 +320,9 @@ class _Copier:
                     return None
                 with source:
                     self._copy_bytes(source, target)
+                if stamp[0] > _NUM_BLOCKS * _BLOCK:  # What a crash takes of these, no checksum shows.
+                    target.flush()
+                    os.fsync(target.fileno())
             try:
                 same = _stamp(path) == stamp and beside.stat().st_size == stamp[0]
                 checksum = _checksum(beside)

@@ -120,7 +120,8 @@ class RankNotes:
         own = [vars(note) for note in (self.latest[self.rank], *self.workers[self.rank])]
         try:
             self._store.set(self._key(self.rank), json.dumps([movement, own]))
-            there = [rank for rank in self._others if self._store.check([self._key(rank)])]
+            # Not one by one those that have been heard of: with hundreds the store would do nothing else.
+            there = [rank for rank in self._others if rank in self.latest or self._store.check([self._key(rank)])]
             told = self._store.multi_get([self._key(rank) for rank in there]) if there else []
             heard = {rank: json.loads(text) for rank, text in zip(there, told, strict=True)}
             for rank, (_, notes) in heard.items():

@@ -107,6 +107,17 @@ def test_a_damaged_copy_is_made_anew(data: Path, local: Path, copied) -> None:
     assert all(json.loads(line) for line in (local / "staged.jsonl").read_text().splitlines())
 
 
+def test_what_no_checksum_sees_whole_is_on_the_disk_before_it_has_its_name(
+    data: Path, local: Path, copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (data.parent / "a.mp4").open("ab") as clip:
+        clip.write(bytes(200 << 10))
+    synced, fsync = list[int](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), fsync(file)))
+    stage(data, local)
+    assert synced == [(data.parent / "a.mp4").stat().st_size]
+
+
 def test_a_copy_that_breaks_during_a_run_is_no_bad_sample(
     data: Path, local: Path, visual_tokenizer, copied, caplog: pytest.LogCaptureFixture
 ) -> None:
