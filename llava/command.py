@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 
 from llava.command_help import by_topic, examples_text, short_usage
 from llava.commands import MEANT, OTHER_NAMES, PLACES, PROGRAM
-from llava.messages import explain_error, is_out_of_memory, shorten, shorten_text
+from llava.messages import explain_error, is_out_of_memory, print_anything, shorten, shorten_text
 
 logger = logging.getLogger(__name__)
 
@@ -421,6 +421,7 @@ def run_command(run: Callable[[], int | None]) -> int:
         The exit status: that of ``run`` or 0, 2 after an error of a flag, a file or the system, 130 after ^C. Other
         errors are faults of the program, and go on.
     """
+    print_anything()
     try:
         return run() or 0
     except BrokenPipeError:  # The reader of the output, such as head, has seen enough; Python would write once more.

@@ -53,7 +53,8 @@ def write_beside(path: Path, *, durable: bool = True, shared: bool = False) -> I
 def write_text(path: Path, text: str) -> None:
     """Write a text as it is, atomically and durably."""
     with write_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="")
+        # Names of files and ids may hold halves of characters.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import reprlib
+import sys
 from collections.abc import Sequence
 
 _LONGEST_VALUE = 80
@@ -35,12 +39,48 @@ def shorten(value: object) -> str:
     return short if len(short) <= 3 * _LONGEST_VALUE else f"{short[: 2 * _LONGEST_VALUE]}...{short[-20:]}"
 
 
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""Characters that a terminal obeys, or that turn the order of a line round, and halves of characters."""
+
+
+def escape_controls(text: str) -> str:
+    """A text without what a terminal would obey: names of files and words of data may hold anything.
+
+    New lines and tabs stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class PlainFormatter(logging.Formatter):
+    """Lines of a log without what a terminal would obey; all else is another formatter's."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(self._inner.format(record))
+
+
+def print_anything() -> None:
+    """From now on let what a terminal does not have be printed as its escape, and what it would obey be logged so.
+
+    A character that its encoding lacks would otherwise end the program.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors not in ("backslashreplace", "replace"):
+            stream.reconfigure(errors="backslashreplace")
+    for handler in logging.getLogger().handlers:
+        if handler.formatter is not None and not isinstance(handler.formatter, PlainFormatter):
+            handler.setFormatter(PlainFormatter(handler.formatter))
+
+
 def shorten_text(text: str, limit: int = _LONGEST_LINE) -> str:
     """A text on one line, the middle left out where it is longer than ``limit`` characters."""
     if len(text) > limit:
         kept = limit * 3 // 4
         text = f"{text[:kept]} ... [{len(text) - limit:,} characters] ... {text[kept - limit :]}"
-    return " ".join(text.split())
+    return escape_controls(" ".join(text.split()))
 
 
 def explain_error(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def open_array(path: Path, length: int, dtype: type[np.generic], compute: Callab
     import numpy as np
 
     # The name says what the numbers depend on: a file that was renamed is another's.
-    start = zlib.crc32(path.name.encode())
+    start = zlib.crc32(os.fsencode(path.name))
 
     def read_array() -> NDArray[Any]:
         # All of it is read once, which also brings it into the system's cache for the map below.

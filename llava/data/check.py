@@ -17,6 +17,7 @@ from llava.command import CommandParser, check_at_least, run_command
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits
 from llava.data.records import describe_notes, read_records
 from llava.io import num_cores
+from llava.messages import escape_controls
 from llava.types import SKIP, BadSample, Record
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def check_data(check: MediaCheck, num_workers: int, file: TextIO | None = None) 
     for bad in find_bad(check, num_workers):
         report.bad[_generalize(bad.reason)] += 1
         if file is None:
-            print(bad)
+            print(escape_controls(str(bad)))
         else:
             # At once: a check of hours that is stopped has told what it found.
             print(json.dumps(bad.to_json(), ensure_ascii=False), file=file, flush=True)
@@ -212,7 +213,7 @@ def check_files(args: argparse.Namespace) -> int:
         flag="DATA",
     )
     for line in describe_notes(records):
-        print(line, file=sys.stderr)
+        print(escape_controls(line), file=sys.stderr)
     limits = MediaLimits(**{limit.name: getattr(args, limit.name) for limit in fields(MediaLimits)})
     check = MediaCheck(records, args.num_frames, args.video_fps, args.frames_upbound, args.decode_timeout, limits)
     file = None
@@ -223,7 +224,7 @@ def check_files(args: argparse.Namespace) -> int:
             raise ValueError(f"--report {args.report}: cannot be written: {error.strerror}") from error
     with file or nullcontext():
         report = check_data(check, args.workers, file)
-    print(report)
+    print(escape_controls(str(report)))
     return 1 if report.bad else 0
 
 

@@ -281,7 +281,7 @@ def choose_rows(sampling: str, counts: Sequence[int], seed: str) -> list[Rows]:
         import numpy as np
 
         # NumPy keeps the stream of a bit generator forever, but not what its other functions make of it.
-        generator = np.random.PCG64(int(hashlib.sha256(seed.encode()).hexdigest(), 16))
+        generator = np.random.PCG64(int(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).hexdigest(), 16))
         rows = np.sort(np.argsort(generator.random_raw(available), kind="stable")[:count])
     return [cut_rows(rows, end - of_file, end) for end, of_file in zip(accumulate(counts), counts, strict=True)]
 

@@ -247,7 +247,7 @@ class DataOrder:
         ids = "\n".join(id_of(place) for place in places.tolist())
         return {
             "samples": self.num_samples,
-            "ids": hashlib.sha256(ids.encode()).hexdigest(),
+            "ids": hashlib.sha256(ids.encode("utf-8", "surrogatepass")).hexdigest(),
             "lengths": hashlib.sha256(self.lengths.tobytes()).hexdigest() if self.has_lengths else None,
             "strategy": self.strategy,
             "seed": None if self.strategy == SEQUENTIAL else self.seed,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.command import CommandParser, check_at_least, run_command
+from llava.messages import escape_controls
 from llava.serve.decoding import MAX_NEW_TOKENS, add_model_flags, decoding_options, describe_decoding
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def describe(args: argparse.Namespace) -> None:
     # Not on standard output, which is the answer's alone.
     print(describe_decoding(options, args.model_path), file=sys.stderr)
     (answer,) = captioner.answer([Request(media, args.prompt, args.system)], sub_bin=args.sub_bin, **options)
-    print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else answer)
+    print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if args.json else escape_controls(str(answer)))
     if args.draw:
         assert captioner.vision is not None
         picture = draw_answer(answer, media[-1], captioner.vision)

@@ -300,7 +300,9 @@ def write_batch(folder: Path, batch: RankBatch) -> None:
         "num_items": batch.num_items,
         "micro_batches": plain,
     }
-    _json(folder, batch.rank).write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
+    _json(folder, batch.rank).write_text(
+        json.dumps(description, ensure_ascii=False, indent=1), "utf-8", "backslashreplace"
+    )
 
 
 def read_batch(folder: Path, rank: int) -> RankBatch:

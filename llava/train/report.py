@@ -28,6 +28,7 @@ from llava.data.media_files import find_missing
 from llava.data.module import DataModule, RunDataset, documents_of
 from llava.data.placeholders import remove_placeholders
 from llava.data.records import describe_notes
+from llava.messages import escape_controls
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel
 from llava.train.arguments import COORDINATES_PART, DataArguments, ModelArguments, TrainingArguments
@@ -90,8 +91,8 @@ def check_and_report(
             print(loaded.transfer)
         print(parts_table(loaded.model, training_args.part_learning_rates()))
         print(budget_table(loaded.vision, max_length, loaded.model.config.max_position_embeddings))
-        print("\n".join(map(data_table, given)))
-        print(supervision_table(given[0]), flush=True)
+        print(escape_controls("\n".join(map(data_table, given))))
+        print(escape_controls(supervision_table(given[0])), flush=True)
         for advice in advise_on_kernels(loaded.model, training_args):
             logger.info("%s", advice)
 
@@ -112,7 +113,7 @@ def report_words(dataset: RunDataset | None, args: TrainingArguments) -> None:
     if order.has_units:
         lines.append(order.describe_units())
     if args.process_index == 0:
-        print("\n".join(lines), flush=True)
+        print(escape_controls("\n".join(lines)), flush=True)
 
 
 def advise_on_kernels(model: LlavaMetaForCausalLM, args: TrainingArguments) -> list[str]:

@@ -33,7 +33,7 @@ from llava.eval.engine import Captioner, Request
 from llava.eval.store import EvalSample, Numbers, Prediction, Reference
 from llava.geometry import Box, TimeSpan
 from llava.io import append_json_lines, appending, cut_unfinished_line, read_json_lines, write_beside
-from llava.messages import explain_error, shorten, shorten_text
+from llava.messages import escape_controls, explain_error, shorten, shorten_text
 from llava.model.loading import LoadedModel
 from llava.storage import naming
 from llava.train.distributed import broadcast_from_rank0
@@ -149,7 +149,7 @@ def plan_samples(
             assert trained is not None
             documents = documents_of(trained)
         chosen = choose_samples(documents, args.num_samples, f"--{flag}")
-        print(describe_samples(chosen, f"--{flag}", every), flush=True)
+        print(escape_controls(describe_samples(chosen, f"--{flag}", every)), flush=True)
         return chosen
 
     decided: list[list[WatchedSample]] = []

@@ -50,7 +50,7 @@ from llava.data.formats.base import preprocess_plain_lm
 from llava.data.media_files import check_media_folders
 from llava.data.module import DataModule, make_supervised_data_module
 from llava.data.placeholders import preprocess_multimodal
-from llava.messages import explain_error, is_out_of_memory
+from llava.messages import explain_error, is_out_of_memory, print_anything
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import LoadedModel, load_model
 from llava.model.lora import is_adapter_folder
@@ -177,6 +177,7 @@ def build_trainer(
         compute_metrics, preprocess_logits_for_metrics, callbacks: as for transformers' ``Trainer``; what predictions
             are, ``LlavaTrainer`` says.
     """
+    print_anything()
     model_args, data_args, training_args = parse_arguments(argv)
     # Flags first, then folders, then weights and data: what is found soonest is said soonest.
     choose_kernels(training_args.deterministic)
@@ -405,6 +406,7 @@ def cli(run: Callable[[], Any] = main) -> int:
         The exit status: 0, 2 after an error, 85 if the run was asked to stop and can be resumed, 130 after ^C.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    print_anything()
     try:
         status = run()
     except Preempted as stopped:

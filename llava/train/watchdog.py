@@ -245,7 +245,7 @@ class Watchdog:
         hang.mkdir(parents=True, exist_ok=True)
         with (hang / f"rank-{self.rank}.txt").open("wb") as file:
             state = RankState(self.notes.latest[self.rank], self.notes.workers.get(self.rank, []), place)
-            file.write(describe_rank(self.rank, state, socket.gethostname()).encode())
+            file.write(describe_rank(self.rank, state, socket.gethostname()).encode("utf-8", "backslashreplace"))
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             for child in multiprocessing.active_children():

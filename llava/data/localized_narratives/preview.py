@@ -39,7 +39,7 @@ class PreviewChoice:
         """Keep a sample if it has an image and is one of the first so far."""
         if self._size and sample.image is not None:
             # A hash for chance: no generator whose state depends on the rows before.
-            digest = int.from_bytes(hashlib.sha256(sample.identity.encode()).digest(), "big")
+            digest = int.from_bytes(hashlib.sha256(sample.identity.encode("utf-8", "surrogatepass")).digest(), "big")
             # The heap's smallest entry is the one to go.
             entry = (any(utterance.box for utterance in sample.utterances), -digest, sample)
             if len(self._kept) < self._size:
