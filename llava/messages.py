@@ -8,6 +8,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 _LONGEST_VALUE = 80
 _LONGEST_LINE = 1000
@@ -69,7 +70,8 @@ def print_anything() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors not in ("backslashreplace", "replace"):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # Of a file that was replaced under it: it asks for a place that there is not.
+                stream.reconfigure(errors="backslashreplace")
     for handler in logging.getLogger().handlers:
         if handler.formatter is not None and not isinstance(handler.formatter, PlainFormatter):
             handler.setFormatter(PlainFormatter(handler.formatter))
