@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llava.data.containers import open_container
 from llava.data.media_files import DEFAULT_LIMITS, MediaLimits
-from llava.data.video_index import VideoIndex, check_packet, decode_start, index_packets
+from llava.data.video_index import VideoIndex, check_packet, check_times, decode_start, index_packets
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -65,6 +65,7 @@ class Video:
         if container.format.name == "mxf" and len(self.times) + 2 < (stream.duration or 0):
             raise ValueError(f"it is cut off: it speaks of {stream.duration} frames and has {len(self.times)}")
         self.fps = frame_rate(self.times, self._declared_rate)
+        check_times(self.duration, container, stream)
 
     @property
     def duration(self) -> float:

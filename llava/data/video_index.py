@@ -404,3 +404,19 @@ _READERS: dict[str, PacketReader] = {
     "vp8": _read_vp8, "vp9": _read_vp9, "av1": _read_av1, "mpeg4": _read_mpeg4, "mpeg1video": _read_mpeg12,
     "mpeg2video": _read_mpeg12,
 }  # fmt: skip
+
+
+_TIMES_AS_LONG = 4
+_TOO_LONG = 20.0
+"""Seconds. Edits and streams of several lengths make a container say less than its frames take, but not so."""
+
+
+def check_times(seconds: float, container: InputContainer, stream: VideoStream) -> None:
+    """A ValueError for frames whose times lead far beyond what the container says that it lasts."""
+    lengths = [stream.duration * float(stream.time_base or 0)] if stream.duration else []
+    lengths += [container.duration / 1e6] if container.duration else []
+    if lengths and seconds > _TIMES_AS_LONG * max(lengths) + _TOO_LONG:
+        raise ValueError(
+            f"it is damaged: by the times of its frames it lasts {seconds:,.0f} seconds, and its container says "
+            f"{max(lengths):,.1f}"
+        )
