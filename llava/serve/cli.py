@@ -118,11 +118,12 @@ def draw_answer(answer: Answer, media: Media, vision: VisionConfig) -> Image:
     from llava.data.media import load_image, load_media
     from llava.draw import side_by_side
     from llava.serve.explain import draw_boxes, restore_frames
+    from llava.serve.generate import DECODE_TIMEOUT
 
     if media.kind == "image":
         frames = [Image.fromarray(load_image(media.path).numpy())]
     else:
-        frames = restore_frames(load_media(media, vision), vision)
+        frames = restore_frames(load_media(media, vision, timeout=DECODE_TIMEOUT), vision)
     draw_boxes(frames, answer, media.kind)
     return side_by_side(frames)
 

@@ -83,6 +83,9 @@ def read_answer(
 
 # The prompt that a request becomes.
 
+DECODE_TIMEOUT = 60.0
+"""Seconds that decoding a video may take; it is done in a process of its own, which a damaged file may bring down."""
+
 _PLACEHOLDERS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 
 
@@ -167,7 +170,7 @@ class PromptWriter:
             return item
         if self.vision is None:
             raise ValueError(f"{item.path}: this model was trained on text alone and cannot look at {item.kind}s")
-        return load_media(item, self.vision, features=self.features)
+        return load_media(item, self.vision, timeout=DECODE_TIMEOUT, features=self.features)
 
     def write_turns(self, request: Request, media: Sequence[VisualInput]) -> list[Turn]:
         """The turns of a request, media and coordinates as placeholders."""
