@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import time
@@ -143,3 +144,23 @@ def test_tokenizers_that_make_texts_longer(tokenizer_dir: Path, tmp_path: Path, 
         else:
             with pytest.raises(ValueError, match=message):
                 load_tokenizer(str(folder))
+
+
+# Archives and lists of files.
+
+
+def test_a_compressed_line_is_read_no_further_than_a_line_may_be(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "text.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(100):
+            file.write(b"a" * 10**6)
+    assert (tmp_path / "text.txt.gz").stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"text\.txt\.gz, line 1: longer than 67108864 bytes"):
+        read_records(str(tmp_path / "text.txt.gz"))
+
+
+def test_a_list_of_tables_names_files_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    state = {"_data_files": [{"filename": "../secret.arrow"}]}
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"its state\.json names .*secret\.arrow, which lies outside of it"):
+        find_entries([str(tmp_path / "data")])
