@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llava.command import CommandParser, run_command
 from llava.inspect import table
 from llava.train import family_flags as family
+from llava.train.flag_tests import TESTS
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 
 HEAD = """\
@@ -27,11 +28,11 @@ def describe_flags() -> str:
     sections = [HEAD, "## Flags that work\n"]
     for topic, flags in TOPICS.items():
         works = [
-            (show(name), flag.note, "; ".join(refusal.reason for refusal in flag.refusals))
+            (show(name), flag.note, "; ".join(refusal.reason for refusal in flag.refusals), f"`{TESTS[name]}`")
             for name, flag in flags.items()
             if flag.effect == WORKS
         ]
-        sections.append(f"### {topic.capitalize()}\n\n{table(('flag', 'what', 'refused otherwise'), works)}")
+        sections.append(f"### {topic.capitalize()}\n\n{table(('flag', 'what', 'refused otherwise', 'test'), works)}")
     for title, effect, meaning in (
         ("Flags that are refused", REFUSED, "Any value but the default is an error."),
         ("Flags without effect", NO_EFFECT, "A warning says so where one is given."),

@@ -37,10 +37,20 @@ def runs(llama_dir: Path, tower_dir: Path, mixed_data: Path, tmp_path_factory, w
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
     # DDP first: what FSDP says in the environment stays there.
-    orders = [words("ddp"), words("ddp_bf16", bf16="true", save_strategy="no"), words("fsdp", fsdp="true")]
+    orders = [
+        words("ddp", ddp_backend="gloo"),
+        words("ddp_bf16", bf16="true", save_strategy="no"),
+        words("fsdp", fsdp="true"),
+    ]
     orders += [words("fsdp_bf16", fsdp="true", bf16="true", save_strategy="no")]
+    settings = json.dumps({"version": 2, "reshard_after_forward": False})
     orders += [
-        words(name, fsdp="true", resume_from_checkpoint=folder / name.removeprefix("from_") / "checkpoint-2")
+        words(
+            name,
+            fsdp="true",
+            fsdp_config=settings,
+            resume_from_checkpoint=folder / name.removeprefix("from_") / "checkpoint-2",
+        )
         for name in ("from_ddp", "from_fsdp")
     ]
     (folder / "orders.json").write_text(json.dumps(orders))

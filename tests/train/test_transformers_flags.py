@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llava.train import engines
 from llava.train.command_line import parse_arguments
 from llava.train.engines import OPTIMIZERS, check_optimizer
 from llava.train.evaluation import plan_evaluation
+from llava.train.flag_tests import TESTS
 from llava.train.train import TrainingArguments, build_trainer, main
 from llava.train.transformers_flags import FLAGS, NO_EFFECT, REFUSED, TOPICS, WORKS
 from tests.train.test_training import flags, losses, write_json
@@ -57,6 +59,13 @@ def test_the_table_has_every_field_of_the_installed_release() -> None:
 
 def test_the_table_has_every_optimizer_of_the_installed_release() -> None:
     assert {name.value for name in OptimizerNames} - set(OPTIMIZERS) == set()
+
+
+def test_every_flag_that_works_names_a_test_that_has_it() -> None:
+    assert set(TESTS) == {name for name, flag in FLAGS.items() if flag.effect == WORKS}
+    for name, file in TESTS.items():
+        text = (Path(__file__).parents[2] / file).read_text()
+        assert re.search(rf"\b{name}\b", text), f"{file} does not have --{name}"
 
 
 def test_every_entry_says_what_it_means() -> None:
@@ -129,6 +138,50 @@ def test_a_flag_without_effect_is_said(caplog: pytest.LogCaptureFixture) -> None
     caplog.clear()
     parse_arguments(REQUIRED)
     assert "has no effect" not in caplog.text
+
+
+PASSED_ON = {
+    "fp16_full_eval": "false", "torch_empty_cache_steps": 1, "log_on_each_node": "false", "log_level": "info",
+    "log_level_replica": "error", "project": "p", "trackio_space_id": "s", "trackio_bucket_id": "b",
+    "trackio_static_space_id": "t", "hub_private_repo": "true", "hub_strategy": "end", "ddp_bucket_cap_mb": 1,
+    "ddp_broadcast_buffers": "true", "ddp_timeout": 60, "ddp_find_unused_parameters": "false",
+    "logging_nan_inf_filter": "false", "stop_on_bad_numbers": "false", "eval_do_concat_batches": "false",
+    "eval_delay": 1, "restore_callback_states_from_checkpoint": "false", "skip_memory_metrics": "false",
+    "bf16_full_eval": "true", "dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "local_rank": -1,
+    "dataloader_multiprocessing_context": "fork", "use_cache": "true", "seed": 42,
+}  # fmt: skip
+"""Flags that transformers alone reads, or that say where and how a run computes, with values that change no weight."""
+
+
+def test_flags_that_are_passed_on_are_taken_and_change_no_weight(llama_dir: Path, text_data: Path, tmp_path) -> None:
+    installed = {name: value for name, value in PASSED_ON.items() if name in TrainingArguments.__dataclass_fields__}
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    main(flags(llama_dir, None, text_data, plain, max_steps=2))
+    trainer = main(flags(llama_dir, None, text_data, other, max_steps=2, **installed))
+    assert (plain / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert losses(plain) == losses(other)
+    for name in ("log_level_replica", "project", "ddp_bucket_cap_mb", "dataloader_prefetch_factor"):
+        assert str(getattr(trainer.args, name)) == str(PASSED_ON[name])
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_checkpointing_take_settings(name: str) -> None:
+    if name not in TrainingArguments.__dataclass_fields__:
+        pytest.skip(f"transformers {transformers.__version__} has no --{name}")
+    settings = {"gradient_checkpointing": "gradient_checkpointing_kwargs",
+                "activation_checkpointing": "activation_checkpointing_kwargs"}[name]  # fmt: skip
+    words = [f"--{name}", "true", f"--{settings}", '{"use_reentrant": false}']
+    arguments = parse_arguments([*REQUIRED, *words])[2]
+    assert getattr(arguments, settings) == {"use_reentrant": False}
+    assert arguments.gradient_checkpointing
+
+
+@pytest.mark.parametrize(("name", "value"), [("torch_compile_mode", "reduce-overhead"), ("full_determinism", "true")])
+def test_flags_that_are_only_taken(name: str, value: str) -> None:
+    """What they do is torch's: here it is seen that they get there."""
+    arguments = parse_arguments([*REQUIRED, f"--{name}", value])[2]
+    assert str(getattr(arguments, name)).lower() == value
+    assert arguments.torch_compile == (name == "torch_compile_mode")
 
 
 def test_a_warm_up_that_a_schedule_does_not_have_is_said(caplog: pytest.LogCaptureFixture) -> None:
