@@ -1,7 +1,7 @@
 """How much is fuzzed, and what every target takes for granted.
 
 ``ci`` is a small slice, the same in every run, which the other tests run beside. ``offline`` is the search, with
-20,000 cases and a memory of what failed: ``make fuzz``, which loads this module as a plugin of pytest.
+23,000 cases and a memory of what failed: ``make fuzz``, which loads this module as a plugin of pytest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_SECONDS = 60
 
 
 def cases(offline: int, in_ci: int) -> Callable[[Test], Test]:
-    """How many cases a target gets in a search, of 20,000 for all together, and in each run of CI."""
+    """How many cases a target gets in a search, of 23,000 for all together, and in each run of CI."""
     count = offline if settings.get_current_profile_name() == OFFLINE else in_ci
     return settings(max_examples=count)
 

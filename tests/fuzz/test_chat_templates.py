@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import time
+from unittest import mock
+
 import pytest
 from fuzzing import attempt, cases, names
 from hypothesis import example, given
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from test_conversations import chats, make_vision
 
 from llava.constants import IGNORE_INDEX
-from llava.data.formats import CHAT, build_format
+from llava.data.formats import CHAT, build_format, template_limits
 from llava.data.formats.base import label_segments
 from llava.data.placeholders import expand_placeholders
 from llava.types import Turn
@@ -51,6 +55,39 @@ def templates(draw: st.DrawFn) -> str:
     return f"{before}{around[0]}{''.join(draw(st.permutations(inside)))}{around[1]}{behind}"
 
 
+_GROWTH = st.sampled_from((
+    "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = ns.x + ns.x %}", "{% set ns.x = [ns.x, ns.x] | join %}",
+    "{% set ns.x = '%s%s' | format(ns.x, ns.x) %}", "{% set ns.x = ns.x | replace('a', 'aaaa') %}",
+    "{% set ns.x = ns.x | center(999999) %}", "{% set ns.x = ns.x * 99 %}",
+    "{% set ns.x = ns.x | indent(9999, true) %}",
+    "{% set ns.x = messages | tojson(indent=99999) %}", "{{ ns.x }}", "{{ ns.x | upper }}", "{{ range(99999) | list }}",
+    "{{ range(99999) | join(ns.x) }}", "{{ range(99999) | sum }}", "{{ ns.x | length }}", "{{ ns.x | urlize }}",
+    "{{ ns.x | wordcount }}", "{{ m(9) }}", "{% set ns.x = ns.x.ljust(99999) %}", "{% set ns.x = ns.x.zfill(999999) %}",
+    "{% set ns.l = ns.l + ns.l %}", "{{ ns.l | batch(1) | list }}", "{% set ns.x = ns.x.join(ns.l) %}",
+))  # fmt: skip
+
+
+@st.composite
+def hungry(draw: st.DrawFn) -> str:
+    """A template that works for nothing: loops in loops, texts that double, and macros that call themselves."""
+    inside = "".join(draw(st.lists(_GROWTH, min_size=1, max_size=3)))
+    for _ in range(draw(st.integers(1, 3))):
+        number = draw(st.sampled_from((2, 30, 999, 90_000)))
+        way = draw(st.sampled_from(("loop", "loop", "macro", "set", "filter")))
+        inside = {
+            "loop": f"{{% for i in range({number}) %}}{inside}{{% endfor %}}",
+            "macro": f"{{% macro q() %}}{inside}{{% endmacro %}}{{{{ q() }}}}",
+            "set": f"{{% set y %}}{inside}{{% endset %}}{{{{ y | length }}}}",
+            "filter": f"{{% filter upper %}}{inside}{{% endfilter %}}",
+        }[way]
+    start = (
+        "{% set ns = namespace(x='a', l=['b', 'c']) %}"
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    return start + inside
+
+
 @pytest.fixture(scope="module")
 def tokenizer(gpt2_tokenizer):  # noqa: F811
     from llava.model.vocabulary import add_visual_tokens
@@ -63,10 +100,25 @@ def tokenizer(gpt2_tokenizer):  # noqa: F811
 TURNS = [Turn("user", "ciao"), Turn("assistant", "salve")]
 
 
+@cases(offline=120, in_ci=3)
+@example("{% set x = 'a' | center(999999) %}{% for i in range(9999) %}{{ x }}{% endfor %}{{ messages }}")  # 10 GB
+@example("{% macro m() %}{% for i in range(9999) %}{{ 'a' | center(999999) }}{% endfor %}{% endmacro %}{{ m() }}")
+@given(hungry())
+def test_a_template_that_works_for_nothing_ends_soon_and_in_little_memory(tokenizer, template):
+    tokenizer.chat_template = template
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with mock.patch.object(template_limits, "_SECONDS", 1.0):
+        found = attempt(build_format, CHAT, tokenizer)
+    assert time.monotonic() - begin < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
+    assert not isinstance(found, ValueError) or names(found, "chat template")
+
+
 @cases(offline=900, in_ci=60)
 @example("{% for message in messages %}{{ loop.index / 0 }}{% endfor %}", TURNS, 20)
 @example("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TURNS, 20)
 @example("{{ 'a' * 10**12 }}", TURNS, 20)
+@example("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", TURNS, 20)  # no end
 @example("{{ {'a': 1}['b'] }}{{ messages[9].content }}", TURNS, 20)
 @given(templates(), chats(), st.integers(2, 200))
 def test_a_template_writes_conversations_or_is_refused_in_one_line(tokenizer, template, turns, max_length):

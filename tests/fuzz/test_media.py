@@ -180,7 +180,8 @@ def reference(content: bytes) -> np.ndarray | None:
     with Image.open(io.BytesIO(content)) as image:
         if image.mode not in ("RGB", "L", "CMYK", "YCbCr", "1", "P") or "transparency" in image.info:
             return None
-        if getattr(image, "n_frames", 1) > 1:
+        # Pages of a TIFF are looked for by reading each, and the second may be damaged; the first is what is read.
+        if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
             return None
         image.load()
         upright = ImageOps.exif_transpose(image)

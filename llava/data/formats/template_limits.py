@@ -95,16 +95,18 @@ def run_bounded(render: Callable[[], T]) -> T:
     Jinja compiles a template to Python, so its lines can be counted as a debugger does, in any thread. Only templates
     are: all else runs at its own speed.
     """
-    lines, end = 0, time.monotonic() + _SECONDS
+    lines, written, end = 0, 0, time.monotonic() + _SECONDS
 
     def count(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        nonlocal lines
+        nonlocal lines, written
         lines += 1
+        # A template yields what it writes, piece by piece; they are joined when it is through.
+        written += len(argument) if event == "return" and isinstance(argument, str) else 0
         if lines > _MOST_LINES:
             raise TemplateLimitError(f"it runs more than {_MOST_LINES:,} lines; does it end?")
         if time.monotonic() > end:
             raise TemplateLimitError(f"it runs for more than {_SECONDS:g} seconds")
-        if any(_length(value) > _MOST_CHARACTERS for value in frame.f_locals.values()):
+        if written > _MOST_CHARACTERS or any(_length(value) > _MOST_CHARACTERS for value in frame.f_locals.values()):
             raise TemplateLimitError(f"it makes a text of more than {_MOST_CHARACTERS:,} characters")
         return count
 
@@ -120,8 +122,10 @@ def run_bounded(render: Callable[[], T]) -> T:
 
 
 def _length(value: object) -> int:
-    if isinstance(value, str | list):
+    if isinstance(value, str):
         return len(value)
+    if isinstance(value, list):  # A macro joins the pieces of such a list.
+        return len(value) + sum(len(piece) for piece in value if isinstance(piece, str))
     # namespace(): the only values of a template that a loop can change.
     held = getattr(value, "_Namespace__attrs", None)
     return max(map(_length, held.values()), default=0) if isinstance(held, dict) else 0
