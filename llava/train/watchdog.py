@@ -234,9 +234,11 @@ class Watchdog:
             within(release_all)
             for child in multiprocessing.active_children():  # One that hangs would stay.
                 child.kill()
+            time.sleep(0.2)  # All have read by then that they may go; the first to do so ends the others' exchanges.
             if self.rank == min(set(answered) & set(self.notes.local)):
-                time.sleep(0.2)  # The others have read by then that they may go.
                 shutil.rmtree(self.notes.folder, ignore_errors=True)
+            else:
+                time.sleep(0.1)
         finally:
             os._exit(HUNG)  # The thread that trains waits for something that never comes.
 
