@@ -232,13 +232,15 @@ class Watchdog:
                 within(lambda: self._end_silent(states, hang))
             self.notes.meet("told", answered, _GRACE)
             within(release_all)
-            for child in multiprocessing.active_children():  # One that hangs would stay.
-                child.kill()
             time.sleep(0.2)  # All have read by then that they may go; the first to do so ends the others' exchanges.
             if self.rank == min(set(answered) & set(self.notes.local)):
                 shutil.rmtree(self.notes.folder, ignore_errors=True)
             else:
                 time.sleep(0.1)
+            # One that hangs would stay. Last of all: where several end, torch raises in the thread that trains, behind
+            # which this process would leave with another status.
+            for child in multiprocessing.active_children():
+                child.kill()
         finally:
             os._exit(HUNG)  # The thread that trains waits for something that never comes.
 

@@ -199,6 +199,26 @@ def test_notes_of_killed_runs_go_after_a_month(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-run-new", "other"]
 
 
+def test_workers_are_ended_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises in the thread that trains when one has ended, and the process would leave with its status."""
+    events: list[object] = []
+    args = SimpleNamespace(output_dir=tmp_path, hang_timeout=5.0)
+    trainer: Any = SimpleNamespace(args=args, state=SimpleNamespace(global_step=0))
+    progress.begin(tmp_path / "rank-0")
+    try:
+        own = Watchdog(trainer, RankNotes(tmp_path, 0, ["here"]))
+        own.rank, own._main = 0, threading.get_ident()
+        own._look()
+        child = SimpleNamespace(pid=0, kill=lambda: events.append("worker"))
+        monkeypatch.setattr("multiprocessing.active_children", lambda: [child])
+        monkeypatch.setattr("os._exit", events.append)
+        monkeypatch.setattr("shutil.rmtree", lambda *words, **named: events.append("notes"))
+        own._leave(None, 5.0)
+    finally:
+        progress.end()
+    assert events == ["notes", "worker", HUNG]
+
+
 def test_a_worker_that_hangs_is_named_whatever_its_rank_does(tmp_path: Path) -> None:
     """Also in an evaluation, whose batch before has its samples in the note of the rank."""
     progress.begin(tmp_path / "rank-0")
