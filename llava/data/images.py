@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.data.containers import find_container
 from llava.data.image_structure import AVIF_BRANDS, Animation, is_heif, is_picture, read_structure
 from llava.data.media_files import DEFAULT_LIMITS, MediaError, MediaLimits, check_file, is_picture_name
 
@@ -49,11 +50,20 @@ def _named(path: str, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[None]:
         # Above what any --max_image_pixels can allow; Pillow says how large it is.
         raise MediaError(f"{path}: {error} --max_image_pixels is {limits.max_image_pixels}") from error
     except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
+        raise MediaError(f"{path}: cannot be read as an image: {_describe_other(path)}") from error
     except MemoryError as error:
         raise MediaError(f"{path}: cannot be read as an image: it does not fit into memory") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, OverflowError) as error:
         raise MediaError(f"{path}: cannot be read as an image: {str(error).replace(repr(path), 'it')}") from error
+
+
+def _describe_other(path: str) -> str:
+    """What a file is that no format of pictures knows."""
+    try:
+        find_container(path)
+    except (OSError, ValueError):
+        return f"it is none of {', '.join(FORMATS)}"
+    return 'it is a video; give it under the key "video", with <video> in the text'
 
 
 @contextmanager

@@ -275,7 +275,10 @@ def _read_turn(turn: object, where: str, unread: list[str]) -> tuple[object, lis
     elif isinstance(content, list):
         pieces = [piece for part in content for piece in _read_part(part, where, unread)]
     else:
-        raise ValueError(f'{where}: "value" must be a string, found {name_type(content)}; or give a list of parts')
+        others = "" if content is not None else f" (its keys: {shorten(list(turn))})"
+        raise ValueError(
+            f'{where}: "value" must be a string, found {name_type(content)}{others}; or give a list of parts'
+        )
     return role, pieces if _ALL_MEDIA_KEYS.isdisjoint(turn) else [*_shown_first(turn, pieces, where), *pieces]
 
 

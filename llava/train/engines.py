@@ -33,6 +33,8 @@ EXTRAS = ("tensorboard", "wandb", "trackio")
 def check_machine(args: TrainingArguments, attention: str | None, launched: bool) -> None:
     """Check precision, attention, trackers, which are chosen here, and ``--deepspeed``, whose name becomes a file.
 
+    Ranks on a machine that has nothing but its CPU take that.
+
     To be called before transformers reads them.
 
     Args:
@@ -44,6 +46,9 @@ def check_machine(args: TrainingArguments, attention: str | None, launched: bool
         ValueError: this machine or its packages do not have it; names the flag and the way on.
     """
     _check_precision(args)
+    if launched and not torch.accelerator.is_available():
+        # Without it transformers would see no other ranks: each would train the whole run, all in one folder.
+        args.use_cpu = True
     if attention == "flash_attention_2":
         check_flash_attention()
     if args.report_to is None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from llava.command import CommandParser, program_name, run_command
+from llava.command import FAILED, CommandParser, program_name, run_command
 from llava.train.preemption import HUNG, PREEMPTED
 
 PROGRAM = "python -m llava.train.launch"
@@ -25,7 +25,7 @@ _PAUSE = 0.2  # seconds between two looks for ranks that are not started yet
 
 
 def main(argv: Sequence[str] | None = None, stop_at_term: bool = False) -> int:
-    """Run the ranks; their status 85 or 110 is this process's too, of other failures torchrun reports.
+    """Run the ranks; their status 2, 85 or 110 is this process's too, of other failures torchrun reports.
 
     Args:
         argv: torchrun's words; by default this process's.
@@ -56,7 +56,15 @@ def main(argv: Sequence[str] | None = None, stop_at_term: bool = False) -> int:
             return PREEMPTED
         if any(failure.exitcode == HUNG for failure in error.failures.values()):
             return HUNG  # The ranks have said why.
+        if any(failure.exitcode == FAILED for failure in error.failures.values()):
+            return FAILED  # One has said what is wrong, above torchrun's own lines.
         raise
+    except ValueError as error:
+        if "Cuda is not available" not in str(error):
+            raise
+        raise ValueError(
+            "--nproc_per_node gpu: no GPU can be seen on this machine; give a number of processes in its place"
+        ) from error
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Whatever became of the ranks: it is no other for a signal now.
         if stop_at_term:

@@ -92,7 +92,8 @@ def check_and_report(
         print(parts_table(loaded.model, training_args.part_learning_rates()))
         print(budget_table(loaded.vision, max_length, loaded.model.config.max_position_embeddings))
         print(escape_controls("\n".join(map(data_table, given))))
-        print(escape_controls(supervision_table(given[0])), flush=True)
+        print(escape_controls(supervision_table(given[0])))
+        print(escape_controls(f"output folder: {training_args.output_dir}"), flush=True)
         for advice in advise_on_kernels(loaded.model, training_args):
             logger.info("%s", advice)
 

@@ -21,7 +21,7 @@ class FeatureCacheArguments:
     feature_cache: str | None = None
     """Folder of features of a frozen vision tower: images and clips that it has are neither decoded nor encoded, and
     with all of them the tower's weights are not read (python -m llava.data.feature_cache build, or
-    --feature_cache_fill)."""
+    --feature_cache_fill); none turns off what a recipe asks for."""
     feature_cache_fill: bool = False
     """Add what --feature_cache lacks as it is computed, in the first epoch; the folder is made if it is not there."""
     feature_cache_strict: bool = False
@@ -31,7 +31,10 @@ class FeatureCacheArguments:
     them, which is exact)."""
 
     def check_feature_cache(self) -> None:
-        """A ValueError for flags that do not go together."""
+        """A ValueError for flags that do not go together; all are off where the folder is ``none``."""
+        if self.feature_cache == "none":
+            self.feature_cache = self.feature_cache_storage = None
+            self.feature_cache_fill = self.feature_cache_strict = False
         for name in ("fill", "strict", "storage"):
             if getattr(self, f"feature_cache_{name}") and not self.feature_cache:
                 raise ValueError(f"--feature_cache_{name} was given without --feature_cache; give its folder too")
@@ -70,7 +73,7 @@ class StagingArguments(FeatureCacheArguments):
         if self.stage_media is not None and self.feature_cache is not None:
             raise ValueError(
                 "--stage_media: with --feature_cache images and clips are read once at most, and a copy saves nothing; "
-                "leave it out"
+                "leave it out, or give --feature_cache none where a recipe asks for one"
             )
         if not 0 < self.stage_timeout < math.inf:
             raise ValueError(f"--stage_timeout is {self.stage_timeout}; it is a number of seconds above 0")

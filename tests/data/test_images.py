@@ -277,6 +277,10 @@ def test_containers_that_unpack_without_a_bound_are_not_opened(tmp_path: Path) -
         assert_refused(tmp_path / name, "it is none of JPEG, PNG, GIF")
 
 
+def test_a_clip_under_the_key_of_images_is_told(media_dir: Path) -> None:
+    assert_refused(next(media_dir.glob("*.mp4")), 'it is a video; give it under the key "video"')
+
+
 # Orientation
 
 

@@ -69,6 +69,7 @@ def await_steps(process: subprocess.Popen[bytes], output: Path) -> None:
         ([PREEMPTED, -signal.SIGTERM], PREEMPTED),
         ([-signal.SIGUSR1], PREEMPTED),
         ([-signal.SIGKILL, HUNG], HUNG),
+        ([-signal.SIGTERM, 2], 2),
         ([1, -9], None),
     ],
 )

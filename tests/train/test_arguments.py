@@ -10,6 +10,7 @@ import pytest
 
 from llava.train import arguments, engines
 from llava.train.command_line import RECIPES, parse_arguments
+from llava.train.train import check_start
 
 REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o", "--use_cpu"]
 
@@ -20,6 +21,20 @@ def test_defaults() -> None:
     assert (data.data_path, data.plain_lm, data.image_folder) == (["d.json"], True, None)
     assert training.remove_unused_columns is False
     assert all(value is None for value in {**model.vision_settings(), **data.vision_settings()}.values())
+
+
+def test_a_recipes_feature_cache_can_be_turned_off() -> None:
+    words = [*REQUIRED, "--config", "start.yaml"]
+    assert parse_arguments(words)[1].feature_cache_fill
+    _, data, _ = parse_arguments([*words, "--feature_cache", "none", "--stage_media", "/x"])
+    assert (data.feature_cache, data.feature_cache_fill) == (None, False)
+
+
+def test_ranks_that_would_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = parse_arguments(REQUIRED)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"started 2 processes .* would train as 1.*--use_cpu true"):
+        check_start(*groups)
 
 
 def test_flags_override_a_recipe(tmp_path: Path) -> None:
