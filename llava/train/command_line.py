@@ -85,16 +85,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         argv: the words of the command line; by default this process's.
 
     Raises:
-        ValueError: an unknown flag or key (with the names that come near it), or a value that does not fit.
+        ValueError: an unknown flag or key (with the names that come near it), a value that does not fit, or a launcher
+            whose processes would each train alone.
     """
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
     values = parse_values(argv)
-    return (
-        build_group(ModelArguments, values),
-        build_group(DataArguments, values),
-        build_group(TrainingArguments, values),
-    )
+    model, data = build_group(ModelArguments, values), build_group(DataArguments, values)
+    training = build_group(TrainingArguments, values)
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(training.world_size):
+        raise ValueError(
+            f"a launcher has started {started} processes (WORLD_SIZE), which would not meet: this one would train as "
+            f"{training.world_size}. Give --use_cpu true for a CPU; alone, unset WORLD_SIZE"
+        )
+    return model, data, training
 
 
 def parse_values(

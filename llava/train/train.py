@@ -272,19 +272,13 @@ def check_start(model_args: ModelArguments, data_args: DataArguments, training_a
     """See that a run can start where it is; names of models become folders.
 
     Raises:
-        ValueError: one process would drive several GPUs, whose batches of media cannot be scattered, or several would
-            not meet, or a folder is not there or cannot be written to.
+        ValueError: one process would drive several GPUs, whose batches of media cannot be scattered, or a folder is
+            not there or cannot be written to.
     """
     if training_args.n_gpu > 1:
         raise ValueError(
             f"one process sees {training_args.n_gpu} GPUs; start one for each with "
             f"torchrun --nproc_per_node {training_args.n_gpu} -m llava.train.train ..., or set CUDA_VISIBLE_DEVICES=0"
-        )
-    ranks = read_variables(("WORLD_SIZE",)).get("WORLD_SIZE", "1")
-    if ranks != str(training_args.world_size):
-        raise ValueError(
-            f"a launcher has started {ranks} processes (WORLD_SIZE), which would not meet: this one would train as "
-            f"{training_args.world_size}. Give --use_cpu true for a CPU; alone, unset WORLD_SIZE"
         )
     check_output_folder(str(training_args.output_dir), "--output_dir")
     if data_args.feature_cache is not None:
