@@ -152,7 +152,8 @@ class SupervisedDataset(Dataset["Example | BadSample"]):
         """Decode and tokenise a record; a ValueError if it cannot be used."""
         self.check_usable(record)
         # What may take long, and hang, is said before: each clip has --decode_timeout, where there is one.
-        tries = len(record.media) * (1 if self.staged is None else 2)  # What a copy does not give is read again.
+        clips = sum(media.kind == "video" for media in record.media)
+        tries = clips * (1 if self.staged is None else 2)  # What a copy does not give is read again.
         patience = (self.decode_timeout + progress.GRACE) * tries if self.decode_timeout else 0.0
         progress.note(progress.DECODING if record.media else progress.READING, [record.id], patience=patience)
         media = self.load_media(record)
