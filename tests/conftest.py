@@ -49,9 +49,10 @@ TORCHVISION_OPERATORS = define_torchvision_operators() if importlib.util.find_sp
 
 
 SLOWEST = (
-    "train/test_mixed_ranks.py", "train/test_training.py", "faults/test_elastic.py", "faults/test_kill.py",
-    "train/test_data_order.py",
-    "scripts_italian/test_italian_shell.py", "model/test_llava_arch.py", "data/test_video_frames.py",
+    "train/test_mixed_ranks.py", "train/test_training.py", "faults/test_elastic.py", "faults/test_watchdog.py",
+    "faults/test_kill.py", "train/test_data_order.py", "train/test_verify.py", "train/test_slurm.py",
+    "train/test_sharding.py", "scripts_italian/test_italian_shell.py", "model/test_llava_arch.py",
+    "data/test_video_frames.py",
     "model/language_model/test_families.py", "eval/test_eval_run.py", "train/test_feature_cache_training.py",
     "model/language_model/test_alternating.py", "faults/test_early_signals.py", "model/test_lora.py",
     "model/test_backbones.py", "train/test_transformers_flags.py", "train/test_resuming.py",
@@ -89,6 +90,14 @@ def warm_python(own_cache_dir: None, tmp_path_factory: pytest.TempPathFactory) -
     warm = WarmPython(folder)
     yield warm.path
     warm.close()
+
+
+@pytest.fixture(scope="session")
+def server(warm_python: str) -> Iterator[object]:
+    """The fork server of ``faults/runs.py``: runs in processes of their own, which have all of training imported."""
+    server = load_script("tests/faults/runs.py").ForkServer(warm_python)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -260,9 +260,8 @@ class DecoderProcess:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(_GRACE)
-        return -getattr(
-            signal, "SIGKILL", signal.SIGTERM
-        )  # It waits for a disk, which no signal ends, and will go when that answers.
+        # It waits for a disk, which no signal ends, and will go when that answers.
+        return -getattr(signal, "SIGKILL", signal.SIGTERM)
 
     def forget(self) -> None:
         """Close this process's ends of the pipes."""

@@ -68,7 +68,9 @@ def find_malformed(folder: Path) -> str | None:
 def _check_trainer_state(state: Any, folder: Path) -> None:
     _expect(isinstance(state, dict), "an object", state)
     if unknown := sorted(state.keys() - _OF_STATE):
-        raise ValueError(f"it has {list_names([shorten(name) for name in unknown])}, which no run writes")
+        raise ValueError(
+            f"it has {list_names([shorten(name) for name in unknown])}, which the installed transformers does not know"
+        )
     for name in _COUNTS:
         _check_count(state.get(name), name, optional=name == "best_global_step")
     for name in _NUMBERS:

@@ -49,8 +49,6 @@ OPAQUE = 4
 _SLOWEST_TICK = 5.0  # seconds between two looks
 _GRACE = 10.0  # seconds that ranks have to answer, and that a file may take to be written, once a run has hung
 _COMPILED_STEPS = 3  # steps of a start that may compile
-_MOVED_BYTES = 1 << 16  # that a process reads and writes between two looks, where it saves
-
 
 UNLIMITED = 1e18
 """Patience without an end."""
@@ -241,6 +239,11 @@ class Watchdog:
             # which this process would leave with another status.
             for child in multiprocessing.active_children():
                 child.kill()
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, psutil.Error) as error:
+            said = f"{type(error).__name__}: {error}"
+            within(
+                lambda: _say(f"error: this run hangs (--hang_timeout), and what is known of it cannot be told: {said}")
+            )
         finally:
             os._exit(HUNG)  # The thread that trains waits for something that never comes.
 
@@ -274,7 +277,7 @@ class Watchdog:
             if time.monotonic() > end or all(silent.values()):
                 break
             time.sleep(0.02)
-        self.notes.look()
+        self._look()
         return {
             rank: RankState(
                 note,
@@ -290,9 +293,13 @@ class Watchdog:
         if rank not in self.notes.local:
             return None
         process = self._find_process(rank)
-        if process is None:
+        try:
+            status = psutil.STATUS_DEAD if process is None else process.status()
+        except psutil.Error:
+            status = psutil.STATUS_DEAD
+        if status == psutil.STATUS_DEAD:
             return "its process has ended"
-        stopped = process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         return "its process is stopped (SIGSTOP, a debugger, or a suspended job)" if stopped else None
 
     def _find_process(self, rank: int) -> psutil.Process | None:

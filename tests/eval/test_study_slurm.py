@@ -95,6 +95,8 @@ def test_an_array_of_six_cells_ends_with_a_table_of_the_two_that_failed(
     assert command.main(["study.yaml", "--table"]) == 1
     assert "4 of 6 cells are done, 1 failed:" in (said := capsys.readouterr().out)
     assert ", or killed |" in said
+    assert command.main(["study.yaml", "--over"]) == 2
+    assert capsys.readouterr().err == "error: --over says something of --table; give both\n"
     script = Path("out/table.sbatch").read_text()
     assert "#SBATCH --account=x\n" in script
     assert "gres" not in script

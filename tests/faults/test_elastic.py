@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,13 +36,6 @@ class Leg(NamedTuple):
     ranks: int
     batch: int
     accumulation: int = 1
-
-
-@pytest.fixture(scope="module")
-def server(warm_python: str) -> Iterator[ForkServer]:
-    server = ForkServer(warm_python)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

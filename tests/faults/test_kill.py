@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ MILESTONES = "20,60,100,150"
 """In steps 1, 3, 5 and 7 of two ranks, of which every second one is saved."""
 NO_NAME = ("os.rename", LAST, 0)
 """When the last milestone is written, and is to be given its name."""
-
-
-@pytest.fixture(scope="module")
-def server(warm_python: str) -> Iterator[ForkServer]:
-    server = ForkServer(warm_python)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

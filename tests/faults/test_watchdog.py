@@ -31,13 +31,6 @@ Line = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def server(warm_python: str) -> Iterator[ForkServer]:
-    server = ForkServer(warm_python)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def flags(gpt2_dir: Path, tower_dir: Path, media_dir: Path) -> Line:
     """A run of six steps, in the order of its data: sample-0 and sample-1 are the first step's of two ranks."""
     samples = [
@@ -236,6 +229,27 @@ def test_a_worker_that_hangs_is_named_whatever_its_rank_does(tmp_path: Path) -> 
     finally:
         progress.end()
     assert re.fullmatch(r"evaluating \(step \d+, for \d+ s a worker has been decoding sample 'b'\)", said)
+
+
+def test_a_hang_of_which_nothing_can_be_told_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Watchdog, place: Place) -> dict[int, RankState]:
+        raise KeyError("rank 7")
+
+    left: list[int] = []
+    monkeypatch.setattr(Watchdog, "_gather", fail)
+    monkeypatch.setattr(os, "_exit", left.append)
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    own = Watchdog(trainer, RankNotes(tmp_path, 0, ["here"]))
+    own.rank, own._main = 0, threading.get_ident()
+    own.notes.latest[0] = Note(step=3)
+    own._leave(None, 5.0)
+    assert left == [HUNG]
+    assert (
+        "error: this run hangs (--hang_timeout), and what is known of it cannot be told: KeyError"
+        in capfd.readouterr().err
+    )
 
 
 def test_who_is_to_blame() -> None:

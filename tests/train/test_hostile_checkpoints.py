@@ -71,7 +71,7 @@ SAID: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("trainer_state.json", {"log_history": [7]}, "expected lines of log"),
     ("trainer_state.json", {"best_model_checkpoint": 7}, "expected a name as best_model_checkpoint"),
     ("trainer_state.json", {"stateful_callbacks": {"TrainerControl": 7}}, "expected states of callbacks"),
-    ("trainer_state.json", {"more": 1}, "it has 'more', which no run writes"),
+    ("trainer_state.json", {"more": 1}, "it has 'more', which the installed transformers does not know"),
     ("data_state.json", b"7", "expected an object with an order"),
     ("data_state.json", {"step": -3}, "step is -3"),
     ("data_state.json", {"epoch": "x"}, "epoch is 'x'"),

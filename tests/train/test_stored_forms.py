@@ -17,7 +17,6 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,17 +77,12 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(warm_python: str) -> Iterator[ForkServer]:
-    server = ForkServer(warm_python)
-    yield server
-    server.close()
-
-
 def test_a_checkpoint_of_two_ranks_goes_on(stored: Path, server: ForkServer) -> None:
     line = flags(stored, "ddp", resume_from_checkpoint="auto")
     assert server.run_ranks(line, stored / "again") == 0, (stored / "again" / "said").read_text()
-    assert "will not go on exactly" not in (stored / "again" / "said").read_text()
+    said = (stored / "again" / "said").read_text()
+    for warning in ("does not have the losses since", "is not the same bit for bit"):
+        assert warning not in said
     expected = json.loads((stored / "losses.json").read_text())["ddp"]
     assert read_losses(stored / "ddp") == pytest.approx(expected, abs=2e-4)
 

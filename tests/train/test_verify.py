@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,9 @@ def test_a_bit_of_a_pass_is_found_before_the_weights_take_it(
     assert f"python -m llava.train.replay {folder}" in error
     # Here no bit flips, and the loss is the run's, to the last bit.
     assert replay([str(folder)]) == 1
-    said = capsys.readouterr().out
-    for line in [line for line in said.splitlines() if what == "gradient" and "micro-batch" in line]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(in the run " in line]
+    assert len(lines) == 2
+    for line in lines[what == "output" :]:  # The run's own loss has the bit that flipped in an output.
         loss, before = line.split("loss ")[1].rstrip(")").split(" (in the run ")
         assert loss == before
 
@@ -145,10 +146,9 @@ def test_a_kernel_that_is_not_deterministic_is_found_at_once(flags: Line, tmp_pa
 
 def test_a_checksum_sees_what_a_sum_does_not() -> None:
     values = torch.randn(1001)
-    for place, bit in ((0, 0), (500, 31), (1000, 22)):
+    for place, bit in ((0, 0), (500, 30), (1000, 22)):
         changed = values.clone()
-        flips.flip(changed, place, 0)
-        changed.view(torch.int32)[place] ^= 0
+        flips.flip(changed, place, bit)
         assert checksum(changed) != checksum(values), bit
     swapped = values.clone().view(torch.int32)
     swapped[3] += 1
@@ -202,13 +202,6 @@ def test_the_minority_is_named(flags: Line, monkeypatch: pytest.MonkeyPatch) -> 
 # A bit that flips on one of several ranks.
 
 
-@pytest.fixture(scope="module")
-def server(warm_python: str) -> Iterator[Any]:
-    server = runs.ForkServer(warm_python)
-    yield server
-    server.close()
-
-
 def test_what_ranks_train_is_the_same(server: Any, flags: Line, tmp_path: Path) -> None:
     for name, verify_steps in (("with", 1), ("without", None)):
         argv = flags(output_dir=tmp_path / name, verify_steps=verify_steps, gradient_accumulation_steps=2,
@@ -227,6 +220,7 @@ def test_what_ranks_train_is_the_same(server: Any, flags: Line, tmp_path: Path) 
             "gradient",
             f"rank 1: micro-batch 0 computed twice differs first in the gradient of {NAME}; a third one says ",
         ),
+        (2, "exchanged gradient", f"ranks hold different bits, and no majority the same: gradient of {NAME}, exp_avg"),
         (2, "parameter", f"ranks hold different bits, and no majority the same: parameter {NAME}"),
         (4, "moment", f"rank 1: it holds other bits than most ranks: exp_avg of {NAME}, parameter {NAME}"),
     ],

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args = build_parser().parse_args(argv)
+        if args.over and not args.table:
+            raise CommandLineError("--over says something of --table; give both")
         study = read_study(Path(args.study), args.output_dir, args.set)
         try:
             return go_through(study, choose_cells(study, args), args)
