@@ -1,4 +1,4 @@
-"""Every touch of what transformers and peft keep to themselves, or name differently from release to release.
+"""Every touch of what transformers, accelerate, peft and Jinja keep to themselves, or name anew in each release.
 
 Each entry says what is touched and why. The tests ran with transformers 5.17, 5.23 and 5.24 and with peft 0.21. A new
 release is tried with ``make test-newest`` (see ``constraints-newest.txt``); what breaks is mended here.
@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cache
@@ -392,6 +392,15 @@ def evaluate_as_due(trainer: Trainer) -> None:
     epoch = trainer.state.epoch or 0
     assert trainer.model is not None
     trainer._maybe_log_save_evaluate(trainer._tr_loss, None, trainer.model, None, epoch, None, time.time())
+
+
+def namespace_values(value: object) -> Iterable[object]:
+    """What a ``namespace()`` of a chat template holds, the only values that its loops can change; nothing of others.
+
+    Jinja (3.1) has no public way to them.
+    """
+    held = getattr(value, "_Namespace__attrs", None)
+    return held.values() if isinstance(held, dict) else ()
 
 
 @cache

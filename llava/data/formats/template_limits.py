@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llava.compat import namespace_values
 from llava.messages import shorten
 
 if TYPE_CHECKING:
@@ -126,6 +127,4 @@ def _length(value: object) -> int:
         return len(value)
     if isinstance(value, list):  # A macro joins the pieces of such a list.
         return len(value) + sum(len(piece) for piece in value if isinstance(piece, str))
-    # namespace(): the only values of a template that a loop can change.
-    held = getattr(value, "_Namespace__attrs", None)
-    return max(map(_length, held.values()), default=0) if isinstance(held, dict) else 0
+    return max(map(_length, namespace_values(value)), default=0)
