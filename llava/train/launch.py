@@ -81,7 +81,8 @@ def read_parser() -> CommandParser:
         prog=PROGRAM,
         usage="%(prog)s [--FLAG VALUE ...] -m MODULE [WORDS OF THE MODULE ...]",
         description="Start a training as several processes, a rank each: torchrun, with all its flags. SIGUSR1 goes to "
-        "the ranks. Their exit status 85, of a run that was asked to stop, and 110, of one that hung, are this one's.",
+        "the ranks. Their exit status 2 for an error, 85 of a run that was asked to stop, and 110 of one that hung, is "
+        "this command's too.",
     )
     spec = importlib.util.find_spec("torch")
     source = Path(spec.submodule_search_locations[0]) / "distributed" / "run.py" if spec else Path()  # type: ignore[index]
