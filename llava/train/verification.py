@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava.train.distributed import AgreedError, gather_failures, gather_from_ranks
 from llava.train.nan_check import RankBatch, build_nan_check, describe_samples, random_states, set_random_states
 from llava.train.watched_step import Trace, as_words, checksum, tracing
+
+logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 5
 
@@ -55,6 +58,7 @@ class Verification(TrainerCallback):
     _before: list[dict[str, Any]] = field(default_factory=list)
     _gradients: dict[str, int] = field(default_factory=dict)
     _frozen: dict[str, int] = field(default_factory=dict)
+    _verified: int = 0
     _summed: dict[str, int] = field(default_factory=dict)  # gradients as the micro-batches so far have left them
 
     @property
@@ -226,6 +230,13 @@ class Verification(TrainerCallback):
             self._compare_ranks(self._gradients | self._sum_held(optimizer) | frozen)
         self._meet(keeps_batch=False)
         self._batches, self._losses, self._before, self._gradients = [], [], [], {}
+        self._verified += 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if args.process_index == 0:
+            logger.info("--verify_steps: %d steps were computed twice, and nothing differed", self._verified)
 
     def _compare_ranks(self, held: dict[str, int]) -> None:
         """Note what this rank holds otherwise than others do; all ranks call this together."""

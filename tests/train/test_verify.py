@@ -44,7 +44,9 @@ def flags(dropout_dir: Path, tower_dir: Path, mixed_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", ["packs", "features"])
-def test_what_is_trained_is_the_same(flags: Line, tmp_path: Path, case: str) -> None:
+def test_what_is_trained_is_the_same(flags: Line, tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "llava")
+
     def run(name: str, verify_steps: int | None) -> Path:
         changes: dict[str, object] = {
             "packs": {"packing": "true", "model_max_length": 120, "gradient_accumulation_steps": 2},
@@ -55,6 +57,8 @@ def test_what_is_trained_is_the_same(flags: Line, tmp_path: Path, case: str) -> 
         return output
 
     with_it, without = run("with", 1), run("without", None)
+    (said,) = [line for line in caplog.messages if "nothing differed" in line]
+    assert "--verify_steps: 4 steps were computed twice" in said
     one, other = (load_file(output / "model.safetensors") for output in (with_it, without))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     moments = [torch.load(folder / "checkpoint-4" / "optimizer.pt")["state"] for folder in (with_it, without)]
