@@ -335,7 +335,9 @@ def hush_imports() -> None:
 # transformers' trainer and DeepSpeed's engine: parts of a checkpoint, and numbers of the loop, have no public names.
 
 
-def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextManager[object]) -> tuple[float, int]:
+def save_training_state(
+    trainer: Trainer, folder: str, failure: AbstractContextManager[object], states: AbstractContextManager[object]
+) -> tuple[float, int]:
     """Write what transformers puts into a checkpoint beside the model: optimizer, schedule, loss scale, random states.
 
     Its ``_save_checkpoint`` writes these among other files, and stops at the first that cannot be written, on which
@@ -345,6 +347,7 @@ def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextM
         trainer: on every rank.
         folder: of the checkpoint.
         failure: keeps an error of this rank.
+        states: within it the optimizer gives its states as they are to be written.
 
     Returns:
         What ``restore_loop`` needs beside: the sum of losses that no line of the log has yet, and the last line's step.
@@ -352,7 +355,7 @@ def save_training_state(trainer: Trainer, folder: str, failure: AbstractContextM
     from llava.compat_deepspeed import forgiving_engine
 
     # optimizer.pt and scheduler.pt, or DeepSpeed's folder global_stepN; then scaler.pt (fp16) and rng_state*.pth.
-    with failure, forgiving_engine(trainer, failure):
+    with failure, states, forgiving_engine(trainer, failure):
         trainer._save_optimizer_and_scheduler(folder)
     with failure:
         trainer._save_scaler(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
 from torch import nn
@@ -70,6 +73,35 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
     return tokenizer
 
 
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what a tokenizer does: its model and rules, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:  # Truncation and padding are set by whoever used it last.
+        rules = json.dumps({**json.loads(rules), "truncation": None, "padding": None}, sort_keys=True)
+    special = [str(tokenizer.special_tokens_map), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps([rules, special], default=str).encode()).hexdigest()
+
+
+def warn_of_other_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, config: Mapping[str, Any]) -> None:
+    """Warn where the folder of a trained model has another tokenizer than the one that it was trained with.
+
+    Its ``run_identity.json`` has the hash. Another release of transformers may make others of the same files.
+    """
+    identity = Path(path, "run_identity.json")
+    if not identity.is_file() or config.get("transformers_version") != transformers.__version__:
+        return
+    try:
+        trained_with = json.loads(identity.read_text(encoding="utf-8"))["fixed"]["tokenizer"]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # Whoever goes on from it says what is wrong with it.
+    if trained_with and trained_with != hash_tokenizer(tokenizer):
+        logger.warning(
+            "the tokenizer in %s is not the one that the model was trained with (other tokens, rules or template): "
+            "unless you know why, copy that run's tokenizer files there again", path,
+        )  # fmt: skip
+
+
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
@@ -110,6 +142,7 @@ def check_vocabulary(
                 f"another model's; {remedy}"
             )
         logger.warning("%s: %s", message, unused or f"if it is another model's, {remedy}")
+    warn_of_other_tokenizer(tokenizer, path, special_ids or {})
 
 
 def add_tokens(

@@ -25,6 +25,7 @@ from llava.io import hash_file, hash_json
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import find_weights
 from llava.model.lora import adapter_settings, has_adapters, is_adapter_folder
+from llava.model.vocabulary import hash_tokenizer
 from llava.stored_forms import TRAINING_STATE
 from llava.token_layout import NO_RESAMPLER
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -389,16 +390,6 @@ def _find_folder(path: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return Path(found).parent if found else None
-
-
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what a tokenizer does: its model and rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    if backend is not None:  # Truncation and padding are set by whoever used it last.
-        rules = json.dumps({**json.loads(rules), "truncation": None, "padding": None}, sort_keys=True)
-    special = [str(tokenizer.special_tokens_map), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps([rules, special], default=str).encode()).hexdigest()
 
 
 def hash_data(entries: Sequence[DataEntry]) -> str:

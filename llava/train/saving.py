@@ -44,6 +44,7 @@ from llava.train.milestones import Milestone
 from llava.train.model_card import CardSettings, describe_run, in_seconds
 from llava.train.preemption import StopRequest
 from llava.train.run_lock import LOCK, check_lock
+from llava.train.sharding import whole_states
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ class CheckpointWriter:
                 trainer.save_model(str(staged), _internal_call=True)
             if to_go_on:
                 # On every rank: random states and loss are its own, as is its share of DeepSpeed's optimizer.
-                loss, step = save_training_state(trainer, str(staged), failure)
+                states = whole_states(trainer, to_save=True)  # with FSDP as without it
+                loss, step = save_training_state(trainer, str(staged), failure, states)
                 with failure:
                     path = staged / LOSS_SINCE_LOG.format(rank=args.process_index)
                     path.write_text(json.dumps({"sum": loss, "last_logged_step": step}), encoding="utf-8")

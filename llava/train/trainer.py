@@ -431,10 +431,6 @@ class LlavaTrainer(Trainer):
             with whole_states(self, to_save=False):
                 load_optimizer(self, checkpoint, self._changes, super()._load_optimizer_and_scheduler)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with whole_states(self, to_save=True):  # As without FSDP.
-            super()._save_optimizer_and_scheduler(output_dir)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # The last thing before the optimizer's step, and the only one that is given the norm.
         grad_norm = whole(super()._get_grad_norm(model, grad_norm))

@@ -68,7 +68,7 @@ def test_overfits_two_clips_and_captions_them(gpt2_dir, tower_dir, two_clips: Pa
         assert capsys.readouterr().out.strip() == sample["conversations"][1]["value"]
 
 
-def test_text_alone_needs_no_tower(llama_dir: Path, tmp_path: Path, capsys) -> None:
+def test_text_alone_needs_no_tower(llama_dir: Path, tmp_path: Path, capsys, caplog) -> None:
     text = [{"id": i, "conversations": [{"from": "gpt", "value": "Il gatto dorme sul divano."}]} for i in range(4)]
     data = write_json(tmp_path / "text.json", text)
     output = tmp_path / "out"
@@ -79,6 +79,16 @@ def test_text_alone_needs_no_tower(llama_dir: Path, tmp_path: Path, capsys) -> N
     assert capsys.readouterr().out.strip() == "dorme sul divano."
     assert serve(["--model_path", str(output), "--image", "a.png"]) == 2
     assert "trained on text alone" in capsys.readouterr().err
+    # Another tokenizer of as many tokens answers with any words at all.
+    assert not [line for line in caplog.messages if "is not the one that the model was trained with" in line]
+    path = output / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, last = sorted(words, key=words.get)[-2:]
+    words[first], words[last] = words[last], words[first]
+    path.write_text(json.dumps(tokenizer))
+    assert serve(["--model_path", str(output), "--prompt", "Il gatto"]) == 0
+    assert [line for line in caplog.messages if f"the tokenizer in {output} is not the one that the model was" in line]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(gpt2_dir, tower_dir, mixed_data, tmp_path: Path) -> None:
