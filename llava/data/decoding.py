@@ -198,7 +198,8 @@ class DecoderProcess:
             MediaError: also where decoding took too long or brought the process down, which is then no more.
         """
         # The child ends itself a little later, should nobody be there any more to kill it.
-        line = json.dumps(asdict(request) | {"limit": timeout + _GRACE}).encode() + b"\n"
+        also = {"limit": timeout + _GRACE, "folder": _current_folder()}
+        line = json.dumps(asdict(request) | also).encode() + b"\n"
         try:
             self._requests.write(line)
             self._requests.flush()
@@ -270,6 +271,13 @@ class DecoderProcess:
                 pipe.close()
 
 
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # It was removed: no relative path means anything.
+        return os.sep
+
+
 def _waits_for_a_disk(pid: int) -> bool:
     """Whether a thread of a process is in the system's hands, which a disk has not answered; False where not told."""
     # /proc/PID/task/THREAD/stat: number, (name), state, ...; D is an uninterruptible wait.
@@ -324,6 +332,8 @@ def main() -> None:
         for line in sys.stdin.buffer:
             request = json.loads(line)
             _end_after(request.pop("limit"))
+            with contextlib.suppress(OSError):  # Paths may be relative, to where whoever asks is now.
+                os.chdir(request.pop("folder"))
             _answer(FrameRequest(**request | {"limits": MediaLimits(**request["limits"])}), replies)
             _end_after(0)
 

@@ -56,6 +56,17 @@ def faulty(monkeypatch):
         decoder_process._own.end()
 
 
+def test_a_relative_path_is_from_where_its_program_is_now(
+    media_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = next(media_dir.glob("*.mp4"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MediaError, match="no such file"):
+        sample_video(clip.name, 2, timeout=60)
+    monkeypatch.chdir(media_dir)
+    assert len(sample_video(clip.name, 2, timeout=60).indices) == 2
+
+
 def is_running(pid: int) -> bool:
     """Whether there is a process of that number that is not only waiting to be buried."""
     try:

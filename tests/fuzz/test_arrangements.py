@@ -13,7 +13,7 @@ from fuzzing import attempt, cases
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import free_texts
-from test_conversations import naive_words
+from test_fuzz_conversations import naive_words
 
 from llava.constants import IGNORE_INDEX
 from llava.data.batch_plan import plan_in_order, plan_packs, plan_token_batches, take_units

@@ -10,7 +10,7 @@ import pytest
 from fuzzing import attempt, cases, names
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_conversations import chats, make_vision
+from test_fuzz_conversations import chats, make_vision
 
 from llava.constants import IGNORE_INDEX
 from llava.data.formats import CHAT, build_format, template_limits

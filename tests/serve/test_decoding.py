@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from llava.eval.run import main as evaluate
+from llava.messages import escape_controls
 from llava.serve.cli import main as caption
 from llava.serve.decoding import read_settings
 from llava.serve.generate import Captioner, PromptTooLongError, Request
@@ -107,7 +108,8 @@ def test_the_command_says_what_is_in_force(checkpoint: Path, captioner: Captione
     words = ["--model_path", str(checkpoint), "--prompt", REPEATED, "--max_new_tokens", "20", "--device", "cpu"]
     assert caption(words) == 0
     said = capsys.readouterr()
-    assert said.out.strip() == captioner.generate([Request([], REPEATED)], max_new_tokens=20)[0]
+    answer = captioner.generate([Request([], REPEATED)], max_new_tokens=20)[0]
+    assert said.out.strip() == escape_controls(answer)
     assert said.err.strip() == (
         "decoding: greedy search, max_new_tokens 20; the model's generation_config.json has do_sample True, "
         "temperature 0.6, top_p 0.9, repetition_penalty 9.0: not used (--generation_config model takes it)"

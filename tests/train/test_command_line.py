@@ -57,7 +57,7 @@ def test_help_says_what_a_flag_of_transformers_does_here(capsys: pytest.CaptureF
             assert flag.help not in command_line._describe(flag)
         elif flag.of_transformers and known and known.note != AS_IN_TRANSFORMERS:
             assert command_line._describe(flag).endswith(f". Here: {known.note.replace('`', '')}."), flag.name
-    assert "Refused: FSDP is not available" in printed
+    assert "Refused: Liger's kernels are for transformers' own" in printed
     assert "Here: a folder, or auto for the last whole checkpoint." in printed
     own = set(arguments.TrainingArguments.__annotations__)
     assert {name for name, flag in read_flags().items() if flag.of_transformers}.isdisjoint(own)
