@@ -144,6 +144,7 @@ def test_a_requeue_that_fails_is_said(cluster: Cluster, program: Path) -> None:
         ("-m x", {"SLURM_JOB_NUM_NODES": "many"}, "SLURM_JOB_NUM_NODES is 'many', expected a number of nodes"),
         ("", {}, "-m MODULE is missing"),
         ("--nproc_per_node all -m x", {}, "--nproc_per_node is 'all', expected a number or gpu"),
+        ("--nproc_per_node 0 -m x", {}, "--nproc_per_node is '0', expected a number or gpu"),
         ("--rendezvous a:1 --nnodes 2 --nproc_per_node 1 -m x", {}, "SLURM_NODEID is not set"),
         ("--no_such_flag -m x", {}, "unknown flag --no_such_flag"),
     ],

@@ -114,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(own)
         if not program:
             raise CommandLineError("-m MODULE is missing; see --help")
-        if args.nproc_per_node not in (None, "gpu") and not args.nproc_per_node.isdigit():
-            raise CommandLineError(f"--nproc_per_node is {shorten(args.nproc_per_node)}, expected a number or gpu")
+        ranks = args.nproc_per_node
+        if ranks not in (None, "gpu") and not (ranks.isdecimal() and int(ranks)):
+            raise CommandLineError(f"--nproc_per_node is {shorten(ranks)}, expected a number or gpu")
         if args.rendezvous is not None:
             return run_on_node(args.rendezvous, args.nnodes, args.nproc_per_node, program)
         job = Job.read()
