@@ -22,12 +22,12 @@ Value = TypeVar("Value")
 
 
 def prepare_sharding(trainer: Trainer) -> None:
-    """Let a model that is to be shared out compute in ``--bf16`` as it would with DDP.
+    """With FSDP, let a model that is to be shared out compute in ``--bf16`` as it would with DDP.
 
     accelerate casts weights as they are gathered, and leaves autocast out; modules here compute in 32 bits what needs
     them, and expect autocast around them.
     """
-    if not trainer.is_fsdp_enabled or not trainer.args.bf16:
+    if not trainer.args.bf16:
         return
     trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
     assert trainer.model is not None

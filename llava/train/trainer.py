@@ -104,7 +104,8 @@ class LlavaTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_engine(self.accelerator.state, self.args.fsdp)
-        prepare_sharding(self)
+        if self.is_fsdp_enabled:
+            prepare_sharding(self)
         compile_decoder(self)
         if self.is_deepspeed_enabled:
             gather_added_together(self.model)
@@ -133,7 +134,7 @@ class LlavaTrainer(Trainer):
         logs = [log for log in (bad_sample_log, feature_log) if log is not None]
         for callback in (*own, self.grad_norms, FirstStepsCallback(), *logs):
             self.add_callback(callback)
-        self.verifier = add_verification(self)
+        self.verifier = add_verification(self, self.args.verify_steps) if self.args.verify_steps else None
 
     # Data.
 
@@ -213,8 +214,12 @@ class LlavaTrainer(Trainer):
         """Forward and backward pass of a micro-batch, checked for NaN and infinity."""
         if self.nan_check is not None:
             self.nan_check.begin(inputs, num_items_in_batch)
+        train = super().training_step
         with choose_products(self.args.onednn):
-            loss = self.verifier.compute(super().training_step, model, inputs, num_items_in_batch)
+            if self.verifier is None:
+                loss = train(model, inputs, num_items_in_batch)
+            else:
+                loss = self.verifier.compute(train, model, inputs, num_items_in_batch)
         if self.nan_check is not None:
             self.nan_check.add_loss(loss)
         if inputs.get("sample_ids") == []:

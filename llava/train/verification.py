@@ -44,7 +44,7 @@ class Verification(TrainerCallback):
 
     Attributes:
         trainer: of the run.
-        every: steps from one verified step to the next; 0 verifies none.
+        every: steps from one verified step to the next.
     """
 
     trainer: Any  # a LlavaTrainer, whose file imports this one
@@ -68,8 +68,6 @@ class Verification(TrainerCallback):
 
     @property
     def is_due(self) -> bool:
-        if not self.every:
-            return False
         if self._first is None:
             self._first = self.step
         return self.step == self._first or self.step % self.every == 0
@@ -302,11 +300,10 @@ class Verification(TrainerCallback):
         return _sum_all(held)
 
 
-def add_verification(trainer: Any) -> Verification:
-    """What verifies the steps of a trainer, among its callbacks where ``--verify_steps`` asks for it."""
-    verification = Verification(trainer, trainer.args.verify_steps or 0)
-    if verification.every:
-        trainer.add_callback(verification)
+def add_verification(trainer: Any, every: int) -> Verification:
+    """What verifies the steps of a trainer, among its callbacks."""
+    verification = Verification(trainer, every)
+    trainer.add_callback(verification)
     return verification
 
 
