@@ -41,6 +41,7 @@ from llava.train.verification import Verification
 
 SIZES = {"small": (2, 64, 2000, 4), "recipe": (12, 768, 30_000, 8)}
 """Layers and width of the language model, its vocabulary, and samples of a batch."""
+NEVER = 1 << 62
 KINDS = ("plain", "verified", "deterministic")
 WORDS = 60
 
@@ -91,7 +92,7 @@ class Turns(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.kind = KINDS[state.global_step % len(KINDS)]
         verifies = self.kind == "verified"
-        self.verification.every, self.verification._first = (1, state.global_step) if verifies else (0, None)
+        self.verification.every, self.verification._first = (1, state.global_step) if verifies else (NEVER, -1)
         torch.use_deterministic_algorithms(self.kind == "deterministic")
         self.start = time.process_time()
 
